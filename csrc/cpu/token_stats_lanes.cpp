@@ -1,0 +1,326 @@
+// Compiled once per instruction set: PU_ISA names it, PU_LANES is its float lanes. No std:: templates here: the linker
+// could hand an AVX-512 instance of one to the portable build.
+#include "token_stats_lanes.h"
+
+#include <cstring>
+
+#include "../math/row_state.h"
+#include "../math/token_gradient.h"
+
+namespace pu {
+inline namespace PU_ISA {
+
+// ---- storage types <-> lanes --------------------------------------------------------------------------------------
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class T> struct LaneOf { using type = Floats; };
+template <> struct LaneOf<double> { using type = double; };
+
+PU_FN double load(const double* p) { return *p; }
+PU_FN void store(double* p, double v) { *p = v; }
+PU_FN Floats load(const float* p) { Floats v; __builtin_memcpy(&v, p, sizeof v); return v; }
+PU_FN void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+PU_FN Words load_words(const void* p) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Words);
+}
+PU_FN void store_words(void* p, Words v) {
+  const Halves h = __builtin_convertvector(v, Halves);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+PU_FN Floats load(const BFloat16* p) { return bits_of<Floats>(load_words(p) << 16); }
+PU_FN void store(BFloat16* p, Floats v) {  // round to nearest even; NaN stays NaN
+  const Words w = bits_of<Words>(v);
+  const Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  store_words(p, v == v ? rounded : (w >> 16 | 0x40u));
+}
+
+PU_FN Floats load(const Float16* p) {
+  const Words w = load_words(p), magnitude = (w & 0x7fffu) << 13;
+  const Floats value = bits_of<Floats>(magnitude) * 0x1p112f;  // denormals come out right
+  const Words special = bits_of<Words>(value) | 0x7f800000u;   // exponent 31: infinity or NaN
+  return bits_of<Floats>((bits_of<Ints>(magnitude) >= 0x0f800000 ? special : bits_of<Words>(value)) | (w & 0x8000u) << 16);
+}
+PU_FN void store(Float16* p, Floats v) {
+  const Words w = bits_of<Words>(v), magnitude = w & 0x7fffffffu;
+  const Floats a = bits_of<Floats>(magnitude);
+  const Words normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  const Words denormal = bits_of<Words>(a + 0.5f) - 0x3f000000u;  // the ulp of 0.5 is the smallest half
+  Words h = a < 0x1p-14f ? denormal : normal;
+  h = a >= 65520.0f ? Words{} + 0x7c00u : h;
+  h = a != a ? Words{} + 0x7e00u : h;
+  store_words(p, h | (w >> 16 & 0x8000u));
+}
+
+PU_FN float lane0(Floats v) { return v[0]; }
+PU_FN double lane0(double v) { return v; }
+PU_FN float largest_lane(Floats v) {
+  float m = v[0];
+  for (int i = 1; i < PU_LANES; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+PU_FN double largest_lane(double v) { return v; }
+PU_FN float sum_lanes(Floats v) {
+  float s = 0;
+  for (int i = 0; i < PU_LANES; ++i) s += v[i];
+  return s;
+}
+PU_FN double sum_lanes(double v) { return v; }
+
+// What sum_lanes(sum) rounds away, plus the lanes' own low parts.
+PU_FN float sum_low(Floats sum, Floats low) {
+  RowState<float> s{};
+  for (int i = 0; i < PU_LANES; ++i) add_sum(s, sum[i]), s.low += low[i];
+  return s.low;
+}
+PU_FN double sum_low(double, double low) { return low; }
+
+// ---- z and its slope ----------------------------------------------------------------------------------------------
+
+template <class A> struct Curve {
+  A scale, softcap, per_softcap, temperature;
+  explicit PU_FN Curve(const Transform& t)
+      : scale(A(1 / t.temperature)), softcap(A(t.softcap)), per_softcap(A(t.softcap > 0 ? 1 / t.softcap : 0)), temperature(A(t.temperature)) {}
+  template <bool kSoftcap, class F> PU_FN F z(F x) const {
+    return kSoftcap ? softcap * tanh_lanes(x * per_softcap) * scale : x * scale;
+  }
+  template <bool kSoftcap, class F> PU_FN F dx(F dz, F z) const {
+    if (!kSoftcap) return dz * scale;
+    const F y = z * (temperature * per_softcap);
+    return dz * scale * (1 - y * y);
+  }
+};
+
+// ---- a few lanes at a time: the edges of a row ---------------------------------------------------------------------
+
+template <class T> PU_FN typename LaneOf<T>::type load_some(const T* p, int64_t n) {
+  T buffer[PU_LANES] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T> PU_FN void store_some(T* p, typename LaneOf<T>::type v, int64_t n) {
+  T buffer[PU_LANES];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+PU_FN Floats keep(Floats v, int64_t n, int64_t without, float otherwise) {  // lanes [0, n) except one
+  for (int i = 0; i < PU_LANES; ++i)
+    if (i >= n || i == without) v[i] = otherwise;
+  return v;
+}
+PU_FN double keep(double v, int64_t n, int64_t without, double otherwise) { return n < 1 || without == 0 ? otherwise : v; }
+
+// ---- accumulate ---------------------------------------------------------------------------------------------------
+
+template <class T, bool kMoments, bool kReference, bool kSoftcap>
+void accumulate_piece(const Transform& transform, const Piece& piece, bool greedy, void* state) {
+  using F = typename LaneOf<T>::type;
+  using A = typename Lane<F>::Scalar;
+  constexpr int L = Lane<F>::count;
+  constexpr int G = 16;  // vectors between looks at the running maximum, and in the first level of the sums
+  const T* x = static_cast<const T*>(piece.x);
+  const T* r = static_cast<const T*>(piece.r);
+  const Curve<A> curve(transform);
+  const int64_t n = piece.n, target = piece.target - piece.first;
+  RowState<F> s = RowState<F>::empty(F{});
+  auto z_at = [&](int64_t i) PU_LAMBDA { return curve.template z<kSoftcap>(load(x + i)); };
+  auto r_at = [&](int64_t i) PU_LAMBDA { return kReference ? curve.template z<kSoftcap>(load(r + i)) : F{}; };
+  auto one = [&](const T* p, int64_t i) PU_LAMBDA { return lane0(curve.template z<kSoftcap>(load_some(p + i, 1))); };
+
+  const A first = one(x, 0), gap = kReference ? first - one(r, 0) : A(0);
+  s.origin = broadcast(first - first == 0 ? first : A(0), F{});
+  s.offset = broadcast(gap - gap == 0 ? gap : A(0), F{});
+
+  auto group = [&](const F* z, const F* q, int count) PU_LAMBDA {
+    F top = s.max, ref_top = s.ref_max;
+    for (int g = 0; g < count; ++g) {
+      top = max_lanes(z[g], top);
+      if (kReference) ref_top = max_lanes(q[g], ref_top);
+    }
+    if (any(top > s.max)) raise_max<kMoments, kReference>(s, top);
+    if (kReference && any(ref_top > s.ref_max)) raise_ref_max(s, ref_top);
+    push<kMoments, kReference>(s, z, q, count);
+  };
+  auto run = [&](int64_t i, int64_t end) PU_LAMBDA {
+    for (; i + G * L <= end; i += G * L) {
+      F z[G], q[kReference ? G : 1];
+      for (int g = 0; g < G; ++g) {
+        z[g] = z_at(i + g * L);
+        if (kReference) q[g] = r_at(i + g * L);
+      }
+      group(z, q, G);
+    }
+  };
+  auto edge = [&](int64_t i, int64_t count, int64_t without) PU_LAMBDA {
+    const A low = -std::numeric_limits<A>::infinity();
+    const F z = keep(curve.template z<kSoftcap>(load_some(x + i, count)), count, without, low);
+    const F q = kReference ? keep(curve.template z<kSoftcap>(load_some(r + i, count)), count, without, low) : F{};
+    const F total = s.total;
+    group(&z, &q, 1);
+    s.total = total + keep(z - s.origin, count, without, A(0));
+  };
+  auto stretch = [&](int64_t i, int64_t end) PU_LAMBDA {  // whole vectors in groups, then what is left
+    const int64_t whole = i + (end - i) / (G * L) * (G * L);
+    run(i, whole);
+    for (i = whole; i < end; i += L) edge(i, end - i < L ? end - i : L, -1);
+  };
+  const int64_t block = target >= 0 && target < n ? target / L * L : n;
+  stretch(0, block);
+  if (block < n) {
+    const int64_t count = n - block < L ? n - block : L;
+    edge(block, count, target - block);
+    stretch(block + count, n);
+  }
+
+  const A top = largest_lane(s.max), ref_top = largest_lane(s.ref_max);
+  raise_max<kMoments, kReference>(s, broadcast(top, F{}));
+  if (kReference) raise_ref_max(s, broadcast(ref_top, F{}));
+  RowState<A>& out = *static_cast<RowState<A>*>(state);
+  out = RowState<A>::empty(A(0));
+  out.max = top, out.sum = sum_lanes(s.sum), out.shifted = sum_lanes(s.shifted), out.squared = sum_lanes(s.squared);
+  out.low = sum_low(s.sum, s.low), out.total = sum_lanes(s.total), out.gap = sum_lanes(s.gap);
+  if (kReference) out.ref_max = ref_top, out.ref_sum = sum_lanes(s.ref_sum), out.ref_gap = sum_lanes(s.ref_gap);
+  out.origin = lane0(s.origin), out.offset = lane0(s.offset), out.count = A(n - (target >= 0 && target < n));
+  if (target >= n) out.before = top;
+  if (target >= 0 && target < n) {
+    out.target = one(x, target), out.ref_target = kReference ? one(r, target) : A(0);
+    if (greedy && out.target >= top) {
+      F before = broadcast(-std::numeric_limits<A>::infinity(), F{});
+      int64_t i = 0;
+      for (; i + L <= target; i += L) before = max_lanes(z_at(i), before);
+      out.before = largest_lane(before);
+      for (; i < target; ++i) out.before = max_lanes(one(x, i), out.before);
+    }
+  }
+}
+
+// ---- gradient -----------------------------------------------------------------------------------------------------
+
+template <class T, bool kLogs, bool kReference, bool kSoftcap>
+void gradient_piece(const Transform& transform, const Piece& piece, const void* coefficients, const Belief& belief, void* out) {
+  using F = typename LaneOf<T>::type;
+  using A = typename Lane<F>::Scalar;
+  constexpr int L = Lane<F>::count;
+  constexpr int kMaxFixed = 257;  // lanes set apart: the target and the top k
+  const T* x = static_cast<const T*>(piece.x);
+  const T* r = static_cast<const T*>(piece.r);
+  T* dx = static_cast<T*>(out);
+  const Curve<A> curve(transform);
+  const RowCoefficients<A>& c = *static_cast<const RowCoefficients<A>*>(coefficients);
+  const int64_t n = piece.n;
+  auto lanes = [&](F xv, F rv) PU_LAMBDA {
+    const F z = curve.template z<kSoftcap>(xv);
+    const F q = kReference ? curve.template z<kSoftcap>(rv) : F{};
+    return curve.template dx<kSoftcap>(lane_gradient<kLogs, kReference>(z, q, c), z);
+  };
+
+  // Before anything is overwritten (dx may be x): the lanes that do not follow the common formula.
+  int64_t column[kMaxFixed];
+  A value[kMaxFixed];
+  int fixed = 0;
+  auto fix = [&](int64_t j, A b, bool is_target) PU_LAMBDA {
+    const A z = lane0(curve.template z<kSoftcap>(load_some(x + j, 1)));
+    const A q = kReference ? lane0(curve.template z<kSoftcap>(load_some(r + j, 1))) : A(0);
+    const A dz = is_target ? target_gradient<kReference>(q, c) : lane0(lane_gradient<kLogs, kReference>(broadcast(z, F{}), broadcast(q, F{}), c));
+    column[fixed] = j, value[fixed++] = curve.template dx<kSoftcap>(dz + b, z);
+  };
+  const int64_t target = piece.target - piece.first;
+  A target_belief = 0;
+  for (int64_t i = 0; i < belief.k; ++i) {
+    const int64_t j = belief.index[i] - piece.first;
+    const A b = c.on_belief * static_cast<const A*>(belief.weight)[i];
+    if (j == target) target_belief = b;
+    else if (j >= 0 && j < n) fix(j, b, false);
+  }
+  if (target >= 0 && target < n) fix(target, target_belief, true);
+
+  int64_t i = 0;
+  for (; i + L <= n; i += L) store(dx + i, lanes(load(x + i), kReference ? load(r + i) : F{}));
+  if (i < n) store_some(dx + i, lanes(load_some(x + i, n - i), kReference ? load_some(r + i, n - i) : F{}), n - i);
+  for (int f = 0; f < fixed; ++f) store_some(dx + column[f], broadcast(value[f], F{}), 1);
+}
+
+// ---- top k --------------------------------------------------------------------------------------------------------
+
+template <class T, bool kSoftcap>
+void largest_of(const Transform& transform, const Piece& piece, int64_t k, int32_t* index, void* out) {
+  using F = typename LaneOf<T>::type;
+  using A = typename Lane<F>::Scalar;
+  constexpr int L = Lane<F>::count;
+  const T* x = static_cast<const T*>(piece.x);
+  const Curve<A> curve(transform);
+  A* z = static_cast<A*>(out);
+  int64_t held = 0;
+  auto offer = [&](A value, int64_t j) PU_LAMBDA {
+    if (held == k && !(value > z[k - 1])) return;
+    int64_t at = held < k ? held++ : k - 1;
+    for (; at > 0 && value > z[at - 1]; --at) z[at] = z[at - 1], index[at] = index[at - 1];
+    z[at] = value, index[at] = int32_t(j);
+  };
+  for (int64_t i = 0; i < piece.n; i += L) {
+    const int64_t count = piece.n - i < L ? piece.n - i : L;
+    const F v = curve.template z<kSoftcap>(count == L ? load(x + i) : load_some(x + i, count));
+    if (held == k && !any(v > broadcast(z[k - 1], F{}))) continue;
+    A lane[L];
+    __builtin_memcpy(lane, &v, sizeof v);
+    for (int64_t l = 0; l < count; ++l) offer(lane[l], i + l);
+  }
+}
+
+// ---- run-time arguments -> template arguments -----------------------------------------------------------------------
+
+template <class Call> PU_FN void with_dtype(DType t, Call call) {
+  switch (t) {
+    case DType::kFloat32: return call(float{});
+    case DType::kBFloat16: return call(BFloat16{});
+    case DType::kFloat16: return call(Float16{});
+    default: return call(double{});
+  }
+}
+template <bool kValue> struct Flag { static constexpr bool value = kValue; };
+template <class Call> PU_FN void with_flag(bool value, Call call) { value ? call(Flag<true>{}) : call(Flag<false>{}); }
+
+void accumulate(const Transform& t, const Piece& p, bool moments, bool greedy, void* state) {
+  with_dtype(p.dtype, [&](auto like) {
+    with_flag(t.softcap > 0, [&](auto softcap) {
+      using T = decltype(like);
+      constexpr bool S = decltype(softcap)::value;
+      if (p.r) accumulate_piece<T, true, true, S>(t, p, greedy, state);
+      else if (moments) accumulate_piece<T, true, false, S>(t, p, greedy, state);
+      else accumulate_piece<T, false, false, S>(t, p, greedy, state);
+    });
+  });
+}
+
+void gradient(const Transform& t, const Piece& p, const void* c, int kind, const Belief& belief, void* out) {
+  with_dtype(p.dtype, [&](auto like) {
+    with_flag(t.softcap > 0, [&](auto softcap) {
+      using T = decltype(like);
+      constexpr bool S = decltype(softcap)::value;
+      if (kind == 2) gradient_piece<T, true, true, S>(t, p, c, belief, out);
+      else if (kind == 1) gradient_piece<T, true, false, S>(t, p, c, belief, out);
+      else gradient_piece<T, false, false, S>(t, p, c, belief, out);
+    });
+  });
+}
+
+void largest(const Transform& t, const Piece& p, int64_t k, int32_t* index, void* z) {
+  with_dtype(p.dtype, [&](auto like) {
+    with_flag(t.softcap > 0, [&](auto softcap) { largest_of<decltype(like), decltype(softcap)::value>(t, p, k, index, z); });
+  });
+}
+
+}  // namespace PU_ISA
+
+#define PU_JOIN2(a, b) a##b
+#define PU_JOIN(a, b) PU_JOIN2(a, b)
+#define PU_TEXT2(a) #a
+#define PU_TEXT(a) PU_TEXT2(a)
+LaneFunctions PU_JOIN(PU_ISA, _lanes)() { return {PU_TEXT(PU_ISA), accumulate, gradient, largest}; }
+
+}  // namespace pu

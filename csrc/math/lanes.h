@@ -1,0 +1,113 @@
+// One arithmetic for every machine. `F` is a lane type: float or double (CUDA threads, double precision on the CPU)
+// or a SIMD vector of floats (CPU). The statistics are written once over F, with the few operations below.
+//
+// PU_ISA names the inline namespace: the CPU compiles these headers once per instruction set, and distinct names keep
+// the linker from mixing AVX-512 code into the portable build.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#ifndef PU_ISA
+#define PU_ISA base
+#endif
+#if defined(__CUDACC__)
+#define PU_FN __host__ __device__ __forceinline__
+#else
+#define PU_FN inline __attribute__((always_inline))
+#define PU_LAMBDA __attribute__((always_inline))
+#endif
+
+namespace pu {
+inline namespace PU_ISA {
+
+// ---- scalar lanes -------------------------------------------------------------------------------------------------
+
+PU_FN float select(bool condition, float yes, float no) { return condition ? yes : no; }
+PU_FN double select(bool condition, double yes, double no) { return condition ? yes : no; }
+PU_FN bool any(bool condition) { return condition; }
+
+PU_FN double exp_lanes(double x) { return exp(x); }
+#if defined(__CUDA_ARCH__)
+PU_FN float exp_lanes(float x) { return exp2f(x * 1.44269504f); }
+#else
+PU_FN float exp_lanes(float x) { return expf(x); }
+#endif
+PU_FN double tanh_lanes(double x) { return tanh(x); }
+PU_FN float tanh_lanes(float x) { return tanhf(x); }
+
+template <class F> struct Lane { using Scalar = F; static constexpr int count = 1; };
+PU_FN float broadcast(float x, float) { return x; }
+PU_FN double broadcast(double x, double) { return x; }
+
+// ---- SIMD lanes (GCC and clang vector extensions: operators, comparisons and ?: come with the language) -------------
+
+#if defined(PU_LANES)
+using Floats = float __attribute__((vector_size(4 * PU_LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * PU_LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * PU_LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * PU_LANES)));
+
+template <> struct Lane<Floats> { using Scalar = float; static constexpr int count = PU_LANES; };
+
+template <class To, class From> PU_FN To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+PU_FN Floats broadcast(float x, Floats) { return Floats{} + x; }
+PU_FN Floats select(Ints condition, Floats yes, Floats no) {
+  return condition ? yes : no;
+}
+PU_FN bool any(Ints condition) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(condition), reinterpret_cast<__m512i>(condition)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(condition)) != 0;
+#else
+  int32_t folded = 0;
+  for (int i = 0; i < PU_LANES; ++i) folded |= condition[i];
+  return folded != 0;
+#endif
+}
+
+// e^x by 2^n * e^r, |r| <= ln2/2, degree-6 minimax: 1.2e-7 relative. Below -87 it is 0 (no denormals); NaN stays NaN.
+PU_FN Floats exp_lanes(Floats x) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, held in the low mantissa bits
+  Floats shifted = x * 1.44269504f + magic;
+  Floats n = shifted - magic;
+  Floats r = x - n * 0.693145752f;
+  r = r - n * 1.42860677e-6f;
+  Floats p = r * 0.00138145383f + 0.00836874545f;
+  p = p * r + 0.041668389f;
+  p = p * r + 0.166665211f;
+  p = p * r + 0.49999994f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  Floats scale = bits_of<Floats>((bits_of<Ints>(shifted) + 127) << 23);
+  return select(x < -87.0f, Floats{}, p * scale);
+}
+
+// tanh by (1 - e^-2|x|) / (1 + e^-2|x|), and by its odd series where that would cancel.
+PU_FN Floats tanh_lanes(Floats x) {
+  Floats magnitude = bits_of<Floats>(bits_of<Words>(x) & 0x7fffffffu);
+  Floats e = exp_lanes(magnitude * -2.0f);
+  Floats large = (1.0f - e) / (1.0f + e);
+  large = bits_of<Floats>(bits_of<Words>(large) | (bits_of<Words>(x) & 0x80000000u));
+  Floats s = x * x;
+  Floats p = s * -0.00665356731f + 0.0213016998f;
+  p = p * s + -0.0538999699f;
+  p = p * s + 0.133329704f;
+  p = p * s + -0.333333284f;
+  return select(magnitude < 0.5f, x + x * s * p, large);
+}
+#endif
+
+template <class F> PU_FN F max_lanes(F a, F b) { return select(a > b, a, b); }  // NaN in `a` gives `b`
+
+}  // namespace PU_ISA
+}  // namespace pu

@@ -1,0 +1,26 @@
+# The native module (csrc/bindings.cpp). Tensors are DLPack capsules or None.
+from typing import Any
+
+cuda_archs: str
+cuda_reason: str
+compiler: str
+openmp: bool
+state_fields: int
+
+def instruction_set() -> str: ...
+def choose_instruction_set(name: str) -> str: ...
+def accumulate(logits: Any, targets: Any, reference: Any, state: Any, fresh: bool, *call: Any) -> None: ...
+def finish(state: Any, targets: Any, has_reference: bool, stats: Any, saved: Any, *call: Any) -> None: ...
+def topk(logits: Any, targets: Any, stats: Any, saved: Any, index: Any, belief: Any, *call: Any) -> None: ...
+def backward(
+    grad_stats: Any,
+    stats: Any,
+    saved: Any,
+    logits: Any,
+    targets: Any,
+    reference: Any,
+    index: Any,
+    belief: Any,
+    grad_logits: Any,
+    *call: Any,
+) -> None: ...

@@ -1,0 +1,124 @@
+"""The C++ backend (csrc/cpu). AVX-512, AVX2 or portable code is picked at run time; threads follow torch's setting."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import Options, check_range
+
+unavailable = ""  # why this backend cannot run; the package also works from eager PyTorch alone
+try:
+    from ... import _C
+except ImportError as error:
+    unavailable = f"the native module did not load ({error}); build it with: pip install -e ."
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor]
+SAVED = 5  # scalars a row keeps for backward: max, log sum, log-odds, reference max, reference log sum
+
+
+def capsule(tensor: Tensor | None) -> Any:
+    return None if tensor is None else torch._C._to_dlpack(tensor.detach())
+
+
+def statistics_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _call(options: Options, first_column: int, vocabulary: int) -> tuple[int, float, float, int, int, int, int]:
+    softcap = options.softcap or 0.0
+    threads = torch.get_num_threads()
+    return options.bits, options.temperature, softcap, options.ignore_index, first_column, vocabulary, threads
+
+
+def _rows(tensor: Tensor, rows: int) -> Tensor:
+    """(n, ...) -> (n, rows) without a copy; `rows` may be 0."""
+    return tensor.view(tensor.size(0), rows)
+
+
+def new_state(logits: Tensor, rows: int) -> Tensor:
+    return logits.new_empty(rows, _C.state_fields, dtype=statistics_dtype(logits))
+
+
+def accumulate(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    state: Tensor,
+    options: Options,
+    first: int,
+    vocabulary: int,
+) -> None:
+    """Merges columns [first, first + logits.size(-1)) of every row into `state`; first == 0 starts afresh."""
+    call = _call(options, first, vocabulary)
+    _C.accumulate(capsule(logits), capsule(targets), capsule(reference), capsule(state), first == 0, *call)
+
+
+def finish(
+    state: Tensor, targets: Tensor, has_reference: bool, options: Options, vocabulary: int
+) -> tuple[Tensor, Tensor]:
+    """-> (stats (outputs, *targets.shape), saved (SAVED, *targets.shape))."""
+    stats = state.new_zeros(len(options.outputs), *targets.shape)
+    saved = state.new_empty(SAVED, *targets.shape)
+    n = targets.numel()
+    call = _call(options, 0, vocabulary)
+    _C.finish(
+        capsule(state),
+        capsule(targets),
+        has_reference,
+        capsule(_rows(stats, n)),
+        capsule(_rows(saved, n)),
+        *call,
+    )
+    return stats, saved
+
+
+def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options) -> Forward:
+    """-> (stats, saved, index, belief); the last two hold the top-k lanes, (rows, k), or (rows, 0)."""
+    vocabulary, n = logits.size(-1), targets.numel()
+    check_range(targets, vocabulary, options.ignore_index)
+    if reference is not None and reference.dtype != logits.dtype:
+        reference = reference.to(logits.dtype)
+    state = new_state(logits, n)
+    accumulate(logits, targets, reference, state, options, 0, vocabulary)
+    stats, saved = finish(state, targets, reference is not None, options, vocabulary)
+    index, belief = topk(logits, targets, stats, saved, options)
+    return stats, saved, index, belief
+
+
+def topk(logits: Tensor, targets: Tensor, stats: Tensor, saved: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """Fills the topk line of `stats`; returns the lanes and their renormalised beliefs, (rows, k) or (rows, 0)."""
+    k, n = options.k if "topk" in options.outputs else 0, targets.numel()
+    index, belief = torch.empty(n, k, dtype=torch.int32), stats.new_empty(n, k)
+    if k:
+        tensors = (logits, targets, _rows(stats, n), _rows(saved, n), index, belief)
+        _C.topk(*map(capsule, tensors), *_call(options, 0, logits.size(-1)))
+    return index, belief
+
+
+def backward(
+    grad_stats: Tensor,
+    stats: Tensor,
+    saved: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    index: Tensor | None,
+    belief: Tensor | None,
+    options: Options,
+    grad_logits: Tensor,
+    first: int = 0,
+    vocabulary: int | None = None,
+) -> Tensor:
+    """Writes d(logits) into `grad_logits`, which may be `logits` itself, and returns it."""
+    n = targets.numel()
+    if reference is not None and reference.dtype != logits.dtype:
+        reference = reference.to(logits.dtype)
+    views = [_rows(t.to(saved.dtype).contiguous(), n) for t in (grad_stats, stats, saved)]
+    if index is not None and index.size(-1) == 0:
+        index = belief = None
+    tensors = (*views, logits, targets, reference, index, belief, grad_logits)
+    _C.backward(*map(capsule, tensors), *_call(options, first, vocabulary or logits.size(-1)))
+    return grad_logits

@@ -1,0 +1,168 @@
+"""The contract every backend of the token statistics keeps: names, shapes, dtypes, and the checks at the border.
+
+A row is one target position: logits x of size V, a target id t, and optionally the logits r of a frozen reference.
+With z = softcap * tanh(x / softcap) / temperature, p = softmax(z), q = softmax(r likewise), logp_j = log p_j:
+
+===========  =======================================================  =================================
+output       value                                                    d / dz_j
+===========  =======================================================  =================================
+logp         log p_t                                                  [j=t] - p_j
+log_nll      log(-log p_t)                                            (p_j - [j=t]) / (-log p_t)
+entropy      H = -sum_j p_j logp_j   (nats)                           -p_j (logp_j + H)
+variance     sum_j p_j logp_j^2 - H^2                                 none
+kl_pq        KL(p || q), current against reference                    p_j (logp_j - logq_j - KL)
+kl_qp        KL(q || p), reference against current                    p_j - q_j
+uniform_ce   -(1/V) sum_j logp_j                                      p_j - 1/V
+greedy       argmax_j z_j == t (the lowest index wins a tie)          none
+topk         sum_{j in top k} b_j logp_j, b = p renormalised there    b_j - p_j   (b is constant)
+===========  =======================================================  =================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OUTPUTS = ("logp", "log_nll", "entropy", "variance", "kl_pq", "kl_qp", "uniform_ce", "greedy", "topk")
+NEEDS_REFERENCE = frozenset({"kl_pq", "kl_qp"})
+NO_GRADIENT = frozenset({"variance", "greedy"})
+MAX_K = 256  # lanes the kernels set apart
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a call asks for, apart from its tensors. `outputs` keeps the order of `OUTPUTS`."""
+
+    outputs: tuple[str, ...] = ("logp",)
+    temperature: float = 1.0
+    softcap: float | None = None
+    ignore_index: int = -100
+    k: int = 20
+
+    @property
+    def bits(self) -> int:
+        """`outputs` as a bit mask, bit i for OUTPUTS[i]."""
+        return sum(1 << OUTPUTS.index(name) for name in self.outputs)
+
+    @staticmethod
+    def outputs_of(bits: int) -> tuple[str, ...]:
+        return tuple(name for i, name in enumerate(OUTPUTS) if bits >> i & 1)
+
+
+class TokenStats:
+    """Per-token statistics as attributes, each shaped like `targets`; 0 (greedy: False) at ignored positions.
+
+    Attributes: one per requested output (`.logp`, `.entropy`, ...) in float32 (float64 for float64 logits; `greedy` is
+    bool), and `.mask` (bool): the positions whose target is not `ignore_index`.
+    """
+
+    def __init__(self, values: dict[str, Tensor], mask: Tensor):
+        self._values = values
+        self.mask = mask
+
+    def __getattr__(self, name: str) -> Tensor:
+        values = self.__dict__.get("_values", {})
+        if name in values:
+            return values[name]
+        if name in OUTPUTS:
+            raise AttributeError(f"{name!r} was not requested: outputs={tuple(values)}; add it to outputs=")
+        raise AttributeError(f"TokenStats has no {name!r}; it has {(*values, 'mask')}")
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """The requested outputs by name."""
+        return dict(self._values)
+
+    def __repr__(self) -> str:
+        return f"TokenStats(outputs={tuple(self._values)}, shape={tuple(self.mask.shape)})"
+
+
+def unpack(stacked: Tensor, outputs: tuple[str, ...], mask: Tensor) -> TokenStats:
+    """(len(outputs), ...) stacked statistics -> TokenStats."""
+    values = dict(zip(outputs, stacked.unbind(0), strict=True))
+    if "greedy" in values:
+        values["greedy"] = values["greedy"].detach() > 0
+    return TokenStats(values, mask)
+
+
+def make_options(
+    outputs: str | Sequence[str],
+    temperature: float,
+    softcap: float | None,
+    ignore_index: int,
+    k: int,
+    has_reference: bool,
+) -> Options:
+    """Checks the arguments that are not tensors. Raises ValueError."""
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    unknown = [name for name in names if name not in OUTPUTS]
+    if unknown or not names:
+        raise ValueError(f"outputs={names!r}: needs one or more of {OUTPUTS}, got {unknown or 'none'}")
+    missing = [name for name in names if name in NEEDS_REFERENCE]
+    if missing and not has_reference:
+        raise ValueError(f"outputs={names!r}: {missing[0]!r} needs reference=, got None")
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"temperature={temperature!r}: needs a finite number > 0")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap={softcap!r}: needs None or a finite number > 0")
+    if not 1 <= k <= MAX_K:
+        raise ValueError(f"k={k!r}: needs a whole number from 1 to {MAX_K}")
+    ordered = tuple(name for name in OUTPUTS if name in names)
+    return Options(ordered, float(temperature), None if softcap is None else float(softcap), int(ignore_index), int(k))
+
+
+def check_logits(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options) -> None:
+    """Checks shapes, dtypes and devices of `token_stats`' tensors. Raises TypeError or ValueError."""
+    if logits.dim() < 1 or logits.size(-1) < 1:
+        raise ValueError(f"logits: needs shape (..., V) with V >= 1, got {tuple(logits.shape)}")
+    check_dtype("logits", logits)
+    check_targets(targets, logits.shape[:-1], "logits", logits)
+    if logits.stride(-1) != 1 and logits.size(-1) > 1:
+        raise ValueError(
+            f"logits: the last dimension needs stride 1, got strides {logits.stride()}; call .contiguous()"
+        )
+    if reference is not None:
+        if reference.shape != logits.shape:
+            raise ValueError(
+                f"reference: needs the shape of logits {tuple(logits.shape)}, got {tuple(reference.shape)}"
+            )
+        check_dtype("reference", reference)
+        check_same_device("reference", reference, "logits", logits)
+    if "topk" in options.outputs and options.k > logits.size(-1):
+        raise ValueError(f"k={options.k}: needs at most V={logits.size(-1)}")
+
+
+def check_targets(targets: Tensor, shape: torch.Size, owner: str, like: Tensor) -> None:
+    if targets.shape != shape:
+        raise ValueError(
+            f"targets: needs shape {tuple(shape)} (that of {owner} without its last), got {tuple(targets.shape)}"
+        )
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"targets: needs int64 or int32, got {targets.dtype}")
+    check_same_device("targets", targets, owner, like)
+
+
+def check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name}: needs bfloat16, float16, float32 or float64, got {tensor.dtype}")
+
+
+def check_same_device(name: str, tensor: Tensor, owner: str, like: Tensor) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: needs the device of {owner}, {like.device}, got {tensor.device}")
+
+
+def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+    """Raises IndexError with the first row whose target is outside [0, vocabulary). On a GPU it would be a sync."""
+    flat = targets.reshape(-1)
+    bad = ((flat < 0) | (flat >= vocabulary)) & (flat != ignore_index)
+    if bool(bad.any()):
+        row = int(bad.int().argmax())
+        raise IndexError(
+            f"targets: row {row} holds {int(flat[row])}, needs 0 <= target < {vocabulary} "
+            f"or ignore_index={ignore_index}"
+        )

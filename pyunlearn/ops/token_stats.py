@@ -1,0 +1,201 @@
+"""token_stats: per-token statistics of logits; one streaming read forward, one pass backward (3 N V of traffic)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import choose, cpu, eager
+from .contract import Options, TokenStats, check_logits, make_options, unpack
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    outputs: str | Sequence[str] = ("logp",),
+    reference: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    k: int = 20,
+    backend: str | None = None,
+) -> TokenStats:
+    """Per-token statistics of `logits` at `targets`, differentiable in `logits` with any gradient per token.
+
+    Args:
+        logits: (..., V), bfloat16, float16, float32 or float64; the last dimension has stride 1. To leave padded
+            vocabulary columns out, pass the slice `logits[..., :V]`: no copy is made.
+        targets: (...) int64 or int32 token ids; `ignore_index` marks positions that are left out.
+        outputs: names from `pyunlearn.ops.OUTPUTS`: logp, log_nll, entropy, variance, kl_pq, kl_qp, uniform_ce, greedy,
+            topk. `pyunlearn.ops.contract` has the formulas; all are in nats.
+        reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp; no gradient flows into it.
+        temperature, softcap: z = softcap * tanh(logits / softcap) / temperature, for the reference too.
+        inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
+            not be used afterwards, and a second backward raises. Under torch.compile it is ignored.
+        k: size of the belief set of `topk`, 1 to 256 (bootstrapping's BS-T).
+        backend: None (the fastest available), "cpu" or "eager".
+
+    Returns:
+        TokenStats: one attribute per output, each (...), float32 (float64 for float64 logits; greedy: bool), 0 at
+        ignored positions; `.mask` (bool).
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape, device or option; the message names the argument.
+        IndexError: a target outside [0, V) on the CPU (its row becomes NaN on a GPU, where looking would be a sync).
+        RuntimeError: a backend that is not available here, a second backward after an in-place one.
+
+    >>> logits = torch.zeros(2, 4, requires_grad=True)
+    >>> stats = token_stats(logits, torch.tensor([1, -100]), outputs=("logp", "entropy"))
+    >>> stats.logp.tolist(), stats.mask.tolist()
+    ([-1.3862943649291992, 0.0], [True, False])
+    """
+    options = make_options(outputs, temperature, softcap, ignore_index, k, reference is not None)
+    check_logits(logits, targets, reference, options)
+    if inplace_backward:
+        check_inplace(logits)
+    chosen = choose(backend, logits.device)
+    shape = targets.shape
+    if logits.dim() > 3:  # kernels take two leading dimensions, which covers logits[:, :-1] without a copy
+        logits, targets = logits.flatten(0, -3), targets.flatten(0, -2)
+        reference = None if reference is None else reference.flatten(0, -3)
+    stacked = stacked_stats(logits, targets, reference, options, chosen, inplace_backward)
+    return unpack(stacked.view(len(options.outputs), *shape), options.outputs, targets.view(shape) != ignore_index)
+
+
+def stacked_stats(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    options: Options,
+    backend: str,
+    inplace: bool = False,
+) -> Tensor:
+    """(outputs, *targets.shape) by `backend`; arguments were checked."""
+    if backend == "eager":
+        return eager.token_stats(logits, targets, reference, options)
+    if torch.compiler.is_compiling():
+        return _token_stats_op(logits, targets, reference, *_flat(options))[0]
+    if logits.requires_grad and torch.is_grad_enabled():
+        return _TokenStats.apply(logits, targets, reference, options, inplace)
+    return cpu.forward(logits, targets, reference, options)[0]
+
+
+def check_inplace(logits: Tensor) -> None:
+    if logits.requires_grad and not torch.is_grad_enabled():
+        raise ValueError(
+            "inplace_backward=True under no_grad: there is no backward to write; pass inplace_backward=False"
+        )
+    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        raise ValueError(f"inplace_backward=True: logits of strides {logits.stride()} share memory between rows")
+
+
+class _TokenStats(torch.autograd.Function):
+    """Eager mode: no dispatcher between Python and the kernel."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options, inplace: bool
+    ) -> Tensor:
+        stats, saved, index, belief = cpu.forward(logits, targets, reference, options)
+        ctx.save_for_backward(logits, targets, reference, stats, saved, index, belief)
+        ctx.options, ctx.inplace, ctx.consumed = options, inplace, False
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.consumed:
+            raise RuntimeError(
+                "token_stats: a second backward after inplace_backward=True: logits now hold their gradient"
+            )
+        logits, targets, reference, stats, saved, index, belief = ctx.saved_tensors
+        out = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype)
+        cpu.backward(grad, stats, saved, logits, targets, reference, index, belief, ctx.options, out)
+        if ctx.inplace:
+            ctx.consumed = True
+            torch.autograd.graph.increment_version(logits)
+        return out, None, None, None, None
+
+
+# ---- torch.library: what torch.compile and export see ----------------------------------------------------------------
+
+
+def _flat(options: Options) -> tuple[int, float, float, int, int]:
+    return options.bits, options.temperature, options.softcap or 0.0, options.ignore_index, options.k
+
+
+def _options(bits: int, temperature: float, softcap: float, ignore_index: int, k: int) -> Options:
+    return Options(Options.outputs_of(bits), temperature, softcap or None, ignore_index, k)
+
+
+@torch.library.custom_op("pyunlearn::token_stats", mutates_args=(), device_types="cpu")
+def _token_stats_op(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    outputs: int,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    k: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = _options(outputs, temperature, softcap, ignore_index, k)
+    return cpu.forward(logits, targets, reference, options)
+
+
+@_token_stats_op.register_fake
+def _(logits, targets, reference, outputs, temperature, softcap, ignore_index, k):
+    names = Options.outputs_of(outputs)
+    dtype = cpu.statistics_dtype(logits)
+    rows, width = targets.numel(), k if "topk" in names else 0
+    return (
+        logits.new_empty((len(names), *targets.shape), dtype=dtype),
+        logits.new_empty((cpu.SAVED, *targets.shape), dtype=dtype),
+        logits.new_empty((rows, width), dtype=torch.int32),
+        logits.new_empty((rows, width), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("pyunlearn::token_stats_backward", mutates_args=(), device_types="cpu")
+def _token_stats_backward_op(
+    grad_stats: Tensor,
+    stats: Tensor,
+    saved: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    index: Tensor,
+    belief: Tensor,
+    outputs: int,
+    temperature: float,
+    softcap: float,
+    ignore_index: int,
+    k: int,
+) -> Tensor:
+    options = _options(outputs, temperature, softcap, ignore_index, k)
+    out = torch.empty(logits.shape, dtype=logits.dtype)
+    return cpu.backward(grad_stats, stats, saved, logits, targets, reference, index, belief, options, out)
+
+
+@_token_stats_backward_op.register_fake
+def _(grad_stats, stats, saved, logits, *rest):
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, reference, *ctx.flat = inputs
+    ctx.save_for_backward(logits, targets, reference, *output)
+
+
+def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+    logits, targets, reference, stats, saved, index, belief = ctx.saved_tensors
+    tensors = (grad, stats, saved, logits, targets, reference, index, belief)
+    return _token_stats_backward_op(*tensors, *ctx.flat), None, None, None, None, None, None, None
+
+
+_token_stats_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,78 @@
+"""Rows that break naive kernels, the float64 oracle, and the error budget every backend is held to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import pyunlearn as pu
+from pyunlearn.ops import OUTPUTS
+
+DIFFERENTIABLE = tuple(name for name in OUTPUTS if name not in ("variance", "greedy"))
+KINDS = ("random", "peaked", "saturated", "uniform", "offset", "masked", "wrong")
+
+
+def rows(kind: str, n: int, v: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """(logits, reference, targets) in float32."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(n, v, generator=g) * 3
+    targets = torch.randint(0, v, (n,), generator=g)
+    lane = torch.arange(n)
+    if kind == "peaked":  # entropy around 1e-5: one lane far above the rest, not always the target
+        logits = logits / 10
+        logits[lane, (targets + lane % 2) % v] += 22
+    elif kind == "saturated":  # memorised: target margins from 16 to 100
+        logits[lane, targets] = logits.amax(-1) + torch.linspace(16, 100, n)
+    elif kind == "uniform":
+        logits = logits * 1e-4
+    elif kind == "offset":
+        logits = logits + torch.tensor([300.0, -300.0, 3000.0, -3000.0]).repeat(n)[:n, None]
+    elif kind == "wrong":  # the target far below
+        logits[lane, targets] -= 60
+    reference = logits + torch.randn(n, v, generator=g) * 0.3
+    if kind == "masked" and v > 3:
+        dead = torch.rand(n, v, generator=g) < 0.3
+        dead[lane, targets] = False
+        logits, reference = (
+            logits.masked_fill(dead, float("-inf")),
+            reference.masked_fill(dead, float("-inf")),
+        )
+    return logits, reference, targets
+
+
+def run(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    upstream: dict[str, Tensor],
+    outputs=OUTPUTS,
+    **options,
+):
+    """Statistics and d(logits) of sum(upstream * statistic), all as float64."""
+    x = logits.detach().clone().requires_grad_()
+    stats = pu.token_stats(x, targets, outputs, reference=reference, **options).as_dict()
+    terms = [(stats[name].double() * up).sum() for name, up in upstream.items()]
+    grad = torch.autograd.grad(sum(terms), x)[0] if terms else torch.zeros_like(x)
+    return {name: value.detach().double() for name, value in stats.items()}, grad.double()
+
+
+def assert_within_budget(ours: Tensor, eager: Tensor, oracle: Tensor, tol: float, what: str) -> None:
+    """|ours - fp64| <= |eager - fp64| + tol * scale in each row's largest error; equal where fp64 is not finite.
+
+    The scale is the value itself, but not below what float32 can mean: KL is a difference of sums of order 1, the rest
+    is held to 1e-3 nats (entropy of a peaked row included).
+    """
+    finite = oracle.isfinite()
+    odd = ~finite
+    same = (ours[odd] == oracle[odd]) | (ours[odd].isnan() & oracle[odd].isnan())
+    assert bool(same.all()), f"{what}: {ours[odd]} where fp64 has {oracle[odd]}"
+    mine = torch.where(finite, (ours - oracle).abs(), 0.0)
+    theirs = torch.where(finite & eager.isfinite(), (eager - oracle).abs(), float("inf"))
+    theirs = torch.where(finite, theirs, 0.0)
+    scale = torch.where(finite, oracle.abs(), 0.0)
+    if mine.dim() > 1:
+        mine, theirs, scale = mine.amax(-1), theirs.amax(-1), scale.amax(-1)
+    excess = mine - theirs - tol * (scale + (1.0 if what.startswith(("kl", "d", "grad")) else 1e-3))
+    assert bool((excess <= 0).all()), (
+        f"{what}: error {mine.tolist()} against eager's {theirs.tolist()}, scale {scale.tolist()}"
+    )

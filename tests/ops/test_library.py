@@ -1,0 +1,89 @@
+"""torch.library registration: opcheck, torch.compile, and what happens where the native module is missing."""
+
+import doctest
+import importlib
+
+import pytest
+import torch
+
+import pyunlearn as pu
+from pyunlearn.ops import OUTPUTS, backends
+from pyunlearn.ops.contract import Options
+from pyunlearn.ops.token_stats import _flat, _token_stats_backward_op, _token_stats_op
+
+from .rows import rows
+
+
+@pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy", "kl_pq", "topk")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(outputs, dtype):
+    logits, reference, targets = rows("random", 4, 33)
+    logits = logits.to(dtype).requires_grad_()
+    ref = reference.to(dtype) if "kl_pq" in outputs else None
+    flat = _flat(Options(outputs, 0.7, 5.0, k=3))
+    torch.library.opcheck(_token_stats_op, (logits, targets, ref, *flat))
+    out = _token_stats_op(logits.detach(), targets, ref, *flat)
+    stats, saved, index, belief = out
+    args = (torch.randn_like(stats), stats, saved, logits.detach(), targets, ref, index, belief, *flat)
+    torch.library.opcheck(_token_stats_backward_op, args)
+
+
+def test_compile_fullgraph_equals_eager():
+    logits, reference, targets = rows("random", 6, 100)
+    logits, reference, targets = logits.view(2, 3, 100), reference.view(2, 3, 100), targets.view(2, 3)
+
+    def loss(x):
+        stats = pu.token_stats(x, targets, ("logp", "entropy", "kl_pq"), reference=reference)
+        return (stats.logp.exp().detach() * stats.logp - stats.entropy + stats.kl_pq).sum()
+
+    x = logits.requires_grad_()
+    expected = torch.autograd.grad(loss(x), x)[0]
+    got = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)[0]
+    assert torch.equal(got, expected)
+
+
+def test_linear_compiles():
+    hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(30, 8, requires_grad=True)
+    targets = torch.tensor([0, 29, -100, 4, 5])
+
+    def loss(h, w):
+        return pu.linear_token_stats(h, w, targets, outputs="entropy").entropy.sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for got, expected in zip(
+        torch.autograd.grad(compiled(hidden, weight), (hidden, weight)),
+        torch.autograd.grad(loss(hidden, weight), (hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected)
+
+
+def test_missing_native_module_falls_back_and_says_so(monkeypatch):
+    logits, _, targets = rows("random", 3, 20)
+    expected = pu.token_stats(logits, targets, ("logp", "greedy"))
+    monkeypatch.setattr(backends.cpu, "unavailable", "the native module did not load (gone); build it")
+    got = pu.token_stats(logits, targets, ("logp", "greedy"))
+    torch.testing.assert_close(got.logp, expected.logp)
+    with pytest.raises(RuntimeError, match="backend='cpu' is not available: the native module did not load"):
+        pu.token_stats(logits, targets, backend="cpu")
+
+
+def test_backends_explain_themselves(monkeypatch):
+    assert backends.choose(None, torch.device("cpu")) == "cpu"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA device is visible"):
+        backends.choose("triton", torch.device("cpu"))
+    with pytest.raises(ValueError, match="cannot take tensors on cuda"):
+        backends.choose("cpu", torch.device("cuda"))
+
+
+@pytest.mark.parametrize("module", ["pyunlearn.ops.token_stats", "pyunlearn.ops.linear_token_stats"])
+def test_docstring_examples(module):
+    result = doctest.testmod(importlib.import_module(module), extraglobs={"torch": torch})
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_outputs_are_documented():
+    for name in OUTPUTS:
+        assert f"\n{name} " in pu.ops.contract.__doc__

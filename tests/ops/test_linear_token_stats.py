@@ -1,0 +1,215 @@
+import sys
+
+import pytest
+import torch
+
+import pyunlearn as pu
+from pyunlearn.ops import OUTPUTS
+from pyunlearn.ops.backends import cpu
+
+from .rows import DIFFERENTIABLE, assert_within_budget
+
+module = sys.modules["pyunlearn.ops.linear_token_stats"]  # the function has the module's name
+N, H, V = 13, 24, 1500
+WITHIN, SLICES, SMALLEST = None, N * 8 * 500, 0
+
+
+def problem(dtype, with_bias, with_reference):
+    hidden, weight = torch.randn(N, H).to(dtype), (torch.randn(V, H) / 2).to(dtype)
+    bias = torch.randn(V).to(dtype) if with_bias else None
+    reference = (torch.randn(N, H).to(dtype), (torch.randn(V, H) / 2).to(dtype)) if with_reference else None
+    targets = torch.randint(0, V, (N,))
+    targets[3] = -100
+    return hidden, weight, bias, reference, targets
+
+
+def run(hidden, weight, bias, reference, targets, outputs, upstream, dtype=None, **options):
+    leaves = [
+        None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in (hidden, weight, bias)
+    ]
+    if reference is not None:
+        reference = tuple(t.to(dtype or t.dtype) for t in reference)
+    h, w, b = leaves
+    stats = pu.linear_token_stats(h, w, targets, b, outputs, reference, **options).as_dict()
+    sum((stats[name].double() * upstream[name]).sum() for name in outputs if name in DIFFERENTIABLE).backward()
+    results = {name: value.detach().double() for name, value in stats.items()}
+    grads = {
+        "d" + n: t.grad.double() for n, t in zip(("hidden", "weight", "bias"), leaves, strict=True) if t is not None
+    }
+    return {**results, **grads}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("budget", [WITHIN, SLICES, SMALLEST])
+@pytest.mark.parametrize(("with_bias", "with_reference"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("zero_rows", [0, 5, 10])
+def test_error_budget(dtype, budget, with_bias, with_reference, zero_rows):
+    outputs = OUTPUTS if with_reference else tuple(n for n in OUTPUTS if not n.startswith("kl"))
+    if budget == SLICES:
+        outputs = outputs[:-1]  # without topk: the columns stream
+    args = problem(dtype, with_bias, with_reference)
+    upstream = {name: torch.randn(N, dtype=torch.float64) for name in DIFFERENTIABLE}
+    for up in upstream.values():
+        up[:zero_rows] = 0
+    ours = run(*args, outputs, upstream, budget_bytes=budget)
+    eager = run(*args, outputs, upstream, backend="eager", budget_bytes=budget)
+    oracle = run(*args, outputs, upstream, dtype=torch.float64, backend="eager")
+    tol = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
+    for name in oracle:
+        if name != "greedy" or dtype != torch.bfloat16:  # rounding the logits to bfloat16 moves ties
+            assert_within_budget(ours[name], eager[name], oracle[name], tol, name)
+
+
+def test_extra_memory_stays_within_the_budget():
+    """What the call holds beyond its results: logits in slices, counted by torch's own allocator hooks."""
+    hidden, weight = torch.randn(256, 32, requires_grad=True), torch.randn(8192, 32, requires_grad=True)
+    targets = torch.randint(0, 8192, (256,))
+    logits_bytes = 256 * 8192 * 4
+    peak = peak_bytes(
+        lambda: pu.linear_token_stats(hidden, weight, targets, budget_bytes=logits_bytes // 16).logp.sum().backward()
+    )
+    results = weight.numel() * 4 + hidden.numel() * 4
+    assert peak - results < logits_bytes / 8
+    full = peak_bytes(lambda: pu.linear_token_stats(hidden, weight, targets).logp.sum().backward())
+    assert full - results > logits_bytes / 2  # the measure sees a full buffer
+
+
+def peak_bytes(call) -> int:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as prof:
+        call()
+    held = peak = 0
+    for event in sorted(
+        (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"),
+        key=lambda e: e.start_ns(),
+    ):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def test_ignored_rows_never_reach_the_head(monkeypatch):
+    seen = []
+    original = module.both_logits
+    monkeypatch.setattr(
+        module, "both_logits", lambda hidden, *rest: seen.append(hidden.size(0)) or original(hidden, *rest)
+    )
+    hidden = torch.randn(2, 6, H)
+    hidden[0, 2:] = float("nan")
+    targets = torch.randint(0, V, (2, 6))
+    targets[0, 2:] = -100
+    hidden.requires_grad_()
+    stats = pu.linear_token_stats(hidden, torch.randn(V, H), targets)
+    assert seen == [8]
+    assert stats.logp.shape == (2, 6)
+    assert torch.equal(stats.logp == 0, ~stats.mask)
+    stats.logp.sum().backward()
+    assert hidden.grad[0, 2:].eq(0).all()
+    assert hidden.grad.isfinite().all()
+
+
+def test_frozen_head_and_frozen_hidden():
+    hidden, weight, _, _, targets = problem(torch.float32, False, False)
+    full = run(hidden, weight, None, None, targets, ("logp",), {"logp": torch.ones(N)})
+    for budget in (WITHIN, SLICES):
+        h = hidden.clone().requires_grad_()
+        pu.linear_token_stats(h, weight, targets, budget_bytes=budget).logp.sum().backward()
+        torch.testing.assert_close(h.grad, full["dhidden"].float(), atol=1e-5, rtol=1e-5)
+        w = weight.clone().requires_grad_()
+        pu.linear_token_stats(hidden, w, targets, budget_bytes=budget).logp.sum().backward()
+        torch.testing.assert_close(w.grad, full["dweight"].float(), atol=1e-5, rtol=1e-5)
+
+
+def test_tied_embedding_and_checkpointing():
+    """The head's weight used twice, inside gradient checkpointing: same gradients as plain torch."""
+    from torch.utils.checkpoint import checkpoint
+
+    weight = torch.randn(50, H, requires_grad=True)
+    ids, targets = torch.randint(0, 50, (9,)), torch.randint(0, 50, (9,))
+
+    def ours():
+        hidden = weight[ids].tanh()
+        return checkpoint(lambda h: pu.linear_token_stats(h, weight, targets).logp.sum(), hidden, use_reentrant=False)
+
+    def plain():
+        return (weight[ids].tanh() @ weight.t()).log_softmax(-1).gather(-1, targets[:, None]).sum()
+
+    torch.testing.assert_close(torch.autograd.grad(ours(), weight), torch.autograd.grad(plain(), weight))
+
+
+def test_autocast_casts_the_gemm_not_the_statistics():
+    hidden, weight, _, _, targets = problem(torch.float32, False, False)
+    expected = pu.linear_token_stats(hidden.bfloat16(), weight.bfloat16(), targets).logp
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = pu.linear_token_stats(hidden, weight, targets).logp
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+
+
+def test_second_backward():
+    hidden, weight, _, _, targets = problem(torch.float32, False, False)
+    h = hidden.requires_grad_()
+    loss = pu.linear_token_stats(h, weight, targets).logp.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"second backward.*budget_bytes=0"):
+        loss.backward()
+    loss = pu.linear_token_stats(h, weight, targets, budget_bytes=0).logp.sum()
+    first = torch.autograd.grad(loss, h, retain_graph=True)
+    assert torch.equal(first[0], torch.autograd.grad(loss, h)[0])
+
+
+@pytest.mark.parametrize("shape", [(H,), (2, 3, H), (0, H)])
+def test_shapes(shape):
+    hidden, weight = torch.randn(shape, requires_grad=True), torch.randn(V, H)
+    targets = torch.randint(0, V, shape[:-1])
+    stats = pu.linear_token_stats(hidden, weight, targets)
+    assert stats.logp.shape == targets.shape
+    stats.logp.sum().backward()
+    assert hidden.grad.shape == shape
+
+
+def test_state_streams_in_any_split():
+    """Merging the columns in slices gives the statistics of the whole row."""
+    from pyunlearn.ops.contract import Options
+
+    options = Options(OUTPUTS[:-1])
+    logits, reference = torch.randn(7, 1000) * 4, torch.randn(7, 1000)
+    targets = torch.randint(0, 1000, (7,))
+    whole = cpu.forward(logits, targets, reference, options)[0]
+    state = cpu.new_state(logits, 7)
+    for i, j in [(0, 1), (1, 400), (400, 417), (417, 1000)]:
+        cpu.accumulate(logits[:, i:j], targets, reference[:, i:j], state, options, i, 1000)
+    pieces = cpu.finish(state, targets, True, options, 1000)[0]
+    torch.testing.assert_close(pieces, whole, atol=2e-6, rtol=2e-6)
+
+
+HID, W, T = torch.randn(2, H), torch.randn(V, H), torch.zeros(2, dtype=torch.long)
+BAD = [
+    (dict(weight=W[:, 1:]), ValueError, r"hidden, weight: need shapes \(\.\.\., H\) and \(V, H\)"),
+    (dict(bias=torch.zeros(3)), ValueError, "bias: needs shape"),
+    (dict(targets=T[:1]), ValueError, "targets: needs shape"),
+    (dict(targets=torch.tensor([0, V])), IndexError, f"targets: row 1 holds {V}"),
+    (dict(weight=W.double()), TypeError, "weight: needs the dtype of hidden"),
+    (dict(weight=W.to("meta")), ValueError, "weight: needs the device of hidden"),
+    (dict(outputs="kl_pq"), ValueError, "needs reference="),
+    (dict(outputs="kl_pq", reference=(HID,)), TypeError, "reference: needs"),
+    (
+        dict(outputs="kl_pq", reference=(HID[:1], W)),
+        ValueError,
+        "reference: needs hidden states for the rows",
+    ),
+    (
+        dict(outputs="kl_pq", reference=(HID, W[1:])),
+        ValueError,
+        "reference: needs hidden states for the rows",
+    ),
+    (dict(outputs="kl_pq", reference=(HID, W.double())), TypeError, r"reference\[1\]: needs the dtype"),
+    (dict(outputs="topk", k=200, weight=W[:100]), ValueError, "k=200: needs at most V=100"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        pu.linear_token_stats(**{"hidden": HID, "weight": W, "targets": T, **change})

@@ -1,0 +1,277 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pyunlearn as pu
+from pyunlearn.ops import OUTPUTS
+
+from .rows import DIFFERENTIABLE, KINDS, assert_within_budget, rows, run
+
+TOL = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2e-5, torch.float16: 2e-5}
+DTYPES = list(TOL)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("v", [2, 37, 1000, 20011])
+@pytest.mark.usefixtures("instruction_set")
+def test_error_budget(kind, v, dtype):
+    """Every output's value and gradient, alone and together, on adversarial rows."""
+    if v > 20000 and kind not in ("random", "offset", "peaked"):
+        v = 4099
+    logits, reference, targets = (t.to(dtype) if t.is_floating_point() else t for t in rows(kind, 8, v))
+    upstreams = [{name: torch.randn(8, dtype=torch.float64)} for name in DIFFERENTIABLE]
+    upstreams.append({name: torch.randn(8, dtype=torch.float64) for name in DIFFERENTIABLE if name != "log_nll"})
+    if kind == "masked":  # infinite there, by definition
+        upstreams = [{k: u for k, u in up.items() if k != "uniform_ce"} for up in upstreams]
+    for upstream in upstreams if v < 4000 else upstreams[-1:]:
+        k = min(20, v)
+        ours, d_ours = run(logits, targets, reference, upstream, backend="cpu", k=k)
+        eager, d_eager = run(logits, targets, reference, upstream, backend="eager", k=k)
+        oracle, d_oracle = run(logits.double(), targets, reference.double(), upstream, backend="eager", k=k)
+        oracle["logp"] = -oracle["log_nll"].exp()  # float64 log_softmax itself is 0 from a margin of 38 on
+        for name in OUTPUTS:
+            assert_within_budget(ours[name], eager[name], oracle[name], TOL[dtype], f"{name} of {kind} rows")
+        rounding = torch.finfo(dtype).eps  # the gradient is stored in the logits' dtype
+        assert_within_budget(d_ours, d_eager, d_oracle, TOL[dtype] + rounding, f"d{tuple(upstream)} of {kind} rows")
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0.5}, {"softcap": 5.0}, {"softcap": 8.0, "temperature": 1.7}])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_transforms(options, dtype):
+    logits, reference, targets = (t.to(dtype) if t.is_floating_point() else t for t in rows("random", 6, 333))
+    upstream = {name: torch.randn(6, dtype=torch.float64) for name in DIFFERENTIABLE}
+    ours, d_ours = run(logits, targets, reference, upstream, backend="cpu", **options)
+    eager, d_eager = run(logits, targets, reference, upstream, backend="eager", **options)
+    oracle, d_oracle = run(logits.double(), targets, reference.double(), upstream, backend="eager", **options)
+    for name in OUTPUTS:
+        assert_within_budget(ours[name], eager[name], oracle[name], TOL[dtype], name)
+    assert_within_budget(d_ours, d_eager, d_oracle, TOL[dtype] + torch.finfo(dtype).eps, "gradient")
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"softcap": 3.0}])
+def test_gradcheck(backend, name, options):
+    logits, reference, targets = (t.double() if t.is_floating_point() else t for t in rows("random", 3, 11))
+    targets[1] = -100
+    if name == "topk":  # its weights are constants: compare with the formula b - p instead of finite differences
+        _, grad = run(
+            logits,
+            targets,
+            None,
+            {"topk": torch.ones(3).double()},
+            outputs=("topk",),
+            k=4,
+            backend=backend,
+            **options,
+        )
+        z = pu.ops.backends.eager.transform(logits, pu.ops.contract.Options(**options)).requires_grad_()
+        p = z.softmax(-1)
+        kth = z.topk(4).values[:, -1:]
+        b = torch.where(z >= kth, p, 0.0) / torch.where(z >= kth, p, 0.0).sum(-1, keepdim=True)
+        x = logits.detach().clone().requires_grad_()
+        dz = (b - p).detach()
+        dz[1] = 0
+        pu.ops.backends.eager.transform(x, pu.ops.contract.Options(**options)).backward(dz)
+        torch.testing.assert_close(grad, x.grad, atol=1e-12, rtol=1e-10)
+        return
+    logits.requires_grad_()
+
+    def statistic(x):
+        return getattr(pu.token_stats(x, targets, (name,), reference=reference, backend=backend, **options), name)
+
+    assert torch.autograd.gradcheck(statistic, logits)
+
+
+def test_double_backward_raises():
+    logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    value = (pu.token_stats(logits, torch.tensor([0, 1]), backend="cpu").logp * weights).sum()
+    (grad,) = torch.autograd.grad(value, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_memorised_token_keeps_its_gradient():
+    """Where float32 log_softmax gives an NLL of exactly 0, ours is right to 1e-6 (margin 40)."""
+    logits = torch.zeros(1, 50, requires_grad=True)
+    with torch.no_grad():
+        logits[0, 7] = 40.0
+    stats = pu.token_stats(logits, torch.tensor([7]), ("logp", "log_nll"))
+    assert float(-stats.logp) == pytest.approx(49 * math.exp(-40), rel=1e-6)
+    assert float(stats.log_nll) == pytest.approx(math.log(49) - 40, rel=1e-6)
+    stats.log_nll.sum().backward()
+    assert float(logits.grad[0, 7]) == pytest.approx(-1, rel=1e-5)
+    assert logits.grad[0, :7].tolist() == pytest.approx([1 / 49] * 7, rel=1e-5)
+
+
+def test_same_bits_for_any_threads_rows_and_layout():
+    logits, reference, targets = rows("random", 9, 40000)
+    threads = torch.get_num_threads()
+    upstream = {name: torch.ones(9) for name in DIFFERENTIABLE}
+    try:
+        torch.set_num_threads(1)
+        one, d_one = run(logits, targets, reference, upstream)
+        torch.set_num_threads(2)
+        two, d_two = run(logits, targets, reference, upstream)
+        few, d_few = run(logits[:2], targets[:2], reference[:2], {n: torch.ones(2) for n in DIFFERENTIABLE})
+    finally:
+        torch.set_num_threads(threads)
+    wide = torch.randn(9, 40064)
+    wide[:, :40000] = logits
+    sliced, d_sliced = run(wide[:, :40000], targets, reference, upstream)
+    for name in OUTPUTS:
+        assert torch.equal(one[name], two[name])
+        assert torch.equal(one[name], sliced[name])
+        assert torch.equal(one[name][:2], few[name])
+    assert torch.equal(d_one, d_two)
+    assert torch.equal(d_one, d_sliced)
+    assert torch.equal(d_one[:2], d_few)
+
+
+def test_shifted_slice_of_a_batch():
+    """logits[:, :-1] is the slice every trainer takes: no copy, any leading shape, in place too."""
+    logits = torch.randn(3, 5, 41, requires_grad=True)
+    targets = torch.randint(0, 41, (3, 5))
+    got = pu.token_stats(logits[:, :-1], targets[:, 1:])
+    assert got.logp.shape == (3, 4)
+    expected = logits.log_softmax(-1)[:, :-1].gather(-1, targets[:, 1:, None]).squeeze(-1)
+    torch.testing.assert_close(got.logp, expected)
+    weights = torch.randn(3, 4)
+    (mine,) = torch.autograd.grad((got.logp * weights).sum(), logits)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), logits)
+    torch.testing.assert_close(mine, theirs)
+    four = pu.token_stats(logits.unsqueeze(0).expand(2, 3, 5, 41), targets.expand(2, 3, 5))
+    assert four.logp.shape == (2, 3, 5)
+    one = pu.token_stats(logits[0, 0], targets[0, 0])
+    assert one.logp.shape == ()
+
+
+def test_inplace_backward_writes_into_logits():
+    leaf = torch.randn(4, 100, requires_grad=True)
+    targets = torch.tensor([1, -100, 3, 99])
+    expected = run(leaf, targets, None, {"logp": torch.ones(4)}, outputs=("logp",))[1]
+    logits = leaf * 1.0
+    version = logits._version
+    stats = pu.token_stats(logits, targets, inplace_backward=True)
+    (grad,) = torch.autograd.grad(stats.logp.sum(), logits, retain_graph=True)
+    assert grad.data_ptr() == logits.data_ptr()
+    assert torch.equal(grad.double(), expected)
+    assert logits._version > version
+    with pytest.raises(RuntimeError, match="second backward after inplace_backward"):
+        torch.autograd.grad(stats.logp.sum(), logits)
+    with torch.no_grad(), pytest.raises(ValueError, match="inplace_backward=True under no_grad"):
+        pu.token_stats(leaf, targets, inplace_backward=True)
+    with pytest.raises(ValueError, match="share memory between rows"):
+        pu.token_stats(torch.randn(1, 5).expand(3, 5), torch.zeros(3, dtype=torch.long), inplace_backward=True)
+
+
+def test_forward_never_writes():
+    logits, reference, targets = rows("random", 4, 100)
+    targets[0] = -100
+    copy = logits.clone()
+    pu.token_stats(logits, targets, OUTPUTS, reference=reference)
+    assert torch.equal(logits, copy)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_nothing_to_do(backend):
+    """No rows, or only ignored ones: 0 with a graph and zero gradients, even where the ignored row holds NaN."""
+    empty = torch.randn(0, 7, requires_grad=True)
+    pu.token_stats(empty, torch.empty(0, dtype=torch.long), backend=backend).logp.sum().backward()
+    assert empty.grad.shape == (0, 7)
+    logits = torch.full((2, 7), float("nan"), requires_grad=True)
+    stats = pu.token_stats(logits, torch.tensor([-100, -100]), OUTPUTS[:4] + OUTPUTS[6:], backend=backend, k=3)
+    assert not stats.mask.any()
+    assert not stats.greedy.any()
+    total = stats.logp.sum() + stats.entropy.sum()
+    assert float(total) == 0
+    total.backward()
+    assert torch.equal(logits.grad, torch.zeros(2, 7))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_nan_logits_give_nan(backend):
+    logits = torch.randn(3, 40)
+    logits[1, 20] = float("nan")
+    stats = pu.token_stats(logits, torch.tensor([0, 3, 5]), ("logp", "entropy"), backend=backend)
+    assert stats.logp.isnan().tolist() == [False, True, False]
+    assert stats.entropy.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_greedy_ties_go_to_the_lowest_index(backend):
+    logits = torch.zeros(3, 40)
+    logits[:, [3, 20]] = 1.0
+    stats = pu.token_stats(logits, torch.tensor([3, 20, 5]), "greedy", backend=backend)
+    assert stats.greedy.tolist() == [True, False, False]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    b=st.integers(0, 3),
+    t=st.integers(0, 4),
+    v=st.integers(1, 300),
+    dtype=st.sampled_from(DTYPES),
+    ignored=st.floats(0, 1),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(b, t, v, dtype, ignored, seed):
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(b, t, v, generator=g) * 5).to(dtype)
+    reference = torch.randn(b, t, v, generator=g).to(dtype)
+    targets = torch.randint(0, v, (b, t), generator=g)
+    targets = targets.masked_fill(torch.rand(b, t, generator=g) < ignored, -100)
+    k = min(5, v)
+    names = tuple(n for n in DIFFERENTIABLE if v > 1 or n != "log_nll")
+    upstream = {name: torch.randn(b, t, generator=g).double() for name in names}
+    ours, d_ours = run(logits, targets, reference, upstream, backend="cpu", k=k)
+    oracle, d_oracle = run(logits.double(), targets, reference.double(), upstream, backend="eager", k=k)
+    for name in names:
+        torch.testing.assert_close(ours[name], oracle[name], atol=2e-5, rtol=2e-5)
+    eps = max(2e-5, torch.finfo(dtype).eps)
+    torch.testing.assert_close(d_ours, d_oracle, atol=4 * eps, rtol=4 * eps)
+
+
+L, T = torch.randn(2, 6), torch.zeros(2, dtype=torch.long)
+BAD = [
+    (dict(outputs=("logpp",)), ValueError, "outputs=.*logpp"),
+    (dict(outputs=()), ValueError, "outputs="),
+    (dict(outputs=("kl_pq",)), ValueError, "kl_pq.*needs reference="),
+    (dict(temperature=0.0), ValueError, "temperature=0.0: needs a finite number > 0"),
+    (dict(softcap=-1.0), ValueError, "softcap=-1.0"),
+    (dict(k=0), ValueError, "k=0"),
+    (dict(outputs="topk", k=7), ValueError, "k=7: needs at most V=6"),
+    (dict(targets=T[:1]), ValueError, r"targets: needs shape \(2,\)"),
+    (dict(targets=T.float()), TypeError, "targets: needs int64 or int32, got torch.float32"),
+    (dict(targets=torch.tensor([0, 6])), IndexError, "targets: row 1 holds 6, needs 0 <= target < 6"),
+    (dict(targets=torch.tensor([-1, 0])), IndexError, "targets: row 0 holds -1"),
+    (dict(logits=L.long()), TypeError, "logits: needs bfloat16"),
+    (dict(logits=torch.randn(6, 2).t()), ValueError, "logits: the last dimension needs stride 1"),
+    (dict(logits=torch.randn(2, 0)), ValueError, "logits: needs shape"),
+    (dict(outputs="kl_pq", reference=L[:1]), ValueError, "reference: needs the shape of logits"),
+    (dict(outputs="kl_pq", reference=L.to("meta")), ValueError, "reference: needs the device of logits"),
+    (dict(targets=T.to("meta")), ValueError, "targets: needs the device of logits"),
+    (dict(backend="cudnn"), ValueError, "backend='cudnn': needs one of"),
+]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+@pytest.mark.parametrize(("change", "error", "message"), BAD)
+def test_bad_input(change, error, message, backend):
+    with pytest.raises(error, match=message):
+        pu.token_stats(**{"logits": L, "targets": T, "backend": backend, **change})
+
+
+def test_missing_output_says_what_to_ask_for():
+    stats = pu.token_stats(L, T)
+    with pytest.raises(AttributeError, match="'entropy' was not requested"):
+        _ = stats.entropy
+    with pytest.raises(AttributeError, match="no 'entropie'"):
+        _ = stats.entropie
+    assert "logp" in repr(stats)
