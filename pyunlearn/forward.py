@@ -1,0 +1,334 @@
+"""From a causal LM and a batch to per-token statistics, without logits of the whole batch.
+
+The model is called as a whole, wrappers included, so that what DDP, FSDP, peft and accelerate do around a
+forward happens. Just before the LM head its input is kept and the head is given zero rows instead. The kept
+hidden states are cut down to the positions that count, and only those meet the head's weight, in
+`linear_token_stats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .ops import TokenStats, linear_token_stats
+
+IGNORE_INDEX = -100
+Positions = Literal["supervised", "real", "all"]
+POSITIONS = ("supervised", "real", "all")
+NOT_MODEL_INPUTS = ("labels", "index")
+# Gemma; RecurrentGemma; xLSTM
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+class Head(NamedTuple):
+    """From hidden states to logits: softcap * tanh(x / softcap) / temperature, x = hidden @ weight.T + bias.
+
+    softcap None: no tanh, x / temperature.
+    """
+
+    weight: Tensor  # (V, H)
+    bias: Tensor | None  # (V,)
+    softcap: float | None
+    temperature: float
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (..., V) in plain torch: for checks, not for speed."""
+        x = nn.functional.linear(hidden, self.weight, self.bias)
+        return (x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)) / self.temperature
+
+
+@dataclass(frozen=True)
+class Supervised:
+    """The N positions of a batch that count, sequence after sequence, each in reading order.
+
+    hidden: (N, H) in the model's dtype; targets: (N,) int64, the token that follows; sequence_ids: (N,)
+    int64, the row of the batch, in [0, num_sequences).
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    sequence_ids: Tensor
+    num_sequences: int
+
+
+def output_head(model: nn.Module) -> Head:
+    """The LM head of a transformers causal LM, with what its `forward` does to the logits afterwards.
+
+    Read from the configuration: softcaps (Gemma, RecurrentGemma, xLSTM), and as temperature `logits_scaling`
+    (Granite divides by it, HyperCLOVA X multiplies), `logit_scale` (Cohere), `lm_head_multiplier` (Falcon H1)
+    and, before the softcap, `output_multiplier`. `check_output_head` proves the result on a given model.
+
+    Raises TypeError without a head, or if it is not a plain `nn.Linear` with its whole weight at hand.
+    """
+    inner = unwrap(model)
+    layer = _head_layer(inner)
+    weight = layer.weight
+    if weight.dim() != 2 or not weight.is_floating_point() or hasattr(weight, "full_tensor"):
+        raise TypeError(
+            f"{type(inner).__name__}: the head's weight needs to be a whole floating point (V, H) matrix, "
+            f"got {type(weight).__name__} {tuple(weight.shape)} {weight.dtype}; leave the head unquantised "
+            "and, in sharded training, in the root FSDP group (gathered until the backward) or out of ZeRO-3"
+        )
+    config = inner.config.get_text_config() if hasattr(inner.config, "get_text_config") else inner.config
+
+    def setting(name: str) -> float | None:
+        value = getattr(config, name, None)
+        return None if value is None else float(value)
+
+    softcap = next(filter(None, map(setting, SOFTCAPS)), None)
+    scale = (setting("logit_scale") or 1.0) * (setting("lm_head_multiplier") or 1.0)
+    if scaling := setting("logits_scaling"):
+        scale *= scaling if "hyperclovax" in config.model_type else 1 / scaling
+    if multiplier := setting("output_multiplier"):
+        scale *= multiplier
+        # c tanh(m x / c) = m (c/m) tanh(x / (c/m))
+        softcap = None if softcap is None else softcap / multiplier
+    return Head(weight, layer.bias, softcap, 1 / scale)
+
+
+@torch.no_grad()
+def check_output_head(model: nn.Module) -> None:
+    """Compare `output_head` with the logits the model itself makes for two tokens: a few ms, once a run.
+
+    Raises ValueError if they differ: the architecture does something to its logits that is not known here.
+    """
+    inner = unwrap(model)
+    kept: list[Tensor] = []
+    hook = _head_layer(inner).register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    try:
+        with eval_mode(inner):
+            ids = torch.tensor([[0, 1]], device=model_device(inner))
+            logits = inner(input_ids=ids, use_cache=False).logits.float()
+    finally:
+        hook.remove()
+    head = output_head(inner)
+    ours = head.logits(kept[0].to(head.weight.dtype)).float()
+    tolerance = 1e-3 if torch.finfo(head.weight.dtype).bits >= 32 else 3e-2
+    # A model that has diverged to NaN is not this function's business.
+    scale = float(logits.nan_to_num(0, 0, 0).abs().max())
+    if ours.shape != logits.shape or not torch.allclose(ours, logits, 0, tolerance * scale, equal_nan=True):
+        raise ValueError(
+            f"{type(inner).__name__}: its logits are not those of its output layer with "
+            f"softcap={head.softcap}, temperature={head.temperature:g}; statistics from hidden states would "
+            "be wrong: use token_stats on model(...).logits"
+        )
+
+
+def select_positions(batch: Mapping[str, Tensor], positions: Positions = "supervised") -> tuple[Tensor, Tensor, Tensor]:
+    """Which of a batch's B*T positions count: (rows, targets, sequence_ids), each (N,) int64; row = b*T + t.
+
+    "supervised": labels[b, t + 1] != -100, the next label is the target. "real": tokens t and t + 1 are both
+    real (attention_mask; all are where there is none). "all": every position, padding and the last one too,
+    as in losses over unmasked logits; the last position has no next token and gets its own as a placeholder:
+    use "all" for statistics that need no target (entropy, KL).
+
+    Runs where the labels are: with the batch still on the CPU this costs a GPU no synchronisation.
+    Raises ValueError for unknown positions, missing or misshapen tensors.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions={positions!r}: needs one of {POSITIONS}")
+    ids = _tensor(batch, "input_ids")
+    if ids.dim() != 2 or ids.size(1) < 1:
+        raise ValueError(f"batch['input_ids']: needs shape (B, T) with T >= 1, got {tuple(ids.shape)}")
+    length = ids.size(1)
+    keep = torch.zeros_like(ids, dtype=torch.bool)
+    following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+    if positions == "supervised":
+        labels = _tensor(batch, "labels", ids.shape)
+        keep[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+        following = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1)
+    elif positions == "real":
+        given = batch.get("attention_mask") is not None
+        real = _tensor(batch, "attention_mask", ids.shape) if given else torch.ones_like(ids)
+        keep[:, :-1] = (real[:, 1:] != 0) & (real[:, :-1] != 0)
+    else:
+        keep[:] = True
+    sequence_ids, column = keep.nonzero(as_tuple=True)
+    return sequence_ids * length + column, following[sequence_ids, column], sequence_ids
+
+
+def supervised_hidden(model: nn.Module, batch: Mapping[str, Tensor], positions: Positions = "supervised") -> Supervised:
+    """Last hidden states (what the LM head would get) at the positions that count, with gradients.
+
+    model: a transformers causal LM, plain or inside DistributedDataParallel, FSDP, DeepSpeed, peft or
+    accelerate. Of `torch.compile(model)` the original is run, uncompiled: compile its decoder
+    (`model.get_decoder().compile()`).
+    batch: input_ids (B, T), attention_mask and labels (B, T), and any other model input, on the model's
+    device; "labels" and "index" are not passed on. positions: see `select_positions`.
+
+    Raises ValueError for bad positions or batches, TypeError for a model whose head is not a plain layer,
+    RuntimeError for a model compiled in place together with its head, or one that does not call its head
+    exactly once.
+    """
+    # Before the forward: its one sync finds a short GPU queue.
+    rows, targets, sequence_ids = select_positions(batch, positions)
+    inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
+    ids = batch["input_ids"]
+    kept: list[Tensor] = []
+
+    def keep_and_skip(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+        kept.append(args[0])
+        return (args[0][:, :0],)
+
+    layer = _head_layer(unwrap(model))
+    called = model._modules.get("_orig_mod") or model  # not getattr: wrappers pass attributes on
+    for module in called.modules():
+        compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
+        if compiled and layer in module.modules():
+            # Its graph either lacks the hook or, made now, would keep it for good.
+            raise RuntimeError(
+                f"{type(module).__name__}: is compiled together with its head; compile the decoder instead "
+                "(model.get_decoder().compile())"
+            )
+    hook = layer.register_forward_pre_hook(keep_and_skip)
+    try:
+        called(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    if len(kept) != 1:
+        raise RuntimeError(
+            f"{type(model).__name__}: its head was called {len(kept)} times in a forward, needs once "
+            "(of DataParallel's threads each calls it: use one process a GPU)"
+        )
+    hidden = kept[0]
+    if hidden.shape[:2] != ids.shape:
+        raise ValueError(
+            f"{type(model).__name__}: hidden states {tuple(hidden.shape)} for input_ids {tuple(ids.shape)}; "
+            "needs one position a token (prompt-learning adapters add positions and are not supported)"
+        )
+    hidden = hidden.reshape(-1, hidden.size(-1)).index_select(0, rows.to(hidden.device))
+    return Supervised(hidden, targets.to(hidden.device), sequence_ids.to(hidden.device), ids.size(0))
+
+
+def token_stats_of(
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    outputs: str | Sequence[str] = ("logp",),
+    *,
+    positions: Positions = "supervised",
+    reference: tuple[Tensor, Head] | None = None,
+    **options: Any,
+) -> tuple[TokenStats, Supervised]:
+    """Statistics of every position that counts: `linear_token_stats` of `supervised_hidden`, `output_head`.
+
+    reference: (hidden (N, H'), head) of the frozen reference at the same positions: from `supervised_hidden`
+    and `output_head` of a live model, or from a `ReferenceCache`. options: budget_bytes, k, backend of
+    `linear_token_stats`.
+
+    Returns statistics of shape (N,) and the positions they belong to. Raises what those functions raise, and
+    ValueError if the reference's rows or its head's softcap or temperature do not fit.
+    """
+    supervised = supervised_hidden(model, batch, positions)
+    head = output_head(model)  # after the forward: sharded models have gathered it by then
+    hidden, targets = supervised.hidden, supervised.targets
+    return head_stats(head, hidden, targets, outputs, reference=reference, **options), supervised
+
+
+def head_stats(
+    head: Head,
+    hidden: Tensor,
+    targets: Tensor,
+    outputs: str | Sequence[str] = ("logp",),
+    *,
+    reference: tuple[Tensor, Head] | None = None,
+    **options: Any,
+) -> TokenStats:
+    """`linear_token_stats` of hidden states (N, H) under a head with its bias, softcap and temperature.
+
+    Arguments, result and errors as in `token_stats_of`.
+    """
+    return linear_token_stats(
+        hidden.to(head.weight.dtype),
+        head.weight,
+        targets,
+        bias=head.bias,
+        outputs=outputs,
+        reference=None if reference is None else _reference(reference, head, hidden),
+        temperature=head.temperature,
+        softcap=head.softcap,
+        **options,
+    )
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside DDP and the like, to read attributes from. Raises TypeError if none."""
+    inner: Any = model
+    while not hasattr(inner, "get_output_embeddings"):
+        inner = getattr(inner, "module", None)
+        if not isinstance(inner, nn.Module):
+            raise TypeError(
+                f"model: needs a transformers causal LM (get_output_embeddings), got {type(model).__name__}"
+            )
+    return inner
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """Where token ids have to be: the device of the input embeddings."""
+    return unwrap(model).get_input_embeddings().weight.device
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside; every module's own train/eval state again afterwards, whatever happens."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first: memory runs out at once or never.
+
+    Raises ValueError for batch_size < 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: needs a whole number >= 1")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def _head_layer(inner: Any) -> nn.Linear:
+    layer = inner.get_output_embeddings()
+    if isinstance(layer, nn.Linear):
+        return layer
+    name = type(inner).__name__
+    if layer is None:
+        raise TypeError(f"{name}: has no LM head (get_output_embeddings() is None), needs a causal LM")
+    adapted = hasattr(layer, "base_layer") or hasattr(layer, "original_module")  # peft
+    advice = "; leave the head out of the adapter's target_modules and modules_to_save, or merge the adapter"
+    raise TypeError(
+        f"{name}: its head is a {type(layer).__name__}, needs a plain nn.Linear with a (V, H) weight"
+        f"{advice if adapted else ''}"
+    )
+
+
+def _tensor(batch: Mapping[str, Tensor], name: str, shape: torch.Size | None = None) -> Tensor:
+    value = batch.get(name)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"batch[{name!r}]: needs a tensor, got {type(value).__name__}; the batch has {sorted(batch)}")
+    if shape is not None and value.shape != shape:
+        raise ValueError(f"batch[{name!r}]: needs the shape of input_ids {tuple(shape)}, got {tuple(value.shape)}")
+    return value
+
+
+def _reference(reference: tuple[Tensor, Head], head: Head, hidden: Tensor) -> tuple[Tensor, ...]:
+    """(hidden, weight[, bias]) as `linear_token_stats` takes it, of the model's head's dtype and device."""
+    ref_hidden, ref_head = reference
+    if ref_hidden.size(0) != hidden.size(0):
+        raise ValueError(f"reference: needs {hidden.size(0)} rows, one a position, got {ref_hidden.size(0)}")
+    if (ref_head.softcap, ref_head.temperature) != (head.softcap, head.temperature):
+        raise ValueError(
+            f"reference: its softcap and temperature {ref_head.softcap, ref_head.temperature} need to be the "
+            f"model's, {head.softcap, head.temperature}"
+        )
+    tensors = (ref_hidden, ref_head.weight, ref_head.bias)
+    return tuple(tensor.to(head.weight) for tensor in tensors if tensor is not None)

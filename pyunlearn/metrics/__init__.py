@@ -1,0 +1,22 @@
+"""Metrics of unlearning: what a model still says of a set of questions and answers.
+
+One file per family: `teacher_forced` (the model reads the answer), `generation` (it writes one). Where code
+bases disagree, the variants are named options.
+"""
+
+from .evaluation import METRICS, EvaluationResult, evaluate, write_records
+from .generation import greedy_generate, rouge_l_recall
+from .teacher_forced import extraction_strength, memorization_accuracy, probability, teacher_forced
+
+__all__ = [
+    "METRICS",
+    "EvaluationResult",
+    "evaluate",
+    "extraction_strength",
+    "greedy_generate",
+    "memorization_accuracy",
+    "probability",
+    "rouge_l_recall",
+    "teacher_forced",
+    "write_records",
+]

@@ -1,0 +1,99 @@
+"""Metrics of what a model writes when it is asked: greedy answers and their overlap with the true ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .._progress import track
+from ..data import context_length, padding_id
+from ..forward import eval_mode, length_batches, model_device, unwrap
+
+
+def rouge_l_recall(generated: str, answer: str) -> float:
+    """ROUGE-L recall: longest common subsequence of stemmed words over words of `answer`, in [0, 1].
+
+    Lin (2004), by the `rouge-score` package with use_stemmer=True, as in TOFU. An answer without a Latin
+    letter or digit has no words there and gives 0.
+    """
+    return _scorer().score(answer, generated)["rougeL"].recall
+
+
+def greedy_generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 200,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> list[str]:
+    """Greedy continuations of tokenised prompts, as stripped text without special tokens, in their order.
+
+    Batches of similar length are padded on the left. Plain argmax: what the model's own generation settings
+    say of sampling, beams or penalties does not apply; its end tokens do. Where the context is shorter than
+    the batch's longest prompt + max_new_tokens, the batch ends with it.
+
+    Raises ValueError for an empty prompt, one that fills the context, or max_new_tokens < 1.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: needs a whole number >= 1")
+    inner, device, pad = unwrap(model), model_device(model), padding_id(tokenizer)
+    context = context_length(inner)
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < (context or len(prompt) + 1):
+            raise ValueError(
+                f"prompts[{i}]: has {len(prompt)} tokens, needs 1 or more, fewer than the context, {context}"
+            )
+    texts = [""] * len(prompts)
+    with eval_mode(inner), torch.no_grad():
+        for batch in track(length_batches([len(p) for p in prompts], batch_size), "writing", progress):
+            longest = max(len(prompts[i]) for i in batch)
+            padding = [longest - len(prompts[i]) for i in batch]
+            ids = torch.tensor([[pad] * p + list(prompts[i]) for i, p in zip(batch, padding, strict=True)])
+            mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding])
+            room = max_new_tokens if context is None else min(max_new_tokens, context - longest)
+            output = inner.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=_greedy_config(inner, tokenizer, room),
+            )
+            for i, text in zip(
+                batch, tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True), strict=True
+            ):
+                texts[i] = text.strip()
+    return texts
+
+
+def _greedy_config(inner: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    own = inner.generation_config.eos_token_id
+    ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends) or None,
+        pad_token_id=padding_id(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        use_cache=True,
+        # Given one by one, because anything left out is taken from the model's own settings.
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        min_new_tokens=0,
+        min_length=0,
+    )
+
+
+@lru_cache(maxsize=1)
+def _scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=True)

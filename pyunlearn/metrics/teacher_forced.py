@@ -1,0 +1,122 @@
+"""Metrics of one teacher-forced pass: per supervised token its log-probability, and whether greedy decoding
+hits it.
+
+The functions on vectors take flat (N,) tokens with sequence_ids (N,) int64 in [0, num_sequences), each
+sequence's tokens in reading order, and return one float64 number a sequence. Every sequence needs at least
+one token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._progress import track
+from ..data import collate
+from ..forward import eval_mode, length_batches, model_device, token_stats_of
+
+Variant = Literal["suffix", "open_unlearning"]
+VARIANTS = ("suffix", "open_unlearning")
+
+
+def probability(nll: Tensor, num_tokens: Tensor) -> Tensor:
+    """exp(-L / n): the geometric mean of a sequence's token probabilities.
+
+    nll: L, summed over the sequence's tokens, in nats; num_tokens: n, the end token included; same shape.
+    P(answer | question)^(1/n) of Maini et al. (2024), TOFU. Returns float64.
+    """
+    return torch.exp(-nll.double() / num_tokens)
+
+
+def memorization_accuracy(greedy: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    """Share of a sequence's tokens that greedy decoding would produce, given the true text before each.
+
+    Tirumala et al. (2022), over the supervised tokens.
+    greedy: (N,) bool. Returns (num_sequences,) float64. Raises ValueError for a sequence without tokens.
+    """
+    n = _num_tokens(sequence_ids, num_sequences)
+    return _per_sequence(greedy.double(), sequence_ids, num_sequences) / n
+
+
+def extraction_strength(
+    greedy: Tensor, sequence_ids: Tensor, num_sequences: int, variant: Variant = "suffix"
+) -> Tensor:
+    """1 - k/n, k the shortest prefix after which every greedy token, given the true text before it, is right.
+
+    Carlini et al. (2021), as used for unlearning by Wang et al. (2025, UWC). variant: "suffix" is 0 where
+    even the last token is wrong (k = n); "open_unlearning" stops at k = n - 1, so never falls below 1/n.
+
+    greedy: (N,) bool. Returns (num_sequences,) float64. Raises ValueError for a sequence without tokens or an
+    unknown variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r}: needs one of {VARIANTS}")
+    n = _num_tokens(sequence_ids, num_sequences)
+    place = torch.arange(len(greedy), device=greedy.device) - (n.cumsum(0) - n)[sequence_ids]  # 0 .. n - 1
+    end_if_wrong = torch.where(greedy, 0, place + 1)
+    k = torch.zeros_like(n).scatter_reduce(0, sequence_ids, end_if_wrong, "amax")
+    strength = 1 - k.double() / n
+    return strength if variant == "suffix" else strength.maximum(1 / n.double())
+
+
+def teacher_forced(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    batch_size: int = 16,
+    variant: Variant = "suffix",
+    progress: bool = True,
+) -> list[dict[str, float | int]]:
+    """One pass over a data set (rows of input_ids and labels): per row num_tokens, nll (summed, nats),
+    probability, memorization_accuracy and extraction_strength, in the data set's order.
+
+    No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile.
+    Raises ValueError for no rows, a row without supervised tokens, or log-probabilities that are NaN.
+    """
+    rows = [dataset[i] for i in range(len(dataset))]
+    if not rows:
+        raise ValueError("dataset: is empty, needs at least one row")
+    for i, row in enumerate(rows):
+        if not bool((row["labels"][1:] != -100).any()):
+            raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
+    records: list[dict[str, float | int]] = [{} for _ in rows]
+    device = model_device(model)
+    with eval_mode(model), torch.no_grad():
+        for batch in track(length_batches([len(row["labels"]) for row in rows], batch_size), "reading", progress):
+            inputs = {name: value.to(device) for name, value in collate([rows[i] for i in batch], 0).items()}
+            stats, seen = token_stats_of(model, inputs, ("logp", "greedy"))
+            logp, greedy, ids = (
+                stats.logp.cpu(),
+                stats.greedy.cpu(),
+                seen.sequence_ids.cpu(),
+            )  # small; sums stay in order
+            num_tokens = _num_tokens(ids, len(batch))
+            nll = _per_sequence(-logp.double(), ids, len(batch))
+            if bool(nll.isnan().any()):
+                raise ValueError(f"model: its log-probability of row {batch[int(nll.isnan().int().argmax())]} is NaN")
+            columns = {
+                "num_tokens": num_tokens,
+                "nll": nll,
+                "probability": probability(nll, num_tokens),
+                "memorization_accuracy": memorization_accuracy(greedy, ids, len(batch)),
+                "extraction_strength": extraction_strength(greedy, ids, len(batch), variant),
+            }
+            for name, values in columns.items():
+                for i, value in zip(batch, values.tolist(), strict=True):
+                    records[i][name] = value
+    return records
+
+
+def _per_sequence(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    return values.new_zeros(num_sequences).index_add(0, sequence_ids, values)
+
+
+def _num_tokens(sequence_ids: Tensor, num_sequences: int) -> Tensor:
+    n = torch.bincount(sequence_ids, minlength=num_sequences)
+    if len(n) != num_sequences:
+        raise ValueError(f"sequence_ids: needs values below num_sequences={num_sequences}, got {len(n) - 1}")
+    if bool((n == 0).any()):
+        raise ValueError(f"sequence_ids: sequence {int((n == 0).int().argmax())} has no token")
+    return n

@@ -1,0 +1,62 @@
+"""Unlearning objectives: pure algebra on per-token statistics, one small function each, and a registry.
+
+    from pyunlearn import objectives, token_stats
+
+    stats = token_stats(logits, targets)
+    loss = objectives.wga(stats.logp, stats.mask, alpha=5.0)  # (B, T), or flat (N,) with sequence_ids=
+    loss = objectives.npo(stats.logp, ref_logp, stats.mask, beta=0.1)  # ref_logp: the frozen reference's logp
+    npo = objectives.get("npo", beta=0.1)  # by name: npo.outputs, npo.reference, ... say what it needs
+
+Losses are minimised. `count=` puts the number of tokens or sequences of the whole optimiser step in place
+of the batch's own, so that micro-batches and ranks add up (`reduction.py`). `preset=` chooses between a
+paper and the code bases that differ from it; `table()` lists formula, defaults, presets and source of each
+objective.
+
+One of your own takes three lines. Positional parameters are named after the statistics it needs, keywords are
+its options, and it returns the loss of each token:
+
+    >>> @register("focal_ga", source="mine")
+    ... def focal_ga(logp, *, gamma=2.0):
+    ...     return (1 - logp.exp()).detach() ** gamma * logp
+
+It then has masks, reductions, checks and a name, like the built-in ones:
+
+    >>> focal_ga(torch.tensor([[-1.0, -3.0]]), torch.tensor([[True, False]]), gamma=0.0)
+    tensor(-1.)
+    >>> get("focal_ga", gamma=1.0).outputs
+    ('logp',)
+"""
+
+from .definition import NonNegative, Positive
+from .forget import ga, me, npo, satimp, simnpo, tnpo, wga, wtnpo
+from .reduction import REDUCTIONS, TokenInputs
+from .registry import Objective, Row, get, names, register, register_preset, table
+from .retain import ap, gd, kl
+from .targeted import dpo, idk
+
+__all__ = [
+    "REDUCTIONS",
+    "NonNegative",
+    "Objective",
+    "Positive",
+    "Row",
+    "TokenInputs",
+    "ap",
+    "dpo",
+    "ga",
+    "gd",
+    "get",
+    "idk",
+    "kl",
+    "me",
+    "names",
+    "npo",
+    "register",
+    "register_preset",
+    "satimp",
+    "simnpo",
+    "table",
+    "tnpo",
+    "wga",
+    "wtnpo",
+]

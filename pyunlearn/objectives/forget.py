@@ -1,0 +1,184 @@
+"""Untargeted forget objectives: push the model away from the answers of the forget set.
+
+Per supervised token: l_t = -logp_t, p_t = exp(logp_t); a sequence has n of them and L = sum_t l_t. A ° marks
+the frozen reference, sg the stop-gradient. Weights stay in log space until the last step.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .definition import NonNegative, Positive
+from .registry import register, register_preset
+
+G_EFFECT = "Wang et al., Rethinking LLM Unlearning Objectives: A Gradient Perspective, ICLR 2025"
+CLOSER_LOOK = "Yuan et al., A Closer Look at Machine Unlearning for LLMs, ICLR 2025"
+
+
+@register(
+    "ga",
+    formula="mean of -l_t",
+    source=f"{CLOSER_LOOK}, Eq. 1; {G_EFFECT}, Section 4.1",
+    presets={"g_effect_code": {}, "closer_look_code": {}, "open_unlearning": {}},
+)
+def ga(logp: Tensor) -> Tensor:
+    """Gradient ascent: maximise the loss on the forget set. Unbounded below.
+
+    >>> ga(torch.tensor([[-1.0, -3.0]]))
+    tensor(-2.)
+    """
+    return logp
+
+
+@register(
+    "wga",
+    formula="mean of -sg(p_t^alpha) l_t",
+    source=f"{G_EFFECT}, Eq. 2 and Appendix D.1",
+    presets={"g_effect_code": {"alpha": 5.0}, "open_unlearning": {}},
+)
+def wga(logp: Tensor, *, alpha: NonNegative = 1.0) -> Tensor:
+    """Weighted gradient ascent: each token counts by its own confidence, and stops once forgotten.
+
+    alpha = 0 is `ga`. The paper runs TOFU with alpha 5 (1 % and 5 %) and 7 (10 %).
+
+    >>> wga(torch.tensor([[0.5, 0.25]]).log(), alpha=1.0)
+    tensor(-0.3466)
+    """
+    return (alpha * logp.detach()).exp() * logp
+
+
+@register(
+    "npo",
+    level="sequence",
+    formula="-(2/beta) mean over sequences of log sigmoid(beta (L - L°))",
+    source=f"Zhang et al., Negative Preference Optimization, COLM 2024; {G_EFFECT}, Eq. 3; {CLOSER_LOOK}, Eq. 2",
+    presets={"g_effect_code": {"beta": 0.5}, "closer_look_code": {}, "open_unlearning": {}},
+)
+def npo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 0.1) -> Tensor:
+    """Negative preference optimization: gradient ascent that fades as a sequence falls below the reference.
+
+    Its gradient is that of -L times 2 p^beta / (p^beta + p°^beta): 1 at the reference and as beta -> 0.
+
+    >>> npo(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -1.0]]), beta=1.0)  # 2 log 2
+    tensor(1.3863)
+    """
+    return -2.0 / beta * F.logsigmoid(beta * (ref_logp - logp))
+
+
+def npo_weight(logp: Tensor, ref_logp: Tensor, beta: float, epsilon: float) -> Tensor:
+    """2 p^beta / (p^beta + p°^beta + epsilon), detached, without ever leaving log space."""
+    floor = beta * ref_logp
+    if epsilon > 0:
+        floor = torch.logaddexp(floor, torch.full_like(floor, math.log(epsilon)))
+    return 2.0 * torch.sigmoid(beta * logp.detach() - floor)
+
+
+@register(
+    "tnpo",
+    formula="mean of -sg(w_t) l_t, w_t = 2 p_t^beta / (p_t^beta + p°_t^beta + epsilon)",
+    source=f"{G_EFFECT}, Eq. 6 and Appendix D.2",
+    presets={"g_effect_code": {"epsilon": 1e-5}},
+)
+def tnpo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 4.0, epsilon: NonNegative = 0.0) -> Tensor:
+    """Token-wise NPO: the NPO weight at every token instead of every sequence.
+
+    w_t is 1 at the reference. The authors' code has epsilon = 1e-5, which makes that .34 at p = p° = .04. The
+    paper's beta is 4 (1 % and 5 % of TOFU) and 5 (10 %).
+
+    >>> tnpo(torch.tensor([[-1.0, -3.0]]), torch.tensor([[-1.0, -3.0]]))
+    tensor(-2.)
+    """
+    return npo_weight(logp, ref_logp, beta, epsilon) * logp
+
+
+@register(
+    "wtnpo",
+    formula="mean of -sg(w_t) l_t, w_t = 2 p_t^(beta+alpha) / (p_t^beta + p°_t^beta + epsilon)",
+    source=f"{G_EFFECT}, Appendix D.2",
+    presets={"g_effect_code": {"epsilon": 1e-5}},
+)
+def wtnpo(
+    logp: Tensor,
+    ref_logp: Tensor,
+    *,
+    alpha: NonNegative = 1.5,
+    beta: Positive = 5.0,
+    epsilon: NonNegative = 0.0,
+) -> Tensor:
+    """Weighted token-wise NPO: the weights of `tnpo` times those of `wga`.
+
+    alpha = 0 is `tnpo`. The paper's beta is 5 (1 % and 5 % of TOFU) and 7 (10 %).
+
+    >>> wtnpo(torch.tensor([[0.5]]).log(), torch.tensor([[0.5]]).log(), alpha=1.0)
+    tensor(-0.3466)
+    """
+    return npo_weight(logp, ref_logp, beta, epsilon) * (alpha * logp.detach()).exp() * logp
+
+
+@register(
+    "simnpo",
+    level="sequence",
+    formula="-(2/beta) mean over sequences of log sigmoid(beta (L/n - margin))",
+    source="Fan et al., Simplicity Prevails: Rethinking Negative Preference Optimization, NeurIPS 2025",
+    preset="open_unlearning",
+)
+def simnpo(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
+    """NPO without a reference: the length-normalised loss takes the place of the log-ratio.
+
+    The authors' code and OpenUnlearning have the margin inside beta, the paper outside (preset `paper`).
+
+    >>> simnpo(torch.tensor([[-2.0, -4.0]]), beta=1.0)
+    tensor(0.0972)
+    """
+    return -2.0 / beta * F.logsigmoid(beta * (-logp / num_tokens - margin))
+
+
+@register_preset("simnpo", "paper", formula="-(2/beta) mean over sequences of log sigmoid(beta L/n - margin)")
+def simnpo_paper(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
+    return -2.0 / beta * F.logsigmoid(-beta * logp / num_tokens - margin)
+
+
+@register(
+    "satimp",
+    formula="mean of -sg(p_t^beta1 (1 - p_t)^beta2) l_t",
+    source="Yang et al., Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning, ICML 2025",
+    presets={"open_unlearning": {"beta2": 1.0}},
+)
+def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) -> Tensor:
+    """Saturation and importance: tokens that are well known, but not certain, count most.
+
+    beta2 = 0 is `wga` with alpha = beta1.
+
+    >>> satimp(torch.tensor([[0.5]]).log(), beta1=1.0, beta2=1.0)
+    tensor(-0.1733)
+    """
+    fixed = logp.detach()
+    # 1 - p as -expm1(log p): right for p near 1, where 1 - exp(log p) has no digits left.
+    return (beta1 * fixed).exp() * (-torch.expm1(fixed)).clamp_min(0.0).pow(beta2) * logp
+
+
+@register(
+    "me",
+    positions="all",
+    formula="mean over all tokens, the question's too, of KL(p_t || U) = log V - H_t",
+    source=f"{CLOSER_LOOK}, Eq. 6",
+)
+def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
+    """Maximising entropy: towards the uniform distribution at every position. Bounded: 0 <= loss <= log V.
+
+    The paper weighs it 0.1 against the retain loss (1.0 continual, 0.5 real-world). The authors' code
+    turns the divergence around; the 1e-12 it adds inside the log is left out.
+
+    >>> me(torch.tensor([[0.0, math.log(4.0)]]), vocab_size=4)  # half of log 4
+    tensor(0.6931)
+    """
+    return math.log(vocab_size) - entropy
+
+
+@register_preset("me", "closer_look_code", formula="mean over all tokens of KL(U || p_t) = uniform_ce_t - log V")
+def me_closer_look_code(uniform_ce: Tensor, *, vocab_size: int) -> Tensor:
+    return uniform_ce - math.log(vocab_size)

@@ -1,0 +1,155 @@
+"""A configured objective: what it needs of model and reference, and the way from statistics to the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .definition import Definition, Statistic, Variant
+from .reduction import (
+    UNITS,
+    Count,
+    Layout,
+    TokenInputs,
+    check_matches,
+    common_size,
+    reduce_sequences,
+    reduce_tokens,
+)
+
+DEFINITIONS: dict[str, Definition] = {}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A configured objective: `get("wga", alpha=5.0)`. Calling it with the statistics gives the 0-d loss.
+
+    Attributes:
+        name, preset, reduction: as registered and chosen.
+        options: every option with its value.
+    """
+
+    name: str
+    preset: str
+    reduction: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def definition(self) -> Definition:
+        return DEFINITIONS[self.name]
+
+    @property
+    def variant(self) -> Variant:
+        return self.definition.variants[self.preset]
+
+    @property
+    def role(self) -> str:
+        """Either "forget" or "retain"."""
+        return self.definition.role
+
+    @property
+    def summary(self) -> str:
+        """One line for `--help`."""
+        return self.definition.summary
+
+    @property
+    def formula(self) -> str:
+        return self.variant.formula
+
+    @property
+    def source(self) -> str:
+        return self.definition.source
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Outputs to ask of `token_stats`, for each batch."""
+        return tuple(dict.fromkeys(s.name for s in self.variant.statistics if s.name != "ref_logp"))
+
+    @property
+    def reference(self) -> str | None:
+        """What it needs of the reference: "logp" per token, "kl" (its logits or hidden states), or None."""
+        used = {statistic.name for statistic in self.variant.statistics}
+        return "kl" if used & {"kl_pq", "kl_qp"} else "logp" if "ref_logp" in used else None
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """Which sequences go through the model: "answer", "refusal", in the order of the statistics."""
+        return self.variant.batches
+
+    @property
+    def positions(self) -> str:
+        """The "supervised" tokens, "all" real ones (the prompt's too), or "padded": every position."""
+        return self.variant.positions
+
+    @property
+    def unit(self) -> str:
+        """What `count` counts: "tokens", or "sequences" that hold one (of pairs, those where both do)."""
+        return UNITS[self.reduction]
+
+    def __call__(self, stats: Mapping[str, TokenInputs], count: Count | None = None) -> Tensor:
+        """The loss of one (micro-)batch.
+
+        Args:
+            stats: batch name ("answer", "refusal") -> `TokenInputs`.
+            count: denominator of the whole step; None: this batch's own.
+        Raises: ValueError, TypeError or IndexError naming what is missing or does not fit.
+        """
+        variant = self.variant
+        layouts: dict[str, Layout] = {}
+        tensors = [self._masked(stats, statistic, layouts) for statistic in variant.statistics]
+        given: dict[str, Any] = dict(self.options)
+        if "vocab_size" in variant.context:
+            given["vocab_size"] = self._vocab_size(stats[variant.batches[0]].vocab_size)
+        if self.definition.level == "token":
+            (layout,) = layouts.values()
+            return reduce_tokens(variant.function(*tensors, **given), layout, self.reduction, count)
+
+        size = common_size(list(layouts.values()))
+        layouts = {batch: layout.with_size(size) for batch, layout in layouts.items()}
+        tokens = [layout.tokens_by_sequence() for layout in layouts.values()]
+        if "num_tokens" in variant.context:
+            given["num_tokens"] = tokens[0].clamp_min(1)
+        sums = [
+            layouts[statistic.batch].sum_by_sequence(tensor)
+            for statistic, tensor in zip(variant.statistics, tensors, strict=True)
+        ]
+        return reduce_sequences(variant.function(*sums, **given), tokens, self.reduction, count)
+
+    def _masked(self, stats: Mapping[str, TokenInputs], wanted: Statistic, layouts: dict[str, Layout]) -> Tensor:
+        """One statistic, at least float32, 0 where not supervised. A batch's first sets its layout."""
+        prefix = self.variant.prefixes[wanted.batch]
+        name = prefix + wanted.name
+        if wanted.batch not in stats:
+            raise ValueError(f"{self.name}: stats needs {list(self.batches)}, {wanted.batch!r} is missing")
+        inputs = stats[wanted.batch]
+        reference = wanted.name == "ref_logp"
+        tensor = inputs.ref_logp if reference else inputs.values.get(wanted.name)
+        if tensor is None:
+            told = "the frozen reference's logp per token" if reference else f"token_stats' {wanted.name!r}"
+            raise ValueError(f"{self.name} (preset {self.preset}) needs {name}, {told}; got None")
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: needs a tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: needs a floating dtype, got {tensor.dtype}")
+        if reference:
+            tensor = tensor.detach()
+        if wanted.batch in layouts:
+            layout = layouts[wanted.batch]
+            tensor = tensor.to(layout.like.dtype)
+            check_matches(name, tensor, layout.name, layout.like, (layout.like.dtype,))
+        else:
+            if tensor.dim() not in (1, 2):
+                raise ValueError(f"{name}: needs shape (B, T) or flat (N,), got {tuple(tensor.shape)}")
+            tensor = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+            layout = Layout.of(inputs, tensor, name, prefix)
+            layouts[wanted.batch] = layout
+        return layout.fill(tensor)
+
+    def _vocab_size(self, size: Any) -> int:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise ValueError(f"{self.name}: vocab_size={size!r}: needs V, a whole number >= 1")
+        return size

@@ -1,0 +1,203 @@
+"""The registry: `register` makes an objective of a function, `get` configures one, `table` lists all."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .definition import BATCHES, Definition, check_known, docstring, read_variant, signature
+from .objective import DEFINITIONS, Objective
+from .reduction import TokenInputs
+
+ROLES = ("forget", "retain")
+LEVELS = ("token", "sequence")
+POSITIONS = ("supervised", "all", "padded")
+SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences")
+
+Function = Callable[..., Tensor]
+_PUBLIC: dict[str, Function] = {}
+
+
+def get(name: str, *, preset: str | None = None, reduction: str | None = None, **options: Any) -> Objective:
+    """A configured objective.
+
+    >>> get("wga", alpha=5.0).options
+    {'alpha': 5.0}
+
+    Raises: ValueError on an unknown name, preset, reduction or option (with the nearest ones), or on a value
+        out of range.
+    """
+    check_known("objective", name, DEFINITIONS)
+    definition = DEFINITIONS[name]
+    preset, variant = definition.variant(preset)
+    for option in options:
+        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction"))
+    reduction = definition.reduction if reduction is None else reduction
+    check_known(f"{name}: reduction", reduction, variant.reductions)
+    values = {key: option.check(name, options.get(key, option.default)) for key, option in variant.options.items()}
+    return Objective(name, preset, reduction, values)
+
+
+def names(role: str | None = None) -> tuple[str, ...]:
+    """Names of the registered objectives, forget ones first, or those of one role ("forget" or "retain")."""
+    check_known("role", role, (*ROLES, None))
+    return tuple(name for each in ROLES for name in DEFINITIONS if DEFINITIONS[name].role == each in (role or each))
+
+
+class Row(NamedTuple):
+    """One line of `table()`. `defaults` has preset and reduction too; `presets` says what each changes."""
+
+    name: str
+    role: str
+    formula: str
+    defaults: dict[str, Any]
+    presets: dict[str, str]
+    source: str
+    summary: str
+
+
+def table() -> list[Row]:
+    """Every objective as a row, for the documentation."""
+    rows = []
+    for chosen in map(get, names()):
+        defaults = {**chosen.options, "preset": chosen.preset, "reduction": chosen.reduction}
+        presets = {name: variant.changes for name, variant in chosen.definition.variants.items()}
+        rows.append(Row(chosen.name, chosen.role, chosen.formula, defaults, presets, chosen.source, chosen.summary))
+    return rows
+
+
+def register(
+    name: str,
+    *,
+    role: str = "forget",
+    level: str = "token",
+    batch: str = "answer",
+    positions: str = "supervised",
+    reduction: str | None = None,
+    formula: str = "",
+    source: str = "",
+    preset: str = "paper",
+    presets: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Callable[[Function], Function]:
+    """Decorator: makes an objective of a function of per-token statistics.
+
+    Its positional parameters are named after the statistics it needs (`logp`, `ref_logp`, `entropy`, `kl_pq`,
+    ...; with two batches `refusal_logp`, `answer_logp`), its keyword-only parameters are the options. It
+    returns the loss per token. With `level="sequence"` it gets each statistic summed over the sequence,
+    (S,), and returns the loss per sequence. Masks, reductions, counts, flat and (B, T) forms, presets and
+    checks are added here.
+
+    Args:
+        name: under which `get` finds it.
+        role: "forget" or "retain".
+        level: "token" or "sequence".
+        batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
+        positions: "supervised", "all" (the prompt's tokens too) or "padded" (every position, padding too).
+        reduction: the default one; None: token_mean, or sequence_mean at sequence level.
+        formula, source: for the documentation.
+        preset: the name of the function's own defaults.
+        presets: name -> option values, for other defaults of the same function.
+
+    Returns: the public function `(statistics..., mask=None, *, options..., preset, reduction, count,
+        sequence_ids, num_sequences) -> loss`.
+    Raises: ValueError on a taken name or a signature that cannot be read.
+    """
+
+    def decorate(function: Function) -> Function:
+        taken = _PUBLIC.get(name)
+        if taken and (taken.__module__, taken.__qualname__) != (function.__module__, function.__qualname__):
+            raise ValueError(f"name={name!r} is taken by {taken.__module__}.{taken.__qualname__}; choose another")
+        usual = reduction or f"{level}_mean"
+        check_known(f"{name}: role", role, ROLES)
+        check_known(f"{name}: level", level, LEVELS)
+        check_known(f"{name}: batch", batch, BATCHES)
+        check_known(f"{name}: positions", positions, POSITIONS)
+        variant = read_variant(function, batch, formula, positions, "as above")
+        if level == "token" and len(variant.batches) > 1:
+            raise ValueError(f"{name}: statistics of {variant.batches} together need level='sequence'")
+        if "num_tokens" in variant.context and (level == "token" or len(variant.batches) > 1):
+            raise ValueError(f"{name}: num_tokens needs level='sequence' and a single batch")
+        check_known(f"{name}: reduction", usual, variant.reductions)
+        variants = {preset: variant}
+        for other, changed in (presets or {}).items():
+            options = dict(variant.options)
+            for key, value in changed.items():
+                check_known(f"{name}: option of preset {other!r}", key, options)
+                options[key] = replace(options[key], default=options[key].check(name, value))
+            told = ", ".join(f"{key} = {value}" for key, value in changed.items()) or f"as {preset}"
+            variants[other] = replace(variant, options=options, changes=told)
+        summary, _, body = inspect.cleandoc(function.__doc__ or name).partition("\n")
+        DEFINITIONS[name] = Definition(name, role, level, usual, source, summary, body.strip(), preset, variants)
+
+        def objective(*args: Any, **named: Any) -> Tensor:
+            return _call(name, args, named)
+
+        for attribute in ("__module__", "__qualname__", "__name__"):
+            setattr(objective, attribute, getattr(function, attribute))
+        _PUBLIC[name] = objective
+        _document(name)
+        return objective
+
+    return decorate
+
+
+def register_preset(
+    name: str, *presets: str, formula: str, positions: str | None = None
+) -> Callable[[Function], Function]:
+    """Decorator: another formula for the objective `name`, under its own presets. Returns the function.
+
+    Raises: ValueError on an unknown objective or a signature that cannot be read.
+    """
+
+    def decorate(function: Function) -> Function:
+        check_known("objective", name, DEFINITIONS)
+        definition = DEFINITIONS[name]
+        usual = definition.variant(None)[1]
+        changes = f"loss = {formula}" + (f"; positions = {positions}" if positions else "")
+        variant = read_variant(function, usual.batches[0], formula, positions or usual.positions, changes)
+        definition.variants.update(dict.fromkeys(presets, variant))
+        _document(name)
+        return function
+
+    return decorate
+
+
+def _document(name: str) -> None:
+    """Writes signature and docstring of the public function, with the presets known so far."""
+    function: Any = _PUBLIC[name]
+    function.__signature__ = signature(DEFINITIONS[name])
+    function.__doc__ = docstring(DEFINITIONS[name])
+
+
+def _call(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    """The public function: sorts its arguments into statistics, layout and options."""
+    variant = DEFINITIONS[name].variant(named.get("preset"))[1]
+    by_position = (*variant.tensors, *variant.masks)
+    tensors: dict[str, Any] = dict.fromkeys((*by_position, *variant.sequence_ids))
+    for key in named:
+        check_known(f"{name}: argument", key, (*tensors, *variant.given, *variant.options, *SHARED_ARGUMENTS))
+    if len(args) > len(by_position):
+        raise ValueError(f"{name}: only {by_position} go by position, got {len(args)} arguments")
+    for key, value in zip(by_position, args, strict=False):
+        if key in named:
+            raise ValueError(f"{name}: {key} is given twice")
+        tensors[key] = value
+    for key in tensors.keys() & named.keys():
+        tensors[key] = named.pop(key)
+    count, size, vocabulary = (named.pop(key, None) for key in ("count", "num_sequences", "vocab_size"))
+    stats = {
+        batch: TokenInputs(
+            values={s.name: tensors[prefix + s.name] for s in variant.statistics if s.batch == batch},
+            ref_logp=tensors.get(prefix + "ref_logp"),
+            sequence_ids=tensors[prefix + "sequence_ids"],
+            num_sequences=size,
+            vocab_size=vocabulary,
+            mask=tensors[prefix + "mask"],
+        )
+        for batch, prefix in variant.prefixes.items()
+    }
+    return get(name, **named)(stats, count)

@@ -1,0 +1,115 @@
+"""Greedy generation against argmax token by token, and ROUGE-L recall by hand."""
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from pyunlearn.data.tiny import tiny_llama, train_tokenizer
+from pyunlearn.metrics import greedy_generate, rouge_l_recall
+
+TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(TEXTS, vocab_size=300)
+
+
+def llama(tokenizer):
+    return tiny_llama(tokenizer, hidden_size=32, intermediate_size=48, num_hidden_layers=2, max_position_embeddings=48)
+
+
+def gpt2(tokenizer):
+    """Absolute positions: wrong ones under left padding would show."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        n_positions=48,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def argmax_by_hand(model, tokenizer, prompt, max_new_tokens):
+    ids = list(prompt)
+    model.eval()
+    with torch.no_grad():
+        for _ in range(max_new_tokens):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            if ids[-1] == tokenizer.eos_token_id:
+                break
+    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_batches_equal_argmax_one_by_one(tokenizer, make):
+    model = make(tokenizer)
+    with torch.no_grad():  # peaked logits and varied text
+        model.get_input_embeddings().weight.mul_(30)
+    # None of these may apply:
+    model.generation_config.update(
+        do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, num_beams=2
+    )
+    prompts = [tokenizer(text)["input_ids"] for text in ("the quick", "pack my box with", "dog", "fox jumps over")]
+    model.train()
+    texts = greedy_generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3, progress=False)
+    assert all(module.training for module in model.modules())
+    assert texts == [argmax_by_hand(model, tokenizer, prompt, 12) for prompt in prompts]
+    assert len(set(texts)) > 1
+
+
+def test_it_ends_at_any_end_token_of_model_and_tokenizer(tokenizer):
+    model = llama(tokenizer)
+    prompt = tokenizer("the quick")["input_ids"]
+    written = []
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(3):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            written.append(ids[-1])
+    model.generation_config.eos_token_id = [written[0], 5]
+    text = greedy_generate(model, tokenizer, [prompt], max_new_tokens=3, progress=False)[0]
+    assert text == tokenizer.decode(written[:1]).strip()
+
+
+def test_the_context_bounds_the_continuation(tokenizer):
+    model = gpt2(tokenizer)  # beyond its 48 positions it would fail
+    prompt = (tokenizer(" ".join(TEXTS))["input_ids"] * 9)[:44]
+    with torch.no_grad():
+        expected = argmax_by_hand(model, tokenizer, prompt, 4)
+    assert greedy_generate(model, tokenizer, [prompt], max_new_tokens=100, progress=False) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([[1, 5], []], {}, r"prompts\[1\]: has 0 tokens"),
+        ([[5] * 48], {}, r"prompts\[0\]: has 48 tokens.*context, 48"),
+        ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0"),
+        ([[1]], {"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_bad_arguments(tokenizer, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        greedy_generate(llama(tokenizer), tokenizer, prompts, **options)
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "recall"),
+    [
+        ("Paris", "Paris", 1.0),
+        ("The tower stands in Paris, France.", "Paris", 1.0),  # recall does not punish length
+        ("a b c d", "a x b y c", 3 / 5),  # longest common subsequence a b c
+        ("c b a", "a b c", 1 / 3),  # order counts
+        ("He was writing books", "he writes book", 1.0),  # stems: he, write, book
+        ("", "something", 0.0),
+        ("nothing in common", "Hsiao Yun-Hwa", 0.0),
+        ("Yun Hwa", "Hsiao Yun-Hwa", 2 / 3),  # a hyphen parts words
+    ],
+)
+def test_rouge_l_recall(generated, answer, recall):
+    assert rouge_l_recall(generated, answer) == pytest.approx(recall)

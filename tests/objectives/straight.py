@@ -1,0 +1,200 @@
+"""The objectives once more, straight from raw logits: probabilities instead of logs, loops over tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pyunlearn import objectives
+
+NAMES = objectives.names()
+PRESETS = [(row.name, preset) for row in objectives.table() for preset in row.presets]
+CASES = [(name, preset, reduction) for name, preset in PRESETS for reduction in objectives.get(name).variant.reductions]
+STOPPED = ("wga", "tnpo", "wtnpo", "satimp")
+PAIRED = ("dpo", "ap")
+
+
+@dataclass
+class Raw:
+    """Padded sequences as a model gives them: logits and reference logits (B, T, V), targets with -100."""
+
+    logits: Tensor
+    reference: Tensor
+    targets: Tensor
+
+    @property
+    def mask(self) -> Tensor:
+        return self.targets != -100
+
+    def statistics(self) -> dict[str, Tensor]:
+        """(B, T) statistics by torch alone, differentiable in logits; NaN where ignored, as a trap."""
+        log_p, log_q = self.logits.log_softmax(-1), self.reference.log_softmax(-1)
+        at = self.targets.clamp_min(0)[..., None]
+        found = {
+            "logp": log_p.gather(-1, at)[..., 0],
+            "ref_logp": log_q.gather(-1, at)[..., 0],
+            "entropy": -(log_p.exp() * log_p).sum(-1),
+            "kl_pq": (log_p.exp() * (log_p - log_q)).sum(-1),
+            "kl_qp": (log_q.exp() * (log_q - log_p)).sum(-1),
+            "uniform_ce": -log_p.mean(-1),
+        }
+        return {name: value.masked_fill(~self.mask, float("nan")) for name, value in found.items()}
+
+    def inputs(self, flat: bool) -> objectives.TokenInputs:
+        """As the objectives take them, (B, T) with a mask or flat with sequence ids."""
+        found = self.statistics()
+        reference = found.pop("ref_logp")
+        common = {"vocab_size": self.logits.size(-1), "num_sequences": len(self.targets)}
+        if not flat:
+            return objectives.TokenInputs(found, reference, mask=self.mask, **common)
+        ids = self.mask.nonzero()[:, 0]
+        values = {name: value[self.mask] for name, value in found.items()}
+        return objectives.TokenInputs(values, reference[self.mask], sequence_ids=ids, **common)
+
+    def part(self, rows: slice) -> Raw:
+        return Raw(self.logits[rows], self.reference[rows], self.targets[rows])
+
+
+def make(batch=5, length=7, vocabulary=11, seed=0, dtype=torch.float64, empty: int | None = None) -> Raw:
+    """Ragged sequences; number `empty` has no supervised token at all."""
+    g = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, length, vocabulary, generator=g, dtype=torch.float64) * 2
+    reference = logits + torch.randn(batch, length, vocabulary, generator=g, dtype=torch.float64)
+    targets = torch.randint(0, vocabulary, (batch, length), generator=g)
+    start = torch.randint(0, length // 2 + 1, (batch, 1), generator=g)
+    stop = torch.randint(length // 2 + 1, length + 1, (batch, 1), generator=g)
+    column = torch.arange(length)
+    targets[(column < start) | (column >= stop)] = -100
+    if empty is not None:
+        targets[empty] = -100
+    return Raw(logits.to(dtype).requires_grad_(), reference.to(dtype), targets)
+
+
+def batches(seed: int = 0, **shape) -> dict[str, Raw]:
+    """Five answers and five refusals of other lengths; one of each is empty, not the same one."""
+    return {
+        "answer": make(length=7, seed=seed, empty=1, **shape),
+        "refusal": make(length=5, seed=seed + 1, empty=2, **shape),
+    }
+
+
+def inputs(raw: dict[str, Raw], flat: bool = False) -> dict[str, objectives.TokenInputs]:
+    return {batch: each.inputs(flat) for batch, each in raw.items()}
+
+
+def straight_loss(name: str, preset: str, reduction: str, raw: dict[str, Raw], **options: float) -> Tensor:
+    """The loss of spec and papers by loops, with `options` in place of the defaults written here."""
+    values: list[Tensor] = []  # per sequence: the sum over its tokens, or its own value
+    lengths: list[int] = []
+    for row in range(len(raw["answer"].targets)):
+        tokens = {batch: list(tokens_of(each, row)) for batch, each in raw.items()}
+        used = ("refusal", "answer") if name in PAIRED else ("refusal",) if name == "idk" else ("answer",)
+        if all(tokens[batch] for batch in used):
+            values.append(SEQUENCE[name](tokens, preset, options))
+            lengths.append(len(tokens[used[0]]))
+    if reduction == "sum":
+        return sum(values)
+    if reduction == "token_mean":
+        return sum(values) / sum(lengths)
+    if reduction == "sequence_mean":
+        return sum(values) / len(values)
+    return sum(value / n for value, n in zip(values, lengths, strict=True)) / len(values)
+
+
+def tokens_of(raw: Raw, row: int):
+    """(p, q, target) of each supervised token of a sequence: two distributions and an index."""
+    for t, target in enumerate(raw.targets[row].tolist()):
+        if target != -100:
+            yield torch.softmax(raw.logits[row, t], -1), torch.softmax(raw.reference[row, t], -1), target
+
+
+def nll(tokens) -> Tensor:
+    return -sum(torch.log(p[y]) for p, _, y in tokens)
+
+
+def ref_nll(tokens) -> Tensor:
+    return -sum(torch.log(q[y]) for _, q, y in tokens)
+
+
+def weighted(weight):
+    """-sg(weight) * loss, summed over the answer's tokens."""
+
+    def value(tokens, preset, options):
+        total = 0.0
+        for p, q, y in tokens["answer"]:
+            with torch.no_grad():
+                w = weight(p[y], q[y], preset, options)
+            total = total - w * -torch.log(p[y])
+        return total
+
+    return value
+
+
+def satimp_weight(p, q, preset, options):
+    b2 = options.get("beta2", 1.0 if preset == "open_unlearning" else 0.1)
+    return p ** options.get("beta1", 5.0) * (1 - p) ** b2
+
+
+def tnpo_weight(p, q, preset, options, beta=4.0, alpha=0.0):
+    beta, alpha = options.get("beta", beta), options.get("alpha", alpha)
+    epsilon = options.get("epsilon", 1e-5 if preset == "g_effect_code" else 0.0)
+    return 2 * p ** (beta + alpha) / (p**beta + q**beta + epsilon)
+
+
+def npo(tokens, preset, options):
+    beta = options.get("beta", 0.5 if preset == "g_effect_code" else 0.1)
+    ratio = torch.exp(ref_nll(tokens["answer"]) - nll(tokens["answer"]))
+    return 2 / beta * torch.log(1 + ratio**beta)
+
+
+def simnpo(tokens, preset, options):
+    beta, margin = options.get("beta", 4.5), options.get("margin", 0.0)
+    mean = nll(tokens["answer"]) / len(tokens["answer"])
+    inside = beta * mean - margin if preset == "paper" else beta * (mean - margin)
+    return -2 / beta * torch.log(1 / (1 + torch.exp(-inside)))
+
+
+def dpo(tokens, preset, options):
+    beta, factor = options.get("beta", 0.1), options.get("factor", 1.0 if preset == "standard" else 2.0)
+    won = ref_nll(tokens["refusal"]) - nll(tokens["refusal"])
+    lost = ref_nll(tokens["answer"]) - nll(tokens["answer"])
+    return -factor / beta * torch.log(1 / (1 + torch.exp(-beta * (won - lost))))
+
+
+def ap(tokens, preset, options):
+    beta = options.get("beta", 0.1)
+    return -1 / beta * torch.log(1 / (1 + torch.exp(-beta * (nll(tokens["refusal"]) - nll(tokens["answer"])))))
+
+
+def divergence(one, other) -> Tensor:
+    return sum((a * torch.log(a / b)).sum() for a, b in zip(one, other, strict=True))
+
+
+def me(tokens, preset, options):
+    p = [p for p, _, _ in tokens["answer"]]
+    uniform = [torch.full_like(each, 1 / len(each)) for each in p]
+    return divergence(uniform, p) if preset == "closer_look_code" else divergence(p, uniform)
+
+
+def kl(tokens, preset, options):
+    p, q = [p for p, _, _ in tokens["answer"]], [q for _, q, _ in tokens["answer"]]
+    return divergence(p, q) if preset == "paper" else divergence(q, p)
+
+
+SEQUENCE = {
+    "ga": lambda tokens, preset, options: -nll(tokens["answer"]),
+    "gd": lambda tokens, preset, options: nll(tokens["answer"]),
+    "idk": lambda tokens, preset, options: nll(tokens["refusal"]),
+    "wga": weighted(lambda p, q, preset, options: p ** options.get("alpha", 5.0 if preset == "g_effect_code" else 1.0)),
+    "tnpo": weighted(tnpo_weight),
+    "wtnpo": weighted(lambda p, q, preset, options: tnpo_weight(p, q, preset, options, beta=5.0, alpha=1.5)),
+    "satimp": weighted(satimp_weight),
+    "npo": npo,
+    "simnpo": simnpo,
+    "dpo": dpo,
+    "ap": ap,
+    "me": me,
+    "kl": kl,
+}

@@ -1,0 +1,371 @@
+"""Names, options, presets, documentation, objectives of one's own, and what bad input says."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import inspect
+import math
+import pickle
+import re
+from typing import ClassVar
+
+import pytest
+import torch
+
+from pyunlearn import objectives as o
+from pyunlearn.objectives import TokenInputs, objective, registry
+
+from .straight import NAMES, PRESETS
+
+LOGP = -torch.rand(2, 3)
+MASK = torch.ones(2, 3, dtype=torch.bool)
+FLAT = LOGP.flatten()
+IDS = torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+@pytest.fixture
+def own_registry(monkeypatch):
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(objective, "DEFINITIONS", dict(objective.DEFINITIONS))
+    monkeypatch.setattr(registry, "DEFINITIONS", objective.DEFINITIONS)
+    monkeypatch.setattr(registry, "_PUBLIC", dict(registry._PUBLIC))
+
+
+def test_names():
+    assert o.names() == (*o.names("forget"), *o.names("retain"))
+    assert o.names("forget") == ("ga", "wga", "npo", "tnpo", "wtnpo", "simnpo", "satimp", "me", "idk", "dpo")
+    assert o.names("retain") == ("gd", "kl", "ap")
+    assert all(getattr(o, name).__name__ == name for name in o.names())
+
+
+def test_get_keeps_what_is_chosen():
+    chosen = o.get("wga", alpha=5, reduction="sequence_mean")
+    assert (chosen.name, chosen.preset, chosen.reduction) == ("wga", "paper", "sequence_mean")
+    assert chosen.options == {"alpha": 5.0}
+    assert o.get("wga", alpha=5, reduction="sequence_mean") == chosen != o.get("wga")
+    assert hash(chosen) == hash(copy.deepcopy(chosen))
+    assert pickle.loads(pickle.dumps(chosen)) == chosen
+    with pytest.raises(AttributeError):
+        chosen.name = "ga"
+
+
+DEFAULTS = {
+    "ga": {},
+    "wga": {"alpha": 1.0},
+    "npo": {"beta": 0.1},
+    "tnpo": {"beta": 4.0, "epsilon": 0.0},
+    "wtnpo": {"alpha": 1.5, "beta": 5.0, "epsilon": 0.0},
+    "simnpo": {"beta": 4.5, "margin": 0.0},
+    "satimp": {"beta1": 5.0, "beta2": 0.1},
+    "me": {},
+    "idk": {},
+    "dpo": {"beta": 0.1, "factor": 2.0},
+    "gd": {},
+    "kl": {},
+    "ap": {"beta": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults(name):
+    assert o.get(name).options == DEFAULTS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "changed"),
+    [
+        ("wga", "g_effect_code", {"alpha": 5.0}),
+        ("npo", "g_effect_code", {"beta": 0.5}),
+        ("tnpo", "g_effect_code", {"epsilon": 1e-5}),
+        ("wtnpo", "g_effect_code", {"epsilon": 1e-5}),
+        ("satimp", "open_unlearning", {"beta2": 1.0}),
+        ("dpo", "standard", {"factor": 1.0}),
+        ("dpo", "closer_look_code", {}),
+    ],
+)
+def test_presets_change_defaults_that_are_not_given(name, preset, changed):
+    assert o.get(name, preset=preset).options == {**DEFAULTS[name], **changed}
+    for option in changed:
+        assert o.get(name, preset=preset, **{option: 0.25}).options[option] == 0.25
+
+
+class TestNeeds:
+    """What the trainer reads."""
+
+    # name, preset: outputs, reference, batches, positions, unit
+    EXPECTED: ClassVar = {
+        ("ga", "paper"): (("logp",), None, ("answer",), "supervised", "tokens"),
+        ("npo", "paper"): (("logp",), "logp", ("answer",), "supervised", "sequences"),
+        ("tnpo", "paper"): (("logp",), "logp", ("answer",), "supervised", "tokens"),
+        ("simnpo", "paper"): (("logp",), None, ("answer",), "supervised", "sequences"),
+        ("me", "paper"): (("entropy",), None, ("answer",), "all", "tokens"),
+        ("me", "closer_look_code"): (("uniform_ce",), None, ("answer",), "all", "tokens"),
+        ("idk", "paper"): (("logp",), None, ("refusal",), "supervised", "tokens"),
+        ("dpo", "paper"): (("logp",), "logp", ("refusal", "answer"), "supervised", "sequences"),
+        ("ap", "paper"): (("logp",), None, ("refusal", "answer"), "supervised", "sequences"),
+        ("kl", "paper"): (("kl_pq",), "kl", ("answer",), "supervised", "tokens"),
+        ("kl", "open_unlearning"): (("kl_qp",), "kl", ("answer",), "padded", "tokens"),
+    }
+
+    @pytest.mark.parametrize(("name", "preset"), EXPECTED)
+    def test_needs(self, name, preset):
+        chosen = o.get(name, preset=preset)
+        needs = (chosen.outputs, chosen.reference, chosen.batches, chosen.positions, chosen.unit)
+        assert needs == self.EXPECTED[name, preset]
+
+    def test_unit_follows_the_reduction(self):
+        units = {reduction: o.get("ga", reduction=reduction).unit for reduction in o.REDUCTIONS}
+        assert units == {
+            "token_mean": "tokens",
+            "sum": "tokens",
+            "sequence_mean": "sequences",
+            "sequence_token_mean": "sequences",
+        }
+
+
+class TestDocumentation:
+    def test_table_has_every_objective(self):
+        rows = o.table()
+        assert [row.name for row in rows] == list(o.names())
+        for row in rows:
+            assert all((row.role, row.formula, row.source, row.summary)), row.name
+            assert row.defaults == {
+                **DEFAULTS[row.name],
+                "preset": o.get(row.name).preset,
+                "reduction": o.get(row.name).reduction,
+            }
+            assert "paper" in row.presets
+            assert "\n" not in row.summary
+
+    @pytest.mark.parametrize("row", o.table(), ids=NAMES)
+    def test_docstring_tells_formula_defaults_presets_source(self, row):
+        text = " ".join(getattr(o, row.name).__doc__.split())
+        assert f"loss = {row.formula}" in text
+        assert f"Source: {row.source}" in text
+        for option, value in row.defaults.items():
+            assert f"{option} = {value}" in text
+        for preset, changes in row.presets.items():
+            assert f"{preset}: {changes}" in text
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_docstring_names_every_argument(self, name):
+        function = getattr(o, name)
+        for parameter in inspect.signature(function).parameters:
+            assert f"    {parameter}: " in function.__doc__
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_signature_has_the_defaults(self, name):
+        parameters = inspect.signature(getattr(o, name)).parameters
+        given = {key: parameter.default for key, parameter in parameters.items()}
+        assert given | o.table()[NAMES.index(name)].defaults == given
+        assert list(given)[: len(o.get(name).variant.tensors)] == list(o.get(name).variant.tensors)
+
+    @pytest.mark.parametrize("where", [*NAMES, "get", "the package"])
+    def test_examples(self, where, own_registry):
+        text = o.__doc__ if where == "the package" else getattr(o, where).__doc__
+        names = {**vars(o), "torch": torch, "math": math, "__name__": "examples"}
+        test = doctest.DocTestParser().get_doctest(text, names, where, None, 0)
+        assert test.examples
+        assert doctest.DocTestRunner().run(test).failed == 0
+
+
+class TestOwn:
+    @pytest.fixture(autouse=True)
+    def _own(self, own_registry):
+        pass
+
+    def test_three_lines(self):
+        @o.register("focal_ga", source="mine")
+        def focal_ga(logp, *, gamma=2.0):
+            return (1 - logp.exp()).detach() ** gamma * logp
+
+        assert o.names("forget")[-1] == "focal_ga"
+        mask = torch.tensor([[True, False, True], [False, False, False]])
+        want = ((1 - LOGP.exp()) * LOGP)[mask].mean()
+        torch.testing.assert_close(focal_ga(LOGP, mask, gamma=1.0), want)
+        flat = TokenInputs({"logp": LOGP[mask]})
+        torch.testing.assert_close(o.get("focal_ga", gamma=1)({"answer": flat}), want)
+        assert o.get("focal_ga").options == {"gamma": 2.0}
+        assert o.table()[-4].summary == "focal_ga"
+
+    def test_sequence_level_with_ranges_and_presets(self):
+        @o.register(
+            "hinge",
+            role="retain",
+            level="sequence",
+            formula="mean of relu(margin - (L° - L)/n)",
+            presets={"wide": {"margin": 2.0}},
+        )
+        def hinge(logp, ref_logp, *, num_tokens, margin: o.NonNegative = 1.0):
+            """Stay within a margin of the reference."""
+            return (margin - (logp - ref_logp) / num_tokens).relu()
+
+        assert o.get("hinge").reduction == "sequence_mean"
+        assert o.get("hinge", preset="wide").options == {"margin": 2.0}
+        assert hinge(LOGP, LOGP, preset="wide").item() == 2.0
+        assert hinge(FLAT, FLAT + 0.5, sequence_ids=IDS).item() == pytest.approx(1.5)
+        with pytest.raises(ValueError, match="hinge: margin=-1: needs a finite number >= 0"):
+            o.get("hinge", margin=-1)
+
+    def test_another_formula_for_a_preset(self):
+        @o.register_preset("gd", "entropy", formula="mean of H_t", positions="all")
+        def gd_entropy(entropy):
+            return entropy
+
+        assert o.get("gd", preset="entropy").outputs == ("entropy",)
+        assert o.get("gd", preset="entropy").positions == "all"
+        assert "entropy: loss = mean of H_t; positions = all" in o.gd.__doc__
+        torch.testing.assert_close(o.gd(LOGP, preset="entropy"), LOGP.mean())
+
+    def test_options_of_other_types(self):
+        @o.register("switched")
+        def switched(logp, *, positive=False, mode="plain"):
+            return -logp if positive else logp
+
+        torch.testing.assert_close(switched(LOGP, positive=True), -LOGP.mean())
+        with pytest.raises(ValueError, match=r"switched: positive=1: needs a bool"):
+            o.get("switched", positive=1)
+        with pytest.raises(ValueError, match=r"switched: mode=1: needs a str"):
+            o.get("switched", mode=1)
+
+    def test_the_same_cell_may_run_twice(self):
+        for factor in (1.0, 2.0):
+
+            @o.register("again")
+            def again(logp, *, by=factor):
+                return by * logp
+
+        assert o.get("again").options == {"by": 2.0}
+
+    @pytest.mark.parametrize(
+        ("options", "function", "message"),
+        [
+            ({"name": "ga"}, lambda logp: 0.0, "name='ga' is taken by pyunlearn.objectives.forget.ga"),
+            ({"role": "forgett"}, lambda logp: 0.0, "role 'forgett' is unknown; did you mean 'forget'"),
+            ({"level": "word"}, lambda logp: 0.0, "level 'word' is unknown"),
+            ({"positions": "al"}, lambda logp: 0.0, "did you mean 'all'"),
+            ({"batch": "refusals"}, lambda logp: 0.0, "did you mean 'refusal'"),
+            (
+                {"reduction": "mean"},
+                lambda logp: 0.0,
+                "reduction 'mean' is unknown; did you mean 'token_mean'",
+            ),
+            ({"presets": {"x": {"gama": 1}}}, lambda logp, *, gamma=1.0: 0.0, "did you mean 'gamma'"),
+            ({}, lambda logpp: 0.0, "parameter 'logpp' is unknown; did you mean 'logp'"),
+            ({}, lambda logp, gamma=2.0: 0.0, "parameter 'gamma' needs to be"),
+            ({}, lambda *, gamma=2.0: 0.0, "needs a positional parameter named after a statistic"),
+            ({}, lambda refusal_logp, answer_logp: 0.0, "need level='sequence'"),
+            ({}, lambda logp, *, num_tokens: 0.0, "num_tokens needs level='sequence'"),
+        ],
+    )
+    def test_what_cannot_be_registered(self, options, function, message):
+        with pytest.raises(ValueError, match=message):
+            o.register(**{"name": "mine", **options})(function)
+        assert "mine" not in o.names()
+
+    def test_preset_of_an_unknown_objective(self):
+        with pytest.raises(ValueError, match="objective 'gdd' is unknown; did you mean 'gd'"):
+            o.register_preset("gdd", "mine", formula="")(lambda logp: logp)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: o.get("wgaa"),
+            "objective 'wgaa' is unknown; did you mean 'wga' or 'ga'? known: ga, wga, npo",
+        ),
+        (lambda: o.get(["wga"]), "objective ['wga'] is unknown"),
+        (lambda: o.names("both"), "role 'both' is unknown"),
+        (lambda: o.get("wga", alhpa=1), "wga: option 'alhpa' is unknown; did you mean 'alpha'?"),
+        (lambda: o.get("wga", beta=1), "wga: option 'beta' is unknown; known: alpha, preset, reduction"),
+        (
+            lambda: o.get("wga", preset="g_effect"),
+            "wga: preset 'g_effect' is unknown; did you mean 'g_effect_code'",
+        ),
+        (lambda: o.get("wga", reduction="mean"), "wga: reduction 'mean' is unknown"),
+        (lambda: o.get("dpo", reduction="token_mean"), "known: sequence_mean, sum"),
+        (lambda: o.get("npo", beta=0), "npo: beta=0: needs a finite number > 0"),
+        (lambda: o.get("npo", beta=math.inf), "npo: beta=inf: needs a finite number > 0"),
+        (lambda: o.get("npo", beta=math.nan), "npo: beta=nan: needs a finite number > 0"),
+        (lambda: o.get("npo", beta="0.1"), "npo: beta='0.1': needs a finite number > 0"),
+        (lambda: o.get("npo", beta=True), "npo: beta=True: needs a finite number > 0"),
+        (lambda: o.get("wga", alpha=-1), "wga: alpha=-1: needs a finite number >= 0"),
+        (lambda: o.get("simnpo", margin=math.nan), "simnpo: margin=nan: needs a finite number"),
+        (lambda: o.wga(LOGP, MASK[:, :2]), "mask: needs the shape of logp, (2, 3), got (2, 2)"),
+        (lambda: o.npo(LOGP, FLAT), "ref_logp: needs the shape of logp, (2, 3), got (6,)"),
+        (
+            lambda: o.npo(LOGP, mask=MASK),
+            "npo (preset paper) needs ref_logp, the frozen reference's logp per token",
+        ),
+        (lambda: o.wga(), "wga (preset paper) needs logp, token_stats' 'logp'; got None"),
+        (lambda: o.npo(FLAT, FLAT), "sequence_ids is needed with flat (N,) statistics"),
+        (lambda: o.ga(FLAT, reduction="sequence_mean"), "sequence_ids is needed with flat (N,) statistics"),
+        (lambda: o.ga(FLAT, sequence_ids=IDS[:2]), "sequence_ids: needs the shape of logp, (6,), got (2,)"),
+        (
+            lambda: o.ga(LOGP, sequence_ids=IDS),
+            "sequence_ids goes with flat (N,) statistics, but logp has shape",
+        ),
+        (lambda: o.ga(LOGP, num_sequences=3), "num_sequences=3: logp has 2 rows"),
+        (lambda: o.ga(FLAT, num_sequences=-1), "num_sequences=-1: needs a whole number >= 0"),
+        (lambda: o.ga(LOGP[None]), "logp: needs shape (B, T) or flat (N,), got (1, 2, 3)"),
+        (lambda: o.ga(LOGP, LOGP > 0, LOGP), "only ('logp', 'mask') go by position, got 3 arguments"),
+        (lambda: o.ga(LOGP, MASK, mask=MASK), "ga: mask is given twice"),
+        (lambda: o.wga(LOGP, msak=MASK), "wga: argument 'msak' is unknown; did you mean 'mask'?"),
+        (lambda: o.wga(LOGP, vocab_size=5), "wga: argument 'vocab_size' is unknown"),
+        (lambda: o.me(LOGP), "me: vocab_size=None: needs V, a whole number >= 1"),
+        (lambda: o.me(LOGP, vocab_size=0), "me: vocab_size=0: needs V"),
+        (lambda: o.ga(LOGP, count=-1), "count=-1: needs a finite number >= 0"),
+        (lambda: o.ga(LOGP, count=math.nan), "count=nan: needs a finite number >= 0"),
+        (lambda: o.ga(LOGP, count=torch.ones(2)), "count: needs a number or a 0-d tensor, got shape (2,)"),
+        (lambda: o.ap(LOGP, LOGP[:1]), "needs as many sequences in each batch"),
+        (lambda: o.ap(FLAT, LOGP), "refusal_sequence_ids is needed with flat (N,) statistics"),
+        (
+            lambda: o.dpo(LOGP, LOGP, LOGP, LOGP, answer_mask=MASK[:1]),
+            "answer_mask: needs the shape of answer_logp",
+        ),
+        (
+            lambda: o.dpo(LOGP, LOGP, LOGP, LOGP[:1]),
+            "answer_ref_logp: needs the shape of answer_logp, (2, 3), got",
+        ),
+        (
+            lambda: o.get("dpo")({"answer": TokenInputs({})}),
+            "stats needs ['refusal', 'answer'], 'refusal' is missing",
+        ),
+        (lambda: o.get("kl")({"answer": TokenInputs({"logp": LOGP})}), "kl (preset paper) needs kl_pq"),
+        (lambda: o.ga(LOGP, MASK.to("meta")), "mask: needs the device of logp, cpu, got meta"),
+    ],
+)
+def test_bad_values(call, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: o.ga([1.0]), "logp: needs a tensor, got list"),
+        (lambda: o.ga(IDS), "logp: needs a floating dtype, got torch.int64"),
+        (lambda: o.ga(LOGP, [True]), "mask: needs a tensor, got list"),
+        (lambda: o.ga(LOGP, MASK.int()), "mask: needs torch.bool, got torch.int32"),
+        (
+            lambda: o.npo(FLAT, FLAT, sequence_ids=IDS.float()),
+            "sequence_ids: needs torch.int64 or torch.int32",
+        ),
+    ],
+)
+def test_bad_types(call, message):
+    with pytest.raises(TypeError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.parametrize("ids", [IDS + 1, IDS - 1])
+def test_sequence_ids_out_of_range(ids):
+    with pytest.raises(IndexError, match="sequence_ids: needs 0 <= id < num_sequences=2"):
+        o.npo(FLAT, FLAT, sequence_ids=ids, num_sequences=2)
+
+
+def test_every_preset_can_be_had():
+    for name, preset in PRESETS:
+        assert o.get(name, preset=preset).preset == preset
