@@ -5,12 +5,15 @@
 
 #include "cpu/token_stats.h"
 #include "tensor/view.h"
+#if defined(PU_CUDA)
+#include "cuda/token_stats.cuh"
+#endif
 
 namespace py = pybind11;
 
 namespace {
 
-constexpr int kCpu = 1;  // DLPack's device type
+constexpr int kCpu = 1, kCuda = 2;  // DLPack's device types
 
 // Takes the capsule's tensor for the length of the call; its own deleter gives it back.
 class Borrowed {
@@ -27,28 +30,50 @@ class Borrowed {
       shape_.push_back(1), strides_.push_back(1);
       t.shape = shape_.data(), t.strides = strides_.data(), ++t.ndim;
     }
-    view_ = pu::matrix_of(t, name, kCpu);
+    view_ = pu::matrix_of(t, name);
+    device_ = t.device.type;
   }
   Borrowed(const Borrowed&) = delete;
   ~Borrowed() {
     if (owner_ != nullptr && owner_->deleter != nullptr) owner_->deleter(owner_);
   }
   operator const pu::Matrix&() const { return view_; }
+  bool on_cuda() const {
+    if (device_ != kCpu && device_ != kCuda)
+      throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_) + " are not supported");
+    return device_ == kCuda;
+  }
 
  private:
+  int device_ = 0;
   pu::DLManagedTensor* owner_ = nullptr;
   pu::Matrix view_;
   std::vector<int64_t> shape_, strides_;
 };
 
-pu::cpu::Call call_of(uint32_t outputs, double temperature, double softcap, int64_t ignore_index, int64_t first_column, int64_t vocabulary, int threads) {
-  return {{temperature, softcap}, ignore_index, outputs, first_column, vocabulary, threads};
+struct Options {  // the arguments every call ends with
+  uint32_t outputs;
+  double temperature, softcap;
+  int64_t ignore_index, first_column, vocabulary;
+  int threads;
+  void* stream;  // raw cudaStream_t; 0 on the CPU
+  pu::cpu::Call call() const { return {{temperature, softcap}, ignore_index, outputs, first_column, vocabulary, threads}; }
+};
+
+Options options_of(const py::args& a) {
+  return {a[0].cast<uint32_t>(), a[1].cast<double>(), a[2].cast<double>(), a[3].cast<int64_t>(), a[4].cast<int64_t>(),
+          a[5].cast<int64_t>(), a[6].cast<int>(), reinterpret_cast<void*>(a[7].cast<uintptr_t>())};
 }
+
+[[maybe_unused]] void no_cuda() { throw std::runtime_error(std::string("the CUDA part is not built: ") + PU_CUDA_REASON); }
 
 }  // namespace
 
-#define PU_CALL_PARAMETERS uint32_t outputs, double temperature, double softcap, int64_t ignore_index, int64_t first_column, int64_t vocabulary, int threads
-#define PU_CALL call_of(outputs, temperature, softcap, ignore_index, first_column, vocabulary, threads)
+#if defined(PU_CUDA)
+#define PU_ON_DEVICE(gpu, gpu_call, cpu_call) (gpu ? pu::cuda::gpu_call : pu::cpu::cpu_call)
+#else
+#define PU_ON_DEVICE(gpu, gpu_call, cpu_call) (gpu ? no_cuda() : pu::cpu::cpu_call)
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pyunlearn. Tensors come as DLPack capsules; see pyunlearn.ops for the public interface.";
@@ -64,26 +89,31 @@ PYBIND11_MODULE(_C, m) {
   m.def("instruction_set", [] { return pu::cpu::lanes().name; });
   m.def("choose_instruction_set", &pu::cpu::choose_lanes, py::arg("name"));
 
-  m.def("accumulate", [](py::handle logits, py::handle targets, py::handle reference, py::handle state, bool fresh, PU_CALL_PARAMETERS) {
+  m.def("accumulate", [](py::handle logits, py::handle targets, py::handle reference, py::handle state, bool fresh, const py::args& rest) {
+    const Options o = options_of(rest);
     Borrowed l(logits, "logits"), t(targets, "targets", true), r(reference, "reference"), s(state, "state");
     py::gil_scoped_release release;
-    pu::cpu::accumulate(PU_CALL, l, t, r, s, fresh);
+    PU_ON_DEVICE(l.on_cuda(), accumulate(o.call(), l, t, r, s, fresh, o.stream), accumulate(o.call(), l, t, r, s, fresh));
   });
-  m.def("finish", [](py::handle state, py::handle targets, bool has_reference, py::handle stats, py::handle saved, PU_CALL_PARAMETERS) {
-    Borrowed s(state, "state"), t(targets, "targets", true), o(stats, "stats"), k(saved, "saved");
+  m.def("finish", [](py::handle state, py::handle targets, bool has_reference, py::handle stats, py::handle saved, const py::args& rest) {
+    const Options o = options_of(rest);
+    Borrowed s(state, "state"), t(targets, "targets", true), v(stats, "stats"), k(saved, "saved");
     py::gil_scoped_release release;
-    pu::cpu::finish(PU_CALL, s, t, has_reference, o, k);
+    PU_ON_DEVICE(s.on_cuda(), finish(o.call(), s, t, has_reference, v, k, o.stream), finish(o.call(), s, t, has_reference, v, k));
   });
-  m.def("topk", [](py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index, py::handle belief, PU_CALL_PARAMETERS) {
-    Borrowed l(logits, "logits"), t(targets, "targets", true), o(stats, "stats"), k(saved, "saved"), j(index, "index"), b(belief, "belief");
+  m.def("topk", [](py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index, py::handle belief, const py::args& rest) {
+    const Options o = options_of(rest);
+    Borrowed l(logits, "logits"), t(targets, "targets", true), v(stats, "stats"), k(saved, "saved"), j(index, "index"), b(belief, "belief");
+    if (l.on_cuda()) throw std::invalid_argument("topk: the CUDA backend does not compute it; use backend=\"eager\"");
     py::gil_scoped_release release;
-    pu::cpu::topk(PU_CALL, l, t, o, k, j, b);
+    pu::cpu::topk(o.call(), l, t, v, k, j, b);
   });
   m.def("backward", [](py::handle grad_stats, py::handle stats, py::handle saved, py::handle logits, py::handle targets, py::handle reference,
-                       py::handle index, py::handle belief, py::handle grad_logits, PU_CALL_PARAMETERS) {
-    Borrowed g(grad_stats, "grad_stats"), o(stats, "stats"), k(saved, "saved"), l(logits, "logits"), t(targets, "targets", true);
+                       py::handle index, py::handle belief, py::handle grad_logits, const py::args& rest) {
+    const Options o = options_of(rest);
+    Borrowed g(grad_stats, "grad_stats"), v(stats, "stats"), k(saved, "saved"), l(logits, "logits"), t(targets, "targets", true);
     Borrowed r(reference, "reference"), j(index, "index"), b(belief, "belief"), d(grad_logits, "grad_logits");
     py::gil_scoped_release release;
-    pu::cpu::backward(PU_CALL, g, o, k, l, t, r, j, b, d);
+    PU_ON_DEVICE(l.on_cuda(), backward(o.call(), g, v, k, l, t, r, d, o.stream), backward(o.call(), g, v, k, l, t, r, j, b, d));
   });
 }

@@ -49,8 +49,8 @@ def versions() -> Table:
 
 def native() -> Table:
     table = Table("part", "state", title="Native code", title_justify="left")
-    if backends.cpu.unavailable:
-        table.add_row("CPU kernels", f"[red]{backends.cpu.unavailable}[/]")
+    if backends.native.unavailable:
+        table.add_row("CPU kernels", f"[red]{backends.native.unavailable}[/]")
     else:
         from . import _C
 
@@ -58,7 +58,7 @@ def native() -> Table:
         openmp = "OpenMP" if _C.openmp else "no OpenMP: one thread"
         table.add_row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores (torch's setting), {openmp}")
         built = (
-            f"built for sm_{_C.cuda_archs.replace(';', ', sm_')}" if _C.cuda_archs else f"not built: {_C.cuda_reason}"
+            f"built for sm_{_C.cuda_archs.replace(' ', ', sm_')}" if _C.cuda_archs else f"not built: {_C.cuda_reason}"
         )
         table.add_row("CUDA kernels", built)
     if torch.cuda.is_available():
@@ -77,7 +77,7 @@ def routes() -> Table:
         "backend", "state", *(f"{device} tensors" for device in devices), title="Backends", title_justify="left"
     )
     taken = {device: backends.choose(None, torch.device(device)) for device in devices}
-    for name in ("cuda", "triton", "cpu", "eager"):
+    for name in ("cuda", "cpu", "eager"):
         served = [", ".join(backends.OPS) if taken[device] == name else "" for device in devices]
         table.add_row(name, backends.unavailable(name) or "[green]ready[/]", *served)
     return table

@@ -26,7 +26,7 @@ def test_says_what_is_there_and_tests_it(report):
 
 
 def test_says_why_something_is_missing(report, monkeypatch):
-    monkeypatch.setattr(backends.cpu, "unavailable", "the native module did not load (no such file); build it")
+    monkeypatch.setattr(backends.native, "unavailable", "the native module did not load (no such file); build it")
     monkeypatch.setattr(doctor, "installed", lambda name: "")
     code, text = report()
     assert code == 0  # eager still is right
@@ -36,13 +36,13 @@ def test_says_why_something_is_missing(report, monkeypatch):
 
 
 def test_a_wrong_kernel_is_caught(report, monkeypatch):
-    right = backends.cpu.finish
+    right = backends.native.finish
 
     def off_by_a_little(*args):
         stats, saved = right(*args)
         return stats + 0.01, saved
 
-    monkeypatch.setattr(backends.cpu, "finish", off_by_a_little)
+    monkeypatch.setattr(backends.native, "finish", off_by_a_little)
     code, text = report()
     assert code == 1
     assert "wrong" in text

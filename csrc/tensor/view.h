@@ -57,9 +57,7 @@ inline DType dtype_of(const DLTensor& t, const char* name) {
                               ", " + std::to_string(t.dtype.bits) + " bits)");
 }
 
-inline Matrix matrix_of(const DLTensor& t, const char* name, int device_type) {
-  if (t.device.type != device_type)
-    throw std::invalid_argument(std::string(name) + ": wrong device (DLPack type " + std::to_string(t.device.type) + ")");
+inline Matrix matrix_of(const DLTensor& t, const char* name) {
   if (t.ndim < 1) throw std::invalid_argument(std::string(name) + ": needs at least one dimension");
   Matrix m;
   m.dtype = dtype_of(t, name);

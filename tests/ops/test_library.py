@@ -9,7 +9,7 @@ import torch
 import pyunlearn as pu
 from pyunlearn.ops import OUTPUTS, backends
 from pyunlearn.ops.contract import Options
-from pyunlearn.ops.token_stats import _flat, _token_stats_backward_op, _token_stats_op
+from pyunlearn.ops.from_logits import _flat, _token_stats_backward_op, _token_stats_op
 
 from .rows import rows
 
@@ -61,7 +61,7 @@ def test_linear_compiles():
 def test_missing_native_module_falls_back_and_says_so(monkeypatch):
     logits, _, targets = rows("random", 3, 20)
     expected = pu.token_stats(logits, targets, ("logp", "greedy"))
-    monkeypatch.setattr(backends.cpu, "unavailable", "the native module did not load (gone); build it")
+    monkeypatch.setattr(backends.native, "unavailable", "the native module did not load (gone); build it")
     got = pu.token_stats(logits, targets, ("logp", "greedy"))
     torch.testing.assert_close(got.logp, expected.logp)
     with pytest.raises(RuntimeError, match="backend='cpu' is not available: the native module did not load"):
@@ -70,14 +70,19 @@ def test_missing_native_module_falls_back_and_says_so(monkeypatch):
 
 def test_backends_explain_themselves(monkeypatch):
     assert backends.choose(None, torch.device("cpu")) == "cpu"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(RuntimeError, match="no CUDA device is visible"):
-        backends.choose("triton", torch.device("cpu"))
     with pytest.raises(ValueError, match="cannot take tensors on cuda"):
         backends.choose("cpu", torch.device("cuda"))
+    monkeypatch.setattr(backends.native._C, "cuda_archs", "90a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="no CUDA device is visible"):
+        backends.choose("cuda", torch.device("cpu"))
+    monkeypatch.setattr(backends.native._C, "cuda_archs", "")
+    monkeypatch.setattr(backends.native._C, "cuda_reason", "nvcc was not found at build time")
+    with pytest.raises(RuntimeError, match="the CUDA part is not built: nvcc was not found"):
+        backends.choose("cuda", torch.device("cpu"))
 
 
-@pytest.mark.parametrize("module", ["pyunlearn.ops.token_stats", "pyunlearn.ops.linear_token_stats"])
+@pytest.mark.parametrize("module", ["pyunlearn.ops.from_logits", "pyunlearn.ops.from_hidden"])
 def test_docstring_examples(module):
     result = doctest.testmod(importlib.import_module(module), extraglobs={"torch": torch})
     assert result.attempted > 0

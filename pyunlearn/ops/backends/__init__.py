@@ -6,13 +6,12 @@ asked for by name, never at import.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 
-from . import cpu
+from . import native
 
-ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("eager",)}
+# The CUDA kernels serve when asked for by name; they become the default once they have been measured on a GPU.
+ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("eager", "cuda")}
 OPS = ("token_stats", "linear_token_stats")
 
 
@@ -20,15 +19,13 @@ def unavailable(backend: str) -> str:
     """Why `backend` cannot run here, or "" when it can."""
     if backend == "eager":
         return ""
-    if backend == "cpu":
-        return cpu.unavailable
-    if backend in ("cuda", "triton"):
-        if not torch.cuda.is_available():
-            return "no CUDA device is visible to torch"
-        if backend == "triton" and importlib.util.find_spec("triton") is None:
-            return "triton is not installed; install it with: pip install triton"
-        return "no kernel of this op is built for it yet; CUDA tensors take the eager backend"
-    raise ValueError(f"backend={backend!r}: needs one of 'cpu', 'cuda', 'triton', 'eager' or None")
+    if backend not in ("cpu", "cuda"):
+        raise ValueError(f"backend={backend!r}: needs one of 'cpu', 'cuda', 'eager' or None")
+    if backend == "cpu" or native.unavailable:
+        return native.unavailable
+    if not native._C.cuda_archs:
+        return f"the CUDA part is not built: {native._C.cuda_reason}"
+    return "" if torch.cuda.is_available() else "no CUDA device is visible to torch"
 
 
 def choose(backend: str | None, device: torch.device) -> str:
@@ -38,7 +35,7 @@ def choose(backend: str | None, device: torch.device) -> str:
     reason = unavailable(backend)
     if reason:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
-    if backend not in (*ORDER.get(device.type, ()), "eager"):
+    if backend not in ORDER.get(device.type, ("eager",)):
         raise ValueError(
             f"backend={backend!r}: cannot take tensors on {device}; needs one of {ORDER.get(device.type, ('eager',))}"
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .backends import choose, cpu
+from .backends import choose, native
 from .contract import (
     Options,
     TokenStats,
@@ -29,7 +29,7 @@ from .contract import (
     make_options,
     unpack,
 )
-from .token_stats import stacked_stats
+from .from_logits import stacked_stats
 
 Head = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias) of the reference
 
@@ -142,7 +142,7 @@ def in_budget(
     budget = free_bytes(hidden.device) // 4 if budget is None else budget
     column_bytes = n * hidden.element_size() * (1 if frozen is None else 2)
     fits = column_bytes * vocabulary <= budget
-    if chosen == "cpu" and (fits or "topk" not in options.outputs):
+    if chosen != "eager" and (fits or "topk" not in options.outputs):
         width = vocabulary if fits else min(vocabulary, max(256, budget // column_bytes // 64 * 64))
         return _LinearTokenStats.apply(hidden, weight, bias, targets, frozen, options, width, fits)
 
@@ -160,7 +160,7 @@ def in_budget(
 
 
 class _LinearTokenStats(torch.autograd.Function):
-    """The fused CPU path; `width` columns at a time, kept for backward when that is the whole vocabulary."""
+    """The fused path; `width` columns at a time, kept for backward when that is the whole vocabulary."""
 
     @staticmethod
     def forward(
@@ -175,16 +175,16 @@ class _LinearTokenStats(torch.autograd.Function):
         keep: bool,
     ) -> Tensor:
         vocabulary = weight.size(0)
-        state = cpu.new_state(hidden, hidden.size(0))
+        state = native.new_state(hidden, hidden.size(0))
         logits, ref_logits = hidden.new_empty(0), None
         for columns in slices(vocabulary, width):
             del logits, ref_logits  # one slice at a time
             logits, ref_logits = both_logits(hidden, weight, bias, frozen, columns)
-            cpu.accumulate(logits, targets, ref_logits, state, options, columns.start, vocabulary)
-        stats, saved = cpu.finish(state, targets, frozen is not None, options, vocabulary)
+            native.accumulate(logits, targets, ref_logits, state, options, columns.start, vocabulary)
+        stats, saved = native.finish(state, targets, frozen is not None, options, vocabulary)
         index = belief = None
         if "topk" in options.outputs:
-            index, belief = cpu.topk(logits, targets, stats, saved, options)
+            index, belief = native.topk(logits, targets, stats, saved, options)
         ctx.save_for_backward(hidden, weight, bias, targets, stats, saved, index, belief)
         ctx.frozen, ctx.options, ctx.width, ctx.keep = frozen, options, width, keep
         ctx.logits = (logits, ref_logits) if keep and any(ctx.needs_input_grad[:3]) else None
@@ -217,7 +217,7 @@ class _LinearTokenStats(torch.autograd.Function):
         for columns in slices(vocabulary, ctx.width):
             logits, ref_logits = held or both_logits(used, weight, bias, frozen, columns)
             rest = (targets, ref_logits, index, belief, options)
-            d = cpu.backward(grad, stats, saved, logits, *rest, logits, columns.start, vocabulary)
+            d = native.backward(grad, stats, saved, logits, *rest, logits, columns.start, vocabulary)
             if drop and held is not None:
                 d = d[rows]
             if d_used is not None and d.dtype == d_used.dtype:

@@ -1,4 +1,8 @@
-"""The C++ backend (csrc/cpu). AVX-512, AVX2 or portable code is picked at run time; threads follow torch's setting."""
+"""The compiled backends, "cpu" (csrc/cpu) and "cuda" (csrc/cuda): the same calls, told apart by where the tensors are.
+
+On the CPU, AVX-512, AVX2 or portable code is picked at run time and threads follow torch's setting; on a GPU, work goes
+to torch's current stream.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from torch import Tensor
 
 from ..contract import Options, check_range
 
-unavailable = ""  # why this backend cannot run; the package also works from eager PyTorch alone
+unavailable = ""  # why nothing compiled can run; the package also works from eager PyTorch alone
 try:
     from ... import _C
 except ImportError as error:
@@ -27,10 +31,11 @@ def statistics_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _call(options: Options, first_column: int, vocabulary: int) -> tuple[int, float, float, int, int, int, int]:
-    softcap = options.softcap or 0.0
-    threads = torch.get_num_threads()
-    return options.bits, options.temperature, softcap, options.ignore_index, first_column, vocabulary, threads
+def _call(like: Tensor, options: Options, first_column: int, vocabulary: int) -> tuple[int | float, ...]:
+    """The arguments every native call ends with."""
+    how = (options.bits, options.temperature, options.softcap or 0.0, options.ignore_index)
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    return (*how, first_column, vocabulary, torch.get_num_threads(), stream)
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
@@ -52,7 +57,7 @@ def accumulate(
     vocabulary: int,
 ) -> None:
     """Merges columns [first, first + logits.size(-1)) of every row into `state`; first == 0 starts afresh."""
-    call = _call(options, first, vocabulary)
+    call = _call(logits, options, first, vocabulary)
     _C.accumulate(capsule(logits), capsule(targets), capsule(reference), capsule(state), first == 0, *call)
 
 
@@ -63,7 +68,7 @@ def finish(
     stats = state.new_zeros(len(options.outputs), *targets.shape)
     saved = state.new_empty(SAVED, *targets.shape)
     n = targets.numel()
-    call = _call(options, 0, vocabulary)
+    call = _call(state, options, 0, vocabulary)
     _C.finish(
         capsule(state),
         capsule(targets),
@@ -78,7 +83,8 @@ def finish(
 def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options) -> Forward:
     """-> (stats, saved, index, belief); the last two hold the top-k lanes, (rows, k), or (rows, 0)."""
     vocabulary, n = logits.size(-1), targets.numel()
-    check_range(targets, vocabulary, options.ignore_index)
+    if not logits.is_cuda:
+        check_range(targets, vocabulary, options.ignore_index)
     if reference is not None and reference.dtype != logits.dtype:
         reference = reference.to(logits.dtype)
     state = new_state(logits, n)
@@ -91,10 +97,10 @@ def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: 
 def topk(logits: Tensor, targets: Tensor, stats: Tensor, saved: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Fills the topk line of `stats`; returns the lanes and their renormalised beliefs, (rows, k) or (rows, 0)."""
     k, n = options.k if "topk" in options.outputs else 0, targets.numel()
-    index, belief = torch.empty(n, k, dtype=torch.int32), stats.new_empty(n, k)
+    index, belief = targets.new_empty(n, k, dtype=torch.int32), stats.new_empty(n, k)
     if k:
         tensors = (logits, targets, _rows(stats, n), _rows(saved, n), index, belief)
-        _C.topk(*map(capsule, tensors), *_call(options, 0, logits.size(-1)))
+        _C.topk(*map(capsule, tensors), *_call(logits, options, 0, logits.size(-1)))
     return index, belief
 
 
@@ -120,5 +126,5 @@ def backward(
     if index is not None and index.size(-1) == 0:
         index = belief = None
     tensors = (*views, logits, targets, reference, index, belief, grad_logits)
-    _C.backward(*map(capsule, tensors), *_call(options, first, vocabulary or logits.size(-1)))
+    _C.backward(*map(capsule, tensors), *_call(logits, options, first, vocabulary or logits.size(-1)))
     return grad_logits

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import choose, cpu, eager
+from .backends import choose, eager, native
 from .contract import Options, TokenStats, check_logits, make_options, unpack
 
 
@@ -38,7 +38,7 @@ def token_stats(
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
             not be used afterwards, and a second backward raises. Under torch.compile it is ignored.
         k: size of the belief set of `topk`, 1 to 256 (bootstrapping's BS-T).
-        backend: None (the fastest available), "cpu" or "eager".
+        backend: None (the fastest that is there), "cpu", "cuda" or "eager".
 
     Returns:
         TokenStats: one attribute per output, each (...), float32 (float64 for float64 logits; greedy: bool), 0 at
@@ -82,7 +82,7 @@ def stacked_stats(
         return _token_stats_op(logits, targets, reference, *_flat(options))[0]
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(logits, targets, reference, options, inplace)
-    return cpu.forward(logits, targets, reference, options)[0]
+    return native.forward(logits, targets, reference, options)[0]
 
 
 def check_inplace(logits: Tensor) -> None:
@@ -101,7 +101,7 @@ class _TokenStats(torch.autograd.Function):
     def forward(
         ctx: Any, logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options, inplace: bool
     ) -> Tensor:
-        stats, saved, index, belief = cpu.forward(logits, targets, reference, options)
+        stats, saved, index, belief = native.forward(logits, targets, reference, options)
         ctx.save_for_backward(logits, targets, reference, stats, saved, index, belief)
         ctx.options, ctx.inplace, ctx.consumed = options, inplace, False
         return stats
@@ -114,8 +114,8 @@ class _TokenStats(torch.autograd.Function):
                 "token_stats: a second backward after inplace_backward=True: logits now hold their gradient"
             )
         logits, targets, reference, stats, saved, index, belief = ctx.saved_tensors
-        out = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype)
-        cpu.backward(grad, stats, saved, logits, targets, reference, index, belief, ctx.options, out)
+        out = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        native.backward(grad, stats, saved, logits, targets, reference, index, belief, ctx.options, out)
         if ctx.inplace:
             ctx.consumed = True
             torch.autograd.graph.increment_version(logits)
@@ -133,7 +133,7 @@ def _options(bits: int, temperature: float, softcap: float, ignore_index: int, k
     return Options(Options.outputs_of(bits), temperature, softcap or None, ignore_index, k)
 
 
-@torch.library.custom_op("pyunlearn::token_stats", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pyunlearn::token_stats", mutates_args=(), device_types=("cpu", "cuda"))
 def _token_stats_op(
     logits: Tensor,
     targets: Tensor,
@@ -145,23 +145,23 @@ def _token_stats_op(
     k: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     options = _options(outputs, temperature, softcap, ignore_index, k)
-    return cpu.forward(logits, targets, reference, options)
+    return native.forward(logits, targets, reference, options)
 
 
 @_token_stats_op.register_fake
 def _(logits, targets, reference, outputs, temperature, softcap, ignore_index, k):
     names = Options.outputs_of(outputs)
-    dtype = cpu.statistics_dtype(logits)
+    dtype = native.statistics_dtype(logits)
     rows, width = targets.numel(), k if "topk" in names else 0
     return (
         logits.new_empty((len(names), *targets.shape), dtype=dtype),
-        logits.new_empty((cpu.SAVED, *targets.shape), dtype=dtype),
+        logits.new_empty((native.SAVED, *targets.shape), dtype=dtype),
         logits.new_empty((rows, width), dtype=torch.int32),
         logits.new_empty((rows, width), dtype=dtype),
     )
 
 
-@torch.library.custom_op("pyunlearn::token_stats_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("pyunlearn::token_stats_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _token_stats_backward_op(
     grad_stats: Tensor,
     stats: Tensor,
@@ -178,8 +178,8 @@ def _token_stats_backward_op(
     k: int,
 ) -> Tensor:
     options = _options(outputs, temperature, softcap, ignore_index, k)
-    out = torch.empty(logits.shape, dtype=logits.dtype)
-    return cpu.backward(grad_stats, stats, saved, logits, targets, reference, index, belief, options, out)
+    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return native.backward(grad_stats, stats, saved, logits, targets, reference, index, belief, options, out)
 
 
 @_token_stats_backward_op.register_fake
