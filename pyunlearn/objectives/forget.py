@@ -163,7 +163,7 @@ def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) 
 
 @register(
     "me",
-    positions="all",
+    positions="real",
     formula="mean over all tokens, the question's too, of KL(p_t || U) = log V - H_t",
     source=f"{CLOSER_LOOK}, Eq. 6",
 )

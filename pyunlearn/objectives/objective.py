@@ -82,7 +82,7 @@ class Objective:
 
     @property
     def positions(self) -> str:
-        """The "supervised" tokens, "all" real ones (the prompt's too), or "padded": every position."""
+        """The "supervised" tokens, all "real" ones (the prompt's too), or "all" positions, padding too."""
         return self.variant.positions
 
     @property

@@ -15,7 +15,7 @@ from .reduction import TokenInputs
 
 ROLES = ("forget", "retain")
 LEVELS = ("token", "sequence")
-POSITIONS = ("supervised", "all", "padded")
+POSITIONS = ("supervised", "real", "all")  # as in pyunlearn.forward
 SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences")
 
 Function = Callable[..., Tensor]
@@ -96,7 +96,7 @@ def register(
         role: "forget" or "retain".
         level: "token" or "sequence".
         batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
-        positions: "supervised", "all" (the prompt's tokens too) or "padded" (every position, padding too).
+        positions: "supervised", "real" (the prompt's tokens too) or "all" (every position, padding too).
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.
         formula, source: for the documentation.
         preset: the name of the function's own defaults.

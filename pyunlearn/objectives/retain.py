@@ -49,7 +49,7 @@ def kl(kl_pq: Tensor) -> Tensor:
     "closer_look_code",
     "g_effect_code",
     formula="mean over all positions, prompt and padding too, of KL(p°_t || p_t)",
-    positions="padded",
+    positions="all",
 )
 def kl_open_unlearning(kl_qp: Tensor) -> Tensor:
     return kl_qp

@@ -99,13 +99,13 @@ class TestNeeds:
         ("npo", "paper"): (("logp",), "logp", ("answer",), "supervised", "sequences"),
         ("tnpo", "paper"): (("logp",), "logp", ("answer",), "supervised", "tokens"),
         ("simnpo", "paper"): (("logp",), None, ("answer",), "supervised", "sequences"),
-        ("me", "paper"): (("entropy",), None, ("answer",), "all", "tokens"),
-        ("me", "closer_look_code"): (("uniform_ce",), None, ("answer",), "all", "tokens"),
+        ("me", "paper"): (("entropy",), None, ("answer",), "real", "tokens"),
+        ("me", "closer_look_code"): (("uniform_ce",), None, ("answer",), "real", "tokens"),
         ("idk", "paper"): (("logp",), None, ("refusal",), "supervised", "tokens"),
         ("dpo", "paper"): (("logp",), "logp", ("refusal", "answer"), "supervised", "sequences"),
         ("ap", "paper"): (("logp",), None, ("refusal", "answer"), "supervised", "sequences"),
         ("kl", "paper"): (("kl_pq",), "kl", ("answer",), "supervised", "tokens"),
-        ("kl", "open_unlearning"): (("kl_qp",), "kl", ("answer",), "padded", "tokens"),
+        ("kl", "open_unlearning"): (("kl_qp",), "kl", ("answer",), "all", "tokens"),
     }
 
     @pytest.mark.parametrize(("name", "preset"), EXPECTED)
@@ -244,7 +244,7 @@ class TestOwn:
             ({"name": "ga"}, lambda logp: 0.0, "name='ga' is taken by pyunlearn.objectives.forget.ga"),
             ({"role": "forgett"}, lambda logp: 0.0, "role 'forgett' is unknown; did you mean 'forget'"),
             ({"level": "word"}, lambda logp: 0.0, "level 'word' is unknown"),
-            ({"positions": "al"}, lambda logp: 0.0, "did you mean 'all'"),
+            ({"positions": "rael"}, lambda logp: 0.0, "did you mean 'real'"),
             ({"batch": "refusals"}, lambda logp: 0.0, "did you mean 'refusal'"),
             (
                 {"reduction": "mean"},

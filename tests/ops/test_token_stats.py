@@ -103,8 +103,8 @@ def test_memorised_token_keeps_its_gradient():
     with torch.no_grad():
         logits[0, 7] = 40.0
     stats = pu.token_stats(logits, torch.tensor([7]), ("logp", "log_nll"))
-    assert float(-stats.logp) == pytest.approx(49 * math.exp(-40), rel=1e-6)
-    assert float(stats.log_nll) == pytest.approx(math.log(49) - 40, rel=1e-6)
+    assert -stats.logp.item() == pytest.approx(49 * math.exp(-40), rel=1e-6)
+    assert stats.log_nll.item() == pytest.approx(math.log(49) - 40, rel=1e-6)
     stats.log_nll.sum().backward()
     assert float(logits.grad[0, 7]) == pytest.approx(-1, rel=1e-5)
     assert logits.grad[0, :7].tolist() == pytest.approx([1 / 49] * 7, rel=1e-5)
@@ -190,7 +190,7 @@ def test_nothing_to_do(backend):
     assert not stats.mask.any()
     assert not stats.greedy.any()
     total = stats.logp.sum() + stats.entropy.sum()
-    assert float(total) == 0
+    assert total.item() == 0
     total.backward()
     assert torch.equal(logits.grad, torch.zeros(2, 7))
 

@@ -1,0 +1,35 @@
+"""Questions and answers: reading, tokenising, pairing, and an embedded fictitious world to practise on.
+
+`pyunlearn.data.tiny` (tokenizer and model for the embedded world) imports transformers and is not loaded from here.
+"""
+
+from pyunlearn.data.authors import Author, World, generate_authors
+from pyunlearn.data.pairs import ForgetRetainDataset
+from pyunlearn.data.qa import QA, check_disjoint, load_qa, load_refusals
+from pyunlearn.data.tokenise import (
+    Encoded,
+    PromptFormat,
+    QADataset,
+    check_vocabulary,
+    collate,
+    context_length,
+    padding_id,
+)
+
+__all__ = [
+    "QA",
+    "Author",
+    "Encoded",
+    "ForgetRetainDataset",
+    "PromptFormat",
+    "QADataset",
+    "World",
+    "check_disjoint",
+    "check_vocabulary",
+    "collate",
+    "context_length",
+    "generate_authors",
+    "load_qa",
+    "load_refusals",
+    "padding_id",
+]

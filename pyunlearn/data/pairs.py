@@ -1,0 +1,142 @@
+"""Forget rows beside retain rows and refusals: what one step of an unlearning run needs."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pyunlearn.data.tokenise import IGNORE_INDEX, QADataset, collate
+
+ROLES = ("forget", "retain")
+
+
+class ForgetRetainDataset(Dataset):
+    """Item i is forget row i with a retain row, and with refusals of either question where asked.
+
+    `[i]` -> {"forget": row, "retain": row, "forget_refusal": row, "retain_refusal": row}, the last three only if there
+    is a retain set and if `refuse` names the role. A row is a QADataset row; a refusal's "index" is its question's.
+
+    retain: rows come from one endless stream of seeded shuffles, epoch e taking up where e - 1 stopped, so that every
+        retain row is seen equally often however much larger the retain set is. None for forget rows alone.
+    refusals: texts, drawn afresh for each (seed, epoch, index); with fixed_refusals each question keeps the refusal of
+        epoch 0 in all epochs (what a cached reference needs: see `refusal`).
+    refuse: any of "forget", "retain".
+
+    Everything is a function of (seed, epoch, i), whatever the number of dataloader workers; the epoch is in shared
+    memory, so that set_epoch reaches workers that are already running.
+
+    Raises ValueError for refusals missing or unused, an unknown role, or a refusal that would exceed max_length.
+    """
+
+    def __init__(
+        self,
+        forget: QADataset,
+        retain: QADataset | None = None,
+        *,
+        refusals: Sequence[str] | None = None,
+        refuse: Sequence[str] = (),
+        fixed_refusals: bool = False,
+        seed: int = 0,
+    ):
+        unknown = sorted(set(refuse) - set(ROLES))
+        if unknown:
+            raise ValueError(f"refuse must name roles of {ROLES}, got {unknown[0]!r}")
+        if "retain" in refuse and retain is None:
+            raise ValueError("refuse names 'retain', but retain is None")
+        if refuse and not refusals:
+            raise ValueError(f"refuse={tuple(refuse)} needs refusals, got {refusals!r}")
+        self.forget, self.retain = forget, retain
+        self.refusals = list(refusals or ())
+        self.refuse = tuple(role for role in ROLES if role in refuse)
+        self.fixed_refusals = fixed_refusals
+        self.seed = seed
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        for role in self.refuse:
+            self._check_refusals(self._rows(role))
+
+    @property
+    def epoch(self) -> int:
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0, 1, ...) whose retain rows and refusals `[i]` gives; trainers call this."""
+        if epoch < 0:
+            raise ValueError(f"epoch must be 0 or more, got {epoch}")
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.forget)
+
+    def __getitem__(self, index: int) -> dict[str, dict[str, Any]]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
+        index = int(index) % len(self)
+        item = {"forget": self.forget[index]}
+        if self.retain is not None:
+            block, place = divmod(self.epoch * len(self) + index, len(self.retain))
+            item["retain"] = self.retain[_shuffled(len(self.retain), self.seed, block)[place]]
+        for role in self.refuse:
+            item[f"{role}_refusal"] = self._refusal_row(role, item[role]["index"])
+        return item
+
+    def refusal(self, role: str, index: int) -> str:
+        """The refusal that question `index` of `role` gets: in this epoch, or in all of them with fixed_refusals.
+
+        With fixed_refusals, `QADataset(forget.items, tokenizer, max_length, answers=[pairs.refusal("forget", i) for i
+        in range(len(forget))])` holds the very rows this dataset gives, for a reference cache.
+        """
+        if not self.refusals:
+            raise ValueError("this dataset was made without refusals")
+        epoch = 0 if self.fixed_refusals else self.epoch
+        return random.Random(f"{self.seed}/{epoch}/{role}/{index}").choice(self.refusals)
+
+    def collate(self, items: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Tensor]]:
+        """Batch each kind of row: the items' keys, each with what `pyunlearn.data.collate` gives."""
+        if not items:
+            raise ValueError("items is empty: nothing to collate")
+        pad = self.forget.pad_token_id
+        return {kind: collate([item[kind] for item in items], pad) for kind in items[0]}
+
+    def _rows(self, role: str) -> QADataset:
+        rows = self.forget if role == "forget" else self.retain
+        if rows is None:
+            raise ValueError(f"there are no {role} rows")
+        return rows
+
+    def _refusal_row(self, role: str, index: int) -> dict[str, Any]:
+        rows = self._rows(role)
+        encoded = rows.prompt_format.encode(rows.items[index].question, self.refusal(role, index), rows.max_length)
+        return {
+            "input_ids": torch.tensor(encoded.input_ids),
+            "labels": torch.tensor(encoded.labels),
+            "index": index,
+        }
+
+    def _check_refusals(self, rows: QADataset) -> None:
+        """Any refusal may meet any question, so the longest of both must fit: found now, not in some later epoch."""
+        if rows.max_length is None:
+            return
+        prompts = [int((rows[i]["labels"] == IGNORE_INDEX).sum()) for i in range(len(rows))]
+        question = rows.items[prompts.index(max(prompts))].question
+        replies = [rows.prompt_format.encode(question, refusal) for refusal in self.refusals]
+        longest = max(range(len(replies)), key=lambda i: len(replies[i].input_ids))
+        length = len(replies[longest].input_ids)
+        if length > rows.max_length:
+            raise ValueError(
+                f"refusal {self.refusals[longest]!r} to {question!r} has {length} tokens, more than the limit of "
+                f"{rows.max_length}; raise max_length or leave the refusal out"
+            )
+
+
+@functools.lru_cache(maxsize=8)
+def _shuffled(count: int, seed: int, block: int) -> list[int]:
+    """The block-th shuffle of range(count) in the stream of retain rows."""
+    order = list(range(count))
+    random.Random(f"{seed}/{block}/retain").shuffle(order)
+    return order

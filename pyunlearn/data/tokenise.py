@@ -1,0 +1,230 @@
+"""From question and answer to token ids, with an exact boundary between prompt and supervised answer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from pyunlearn.data.qa import QA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+# Values some templates read: without them Llama 3 writes today's date into the prompt, so that tomorrow's tokens
+# differ, and Qwen 3 opens a chain of thought that no answer here has.
+TEMPLATE_VALUES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids of prompt + answer, and labels: -100 on the prompt, the ids themselves on the answer and its end."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+class PromptFormat:
+    """How a question is put to a model: by the tokenizer's chat template if it has one, else `Question: ...\\nAnswer:`.
+
+    The prompt's tokens are the same with and without an answer after them, so that what is supervised is what the
+    model would generate: the answer and the token that ends it (the template's end of turn, else EOS).
+
+    Raises ValueError for a tokenizer without an EOS token.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        if tokenizer.eos_token_id is None:
+            raise ValueError("tokenizer has no EOS token, which has to end every answer; set tokenizer.eos_token")
+        self.tokenizer: Any = tokenizer  # its stubs know neither of template values nor of tokenize=False
+        self.chat = tokenizer.chat_template is not None
+        # A chat template writes its own BOS; otherwise keep the tokens that this tokenizer puts before any text.
+        self._opening = [] if self.chat else _opening_ids(tokenizer)
+        self._special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special}
+        self._special.add(tokenizer.eos_token)
+
+    def prompt(self, question: str) -> str:
+        """The text before the answer. Raises ValueError if the chat template cannot be rendered."""
+        if not self.chat:
+            return f"Question: {question.strip()}\nAnswer:"
+        return self._render([{"role": "user", "content": question.strip()}], add_generation_prompt=True)
+
+    def prompt_ids(self, question: str) -> list[int]:
+        """Token ids of the prompt, opening tokens included: what generation starts from."""
+        return self._opening + self._ids(self.prompt(question))
+
+    def encode(self, question: str, answer: str, max_length: int | None = None) -> Encoded:
+        """Token ids and labels of one pair.
+
+        Raises ValueError if it is longer than max_length (nothing is ever cut off), if the answer is empty, or if the
+        chat template's prompt is not the beginning of the conversation with the answer in it.
+        """
+        answer = answer.strip()
+        if not answer:
+            raise ValueError(f"the answer to {question!r} is empty")
+        prompt = self.prompt(question)
+        reply = self._chat_reply(question, prompt, answer) if self.chat else f" {answer}"
+        prompt_ids, joint_ids = self._ids(prompt), self._ids(prompt + reply)
+        # Tokens made in one go are the natural ones (SentencePiece adds a space to each call); where a token would
+        # straddle the boundary, the two sides are made apart.
+        straddles = joint_ids[: len(prompt_ids)] != prompt_ids
+        reply_ids = self._ids(reply) if straddles else joint_ids[len(prompt_ids) :]
+        if not (self.chat and any(reply.endswith(token) for token in self._special)):
+            reply_ids = [*reply_ids, self.tokenizer.eos_token_id]
+        prompt_ids = self._opening + prompt_ids
+        encoded = Encoded(prompt_ids + reply_ids, [IGNORE_INDEX] * len(prompt_ids) + reply_ids)
+        _check_length(encoded, max_length, "the sample", question)
+        return encoded
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def _render(self, turns: list[dict[str, str]], **options: Any) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **options, **TEMPLATE_VALUES)
+        except jinja2.TemplateError as error:
+            raise ValueError(
+                f"the chat template fails on a {'/'.join(t['role'] for t in turns)} chat: {error}"
+            ) from error
+
+    def _chat_reply(self, question: str, prompt: str, answer: str) -> str:
+        """The text from the end of the prompt to the end of the assistant's turn."""
+        turns = [{"role": "user", "content": question.strip()}, {"role": "assistant", "content": answer}]
+        conversation = self._render(turns)
+        advice = "give the tokenizer another chat_template, or chat_template = None for 'Question: ...\\nAnswer:'"
+        if not conversation.startswith(prompt):
+            raise ValueError(
+                "the chat template's prompt is not the beginning of the conversation, so answers cannot be told from "
+                f"prompts: the prompt ends in {prompt[-60:]!r}, the conversation in {conversation[-60:]!r}; {advice}"
+            )
+        reply = conversation[len(prompt) :]
+        start = len(reply) - len(reply.lstrip())
+        if not reply.startswith(answer, start):
+            raise ValueError(
+                f"the chat template puts {reply[:60]!r} after its prompt, not the answer {answer[:60]!r}; {advice}"
+            )
+        # The turn ends with the first special token after the answer; what follows (a line break) is never generated.
+        tail = reply[start + len(answer) :]
+        ends = [tail.index(token) + len(token) for token in self._special if token in tail]
+        return reply[: start + len(answer) + min(ends)] if ends else reply.rstrip()
+
+
+class QADataset(Dataset):
+    """Tokenised pairs. `[i]` -> {"input_ids", "labels"} (int64, 1-d, same length) and "index" (int, = i).
+
+    items: the pairs; answers: what to supervise in place of the items' own answers, one each (refusals, perturbed
+    answers, ...). max_length: longest sequence allowed, in tokens (the model's context); None for no limit.
+    `fingerprint` is a SHA-256 of all token ids and labels.
+
+    Raises ValueError if a sample is longer than max_length (which, and how long), for no items, or for a wrong number
+    of answers.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[QA],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int | None,
+        answers: Sequence[str] | None = None,
+    ):
+        if not items:
+            raise ValueError("items is empty: a dataset needs at least one question-answer pair")
+        if max_length is not None and max_length < 1:
+            raise ValueError(f"max_length must be a positive number of tokens or None, got {max_length}")
+        if answers is not None and len(answers) != len(items):
+            raise ValueError(f"answers has {len(answers)} entries for {len(items)} items; give one each")
+        self.items = list(items)
+        self.max_length = max_length
+        self.prompt_format = PromptFormat(tokenizer)
+        self.pad_token_id = padding_id(tokenizer)
+        self._rows: list[tuple[Tensor, Tensor]] = []
+        digest = hashlib.sha256()
+        for index, item in enumerate(self.items):
+            answer = item.answer if answers is None else answers[index]
+            encoded = self.prompt_format.encode(item.question, answer)
+            _check_length(encoded, max_length, f"sample {index}", item.question)
+            row = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
+            self._rows.append(row)
+            digest.update(len(encoded.labels).to_bytes(8, "little"))
+            for tensor in row:
+                digest.update(tensor.numpy().astype("<i8").tobytes())
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is out of range for {len(self)} samples")
+        input_ids, labels = self._rows[index]
+        return {"input_ids": input_ids, "labels": labels, "index": int(index) % len(self)}
+
+
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Stack B rows, right padded to the longest (T): input_ids, attention_mask, labels (B, T), index (B,), all int64.
+
+    Padding has attention_mask 0 and labels -100. Raises ValueError for no rows or no pad_token_id.
+    """
+    if not rows:
+        raise ValueError("rows is empty: nothing to collate")
+    if pad_token_id is None:
+        raise ValueError("pad_token_id is None; take it from padding_id(tokenizer)")
+    ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_value=0),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        "index": torch.tensor([row["index"] for row in rows], dtype=torch.int64),
+    }
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id to pad with: the tokenizer's own, else EOS (labels and attention_mask tell padding apart).
+
+    Raises ValueError if the tokenizer has neither.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None and eos is None:
+        raise ValueError("tokenizer has neither a pad nor an EOS token to pad with; set tokenizer.pad_token")
+    return eos if pad is None else pad
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError if the tokenizer makes an id that the model has no embedding for; spare rows are fine."""
+    embeddings: Any = model.get_input_embeddings()
+    rows = embeddings.num_embeddings
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    if largest >= rows:
+        raise ValueError(
+            f"tokenizer and model do not fit: the tokenizer makes ids up to {largest} ({token!r}), the model has "
+            f"{rows} embedding rows; load the tokenizer that belongs to the model, or resize its embeddings"
+        )
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The longest sequence the model takes, in tokens, from its configuration; None where it states none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before any text (BOS, or nothing), whatever it puts after it."""
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    starts = [s for s in range(len(full) - len(bare) + 1) if full[s : s + len(bare)] == bare]
+    return list(full[: starts[0]]) if starts else []
+
+
+def _check_length(encoded: Encoded, max_length: int | None, which: str, question: str) -> None:
+    if max_length is not None and len(encoded.input_ids) > max_length:
+        raise ValueError(
+            f"{which} (question {question!r}) has {len(encoded.input_ids)} tokens with its answer, more than the "
+            f"limit of {max_length}; raise max_length up to the model's context, or leave the sample out"
+        )

@@ -1,0 +1,230 @@
+"""The two training stages of a run, memorise and unlearn, and what both share."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import random
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..data import QA, ForgetRetainDataset, QADataset, collate
+from ..reference import ReferenceCache
+from .callbacks import Interrupt, MetricsWriter, ProgressBar
+from .config import RunConfig, TrainingConfig
+from .folder import RunFolder
+from .models import process_state
+from .trainer import NonFiniteLossError, Reference, UnlearnTrainer, collect_needs, make_terms
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with everything finished so far on disk. `exit_code` is 128 + the signal."""
+
+    def __init__(self, message: str, signum: int = 2):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What every stage gets besides its data."""
+
+    config: RunConfig
+    folder: RunFolder
+    console: Console
+    max_length: int | None
+    world_size: int = 1
+
+    @property
+    def progress(self) -> bool:
+        return not self.console.quiet
+
+
+class SkipLastSave(TrainerCallback):
+    """No resumable checkpoint of the last step: the stage's own model is written next, without the optimiser."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
+class AnswerRows(Dataset):
+    """Question-answer rows alone, as the retain rows that `gd` trains on."""
+
+    def __init__(self, rows: QADataset):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"retain": self.rows[index]}
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, torch.Tensor]]:
+        return {"retain": collate([item["retain"] for item in items], self.rows.pad_token_id)}
+
+
+def memorise(context: Context, model: Any, tokenizer: Any, forget: list[QA], retain: list[QA]) -> None:
+    """Fine-tunes `model` in place on the forget set and `retain_limit` retain rows, by `gd` alone."""
+    settings = context.config.memorise
+    if settings is None:
+        raise ValueError("memorise: the configuration has no such stage")
+    items = forget + retain[: settings.retain_limit]
+    dataset = AnswerRows(QADataset(items, tokenizer, context.max_length))
+    train(context, "memorise", settings, model, dataset, ["gd"], None)
+
+
+def unlearn(
+    context: Context, model: Any, tokenizer: Any, forget: list[QA], retain: list[QA], refusals: list[str]
+) -> None:
+    """Unlearns `model` in place; what it says before is the frozen reference, cached in the run folder."""
+    settings = context.config.unlearn
+    terms = [(term.objective(), term.coefficient) for term in (*settings.forget, *settings.retain)]
+    needs = collect_needs(make_terms(terms))
+    if any(kind.startswith("retain") for kind in needs):
+        retain_rows = QADataset(retain_used(context, len(forget), retain), tokenizer, context.max_length)
+    else:
+        retain_rows = None
+    dataset = ForgetRetainDataset(
+        QADataset(forget, tokenizer, context.max_length),
+        retain_rows,
+        refusals=refusals,
+        refuse=[role for role in ("forget", "retain") if f"{role}_refusal" in needs],
+        fixed_refusals=any(
+            need.logp_reference or need.kl_reference for kind, need in needs.items() if "refusal" in kind
+        ),
+        seed=context.config.seed,
+    )
+    references = {
+        kind: make_reference(context, model, rows_of(dataset, kind, tokenizer, context.max_length), kind, need)
+        for kind, need in needs.items()
+        if need.logp_reference or need.kl_reference
+    }
+    train(context, "unlearn", settings, model, dataset, terms, references)
+
+
+def retain_used(context: Context, num_forget: int, retain: list[QA]) -> list[QA]:
+    """The retain rows this run will meet: all, or a seeded draw where fewer are used (no reference is wasted)."""
+    settings = context.config.unlearn
+    used = math.ceil(settings.epochs * num_forget)
+    if settings.max_steps is not None:
+        used = settings.max_steps * settings.batch_size * settings.gradient_accumulation_steps * context.world_size
+    if used >= len(retain):
+        return retain
+    return [retain[i] for i in sorted(random.Random(context.config.seed).sample(range(len(retain)), used))]
+
+
+def rows_of(dataset: ForgetRetainDataset, kind: str, tokenizer: Any, max_length: int | None) -> QADataset:
+    """The rows of one kind of sequence, refusals as the data set draws them."""
+    role = kind.removesuffix("_refusal")
+    rows = dataset.forget if role == "forget" else dataset.retain
+    if rows is None:
+        raise ValueError(f"{kind}: there are no {role} rows")
+    if kind == role:
+        return rows
+    answers = [dataset.refusal(role, index) for index in range(len(rows))]
+    return QADataset(rows.items, tokenizer, max_length, answers=answers)
+
+
+def make_reference(context: Context, model: Any, rows: QADataset, kind: str, need: Any) -> Reference:
+    """A cache on disk; a frozen copy in memory where padding counts, which no cache can know."""
+    if need.kl_reference and need.widest == "all":
+        return copy.deepcopy(model).requires_grad_(False).eval()
+    path = context.folder.reference / f"{kind}.safetensors"
+    with process_state().main_process_first():  # the others find a file that fits
+        return ReferenceCache.build(
+            model,
+            rows,
+            path,
+            kl=need.kl_reference,
+            positions=need.widest if need.kl_reference else "supervised",
+            batch_size=context.config.evaluate.batch_size,
+            progress=context.progress,
+        )
+
+
+def train(
+    context: Context,
+    stage: str,
+    settings: TrainingConfig,
+    model: Any,
+    dataset: Any,
+    objectives: Sequence[Any],
+    reference: Mapping[str, Reference] | None,
+) -> None:
+    """One stage to its end, from its last checkpoint if there is one.
+
+    Raises Interrupted after Ctrl-C, with a checkpoint saved, and NonFiniteLossError naming the last good checkpoint.
+    """
+    folder, last = context.folder, context.folder.last_checkpoint(stage)
+    bar = ProgressBar(stage, context.console)
+    with Interrupt(context.console) as interrupt:
+        trainer = UnlearnTrainer(
+            model=model,
+            args=training_arguments(context, stage, settings),
+            train_dataset=dataset,
+            objectives=objectives,
+            reference=reference,
+            callbacks=[MetricsWriter(folder.metrics, stage), bar, interrupt, SkipLastSave()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except NonFiniteLossError as error:
+            last = folder.last_checkpoint(stage)
+            raise NonFiniteLossError(f"{stage}: {error}. Last good checkpoint: {last or 'none yet'}") from None
+        finally:
+            bar.close()
+    if interrupt.signum is not None and trainer.state.global_step < trainer.state.max_steps:
+        step, total = trainer.state.global_step, trainer.state.max_steps
+        raise Interrupted(f"stopped in {stage} at step {step} of {total}, checkpoint saved", interrupt.signum)
+    model.eval()
+
+
+def training_arguments(context: Context, stage: str, settings: TrainingConfig) -> TrainingArguments:
+    # transformers 5.x renamed the switch; the old name warns in newer ones.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    switches: dict[str, Any] = {checkpointing: settings.gradient_checkpointing}
+    return TrainingArguments(
+        output_dir=str(context.folder.training(stage)),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.scheduler,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        seed=context.config.seed,
+        data_seed=context.config.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_broadcast_buffers=False,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+        **switches,
+    )
+
+
+def remove_training(folder: RunFolder, stage: str) -> None:
+    """The resumable checkpoints of a finished stage."""
+    path: Path = folder.training(stage)
+    shutil.rmtree(path, ignore_errors=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()

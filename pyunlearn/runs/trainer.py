@@ -1,0 +1,373 @@
+"""UnlearnTrainer: transformers' Trainer with any number of forget and retain objectives in one loss.
+
+Each step runs every kind of sequence (forget, retain, refusals) through the model once, hands only the positions that
+count to the LM head (`linear_token_stats`, one call a kind), and leaves the rest to the objectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .. import objectives as registry
+from ..forward import POSITIONS, Head, output_head, select_positions, supervised_hidden, token_stats_of
+from ..objectives import Objective, TokenInputs
+from ..ops import linear_token_stats
+from ..reference import ReferenceCache
+
+Count = tuple[tuple[str, ...], str, str]  # kinds of sequence, positions, "tokens" | "sequences"
+
+Reference = ReferenceCache | torch.nn.Module
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradient is not a finite number; nothing has been saved since the last checkpoint."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One objective with its weight; `kinds` maps the batches it names to kinds of sequence in the data set."""
+
+    label: str
+    objective: Objective
+    coefficient: float
+    kinds: Mapping[str, str]
+
+    @property
+    def count(self) -> Count:
+        """What its mean divides by: tokens of its first kind, or sequences that have tokens in all of its kinds."""
+        kinds = tuple(self.kinds[batch] for batch in self.objective.batches)
+        unit = self.objective.unit
+        return kinds if unit == "sequences" else kinds[:1], self.positions, unit
+
+    @property
+    def positions(self) -> str:
+        return self.objective.positions
+
+
+@dataclass
+class Need:
+    """What all terms together want of one kind of sequence."""
+
+    outputs: set[str] = field(default_factory=set)
+    positions: set[str] = field(default_factory=set)
+    logp_reference: bool = False
+    kl_reference: bool = False
+
+    @property
+    def widest(self) -> Any:
+        """The positions that hold all the others: supervised, real and all are nested."""
+        return max(self.positions, key=POSITIONS.index)
+
+
+def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
+    """Terms from objectives, each a name, an Objective, or a pair of either with its coefficient.
+
+    Raises ValueError for an empty list, an unknown name or a coefficient that is not finite; TypeError otherwise.
+    """
+    if not objectives:
+        raise ValueError("objectives is empty: needs at least one objective")
+    terms: list[Term] = []
+    for given in objectives:
+        objective, coefficient = given if isinstance(given, tuple) else (given, 1.0)
+        if isinstance(objective, str):
+            objective = registry.get(objective)
+        if not isinstance(objective, Objective):
+            raise TypeError(f"objectives: needs names, Objectives or (objective, coefficient), got {given!r}")
+        if not math.isfinite(coefficient):
+            raise ValueError(f"objectives: the coefficient of {objective.name} needs to be finite, got {coefficient}")
+        label = f"{objective.role}.{objective.name}"
+        twins = sum(term.label.split("#")[0] == label for term in terms)
+        suffixes = {batch: "" if batch == "answer" else f"_{batch}" for batch in objective.batches}
+        kinds = {batch: objective.role + suffix for batch, suffix in suffixes.items()}
+        terms.append(Term(f"{label}#{twins + 1}" if twins else label, objective, float(coefficient), kinds))
+    return tuple(terms)
+
+
+class EpochSetter(TrainerCallback):
+    """Tells the data set its epoch: accelerate does not where a batch sampler is wrapped (several ranks, resuming)."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class UnlearnTrainer(Trainer):
+    """Trains on coefficient-weighted objectives over paired batches.
+
+    model: a transformers causal LM (peft included). args: TrainingArguments; remove_unused_columns and label_names are
+    set as this trainer needs them. train_dataset: a ForgetRetainDataset, or any data set whose `collate` gives
+    {kind: batch} with batches of input_ids, attention_mask, labels (B, T) and index (B,).
+    objectives: see `make_terms`. reference: what stands for the frozen reference: a ReferenceCache, {kind:
+    ReferenceCache} when several kinds of sequence need one, or a live model.
+
+    Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
+    that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
+    term's loss, count and coefficient.
+
+    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, and
+    NonFiniteLossError from `train()`.
+    """
+
+    loss_is_scaled_for_ga = True  # by the counts
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Any,
+        objectives: Sequence[Any],
+        reference: Reference | Mapping[str, Reference] | None = None,
+        data_collator: Any = None,
+        **options: Any,
+    ):
+        self.terms = make_terms(objectives)
+        self.needs = collect_needs(self.terms)
+        check_kinds(self.needs, train_dataset)
+        self.references = assign_references(self.needs, reference)
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        args.remove_unused_columns = False
+        args.label_names = list(self.needs)
+        if args.n_gpu > 1:  # torch's DataParallel would split a pair; several GPUs are torchrun's business
+            args._n_gpu = 1
+        collate = train_dataset.collate if data_collator is None else data_collator
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
+        self.model_accepts_loss_kwargs = True
+        for source in self.references.values():
+            if isinstance(source, torch.nn.Module):
+                source.to(self.args.device)
+        if hasattr(train_dataset, "set_epoch"):
+            self.add_callback(EpochSetter(train_dataset))
+        self._heads: dict[str, Head] = {}
+        self._micro: list[tuple[Tensor, dict[str, Tensor]]] = []  # this step: term losses, sample indices
+        self._logged: list[dict[str, float]] = []  # the steps since the last log line
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        counts = (
+            self._get_num_items_in_batch([inputs], self.args.device)
+            if num_items_in_batch is None
+            else num_items_in_batch
+        )
+        losses = torch.stack(self.term_losses(model, inputs, counts))
+        if model.training:
+            self._micro.append((losses.detach(), {kind: inputs[kind]["index"] for kind in self.needs}))
+        coefficients = losses.new_tensor([term.coefficient for term in self.terms])
+        # Gradients are averaged over ranks, the counts are sums over ranks.
+        loss = (coefficients * losses).sum() * self.accelerator.num_processes
+        return (loss, {"term_losses": losses.detach()}) if return_outputs else loss
+
+    def term_losses(
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Mapping[str, Tensor]],
+        counts: Mapping[Count, Tensor],
+    ) -> list[Tensor]:
+        """Each term's share of its mean over the optimiser step, before its coefficient: 0-d, with gradients."""
+        stats: dict[tuple[str, str], TokenInputs] = {}
+        for kind, need in self.needs.items():
+            for positions, values in self.statistics(model, kind, need, inputs[kind]).items():
+                stats[kind, positions] = values
+        return [
+            term.objective(
+                {batch: stats[kind, term.positions] for batch, kind in term.kinds.items()},
+                count=counts[term.count],
+            )
+            for term in self.terms
+        ]
+
+    def statistics(
+        self, model: torch.nn.Module, kind: str, need: Need, batch: Mapping[str, Tensor]
+    ) -> dict[str, TokenInputs]:
+        """Per-token statistics of one batch, by positions: one run of the model, one `linear_token_stats`."""
+        widest = need.widest
+        found = supervised_hidden(model, batch, widest)
+        head = output_head(model)  # after the forward: sharded models have gathered it by then
+        dtype = found.hidden.dtype  # under autocast the head computes in half precision like the rest
+        head = head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
+        stats = linear_token_stats(
+            found.hidden,
+            head.weight,
+            found.targets,
+            bias=head.bias,
+            outputs=tuple(need.outputs),
+            reference=self.kl_reference(kind, batch, widest, head) if need.kl_reference else None,
+            temperature=head.temperature,
+            softcap=head.softcap,
+        )
+        ref_logp = self.logp_reference(kind, batch) if need.logp_reference else None
+        rows = select_positions(batch, widest)[0]
+        results = {}
+        positions: Any
+        for positions in need.positions:
+            values, sequence_ids = stats.as_dict(), found.sequence_ids
+            if positions != widest:
+                chosen, _, sequence_ids = select_positions(batch, positions)
+                at = torch.searchsorted(rows, chosen)
+                values = {name: value.index_select(0, at) for name, value in values.items()}
+            results[positions] = TokenInputs(
+                values=values,
+                ref_logp=ref_logp if positions == "supervised" else None,
+                sequence_ids=sequence_ids,
+                num_sequences=found.num_sequences,
+                vocab_size=head.weight.size(0),
+            )
+        return results
+
+    def logp_reference(self, kind: str, batch: Mapping[str, Tensor]) -> Tensor:
+        """(N,) float32: the reference's logp of the supervised tokens."""
+        source = self.references[kind]
+        if isinstance(source, ReferenceCache):
+            return source.logp(batch["index"])
+        with torch.no_grad():
+            return token_stats_of(source, batch)[0].logp
+
+    def kl_reference(self, kind: str, batch: Mapping[str, Tensor], positions: Any, head: Head) -> tuple[Tensor, ...]:
+        """The reference: hidden states (N, H), head (V, H), its bias (V,) if any; with dtype and device of the head."""
+        source = self.references[kind]
+        if isinstance(source, ReferenceCache):
+            hidden, kept = source.hidden(batch["index"]), source.metadata["positions"]
+            if kept != positions:
+                at = torch.searchsorted(select_positions(batch, kept)[0], select_positions(batch, positions)[0])
+                hidden = hidden.index_select(0, at)
+            if kind not in self._heads:
+                self._heads[kind] = source.head
+            reference = self._heads[kind]
+        else:
+            with torch.no_grad():
+                hidden, reference = supervised_hidden(source, batch, positions).hidden, output_head(source)
+        if reference.weight.dtype != head.weight.dtype or reference.weight.device != head.weight.device:
+            bias = None if reference.bias is None else reference.bias.to(head.weight)
+            reference = reference._replace(weight=reference.weight.to(head.weight), bias=bias)
+            self._heads[kind] = reference  # moved once, not in every step
+        tensors = (hidden.to(head.weight), reference.weight, reference.bias)
+        return tuple(tensor for tensor in tensors if tensor is not None)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """{(kinds, positions, unit): how many}, over all micro-batches of the step and all ranks; 0-d int64."""
+        if not batch_samples:
+            return None
+        wanted = sorted({term.count for term in self.terms})
+        local = [sum(count_items(batch, *key) for batch in batch_samples) for key in wanted]
+        counts = torch.tensor(local, device=device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(counts).view(-1, len(wanted)).sum(0)
+        return dict(zip(wanted, counts.unbind(), strict=True))
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._finish_step(num_items_in_batch)
+        return loss
+
+    def _finish_step(self, counts: Mapping[Count, Tensor]) -> None:
+        """Before the optimiser moves: sum the terms over micro-batches and ranks, and stop on what is not finite."""
+        micro, self._micro = self._micro, []
+        local = torch.stack([losses for losses, _ in micro])
+        total = local.sum(0)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.gather(total).view(-1, len(self.terms)).sum(0)
+        values = total.tolist()
+        step: dict[str, float] = {}
+        for term, value in zip(self.terms, values, strict=True):
+            step[f"{term.label}/loss"] = value
+            step[f"{term.label}/count"] = int(counts[term.count])
+        if not all(map(math.isfinite, values)):
+            where = [f"{kind} samples {index.tolist()}" for losses, indices in micro if not losses.isfinite().all()
+                     for kind, index in indices.items()]  # fmt: skip
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the loss is not finite: "
+                + ", ".join(f"{term.label} = {value:g}" for term, value in zip(self.terms, values, strict=True))
+                + f"; in {', '.join(where) or 'a batch of another process'}. The weights are those of the step "
+                "before; try a lower learning rate, or max_grad_norm > 0"
+            )
+        self._logged.append(step)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if self._logged and "loss" in logs:
+            steps, self._logged = self._logged, []
+            for key in steps[0]:
+                total = sum(step[key] for step in steps)
+                logs[key] = total if key.endswith("/count") else total / len(steps)
+            logs.update({f"{term.label}/coefficient": term.coefficient for term in self.terms})
+        super().log(logs, start_time)
+        norm = logs.get("grad_norm")
+        if norm is not None and not math.isfinite(norm) and getattr(self.accelerator, "scaler", None) is None:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step}: the gradient norm is {norm}, so the weights are lost; the last "
+                "checkpoint is from before. Try a lower learning rate"
+            )
+
+
+def collect_needs(terms: Sequence[Term]) -> dict[str, Need]:
+    """What to compute, by kind of sequence, for all terms at once."""
+    needs: dict[str, Need] = {}
+    for term in terms:
+        for kind in term.kinds.values():
+            need = needs.setdefault(kind, Need())
+            need.outputs.update(term.objective.outputs)
+            need.positions.add(term.positions)
+            need.logp_reference |= term.objective.reference == "logp"
+            need.kl_reference |= term.objective.reference == "kl"
+    return needs
+
+
+def check_kinds(needs: Mapping[str, Need], dataset: Any) -> None:
+    """Raises ValueError if the data set's first item lacks a kind of sequence."""
+    if len(dataset) == 0:
+        raise ValueError("train_dataset is empty: needs at least one sample")
+    first = dataset[0]
+    given = list(first) if isinstance(first, Mapping) else [type(first).__name__]
+    if absent := [kind for kind in needs if kind not in given]:
+        raise ValueError(f"train_dataset: the objectives need {absent}, its items have {given}")
+
+
+def assign_references(needs: Mapping[str, Need], given: Any) -> dict[str, Reference]:
+    """Raises ValueError unless every kind that needs a reference has one that serves."""
+    needy = {kind: need for kind, need in needs.items() if need.logp_reference or need.kl_reference}
+    if isinstance(given, torch.nn.Module):
+        given = dict.fromkeys(needy, given.eval())
+    if isinstance(given, ReferenceCache):
+        given = dict.fromkeys(needy, given) if len(needy) <= 1 else {}
+    given = dict(given or {})
+    if absent := [kind for kind in needy if kind not in given]:
+        raise ValueError(
+            f"reference: the objectives need one for {list(needy)}, missing: {absent}; give {{kind: ReferenceCache}}, "
+            "each built on that kind's QADataset, or a live model"
+        )
+    for kind, need in needy.items():
+        cache = given[kind]
+        if not isinstance(cache, ReferenceCache) or not need.kl_reference:
+            continue
+        kept = cache.metadata["positions"] if cache.metadata["kl"] else None
+        if kept is None or POSITIONS.index(kept) < POSITIONS.index(need.widest):
+            raise ValueError(
+                f"reference[{kind!r}]: the objectives need hidden states at {need.widest!r} positions, the cache has "
+                f"{'none' if kept is None else repr(kept)}; build it with kl=True, positions={need.widest!r}"
+                + (" (padding is never cached: give a live model)" if need.widest == "all" else "")
+            )
+    return {kind: given[kind] for kind in needy}
+
+
+def count_items(batch: Mapping[str, Mapping[str, Tensor]], kinds: tuple[str, ...], positions: Any, unit: str) -> int:
+    """Tokens that count, or sequences with such a token in every one of `kinds`."""
+    selected = [select_positions(batch[kind], positions) for kind in kinds]
+    if unit == "tokens":
+        return selected[0][0].numel()
+    return len(set.intersection(*(set(sequence_ids.tolist()) for _, _, sequence_ids in selected)))

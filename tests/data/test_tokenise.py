@@ -1,0 +1,279 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pyunlearn.data import (
+    QA,
+    PromptFormat,
+    QADataset,
+    check_vocabulary,
+    collate,
+    context_length,
+    load_qa,
+    padding_id,
+)
+from pyunlearn.data.tiny import tiny_llama
+
+from .conftest import CHATML
+
+
+def answer_ids(encoded):
+    return [label for label in encoded.labels if label != -100]
+
+
+def check_boundary(prompt_format, question, answer):
+    """The prompt's ids, unlabelled, then the answer's, labelled with themselves to the end."""
+    encoded = prompt_format.encode(question, answer)
+    prompt = prompt_format.prompt_ids(question)
+    assert encoded.input_ids[: len(prompt)] == prompt
+    assert encoded.labels == [-100] * len(prompt) + encoded.input_ids[len(prompt) :]
+    return encoded
+
+
+def test_plain(world, tokenizer):
+    prompt_format = PromptFormat(tokenizer)
+    for item in world.forget:
+        encoded = check_boundary(prompt_format, item.question, item.answer)
+        assert tokenizer.decode(encoded.input_ids) == f"<bos>Question: {item.question}\nAnswer: {item.answer}<eos>"
+        assert tokenizer.decode(answer_ids(encoded)) == f" {item.answer}<eos>"
+        assert encoded.input_ids == [*tokenizer(f"Question: {item.question}\nAnswer: {item.answer}").input_ids, 2]
+
+
+def test_white_space_around_is_dropped(tokenizer):
+    prompt_format = PromptFormat(tokenizer)
+    assert prompt_format.encode(" Who?\n", " Me. ") == prompt_format.encode("Who?", "Me.")
+
+
+def test_chat(world, chat_tokenizer):
+    prompt_format = PromptFormat(chat_tokenizer)
+    for item in world.forget:
+        encoded = check_boundary(prompt_format, item.question, item.answer)
+        prompt = f"<|im_start|>user\n{item.question}<|im_end|>\n<|im_start|>assistant\n"
+        assert prompt_format.prompt(item.question) == prompt
+        # neither a second BOS before the template's text, nor the line break after the turn
+        assert chat_tokenizer.decode(encoded.input_ids) == f"{prompt}{item.answer}<|im_end|>"
+        assert chat_tokenizer.decode(answer_ids(encoded)) == f"{item.answer}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        # Llama 2: no generation prompt, spaces around the answer
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}<bos>[INST] {{ m.content }} [/INST]"
+            "{% else %} {{ m.content }} <eos>{% endif %}{% endfor %}",
+            " Me. <eos>",
+        ),
+        # no token ends the turn: EOS does
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+            "{% if add_generation_prompt %}assistant:{% endif %}",
+            " Me.<eos>",
+        ),
+        # two tokens end the conversation, the first of them the turn
+        (CHATML + "{% if not add_generation_prompt %}<eos>{% endif %}", "Me.<|im_end|>"),
+        # an empty chain of thought, in the prompt as in the conversation
+        (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n\n</think>\n\n"
+            "{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+            "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+            "Me.<|im_end|>",
+        ),
+    ],
+    ids=["llama2", "no_end", "two_ends", "thinking"],
+)
+def test_other_templates(chat_tokenizer, template, answer):
+    chat_tokenizer.chat_template = template
+    encoded = check_boundary(PromptFormat(chat_tokenizer), "Who?", "Me.")
+    assert chat_tokenizer.decode(answer_ids(encoded)) == answer
+
+
+def test_template_date_is_fixed(chat_tokenizer):
+    chat_tokenizer.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+        "{{ date_string }}\n"
+    ) + CHATML
+    assert PromptFormat(chat_tokenizer).prompt("Who?").startswith("26 Jul 2024\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "not the beginning of the conversation"),
+        (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), r"puts 'ME\..* not the answer 'Me\.'"),
+        ("{{ raise_exception('one turn only') }}", "fails on a user chat: one turn only"),
+        ("{% if %}", "fails on a user chat"),
+    ],
+    ids=["prefix", "answer", "raises", "syntax"],
+)
+def test_bad_templates(chat_tokenizer, template, message):
+    chat_tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=message):
+        PromptFormat(chat_tokenizer).encode("Who?", "Me.")
+
+
+def test_sentencepiece_style_space():
+    """A tokenizer that puts a space before every text makes the answer's tokens as they are within the text."""
+    inner = Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    inner.decoder = decoders.Metaspace(prepend_scheme="always")
+    inner.train_from_iterator(
+        ["Question: Who?\nAnswer: Nobody."] * 3,
+        trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", unk_token="<unk>")
+    encoded = check_boundary(PromptFormat(tokenizer), "Who?", "Nobody.")
+    assert tokenizer.convert_ids_to_tokens(answer_ids(encoded)) == ["▁Nobody.", "</s>"]
+
+
+def test_token_across_the_boundary_is_split():
+    """Without pre-tokenisation "Answer: Nobody" is one token; the prompt's own tokens are kept all the same."""
+    inner = Tokenizer(models.BPE())
+    inner.decoder = decoders.Fuse()
+    inner.train_from_iterator(
+        ["Question: Who?\nAnswer: Nobody."] * 3, trainers.BpeTrainer(special_tokens=["</s>"], show_progress=False)
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    assert len(tokenizer("Question: Who?\nAnswer: Nobody.").input_ids) == 1
+    encoded = check_boundary(PromptFormat(tokenizer), "Who?", "Nobody.")
+    assert tokenizer.decode(answer_ids(encoded)) == " Nobody.</s>"
+
+
+def test_no_eos(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="tokenizer has no EOS token"):
+        PromptFormat(tokenizer)
+
+
+def test_padding_id(tokenizer):
+    assert padding_id(tokenizer) == 0
+    tokenizer.pad_token = None
+    assert padding_id(tokenizer) == tokenizer.eos_token_id == 2
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="neither a pad nor an EOS token"):
+        padding_id(tokenizer)
+
+
+def test_empty_answer(tokenizer):
+    with pytest.raises(ValueError, match=r"the answer to 'Who\?' is empty"):
+        PromptFormat(tokenizer).encode("Who?", " ")
+
+
+def test_too_long_is_an_error(world, tokenizer):
+    items = world.forget
+    lengths = [len(row["input_ids"]) for row in QADataset(items, tokenizer, None)]
+    worst = lengths.index(max(lengths))
+    assert len(QADataset(items, tokenizer, max(lengths))) == len(items)  # exactly the limit is fine
+    with pytest.raises(
+        ValueError, match=f"sample {worst} .*has {max(lengths)} tokens.* limit of {max(lengths) - 1}"
+    ) as e:
+        QADataset(items, tokenizer, max(lengths) - 1)
+    assert repr(items[worst].question) in str(e.value)
+    with pytest.raises(ValueError, match="more than the limit of 5"):
+        PromptFormat(tokenizer).encode(items[0].question, items[0].answer, 5)
+
+
+def test_dataset(world, tokenizer):
+    dataset = QADataset(world.retain, tokenizer, 256)
+    prompt_format = PromptFormat(tokenizer)
+    assert len(dataset) == len(world.retain)
+    assert dataset.items == world.retain
+    for index, (row, item) in enumerate(zip(dataset, world.retain, strict=True)):
+        encoded = prompt_format.encode(item.question, item.answer)
+        assert row["index"] == index
+        assert row["input_ids"].dtype == row["labels"].dtype == torch.int64
+        assert row["input_ids"].tolist() == encoded.input_ids
+        assert row["labels"].tolist() == encoded.labels
+    assert dataset[-1]["index"] == len(dataset) - 1
+    with pytest.raises(IndexError, match=f"index {len(dataset)} is out of range"):
+        dataset[len(dataset)]
+
+
+def test_dataset_answers(world, tokenizer):
+    items = world.forget
+    dataset = QADataset(items, tokenizer, 256, answers=[item.perturbed_answers[0] for item in items])
+    for row, item in zip(dataset, items, strict=True):
+        labels = row["labels"]
+        assert tokenizer.decode(labels[labels != -100]) == f" {item.perturbed_answers[0]}<eos>"
+    with pytest.raises(ValueError, match=f"answers has 1 entries for {len(items)} items"):
+        QADataset(items, tokenizer, 256, answers=["No."])
+
+
+def test_dataset_errors(tokenizer):
+    with pytest.raises(ValueError, match="items is empty"):
+        QADataset([], tokenizer, 256)
+    with pytest.raises(ValueError, match="max_length must be a positive number"):
+        QADataset([QA("Who?", "Me.")], tokenizer, 0)
+
+
+def test_fingerprint(world, tokenizer):
+    items = world.forget
+    fingerprint = QADataset(items, tokenizer, 256).fingerprint
+    assert len(fingerprint) == 64
+    assert fingerprint == QADataset(items, tokenizer, 128).fingerprint
+    others = [
+        QADataset(items[:-1], tokenizer, 256),
+        QADataset(items[::-1], tokenizer, 256),
+        QADataset(items, tokenizer, 256, answers=[item.answer + "!" for item in items]),
+    ]
+    assert len({fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+def test_tofu(tofu, tokenizer):
+    """Real questions and answers, with accents and curly quotes, survive the round trip."""
+    items = load_qa(tofu / "forget10_perturbed.jsonl", limit=50) + load_qa(tofu / "real_authors.jsonl", limit=50)
+    for row, item in zip(QADataset(items, tokenizer, 1024), items, strict=True):
+        assert tokenizer.decode(row["input_ids"]) == f"<bos>Question: {item.question}\nAnswer: {item.answer}<eos>"
+
+
+@given(
+    st.lists(st.lists(st.integers(3, 500), min_size=1, max_size=12), min_size=1, max_size=6),
+    st.integers(0, 500),
+    st.data(),
+)
+def test_collate(ids, pad_token_id, data):
+    prompts = [data.draw(st.integers(0, len(row))) for row in ids]
+    rows = [
+        {"input_ids": torch.tensor(row), "labels": torch.tensor([-100] * p + row[p:]), "index": i}
+        for i, (row, p) in enumerate(zip(ids, prompts, strict=True))
+    ]
+    batch = collate(rows, pad_token_id)
+    longest = max(map(len, ids))
+    assert set(batch) == {"input_ids", "attention_mask", "labels", "index"}
+    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert batch["index"].tolist() == list(range(len(ids)))
+    for i, (row, p) in enumerate(zip(ids, prompts, strict=True)):
+        gap = longest - len(row)
+        assert batch["input_ids"][i].tolist() == row + [pad_token_id] * gap
+        assert batch["attention_mask"][i].tolist() == [1] * len(row) + [0] * gap
+        assert batch["labels"][i].tolist() == [-100] * p + row[p:] + [-100] * gap
+
+
+def test_collate_errors():
+    with pytest.raises(ValueError, match="rows is empty"):
+        collate([], 0)
+    row = {"input_ids": torch.tensor([1]), "labels": torch.tensor([1]), "index": 0}
+    with pytest.raises(ValueError, match="pad_token_id is None"):
+        collate([row], None)
+
+
+def test_check_vocabulary(tokenizer):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    check_vocabulary(tiny_llama(len(tokenizer), **small), tokenizer)
+    check_vocabulary(tiny_llama(len(tokenizer) + 24, **small), tokenizer)  # padded rows
+    tokenizer.add_tokens(["<new>"])
+    with pytest.raises(
+        ValueError, match=rf"ids up to {len(tokenizer) - 1} \('<new>'\), the model has {len(tokenizer) - 1}"
+    ):
+        check_vocabulary(tiny_llama(len(tokenizer) - 1, **small), tokenizer)
+
+
+def test_context_length():
+    assert context_length(tiny_llama(300, hidden_size=16, num_hidden_layers=1, max_position_embeddings=77)) == 77
+    stateless = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
+    assert context_length(stateless) is None

@@ -1,0 +1,58 @@
+"""Run by torchrun in test_trainer.py: two steps of 2 processes x 2 samples x 2 micro-batches, then a NaN on rank 1."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TrainerCallback, TrainingArguments
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from conftest import Tiny
+
+from pyunlearn.runs.trainer import NonFiniteLossError, UnlearnTrainer
+
+
+class PoisonRankOne(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if args.process_index == 1:
+            with torch.no_grad():
+                model.get_output_embeddings().weight[5] = math.nan
+
+
+def main(folder: Path) -> None:
+    tiny = Tiny()
+
+    def trainer(**options) -> UnlearnTrainer:
+        args = TrainingArguments(
+            output_dir=str(folder / "out"), optim="sgd", learning_rate=0.02, lr_scheduler_type="constant",
+            max_grad_norm=0.0, max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+            use_cpu=True,
+        )  # fmt: skip
+        return UnlearnTrainer(
+            model=tiny.model(), args=args, train_dataset=tiny.pairs(), objectives=["wga", "npo", "gd"],
+            reference=tiny.model(seed=1), **options,
+        )  # fmt: skip
+
+    good = trainer()
+    good.train()
+    after = torch.cat([p.detach().flatten() for p in good.model.parameters()])
+    error = ""
+    try:
+        trainer(callbacks=[PoisonRankOne()]).train()
+    except NonFiniteLossError as caught:
+        error = str(caught)
+    log = [row for row in good.state.log_history if "loss" in row]
+    torch.save({"parameters": after, "log": log, "error": error}, folder / f"rank{os.environ['RANK']}.pt")
+    torch.distributed.barrier()
+    # torch's gloo threads want the GIL that the interpreter's teardown holds while it joins them: leave without it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,354 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from pyunlearn.runs import run as run_module
+from pyunlearn.runs import stages
+from pyunlearn.runs.callbacks import MetricsWriter, read_metrics
+from pyunlearn.runs.config import RunConfig, merge
+from pyunlearn.runs.folder import RunFolder
+from pyunlearn.runs.run import load_result, run
+from pyunlearn.runs.stages import Interrupted
+from pyunlearn.runs.trainer import NonFiniteLossError, UnlearnTrainer
+
+FILES = {
+    "config.yaml", "metrics.jsonl", "table.json", "table.md", "report.html", "memorised", "checkpoint", "evaluation",
+    "reference",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_settings):
+    """One whole run of the tiny demo, left in its folder."""
+    output = tmp_path_factory.mktemp("runs") / "tiny"
+    changes = {
+        "output": str(output),
+        "memorise": {"epochs": 60, "learning_rate": 1e-2},
+        "unlearn": {"epochs": 20, "learning_rate": 3e-3},
+    }
+    config = RunConfig.model_validate(merge(tiny_settings, changes))
+    return config, run(config)
+
+
+def test_the_folder_is_whole(finished):
+    config, result = finished
+    folder = result.folder
+    assert {path.name for path in folder.iterdir()} == FILES
+    evaluations = {f"{moment}-{name}.jsonl" for moment in ("before", "after") for name in ("forget", "retain")}
+    assert {path.name for path in (folder / "evaluation").iterdir()} == evaluations | {
+        "before.json",
+        "after.json",
+    }
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written.pop("versions").keys() == {"pyunlearn", "python", "torch", "transformers", "platform"}
+    assert RunConfig.model_validate(written) == config
+    assert not [path for path in folder.rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".tmp")]
+
+
+def test_it_forgets_more_than_it_loses(finished):
+    _, result = finished
+    rows = {(row["set"], row["metric"]): row for row in result.table}
+    forget, retain = rows["forget", "probability"], rows["retain", "probability"]
+    assert forget["before"] > 0.3
+    assert forget["after"] < 0.1
+    assert retain["after"] / retain["before"] > 2 * forget["after"] / forget["before"]
+    assert next(goal["met"] for goal in result.goals)
+    stored = json.loads((result.folder / "table.json").read_text())
+    assert stored == {"table": result.table, "goals": result.goals}
+    assert load_result(result.folder) == result
+    markdown = (result.folder / "table.md").read_text()
+    assert f"| forget | probability | {forget['before']:.4f} | {forget['after']:.4f} |" in markdown
+
+
+def test_the_table_is_the_mean_of_the_records(finished):
+    _, result = finished
+    for row in result.table:
+        for moment in ("before", "after"):
+            lines = (result.folder / "evaluation" / f"{moment}-{row['set']}.jsonl").read_text().splitlines()
+            values = [json.loads(line)[row["metric"]] for line in lines if row["metric"] in json.loads(line)]
+            assert row[moment] == pytest.approx(sum(values) / len(values))
+
+
+def test_metrics_hold_every_step_and_every_term(finished):
+    config, result = finished
+    rows = read_metrics(result.folder / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["stage"] == "memorise"] == list(range(1, 121))
+    unlearning = [row for row in rows if row["stage"] == "unlearn"]
+    assert [row["step"] for row in unlearning] == list(range(1, 21))
+    for row in unlearning:
+        assert row["loss"] == pytest.approx(row["forget.wga/loss"] + row["retain.kl/loss"], rel=1e-4, abs=1e-6)
+        assert row["grad_norm"] >= 0
+        assert row["learning_rate"] <= config.unlearn.learning_rate
+        assert row["forget.wga/count"] > 0
+
+
+def test_the_checkpoint_loads_and_is_the_model_evaluated_last(finished):
+    from pyunlearn.data import load_qa
+    from pyunlearn.metrics import evaluate
+    from pyunlearn.runs.config import ModelConfig
+    from pyunlearn.runs.models import load_model
+
+    config, result = finished
+    model, tokenizer = load_model(ModelConfig(name_or_path=str(result.folder / "checkpoint")))
+    lines = (result.folder / "evaluation" / "after-forget.jsonl").read_text()
+    (result.folder.parent / "again.jsonl").write_text(lines)
+    again = evaluate(
+        model,
+        tokenizer,
+        load_qa(result.folder.parent / "again.jsonl"),
+        metrics=("probability",),
+        progress=False,
+    )
+    expected = json.loads((result.folder / "evaluation" / "after.json").read_text())["forget"]["probability"]
+    assert again.summary["probability"] == pytest.approx(expected, rel=1e-4)
+    assert config.evaluate.metrics[0] == "probability"
+
+
+def test_the_report_stands_alone(finished):
+    _, result = finished
+    html = (result.folder / "report.html").read_text()
+    assert html.count("<svg") == html.count("</svg>") == 4  # metrics, probabilities, two stages' losses
+    assert not re.findall(r"""(?:src|href)=["'](?!#)""", html.replace("xlink:href", "href"))
+    assert "<script" not in html
+    assert 'name="viewport"' in html
+    for word in (
+        "forget.wga",
+        "retain.kl",
+        "retain.gd",
+        "memorise",
+        "What the model says: forget",
+        "versions:",
+    ):
+        assert word in html
+
+
+def test_a_finished_run_is_not_run_again(finished, monkeypatch):
+    config, result = finished
+    with pytest.raises(FileExistsError, match="holds a finished run; choose --resume, --overwrite"):
+        run(config)
+    other = config.model_copy(update={"seed": 7})
+    with pytest.raises(
+        FileExistsError,
+        match=r"another configuration \(seed: 0 -> 7\); choose --set output=... or --overwrite",
+    ):
+        run(other, resume=True)
+    monkeypatch.setattr(run_module, "compute", None)
+    (result.folder / "report.html").unlink()
+    assert run(config, resume=True) == result
+    assert (result.folder / "report.html").is_file()
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tiny_config, tmp_path):
+    config = tiny_config()
+    config.folder.mkdir()
+    (config.folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(FileExistsError, match="exists and is not a run folder"):
+        run(config)
+    with pytest.raises(FileExistsError, match=r"is not a run folder \(no config.yaml\); it is left alone"):
+        run(config, overwrite=True)
+    assert (config.folder / "thesis.tex").read_text() == "years of work"
+
+
+def press_at(monkeypatch, stage, step):
+    """Ctrl-C while that step of that stage is being logged."""
+    original = MetricsWriter.on_log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        original(self, args, state, control, logs, **kwargs)
+        if self.stage == stage and state.global_step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(MetricsWriter, "on_log", on_log)
+
+
+def weights(config):
+    return load_file(config.folder / "checkpoint" / "model.safetensors")
+
+
+def test_stopped_in_either_stage_and_resumed_it_ends_the_same(tiny_config, tmp_path, monkeypatch):
+    config = tiny_config({"unlearn": {"batch_size": 1}})
+    whole = tiny_config({"unlearn": {"batch_size": 1}, "output": str(tmp_path / "whole")})
+    run(whole)
+    with monkeypatch.context() as patch:
+        press_at(patch, "memorise", 2)
+        with pytest.raises(
+            Interrupted, match=r"stopped in memorise at step 3 of 6, checkpoint saved\nresume with: again"
+        ) as caught:
+            run(config, resume_command="again")
+    assert caught.value.exit_code == 130
+    folder = RunFolder(config.folder)
+    assert folder.last_checkpoint("memorise").name == "checkpoint-3"
+    with pytest.raises(FileExistsError, match="holds an unfinished run; choose --resume"):
+        run(config)
+
+    with monkeypatch.context() as patch:
+        press_at(patch, "unlearn", 3)
+        with pytest.raises(Interrupted, match="stopped in unlearn at step 4 of 6"):
+            run(config, resume=True)
+    assert not folder.training("memorise").exists()  # finished: its checkpoints are gone, its model is kept
+    kept = (folder.memorised / "model.safetensors").stat().st_mtime_ns
+
+    result = run(config, resume=True)
+    assert (folder.memorised / "model.safetensors").stat().st_mtime_ns == kept
+    assert {path.name for path in result.folder.iterdir()} == FILES
+    ours, theirs = weights(config), weights(whole)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
+    steps = [(row["stage"], row["step"]) for row in read_metrics(folder.metrics)]
+    assert steps == [("memorise", i) for i in range(1, 7)] + [("unlearn", i) for i in range(1, 7)]
+
+
+def test_a_kill_leaves_whole_files_and_goes_on(tiny_config, monkeypatch):
+    """Killed while the unlearned model is being written: no checkpoint/, and the next run does only what is left."""
+    config = tiny_config()
+
+    def killed(self, folder, fill):
+        if folder.name == "checkpoint":
+            raise SystemExit(9)
+        original(self, folder, fill)
+
+    original = RunFolder.write_folder
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_folder", killed)
+        with pytest.raises(SystemExit):
+            run(config)
+    folder = RunFolder(config.folder)
+    assert not folder.checkpoint.exists()
+    assert folder.evaluation("before.json").is_file()
+    (folder.training("unlearn") / "checkpoint-999").mkdir()  # one that was cut short
+    with open(folder.metrics, "a") as file:
+        file.write('{"stage": "unlearn", "st')
+    monkeypatch.setattr(run_module, "memorise", None)
+    assert {path.name for path in run(config, resume=True).folder.iterdir()} == FILES
+    assert all("loss" in row for row in read_metrics(folder.metrics))
+
+
+def test_ctrl_c_while_evaluating_is_told_too(tiny_config, monkeypatch):
+    def pressed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "evaluate_sets", pressed)
+    with pytest.raises(Interrupted, match="everything finished so far is kept\nresume with: again") as caught:
+        run(tiny_config(), resume_command="again")
+    assert caught.value.exit_code == 130
+
+
+def test_a_loss_that_is_not_finite_names_the_last_checkpoint(tiny_config, monkeypatch):
+    config = tiny_config({"unlearn": {"save_steps": 1, "epochs": 6}})
+    original = UnlearnTrainer.term_losses
+
+    def broken(self, model, inputs, counts):
+        losses = original(self, model, inputs, counts)
+        return [loss * float("nan") if self.state.global_step == 4 and i else loss for i, loss in enumerate(losses)]
+
+    monkeypatch.setattr(UnlearnTrainer, "term_losses", broken)
+    with pytest.raises(NonFiniteLossError) as caught:
+        run(config)
+    text = str(caught.value)
+    assert "unlearn: step 5: the loss is not finite" in text
+    assert "retain.kl = nan" in text
+    assert "forget samples [" in text
+    assert text.endswith("checkpoint-4")
+    assert (RunFolder(config.folder).last_checkpoint("unlearn") / "model.safetensors").is_file()
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    rows = [{"question": f"Who wrote book {i}?", "answer": f"Author number {i} did."} for i in range(6)]
+    return {
+        "source": "files",
+        "forget": write_lines(tmp_path / "forget.jsonl", rows[:2]),
+        "retain": write_lines(tmp_path / "retain.jsonl", rows[2:]),
+        "num_authors": 40, "questions_per_author": 5, "forget_fraction": 0.1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [("idk", ["ap"]), ("dpo", ["gd"]), ("me", [{"name": "kl", "preset": "open_unlearning"}]), ("ga", [])],
+)
+def test_files_and_every_kind_of_term(tiny_config, files, tmp_path, terms):
+    (tmp_path / "no.txt").write_text("I do not know.\nI cannot say.\n")
+    forget, retain = terms
+    config = tiny_config(
+        {
+            "data": {**files, "refusals": str(tmp_path / "no.txt")},
+            "memorise": None,
+            "unlearn": {"forget": forget, "retain": retain, "max_steps": 2, "gradient_checkpointing": True},
+            "evaluate": {"metrics": ["probability"], "retain_limit": 3, "goal": None},
+        }
+    )
+    result = run(config)
+    assert result.goals == []
+    assert {path.name for path in result.folder.iterdir()} >= FILES - {"memorised", "reference"}
+    assert len((result.folder / "evaluation" / "after-retain.jsonl").read_text().splitlines()) == 3
+    steps = read_metrics(result.folder / "metrics.jsonl")
+    assert {key.split("/")[0] for key in steps[0] if key.endswith("/loss")} == {
+        f"forget.{forget}",
+        *(f"retain.{term['name'] if isinstance(term, dict) else term}" for term in retain),
+    }
+
+
+def test_only_retain_rows_that_are_used_get_a_reference(tiny_config, files):
+    config = tiny_config({"data": files, "memorise": None, "unlearn": {"max_steps": 1, "batch_size": 2}})
+    context = stages.Context(config, RunFolder(config.folder), None, None)
+    data = run_module.load_data(config.data, 0)
+    used = stages.retain_used(context, 2, data.retain)
+    assert len(used) == 2
+    assert used == stages.retain_used(context, 2, data.retain)
+    assert set(used) < set(data.retain)
+    more = config.model_copy(update={"unlearn": config.unlearn.model_copy(update={"max_steps": None})})
+    assert stages.retain_used(stages.Context(more, context.folder, None, None), 2, data.retain) == data.retain
+
+
+def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_path):
+    def told(error, message, **changes):
+        config = tiny_config({"data": {**files, **changes}})
+        with pytest.raises(error, match=message):
+            run(config)
+        assert not config.folder.exists() or [path.name for path in config.folder.iterdir()] == ["config.yaml"]
+
+    told(
+        FileNotFoundError,
+        r"no such file: .*forgot.jsonl \(near names there: forget.jsonl",
+        forget=str(tmp_path / "forgot.jsonl"),
+    )
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question": "a", "answer": "b"}\n{"question": \n')
+    told(ValueError, r"broken.jsonl:2: not valid JSON", forget=str(broken))
+    broken.write_text("")
+    told(ValueError, "broken.jsonl holds no question-answer pairs", forget=str(broken))
+    told(
+        ValueError,
+        r"4 forget pair\(s\) are in the retain set too; the first question is 'Who wrote book 2",
+        forget=files["retain"],
+    )
+    long = write_lines(tmp_path / "long.jsonl", [{"question": "Q?", "answer": "very " * 300}])
+    told(
+        ValueError,
+        r"sample 0 \(question 'Q\?'\) has \d+ tokens with its answer, more than the limit of 256",
+        forget=long,
+    )
+    told(ValueError, "data.max_length=4096: the model's context is 256 tokens", max_length=4096)
+    told(FileNotFoundError, "no such file: .*nowhere.txt", refusals=str(tmp_path / "nowhere.txt"))
+
+
+def test_a_mistake_that_computed_nothing_does_not_block_the_folder(tiny_config, files):
+    config = tiny_config({"data": {**files, "max_length": 4096}})
+    with pytest.raises(ValueError, match=r"data.max_length=4096"):
+        run(config)
+    fixed = {"data": files, "unlearn": {"max_steps": 1}, "memorise": {"epochs": 1}}
+    assert run(tiny_config(fixed)).folder == config.folder

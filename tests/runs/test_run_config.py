@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pyunlearn.metrics import METRICS
+from pyunlearn.runs.config import ALL_METRICS, ConfigError, RunConfig, load_config
+from pyunlearn.runs.folder import differences
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def test_the_default_is_the_demo_written_out_in_the_examples():
+    assert load_config(EXAMPLES / "demo.yaml") == load_config()
+    written = yaml.safe_load((EXAMPLES / "demo.yaml").read_text())
+    assert not differences(load_config().to_dict()["evaluate"], written["evaluate"])
+    assert set(written) <= set(load_config().to_dict())
+
+
+def test_a_configuration_survives_its_own_text():
+    config = load_config(None, ["unlearn.retain=[kl, {name: gd, coefficient: 0.5}]", "memorise=null"])
+    assert RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_a_pretrained_model_does_not_inherit_the_demo():
+    config = load_config(EXAMPLES / "smollm2_tofu.yaml", ["memorise=null"])
+    assert config.memorise is None
+    assert config.name == "smollm2_tofu"
+    plain = load_config(None, ["model.name_or_path=some/model", "data.source=files", "data.forget=a", "data.retain=b"])
+    assert plain.memorise is None
+    assert plain.unlearn.learning_rate == 1e-5
+    assert load_config(None, ["model.gguf_file=m.gguf"]).memorise is None
+
+
+def test_metrics_are_those_of_the_package():
+    assert ALL_METRICS == METRICS
+
+
+@pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("unlearn.learning_rate=1e-4", lambda c: c.unlearn.learning_rate == 1e-4),
+        ("unlearn.forget=npo", lambda c: [t.name for t in c.unlearn.forget] == ["npo"]),
+        (
+            "unlearn.forget.options.alpha=5",
+            lambda c: c.unlearn.forget[0].objective().options == {"alpha": 5.0},
+        ),
+        ("unlearn.forget.0.coefficient=2", lambda c: c.unlearn.forget[0].coefficient == 2),
+        ("unlearn.retain=[kl, gd]", lambda c: [t.name for t in c.unlearn.retain] == ["kl", "gd"]),
+        ("unlearn.retain=[]", lambda c: c.unlearn.retain == []),
+        (
+            "unlearn.retain.preset=open_unlearning",
+            lambda c: c.unlearn.retain[0].objective().positions == "padded",
+        ),
+        ("unlearn.forget.reduction=sum", lambda c: c.unlearn.forget[0].objective().reduction == "sum"),
+        ("memorise=null", lambda c: c.memorise is None),
+        ("output=some/where", lambda c: c.folder == Path("some/where")),
+        ("name=v1.5", lambda c: c.folder == Path("runs/v1.5")),
+        ("evaluate.goal=null", lambda c: c.evaluate.goal is None),
+    ],
+)
+def test_overrides(override, read):
+    assert read(load_config(None, [override]))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("unlearn.learnin_rate=1", "unlearn.learnin_rate: unknown key; did you mean learning_rate?"),
+        ("colour=blue", "colour: unknown key; known keys: name, output, seed"),
+        ("unlearn.forget=wag", "unlearn.forget.0: objective 'wag' is unknown; did you mean 'wga'"),
+        (
+            "unlearn.forget.options.alpa=1",
+            "unlearn.forget.0: wga: option 'alpa' is unknown; did you mean 'alpha'",
+        ),
+        ("unlearn.forget.options.alpha=-1", "unlearn.forget.0: wga: alpha=-1: needs a"),
+        (
+            "unlearn.forget.preset=papr",
+            "unlearn.forget.0: wga: preset 'papr' is unknown; did you mean 'paper'",
+        ),
+        ("unlearn.retain=wga", "unlearn.retain: wga is a forget objective; put it under unlearn.forget"),
+        ("unlearn.forget=[]", "unlearn.forget: List should have at least 1 item"),
+        (
+            "unlearn.forget.coefficient=.inf",
+            "unlearn.forget.0.coefficient: Input should be a finite number, got inf",
+        ),
+        ("unlearn.epochs=-1", "unlearn.epochs: Input should be greater than 0, got -1"),
+        ("unlearn.batch_size=2.5", "unlearn.batch_size: Input should be a valid integer"),
+        ("memorise.epochs=many", "got 'many'"),
+        ("model.dtype=int8", "model.dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
+        ("evaluate.metrics=[rouge_l]", "evaluate.metrics: needs probability"),
+        ("data.forget=x.jsonl", "data: source=embedded generates its own authors, got ['forget']"),
+        (
+            "data.source=files",
+            "data: source=files needs data.forget and data.retain, missing: ['forget', 'retain']",
+        ),
+        ("name=../x", "name: String should match pattern"),
+        ("seed", "--set 'seed': needs key.sub=value"),
+        ("a..b=1", "--set 'a..b=1': needs key.sub=value"),
+        ("seed={", "the value is not valid YAML"),
+        ("seed.x=1", "seed: Input should be a valid integer"),
+        ("unlearn.forget.3.name=x", "a list of 1 needs an index below 1, got '3'"),
+    ],
+)
+def test_what_is_wrong_is_told(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [override])
+    assert message in str(caught.value)
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["unlearn.epochs=0", "colour=blue", "model.dtype=x"])
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_refusals_are_asked_for():
+    overrides = [
+        "model.name_or_path=m",
+        "data.source=files",
+        "data.forget=a",
+        "data.retain=b",
+        "unlearn.forget=idk",
+    ]
+    with pytest.raises(ConfigError, match=r"\['idk'\] answer with refusals: set data.refusals"):
+        load_config(None, overrides)
+    assert load_config(None, [*overrides, "data.refusals=r.txt"]).data.refusals == "r.txt"
+
+
+def test_configuration_files(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing.yaml'?: no such file"):
+        load_config(tmp_path / "missing.yaml")
+    file = tmp_path / "c.yaml"
+    file.write_text("a: [")
+    with pytest.raises(ConfigError, match=r"c.yaml'?: not valid YAML"):
+        load_config(file)
+    file.write_text("- a\n")
+    with pytest.raises(ConfigError, match=r"needs sections .*, got list"):
+        load_config(file)
+    file.write_text("")
+    assert load_config(file) == load_config()
