@@ -1,0 +1,33 @@
+"""Run by `python -m benchmarks` under pytest-benchmark: every case by every implementation, same process, same run."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from .cases import Case, cpu_cases
+from .impls import implementations
+from .measure import error_against, peak_bytes
+
+CASES = cpu_cases(small=bool(os.environ.get("PYUNLEARN_BENCH_SMALL")))
+PAIRS = [(case, impl) for case in CASES for impl in implementations(case)]
+
+
+def label(value: object) -> str:
+    return value if isinstance(value, str) else f"{value.op}-{value.name}-{str(value.dtype)[6:]}"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("case", "impl"), PAIRS, ids=label)
+def test_case(benchmark, case: Case, impl: str) -> None:  # type: ignore[no-untyped-def]
+    run = implementations(case)[impl]
+    error = error_against(case, run(case, case.fresh())) if impl != "three GEMMs alone" else None
+    t = case.fresh()
+    peak = peak_bytes(lambda: run(case, t))
+    rounds = int(os.environ.get("PYUNLEARN_BENCH_ROUNDS", "9"))
+    benchmark.pedantic(run, setup=lambda: ((case, case.fresh()), {}), rounds=rounds, warmup_rounds=1)
+    benchmark.extra_info.update(
+        op=case.op, case=case.name, impl=impl, device="cpu", dtype=str(case.dtype)[6:], N=case.n, V=case.v, H=case.h,
+        bytes=case.bytes, peak_bytes=peak, error_vs_fp64=error, threads=torch.get_num_threads(),
+    )  # fmt: skip
