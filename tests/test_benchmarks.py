@@ -26,7 +26,8 @@ def test_runner_writes_records_and_table(tmp_path):
         "-k",
         "not bfloat16",
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}  # or it thinks it is a worker
+    env = {**inherited, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     records = json.loads((tmp_path / "ops.json").read_text())
