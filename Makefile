@@ -12,6 +12,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kerne
 .PHONY: demo test lint bench model clean
 demo: $(VENV)/built
 	$(VENV)/bin/pyunlearn run --overwrite
+	@echo; echo "The command pyunlearn is in $(VENV)/bin: source $(VENV)/bin/activate"
 
 test: $(VENV)/test
 	OMP_NUM_THREADS=1 PYUNLEARN_SMOLLM2_GGUF="$(abspath $(wildcard $(MODEL)))" $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST)

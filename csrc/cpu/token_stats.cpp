@@ -41,6 +41,15 @@ int64_t target_of(const Matrix& targets, int64_t i) {
   return targets.dtype == DType::kInt64 ? *targets.as<int64_t>(i) : *targets.as<int32_t>(i);
 }
 
+void check_range(const Call& call, const Matrix& targets) {
+  for (int64_t row = 0; row < targets.rows; ++row) {
+    const int64_t target = target_of(targets, row);
+    if ((target < 0 || target >= call.vocabulary) && target != call.ignore_index)
+      throw std::out_of_range("targets: row " + std::to_string(row) + " holds " + std::to_string(target) + ", needs 0 <= target < " +
+                              std::to_string(call.vocabulary) + " or ignore_index=" + std::to_string(call.ignore_index));
+  }
+}
+
 // Fresh memory is first touched here: huge pages spare one page fault in 4 KB of it.
 void advise(const Matrix& m) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
@@ -176,6 +185,7 @@ const char* choose_lanes(const char* name) {
 int64_t state_fields() { return sizeof(RowState<float>) / sizeof(float); }
 
 void accumulate(const Call& call, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state, bool fresh) {
+  if (fresh) check_range(call, targets);
   if (logits.dtype == DType::kFloat64) accumulate_as<double>(call, logits, targets, reference, state, fresh);
   else accumulate_as<float>(call, logits, targets, reference, state, fresh);
 }

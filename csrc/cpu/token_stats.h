@@ -14,6 +14,7 @@ struct Call {
 };
 
 // Streaming state of every row, `state` (rows, state_fields()), merged into what it holds unless `fresh`.
+// Throws std::out_of_range for a target outside [0, vocabulary).
 void accumulate(const Call&, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state, bool fresh);
 int64_t state_fields();
 

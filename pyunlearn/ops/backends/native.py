@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Options, check_range
+from ..contract import Options
 
 unavailable = ""  # why nothing compiled can run; the package also works from eager PyTorch alone
 try:
@@ -83,8 +83,6 @@ def finish(
 def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options) -> Forward:
     """-> (stats, saved, index, belief); the last two hold the top-k lanes, (rows, k), or (rows, 0)."""
     vocabulary, n = logits.size(-1), targets.numel()
-    if not logits.is_cuda:
-        check_range(targets, vocabulary, options.ignore_index)
     if reference is not None and reference.dtype != logits.dtype:
         reference = reference.to(logits.dtype)
     state = new_state(logits, n)
