@@ -27,17 +27,21 @@ def test_arithmetic_is_shared():
 
 
 def test_cuda_kernels_do_not_spill(tmp_path):
-    """ptxas' report for Hopper: no spilled register, and few enough for the occupancy the kernels count on."""
+    """ptxas' report: no spilled register, and few enough for the occupancy the kernels count on."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
         return
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-gencode=arch=compute_90a,code=sm_90a"]
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}\n" in known + "\n"]
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     source = str(ROOT / "csrc/cuda/token_stats.cu")
     command = [nvcc, *flags, "-c", source, "-o", str(tmp_path / "token_stats.o")]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
     registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    assert len(registers) == 31  # 18 accumulate, 12 backward, 1 finish
+    assert archs
+    assert len(registers) == 31 * len(archs)  # 18 accumulate, 12 backward, 1 finish
     assert set(spills) == {0}
-    assert max(registers) <= 128  # one block of 512 threads at least: 65536 / 512
+    assert max(registers) <= 96  # two blocks of 256 threads an SM at least

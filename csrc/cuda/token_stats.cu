@@ -15,7 +15,7 @@
 namespace pu::cuda {
 namespace {
 
-constexpr int kThreads = 512, kWarps = kThreads / 32;
+constexpr int kThreads = 256, kWarps = kThreads / 32;  // at most 96 registers a thread: two blocks an SM or more
 
 struct Rows {  // Matrix as a kernel argument
   char* data;
@@ -163,8 +163,9 @@ __global__ void finish_kernel(Arguments a, const RowState<float>* state, int64_t
   for (int k = 0; k < kSavedCount; ++k) saved[k * rows + row] = keep[k];
 }
 
+// The 1 matters: left to itself ptxas aims at more blocks an SM on sm_80, and spills.
 template <class T, bool kReference, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     backward_kernel(Arguments a, int64_t rows, const float* grad, const float* stats, const float* saved, Rows out) {
   constexpr int P = Pack<T>::count;
   const int64_t row = blockIdx.x, target = a.target(row);
