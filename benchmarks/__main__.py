@@ -44,8 +44,8 @@ def main() -> int:
     os.environ["PYUNLEARN_BENCH_SMALL"] = "1" if args.small else ""
 
     bandwidth = copy_gbps(16 if args.small else 256)
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
+    with tempfile.TemporaryDirectory() as temporary:
+        raw = Path(temporary) / "raw.json"
         options = [
             "-q",
             "-k",

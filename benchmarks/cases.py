@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ class Logits:
         return passes * self.n * self.v * self.dtype.itemsize
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor | None]:
+    def tensors(self) -> dict[str, Any]:
         g = torch.Generator().manual_seed(0)
         logits = torch.randn(self.n, self.v, generator=g) * 3
         ref = logits + torch.randn(self.n, self.v, generator=g) if self.reference else None
@@ -44,30 +45,30 @@ class Logits:
             "reference": None if ref is None else ref.to(self.dtype),
         }
 
-    def fresh(self) -> dict[str, Tensor | None]:
+    def fresh(self) -> dict[str, Any]:
         """The inputs of one run: the logits as a new leaf in the same memory each time (reset for in-place runs)."""
         t = dict(self.tensors)
-        self.scratch.copy_(t["logits"])  # type: ignore[arg-type]
+        self.scratch.copy_(t["logits"])
         t["logits"] = self.scratch.detach().requires_grad_(self.backward)
         return t
 
     @cached_property
     def scratch(self) -> Tensor:
-        return torch.empty_like(self.tensors["logits"])  # type: ignore[arg-type]
+        return torch.empty_like(self.tensors["logits"])
 
     def leaves(self, t: dict) -> list[Tensor]:
         return [t["logits"]] if self.backward else []
 
     def loss(self, t: dict, stats: dict[str, Tensor]) -> Tensor:
-        return sum((stats[name] * t["weights"]).sum() for name in self.outputs)  # type: ignore[return-value]
+        return sum((stats[name] * t["weights"]).sum() for name in self.outputs)
 
     @cached_property
     def answer(self) -> list[Tensor]:
         """d(logits), or the statistics themselves without backward, in float64, a block of rows at a time."""
         blocks = []
         for i in range(0, self.n, 64):
-            t = {k: None if x is None else x[i : i + 64].double() if x.is_floating_point() else x[i : i + 64]
-                 for k, x in self.tensors.items()}  # fmt: skip
+            t: dict[str, Any] = {name: None if x is None else x[i : i + 64] for name, x in self.tensors.items()}
+            t = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in t.items()}
             t["logits"] = t["logits"].requires_grad_(self.backward)
             stats = straight(t["logits"], t["targets"], t["reference"], self.outputs)
             if self.backward:
@@ -96,7 +97,7 @@ class Linear:
         return (3 * self.v * self.h + 3 * self.n * self.h) * self.dtype.itemsize
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         g = torch.Generator().manual_seed(0)
         return {
             "hidden": torch.randn(self.n, self.h, generator=g).to(self.dtype),
@@ -116,7 +117,7 @@ class Linear:
         hidden = self.tensors["hidden"].double().requires_grad_()
         weight = self.tensors["weight"].double().requires_grad_()
         F.cross_entropy(F.linear(hidden, weight), self.tensors["targets"]).backward()
-        return [hidden.grad, weight.grad]  # type: ignore[list-item]
+        return [hidden.grad, weight.grad]
 
 
 Case = Logits | Linear

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ import pyunlearn as pu
 
 from .cases import Case, Linear, Logits, straight
 
-Run = Callable[[Case, dict], "list[torch.Tensor]"]
+Run = Callable[[Any, dict], list[torch.Tensor]]
 
 
 def finish(case: Case, t: dict, loss: torch.Tensor) -> list[torch.Tensor]:
@@ -66,12 +67,12 @@ def gemms_alone(case: Linear, t: dict) -> list[torch.Tensor]:
 def implementations(case: Case) -> dict[str, Run]:
     """Name -> run, for this case and what is installed."""
     if isinstance(case, Linear):
-        runs: dict[str, Run] = {"eager": eager, "cpu": ours}  # type: ignore[dict-item]
+        runs: dict[str, Run] = {"eager": eager, "cpu": ours}
         if hasattr(F, "linear_cross_entropy"):
-            runs["torch linear_cross_entropy"] = torch_linear_cross_entropy  # type: ignore[assignment]
-        runs["three GEMMs alone"] = gemms_alone  # type: ignore[assignment]
+            runs["torch linear_cross_entropy"] = torch_linear_cross_entropy
+        runs["three GEMMs alone"] = gemms_alone
         return runs
-    runs = {"eager": eager, "compile": compiled, "cpu": ours}  # type: ignore[dict-item]
+    runs = {"eager": eager, "compile": compiled, "cpu": ours}
     if case.backward:
-        runs["cpu in place"] = ours_inplace  # type: ignore[assignment]
+        runs["cpu in place"] = ours_inplace
     return runs

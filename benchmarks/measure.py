@@ -25,7 +25,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = call()
     held = peak = 0
-    events = (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")  # type: ignore[union-attr]
+    events = (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
