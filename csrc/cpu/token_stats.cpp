@@ -96,9 +96,14 @@ void accumulate_as(const Call& call, const Matrix& logits, const Matrix& targets
 
 template <class A>
 void finish_as(const Call& call, const Matrix& state, const Matrix& targets, bool has_reference, const Matrix& stats, const Matrix& saved) {
-  for (int64_t row = 0; row < state.rows; ++row) {
+  const int64_t parts = targets.rows > 0 ? state.rows / targets.rows : 0;
+  for (int64_t row = 0; row < targets.rows; ++row) {
     A value[kOutputCount] = {}, keep[kSavedCount] = {};
-    if (target_of(targets, row) != call.ignore_index) finish(*state.as<RowState<A>>(row), call.vocabulary, has_reference, value, keep);
+    if (target_of(targets, row) != call.ignore_index) {
+      RowState<A> whole = *state.as<RowState<A>>(row * parts);
+      for (int64_t part = 1; part < parts; ++part) merge(whole, *state.as<RowState<A>>(row * parts + part));
+      finish(whole, call.vocabulary, has_reference, value, keep);
+    }
     int64_t line = 0;
     for (int o = 0; o < kOutputCount; ++o)
       if (call.outputs >> o & 1) stats.as<A>(line++)[row] = value[o];

@@ -18,7 +18,8 @@ struct Call {
 void accumulate(const Call&, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state, bool fresh);
 int64_t state_fields();
 
-// state -> stats (outputs, rows) and saved (kSavedCount, rows). 0 at ignored rows.
+// state -> stats (outputs, rows) and saved (kSavedCount, rows). 0 at ignored rows. A row may have several states, one
+// after the other (parts of its columns): they merge in that order.
 void finish(const Call&, const Matrix& state, const Matrix& targets, bool has_reference, const Matrix& stats, const Matrix& saved);
 
 // Fills the topk row of stats, and index, belief (rows, k). Needs whole rows.

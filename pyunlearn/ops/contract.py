@@ -31,6 +31,7 @@ OUTPUTS = ("logp", "log_nll", "entropy", "variance", "kl_pq", "kl_qp", "uniform_
 NEEDS_REFERENCE = frozenset({"kl_pq", "kl_qp"})
 NO_GRADIENT = frozenset({"variance", "greedy"})
 MAX_K = 256  # lanes the kernels set apart
+SAVED = 5  # scalars a row keeps for backward: max, log sum, log-odds, reference max, reference log sum
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -113,6 +114,10 @@ def make_options(
         raise ValueError(f"k={k!r}: needs a whole number from 1 to {MAX_K}")
     ordered = tuple(name for name in OUTPUTS if name in names)
     return Options(ordered, float(temperature), None if softcap is None else float(softcap), int(ignore_index), int(k))
+
+
+def statistics_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def check_logits(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .backends import choose, native
+from .backends import choose, kernels
 from .contract import (
     Options,
     TokenStats,
@@ -144,7 +144,7 @@ def in_budget(
     fits = column_bytes * vocabulary <= budget
     if chosen != "eager" and (fits or "topk" not in options.outputs):
         width = vocabulary if fits else min(vocabulary, max(256, budget // column_bytes // 64 * 64))
-        return _LinearTokenStats.apply(hidden, weight, bias, targets, frozen, options, width, fits)
+        return _LinearTokenStats.apply(hidden, weight, bias, targets, frozen, options, chosen, width, fits)
 
     def block(part: slice) -> Tensor:
         logits = F.linear(hidden[part], weight, bias)
@@ -171,22 +171,24 @@ class _LinearTokenStats(torch.autograd.Function):
         targets: Tensor,
         frozen: Frozen | None,
         options: Options,
+        backend: str,
         width: int,
         keep: bool,
     ) -> Tensor:
-        vocabulary = weight.size(0)
-        state = native.new_state(hidden, hidden.size(0))
+        module, vocabulary = kernels(backend), weight.size(0)
+        state = module.new_state(hidden, hidden.size(0), width)
         logits, ref_logits = hidden.new_empty(0), None
         for columns in slices(vocabulary, width):
             del logits, ref_logits  # one slice at a time
             logits, ref_logits = both_logits(hidden, weight, bias, frozen, columns)
-            native.accumulate(logits, targets, ref_logits, state, options, columns.start, vocabulary)
-        stats, saved = native.finish(state, targets, frozen is not None, options, vocabulary)
+            first = columns.start
+            module.accumulate(logits, targets, ref_logits, state, options, first, vocabulary, first == 0)
+        stats, saved = module.finish(state, targets, frozen is not None, options, vocabulary)
         index = belief = None
         if "topk" in options.outputs:
-            index, belief = native.topk(logits, targets, stats, saved, options)
+            index, belief = module.topk(logits, targets, stats, saved, options)
         ctx.save_for_backward(hidden, weight, bias, targets, stats, saved, index, belief)
-        ctx.frozen, ctx.options, ctx.width, ctx.keep = frozen, options, width, keep
+        ctx.frozen, ctx.options, ctx.backend, ctx.width, ctx.keep = frozen, options, backend, width, keep
         ctx.logits = (logits, ref_logits) if keep and any(ctx.needs_input_grad[:3]) else None
         return stats
 
@@ -217,7 +219,7 @@ class _LinearTokenStats(torch.autograd.Function):
         for columns in slices(vocabulary, ctx.width):
             logits, ref_logits = held or both_logits(used, weight, bias, frozen, columns)
             rest = (targets, ref_logits, index, belief, options)
-            d = native.backward(grad, stats, saved, logits, *rest, logits, columns.start, vocabulary)
+            d = kernels(ctx.backend).backward(grad, stats, saved, logits, *rest, logits, columns.start, vocabulary)
             if drop and held is not None:
                 d = d[rows]
             if d_used is not None and d.dtype == d_used.dtype:
@@ -232,7 +234,7 @@ class _LinearTokenStats(torch.autograd.Function):
         d_hidden = None if d_used is None else d_used.to(hidden.dtype)
         if drop and d_hidden is not None:
             d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_hidden)
-        return d_hidden, d_weight, d_bias, None, None, None, None, None
+        return d_hidden, d_weight, d_bias, *[None] * 6
 
 
 def slices(vocabulary: int, width: int) -> list[slice]:

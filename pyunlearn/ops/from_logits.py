@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import choose, eager, native
-from .contract import Options, TokenStats, check_logits, make_options, unpack
+from .backends import choose, eager, kernels
+from .contract import SAVED, Options, TokenStats, check_logits, make_options, statistics_dtype, unpack
+
+Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def token_stats(
@@ -79,10 +81,10 @@ def stacked_stats(
     if backend == "eager":
         return eager.token_stats(logits, targets, reference, options)
     if torch.compiler.is_compiling():
-        return _token_stats_op(logits, targets, reference, *_flat(options))[0]
+        return _token_stats_op(logits, targets, reference, *_flat(options), backend)[0]
     if logits.requires_grad and torch.is_grad_enabled():
-        return _TokenStats.apply(logits, targets, reference, options, inplace)
-    return native.forward(logits, targets, reference, options)[0]
+        return _TokenStats.apply(logits, targets, reference, options, backend, inplace)
+    return forward(logits, targets, reference, options, backend)[0]
 
 
 def check_inplace(logits: Tensor) -> None:
@@ -94,16 +96,34 @@ def check_inplace(logits: Tensor) -> None:
         raise ValueError(f"inplace_backward=True: logits of strides {logits.stride()} share memory between rows")
 
 
+def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options, backend: str) -> Forward:
+    """-> (stats, saved, index, belief); the last two hold the top-k lanes, (rows, k), or (rows, 0)."""
+    module, vocabulary, n = kernels(backend), logits.size(-1), targets.numel()
+    if reference is not None and reference.dtype != logits.dtype:
+        reference = reference.to(logits.dtype)
+    state = module.new_state(logits, n, vocabulary)
+    module.accumulate(logits, targets, reference, state, options, 0, vocabulary, True)
+    stats, saved = module.finish(state, targets, reference is not None, options, vocabulary)
+    index, belief = module.topk(logits, targets, stats, saved, options)
+    return stats, saved, index, belief
+
+
 class _TokenStats(torch.autograd.Function):
     """Eager mode: no dispatcher between Python and the kernel."""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options, inplace: bool
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        reference: Tensor | None,
+        options: Options,
+        backend: str,
+        inplace: bool,
     ) -> Tensor:
-        stats, saved, index, belief = native.forward(logits, targets, reference, options)
+        stats, saved, index, belief = forward(logits, targets, reference, options, backend)
         ctx.save_for_backward(logits, targets, reference, stats, saved, index, belief)
-        ctx.options, ctx.inplace, ctx.consumed = options, inplace, False
+        ctx.options, ctx.backend, ctx.inplace, ctx.consumed = options, backend, inplace, False
         return stats
 
     @staticmethod
@@ -115,11 +135,12 @@ class _TokenStats(torch.autograd.Function):
             )
         logits, targets, reference, stats, saved, index, belief = ctx.saved_tensors
         out = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-        native.backward(grad, stats, saved, logits, targets, reference, index, belief, ctx.options, out)
+        rest = (reference, index, belief, ctx.options, out)
+        kernels(ctx.backend).backward(grad, stats, saved, logits, targets, *rest)
         if ctx.inplace:
             ctx.consumed = True
             torch.autograd.graph.increment_version(logits)
-        return out, None, None, None, None
+        return out, None, None, None, None, None
 
 
 # ---- torch.library: what torch.compile and export see ----------------------------------------------------------------
@@ -143,19 +164,19 @@ def _token_stats_op(
     softcap: float,
     ignore_index: int,
     k: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    options = _options(outputs, temperature, softcap, ignore_index, k)
-    return native.forward(logits, targets, reference, options)
+    return forward(logits, targets, reference, _options(outputs, temperature, softcap, ignore_index, k), backend)
 
 
 @_token_stats_op.register_fake
-def _(logits, targets, reference, outputs, temperature, softcap, ignore_index, k):
+def _(logits, targets, reference, outputs, temperature, softcap, ignore_index, k, backend):
     names = Options.outputs_of(outputs)
-    dtype = native.statistics_dtype(logits)
+    dtype = statistics_dtype(logits)
     rows, width = targets.numel(), k if "topk" in names else 0
     return (
         logits.new_empty((len(names), *targets.shape), dtype=dtype),
-        logits.new_empty((native.SAVED, *targets.shape), dtype=dtype),
+        logits.new_empty((SAVED, *targets.shape), dtype=dtype),
         logits.new_empty((rows, width), dtype=torch.int32),
         logits.new_empty((rows, width), dtype=dtype),
     )
@@ -176,10 +197,12 @@ def _token_stats_backward_op(
     softcap: float,
     ignore_index: int,
     k: int,
+    backend: str,
 ) -> Tensor:
     options = _options(outputs, temperature, softcap, ignore_index, k)
     out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    return native.backward(grad_stats, stats, saved, logits, targets, reference, index, belief, options, out)
+    rest = (reference, index, belief, options, out)
+    return kernels(backend).backward(grad_stats, stats, saved, logits, targets, *rest)
 
 
 @_token_stats_backward_op.register_fake
@@ -195,7 +218,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, reference, stats, saved, index, belief = ctx.saved_tensors
     tensors = (grad, stats, saved, logits, targets, reference, index, belief)
-    return _token_stats_backward_op(*tensors, *ctx.flat), None, None, None, None, None, None, None
+    return _token_stats_backward_op(*tensors, *ctx.flat), *[None] * 8
 
 
 _token_stats_op.register_autograd(_backward, setup_context=_setup_context)

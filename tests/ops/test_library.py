@@ -21,10 +21,10 @@ def test_opcheck(outputs, dtype):
     logits = logits.to(dtype).requires_grad_()
     ref = reference.to(dtype) if "kl_pq" in outputs else None
     flat = _flat(Options(outputs, 0.7, 5.0, k=3))
-    torch.library.opcheck(_token_stats_op, (logits, targets, ref, *flat))
-    out = _token_stats_op(logits.detach(), targets, ref, *flat)
+    torch.library.opcheck(_token_stats_op, (logits, targets, ref, *flat, "cpu"))
+    out = _token_stats_op(logits.detach(), targets, ref, *flat, "cpu")
     stats, saved, index, belief = out
-    args = (torch.randn_like(stats), stats, saved, logits.detach(), targets, ref, index, belief, *flat)
+    args = (torch.randn_like(stats), stats, saved, logits.detach(), targets, ref, index, belief, *flat, "cpu")
     torch.library.opcheck(_token_stats_backward_op, args)
 
 

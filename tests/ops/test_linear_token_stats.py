@@ -6,6 +6,7 @@ import torch
 import pyunlearn as pu
 from pyunlearn.ops import OUTPUTS
 from pyunlearn.ops.backends import native
+from pyunlearn.ops.from_logits import forward
 
 from .rows import DIFFERENTIABLE, assert_within_budget
 
@@ -176,10 +177,10 @@ def test_state_streams_in_any_split():
     options = Options(OUTPUTS[:-1])
     logits, reference = torch.randn(7, 1000) * 4, torch.randn(7, 1000)
     targets = torch.randint(0, 1000, (7,))
-    whole = native.forward(logits, targets, reference, options)[0]
-    state = native.new_state(logits, 7)
+    whole = forward(logits, targets, reference, options, "cpu")[0]
+    state = native.new_state(logits, 7, 1000)
     for i, j in [(0, 1), (1, 400), (400, 417), (417, 1000)]:
-        native.accumulate(logits[:, i:j], targets, reference[:, i:j], state, options, i, 1000)
+        native.accumulate(logits[:, i:j], targets, reference[:, i:j], state, options, i, 1000, i == 0)
     pieces = native.finish(state, targets, True, options, 1000)[0]
     torch.testing.assert_close(pieces, whole, atol=2e-6, rtol=2e-6)
 

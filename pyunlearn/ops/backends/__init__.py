@@ -2,9 +2,14 @@
 
 `backend=None` takes the first available backend of the tensor's device in `ORDER`. Missing pieces raise when they are
 asked for by name, never at import.
+
+Eager apart, a backend is a module of five calls over one streaming state per row, `new_state`, `accumulate`, `finish`,
+`topk` and `backward`, as `native` has them; `kernels(name)` gives it.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 
@@ -26,6 +31,11 @@ def unavailable(backend: str) -> str:
     if not native._C.cuda_archs:
         return f"the CUDA part is not built: {native._C.cuda_reason}"
     return "" if torch.cuda.is_available() else "no CUDA device is visible to torch"
+
+
+def kernels(backend: str) -> ModuleType:
+    """The module behind a backend other than "eager"."""
+    return native
 
 
 def choose(backend: str | None, device: torch.device) -> str:

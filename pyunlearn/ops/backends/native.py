@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import Options
+from ..contract import SAVED, Options, statistics_dtype
 
 unavailable = ""  # why nothing compiled can run; the package also works from eager PyTorch alone
 try:
@@ -19,16 +19,9 @@ try:
 except ImportError as error:
     unavailable = f"the native module did not load ({error}); build it with: pip install -e ."
 
-Forward = tuple[Tensor, Tensor, Tensor, Tensor]
-SAVED = 5  # scalars a row keeps for backward: max, log sum, log-odds, reference max, reference log sum
-
 
 def capsule(tensor: Tensor | None) -> Any:
     return None if tensor is None else torch._C._to_dlpack(tensor.detach())
-
-
-def statistics_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
 def _call(like: Tensor, options: Options, first_column: int, vocabulary: int) -> tuple[int | float, ...]:
@@ -43,8 +36,9 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.view(tensor.size(0), rows)
 
 
-def new_state(logits: Tensor, rows: int) -> Tensor:
-    return logits.new_empty(rows, _C.state_fields, dtype=statistics_dtype(logits))
+def new_state(like: Tensor, rows: int, columns: int) -> Tensor:
+    """Streaming state, (rows, parts, fields); parts of a row are accumulated side by side and merged in order."""
+    return like.new_empty(rows, 1, _C.state_fields, dtype=statistics_dtype(like))
 
 
 def accumulate(
@@ -55,16 +49,17 @@ def accumulate(
     options: Options,
     first: int,
     vocabulary: int,
+    fresh: bool,
 ) -> None:
-    """Merges columns [first, first + logits.size(-1)) of every row into `state`; first == 0 starts afresh."""
+    """Merges columns [first, first + logits.size(-1)) of every row into `state`, or starts it afresh."""
     call = _call(logits, options, first, vocabulary)
-    _C.accumulate(capsule(logits), capsule(targets), capsule(reference), capsule(state), first == 0, *call)
+    _C.accumulate(capsule(logits), capsule(targets), capsule(reference), capsule(state), fresh, *call)
 
 
 def finish(
     state: Tensor, targets: Tensor, has_reference: bool, options: Options, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
-    """-> (stats (outputs, *targets.shape), saved (SAVED, *targets.shape))."""
+    """Merges the parts of every state in order -> (stats (outputs, *targets.shape), saved (SAVED, *targets.shape))."""
     stats = state.new_zeros(len(options.outputs), *targets.shape)
     saved = state.new_empty(SAVED, *targets.shape)
     n = targets.numel()
@@ -78,18 +73,6 @@ def finish(
         *call,
     )
     return stats, saved
-
-
-def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options) -> Forward:
-    """-> (stats, saved, index, belief); the last two hold the top-k lanes, (rows, k), or (rows, 0)."""
-    vocabulary, n = logits.size(-1), targets.numel()
-    if reference is not None and reference.dtype != logits.dtype:
-        reference = reference.to(logits.dtype)
-    state = new_state(logits, n)
-    accumulate(logits, targets, reference, state, options, 0, vocabulary)
-    stats, saved = finish(state, targets, reference is not None, options, vocabulary)
-    index, belief = topk(logits, targets, stats, saved, options)
-    return stats, saved, index, belief
 
 
 def topk(logits: Tensor, targets: Tensor, stats: Tensor, saved: Tensor, options: Options) -> tuple[Tensor, Tensor]:
