@@ -40,20 +40,46 @@ def rows(kind: str, n: int, v: int, seed: int = 0) -> tuple[Tensor, Tensor, Tens
     return logits, reference, targets
 
 
+def device_of(backend: str | None) -> str:
+    """Where a backend's tensors live in these tests: on the GPU where there is one, but for the CPU's own."""
+    return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def runs(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    upstreams: list[dict[str, Tensor]],
+    outputs=OUTPUTS,
+    backend: str | None = None,
+    **options,
+):
+    """Statistics and, for each upstream, d(logits) of sum(upstream * statistic): computed on the backend's device,
+    given back on the CPU as float64."""
+    device = device_of(backend)
+    x = logits.detach().to(device).requires_grad_()
+    reference = None if reference is None else reference.to(device)
+    stats = pu.token_stats(x, targets.to(device), outputs, reference=reference, backend=backend, **options).as_dict()
+    grads = []
+    for upstream in upstreams:
+        terms = [(stats[name].double() * up.to(device)).sum() for name, up in upstream.items()]
+        grad = torch.autograd.grad(sum(terms), x, retain_graph=True)[0] if terms else torch.zeros_like(x)
+        grads.append(grad.double().cpu())
+    return {name: value.detach().double().cpu() for name, value in stats.items()}, grads
+
+
 def run(
     logits: Tensor,
     targets: Tensor,
     reference: Tensor | None,
     upstream: dict[str, Tensor],
     outputs=OUTPUTS,
+    backend: str | None = None,
     **options,
 ):
-    """Statistics and d(logits) of sum(upstream * statistic), all as float64."""
-    x = logits.detach().clone().requires_grad_()
-    stats = pu.token_stats(x, targets, outputs, reference=reference, **options).as_dict()
-    terms = [(stats[name].double() * up).sum() for name, up in upstream.items()]
-    grad = torch.autograd.grad(sum(terms), x)[0] if terms else torch.zeros_like(x)
-    return {name: value.detach().double() for name, value in stats.items()}, grad.double()
+    """`runs` for one upstream."""
+    stats, (grad,) = runs(logits, targets, reference, [upstream], outputs, backend, **options)
+    return stats, grad
 
 
 def assert_within_budget(ours: Tensor, eager: Tensor, oracle: Tensor, tol: float, what: str) -> None:

@@ -11,20 +11,20 @@ from pyunlearn.ops import OUTPUTS, backends
 from pyunlearn.ops.contract import Options
 from pyunlearn.ops.from_logits import _flat, _token_stats_backward_op, _token_stats_op
 
-from .rows import rows
+from .rows import device_of, rows
 
 
 @pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy", "kl_pq", "topk")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(outputs, dtype):
-    logits, reference, targets = rows("random", 4, 33)
+def test_opcheck(outputs, dtype, fused):
+    logits, reference, targets = (t.to(device_of(fused)) for t in rows("random", 4, 33))
     logits = logits.to(dtype).requires_grad_()
     ref = reference.to(dtype) if "kl_pq" in outputs else None
     flat = _flat(Options(outputs, 0.7, 5.0, k=3))
-    torch.library.opcheck(_token_stats_op, (logits, targets, ref, *flat, "cpu"))
-    out = _token_stats_op(logits.detach(), targets, ref, *flat, "cpu")
+    torch.library.opcheck(_token_stats_op, (logits, targets, ref, *flat, fused))
+    out = _token_stats_op(logits.detach(), targets, ref, *flat, fused)
     stats, saved, index, belief = out
-    args = (torch.randn_like(stats), stats, saved, logits.detach(), targets, ref, index, belief, *flat, "cpu")
+    args = (torch.randn_like(stats), stats, saved, logits.detach(), targets, ref, index, belief, *flat, fused)
     torch.library.opcheck(_token_stats_backward_op, args)
 
 

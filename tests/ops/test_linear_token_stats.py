@@ -5,21 +5,23 @@ import torch
 
 import pyunlearn as pu
 from pyunlearn.ops import OUTPUTS
-from pyunlearn.ops.backends import native
+from pyunlearn.ops.backends import kernels
+from pyunlearn.ops.contract import Options
 from pyunlearn.ops.from_logits import forward
 
-from .rows import DIFFERENTIABLE, assert_within_budget
+from .rows import DIFFERENTIABLE, assert_within_budget, device_of
 
 module = importlib.import_module("pyunlearn.ops.from_hidden")
 N, H, V = 13, 24, 1500
 WITHIN, SLICES, SMALLEST = None, N * 8 * 500, 0
 
 
-def problem(dtype, with_bias, with_reference):
-    hidden, weight = torch.randn(N, H).to(dtype), (torch.randn(V, H) / 2).to(dtype)
-    bias = torch.randn(V).to(dtype) if with_bias else None
-    reference = (torch.randn(N, H).to(dtype), (torch.randn(V, H) / 2).to(dtype)) if with_reference else None
-    targets = torch.randint(0, V, (N,))
+def problem(dtype, with_bias, with_reference, device="cpu"):
+    like = dict(dtype=dtype, device=device)
+    hidden, weight = torch.randn(N, H).to(**like), (torch.randn(V, H) / 2).to(**like)
+    bias = torch.randn(V).to(**like) if with_bias else None
+    reference = (torch.randn(N, H).to(**like), (torch.randn(V, H) / 2).to(**like)) if with_reference else None
+    targets = torch.randint(0, V, (N,)).to(device)
     targets[3] = -100
     return hidden, weight, bias, reference, targets
 
@@ -32,27 +34,25 @@ def run(hidden, weight, bias, reference, targets, outputs, upstream, dtype=None,
         reference = tuple(t.to(dtype or t.dtype) for t in reference)
     h, w, b = leaves
     stats = pu.linear_token_stats(h, w, targets, b, outputs, reference, **options).as_dict()
-    sum((stats[name].double() * upstream[name]).sum() for name in outputs if name in DIFFERENTIABLE).backward()
-    results = {name: value.detach().double() for name, value in stats.items()}
-    grads = {
-        "d" + n: t.grad.double() for n, t in zip(("hidden", "weight", "bias"), leaves, strict=True) if t is not None
-    }
-    return {**results, **grads}
+    differentiable = [name for name in outputs if name in DIFFERENTIABLE]
+    sum((stats[name].double() * upstream[name].to(h.device)).sum() for name in differentiable).backward()
+    grads = {"d" + n: t.grad for n, t in zip(("hidden", "weight", "bias"), leaves, strict=True) if t is not None}
+    return {name: value.detach().double().cpu() for name, value in {**stats, **grads}.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("budget", [WITHIN, SLICES, SMALLEST])
 @pytest.mark.parametrize(("with_bias", "with_reference"), [(False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("zero_rows", [0, 5, 10])
-def test_error_budget(dtype, budget, with_bias, with_reference, zero_rows):
+def test_error_budget(dtype, budget, with_bias, with_reference, zero_rows, backend):
     outputs = OUTPUTS if with_reference else tuple(n for n in OUTPUTS if not n.startswith("kl"))
     if budget == SLICES:
         outputs = outputs[:-1]  # without topk: the columns stream
-    args = problem(dtype, with_bias, with_reference)
+    args = problem(dtype, with_bias, with_reference, device_of(backend))
     upstream = {name: torch.randn(N, dtype=torch.float64) for name in DIFFERENTIABLE}
     for up in upstream.values():
         up[:zero_rows] = 0
-    ours = run(*args, outputs, upstream, budget_bytes=budget)
+    ours = run(*args, outputs, upstream, backend=backend, budget_bytes=budget)
     eager = run(*args, outputs, upstream, backend="eager", budget_bytes=budget)
     oracle = run(*args, outputs, upstream, dtype=torch.float64, backend="eager")
     tol = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
@@ -110,16 +110,17 @@ def test_ignored_rows_never_reach_the_head(monkeypatch):
     assert hidden.grad.isfinite().all()
 
 
-def test_frozen_head_and_frozen_hidden():
-    hidden, weight, _, _, targets = problem(torch.float32, False, False)
-    full = run(hidden, weight, None, None, targets, ("logp",), {"logp": torch.ones(N)})
+def test_frozen_head_and_frozen_hidden(backend):
+    hidden, weight, _, _, targets = problem(torch.float32, False, False, device_of(backend))
+    full = run(hidden, weight, None, None, targets, ("logp",), {"logp": torch.ones(N)}, backend=backend)
     for budget in (WITHIN, SLICES):
+        options = dict(budget_bytes=budget, backend=backend)
         h = hidden.clone().requires_grad_()
-        pu.linear_token_stats(h, weight, targets, budget_bytes=budget).logp.sum().backward()
-        torch.testing.assert_close(h.grad, full["dhidden"].float(), atol=1e-5, rtol=1e-5)
+        pu.linear_token_stats(h, weight, targets, **options).logp.sum().backward()
+        torch.testing.assert_close(h.grad.cpu(), full["dhidden"].float(), atol=1e-5, rtol=1e-5)
         w = weight.clone().requires_grad_()
-        pu.linear_token_stats(hidden, w, targets, budget_bytes=budget).logp.sum().backward()
-        torch.testing.assert_close(w.grad, full["dweight"].float(), atol=1e-5, rtol=1e-5)
+        pu.linear_token_stats(hidden, w, targets, **options).logp.sum().backward()
+        torch.testing.assert_close(w.grad.cpu(), full["dweight"].float(), atol=1e-5, rtol=1e-5)
 
 
 def test_tied_embedding_and_checkpointing():
@@ -170,19 +171,23 @@ def test_shapes(shape):
     assert hidden.grad.shape == shape
 
 
-def test_state_streams_in_any_split():
-    """Merging the columns in slices gives the statistics of the whole row."""
-    from pyunlearn.ops.contract import Options
-
-    options = Options(OUTPUTS[:-1])
+def test_state_streams_in_any_split(fused):
+    """Merging the columns in slices gives the statistics of the whole row; so does a row's state in parts."""
+    options, kernel = Options(OUTPUTS[:-1]), kernels(fused)
     logits, reference = torch.randn(7, 1000) * 4, torch.randn(7, 1000)
     targets = torch.randint(0, 1000, (7,))
-    whole = forward(logits, targets, reference, options, "cpu")[0]
-    state = native.new_state(logits, 7, 1000)
-    for i, j in [(0, 1), (1, 400), (400, 417), (417, 1000)]:
-        native.accumulate(logits[:, i:j], targets, reference[:, i:j], state, options, i, 1000, i == 0)
-    pieces = native.finish(state, targets, True, options, 1000)[0]
-    torch.testing.assert_close(pieces, whole, atol=2e-6, rtol=2e-6)
+    logits, reference, targets = (t.to(device_of(fused)) for t in (logits, reference, targets))
+    whole = forward(logits, targets, reference, options, fused)[0]
+    splits = [(0, 1), (1, 400), (400, 417), (417, 1000)]
+    state, parts = kernel.new_state(logits, 7, 1000), []
+    for i, j in splits:
+        columns = logits[:, i:j], targets, reference[:, i:j]
+        kernel.accumulate(*columns, state, options, i, 1000, i == 0)
+        parts.append(kernel.new_state(logits, 7, j - i))
+        kernel.accumulate(*columns, parts[-1], options, i, 1000, True)
+    for streamed in (state, torch.cat(parts, dim=1)):
+        stats = kernel.finish(streamed, targets, True, options, 1000)[0]
+        torch.testing.assert_close(stats, whole, atol=2e-6, rtol=2e-6)
 
 
 HID, W, T = torch.randn(2, H), torch.randn(V, H), torch.zeros(2, dtype=torch.long)
