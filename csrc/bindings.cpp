@@ -41,7 +41,11 @@ class Borrowed {
   bool on_cuda() const {
     if (device_ != kCpu && device_ != kCuda)
       throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_) + " are not supported");
+#if defined(PU_CUDA_ON_CPU)  // the tests' build: the CUDA kernels run on the CPU's tensors
+    return true;
+#else
     return device_ == kCuda;
+#endif
   }
 
  private:
@@ -72,7 +76,7 @@ Options options_of(const py::args& a) {
 #if defined(PU_CUDA)
 #define PU_ON_DEVICE(gpu, gpu_call, cpu_call) (gpu ? pu::cuda::gpu_call : pu::cpu::cpu_call)
 #else
-#define PU_ON_DEVICE(gpu, gpu_call, cpu_call) (gpu ? no_cuda() : pu::cpu::cpu_call)
+#define PU_ON_DEVICE(gpu, gpu_call, cpu_call) (gpu ? (no_cuda(), pu::cpu::cpu_call) : pu::cpu::cpu_call)
 #endif
 
 PYBIND11_MODULE(_C, m) {
@@ -104,9 +108,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("topk", [](py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index, py::handle belief, const py::args& rest) {
     const Options o = options_of(rest);
     Borrowed l(logits, "logits"), t(targets, "targets", true), v(stats, "stats"), k(saved, "saved"), j(index, "index"), b(belief, "belief");
-    if (l.on_cuda()) throw std::invalid_argument("topk: the CUDA backend does not compute it; use backend=\"eager\"");
     py::gil_scoped_release release;
-    pu::cpu::topk(o.call(), l, t, v, k, j, b);
+    PU_ON_DEVICE(l.on_cuda(), topk(o.call(), l, t, v, k, j, b, o.stream), topk(o.call(), l, t, v, k, j, b));
   });
   m.def("backward", [](py::handle grad_stats, py::handle stats, py::handle saved, py::handle logits, py::handle targets, py::handle reference,
                        py::handle index, py::handle belief, py::handle grad_logits, const py::args& rest) {
@@ -114,6 +117,24 @@ PYBIND11_MODULE(_C, m) {
     Borrowed g(grad_stats, "grad_stats"), v(stats, "stats"), k(saved, "saved"), l(logits, "logits"), t(targets, "targets", true);
     Borrowed r(reference, "reference"), j(index, "index"), b(belief, "belief"), d(grad_logits, "grad_logits");
     py::gil_scoped_release release;
-    PU_ON_DEVICE(l.on_cuda(), backward(o.call(), g, v, k, l, t, r, d, o.stream), backward(o.call(), g, v, k, l, t, r, j, b, d));
+    PU_ON_DEVICE(l.on_cuda(), backward(o.call(), g, v, k, l, t, r, j, b, d, o.stream), backward(o.call(), g, v, k, l, t, r, j, b, d));
   });
+
+  m.def("parts", [](bool on_cuda, int64_t rows, int64_t columns) {
+#if defined(PU_CUDA_ON_CPU)
+    on_cuda = true;
+#endif
+    return PU_ON_DEVICE(on_cuda, parts_of(rows, columns), parts_of(rows, columns));
+  });
+#if defined(PU_CUDA)
+  m.def("value_and_grad", [](py::tuple rule, py::handle weights, py::handle floor, py::handle logits, py::handle targets, py::handle stats,
+                             py::handle grad_logits, const py::args& rest) {
+    const Options o = options_of(rest);
+    const pu::cuda::TokenRule how = {rule[0].cast<float>(), rule[1].cast<float>(), rule[2].cast<float>()};
+    Borrowed w(weights, "weights"), f(floor, "floor", true), l(logits, "logits"), t(targets, "targets", true), v(stats, "stats");
+    Borrowed d(grad_logits, "grad_logits");
+    py::gil_scoped_release release;
+    return pu::cuda::value_and_grad(o.call(), how, w, f, l, t, v, d, o.stream);
+  });
+#endif
 }

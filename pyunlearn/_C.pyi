@@ -24,3 +24,14 @@ def backward(
     grad_logits: Any,
     *call: Any,
 ) -> None: ...
+def parts(on_cuda: bool, rows: int, columns: int) -> int: ...
+def value_and_grad(
+    rule: tuple[float, float, float],
+    weights: Any,
+    floor: Any,
+    logits: Any,
+    targets: Any,
+    stats: Any,
+    grad_logits: Any,
+    *call: Any,
+) -> bool: ...

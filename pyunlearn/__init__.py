@@ -11,7 +11,7 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
-from .ops import TokenStats, linear_token_stats, token_stats
+from .ops import TokenStats, linear_token_stats, token_stats, value_and_grad
 
 if TYPE_CHECKING:
     from .reference import ReferenceCache
@@ -26,6 +26,7 @@ __all__ = [
     "objectives",
     "ops",
     "token_stats",
+    "value_and_grad",
 ]
 
 

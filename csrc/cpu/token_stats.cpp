@@ -70,10 +70,11 @@ Piece piece_of(const Call& call, const Matrix& logits, const Matrix& reference, 
 template <class A>
 void accumulate_as(const Call& call, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state, bool fresh) {
   const int64_t pieces = (logits.columns + kPiece - 1) / kPiece, rows = logits.rows;
-  const bool moments = call.outputs & (1u << kEntropy | 1u << kVariance | 1u << kUniformCe), greedy = call.outputs >> kGreedy & 1;
+  const unsigned wants = wants_of(call.outputs);
+  const bool greedy = call.outputs >> kGreedy & 1;
   auto piece = [&](int64_t row, int64_t p) {
     RowState<A> s;
-    lanes().accumulate(call.transform, piece_of(call, logits, reference, row, p * kPiece, target_of(targets, row)), moments, greedy, &s);
+    lanes().accumulate(call.transform, piece_of(call, logits, reference, row, p * kPiece, target_of(targets, row)), wants, greedy, &s);
     return s;
   };
   auto join = [&](int64_t row, auto next) {

@@ -17,6 +17,8 @@ struct Call {
 // Throws std::out_of_range for a target outside [0, vocabulary).
 void accumulate(const Call&, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state, bool fresh);
 int64_t state_fields();
+// Parts a row is best split into for its state. Here threads share a row by themselves.
+inline int64_t parts_of(int64_t, int64_t) { return 1; }
 
 // state -> stats (outputs, rows) and saved (kSavedCount, rows). 0 at ignored rows. A row may have several states, one
 // after the other (parts of its columns): they merge in that order.

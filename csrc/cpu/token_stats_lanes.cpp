@@ -72,14 +72,6 @@ PU_FN float sum_lanes(Floats v) {
 }
 PU_FN double sum_lanes(double v) { return v; }
 
-// What sum_lanes(sum) rounds away, plus the lanes' own low parts.
-PU_FN float sum_low(Floats sum, Floats low) {
-  RowState<float> s{};
-  for (int i = 0; i < PU_LANES; ++i) add_sum(s, sum[i]), s.low += low[i];
-  return s.low;
-}
-PU_FN double sum_low(double, double low) { return low; }
-
 // ---- z and its slope ----------------------------------------------------------------------------------------------
 
 template <class A> struct Curve {
@@ -117,11 +109,12 @@ PU_FN double keep(double v, int64_t n, int64_t without, double otherwise) { retu
 
 // ---- accumulate ---------------------------------------------------------------------------------------------------
 
-template <class T, bool kMoments, bool kReference, bool kSoftcap>
+template <class T, unsigned kWants, bool kSoftcap>
 void accumulate_piece(const Transform& transform, const Piece& piece, bool greedy, void* state) {
   using F = typename LaneOf<T>::type;
   using A = typename Lane<F>::Scalar;
   constexpr int L = Lane<F>::count;
+  constexpr bool kReference = kWants & kReferenceSums;
   constexpr int G = 16;  // vectors between looks at the running maximum, and in the first level of the sums
   const T* x = static_cast<const T*>(piece.x);
   const T* r = static_cast<const T*>(piece.r);
@@ -136,24 +129,14 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   s.origin = broadcast(first - first == 0 ? first : A(0), F{});
   s.offset = broadcast(gap - gap == 0 ? gap : A(0), F{});
 
-  auto group = [&](const F* z, const F* q, int count) PU_LAMBDA {
-    F top = s.max, ref_top = s.ref_max;
-    for (int g = 0; g < count; ++g) {
-      top = max_lanes(z[g], top);
-      if (kReference) ref_top = max_lanes(q[g], ref_top);
-    }
-    if (any(top > s.max)) raise_max<kMoments, kReference>(s, top);
-    if (kReference && any(ref_top > s.ref_max)) raise_ref_max(s, ref_top);
-    push<kMoments, kReference>(s, z, q, count);
-  };
   auto run = [&](int64_t i, int64_t end) PU_LAMBDA {
     for (; i + G * L <= end; i += G * L) {
-      F z[G], q[kReference ? G : 1];
+      F z[G], q[G];
       for (int g = 0; g < G; ++g) {
         z[g] = z_at(i + g * L);
         if (kReference) q[g] = r_at(i + g * L);
       }
-      group(z, q, G);
+      absorb<kWants>(s, z, q, G);
     }
   };
   auto edge = [&](int64_t i, int64_t count, int64_t without) PU_LAMBDA {
@@ -161,7 +144,7 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
     const F z = keep(curve.template z<kSoftcap>(load_some(x + i, count)), count, without, low);
     const F q = kReference ? keep(curve.template z<kSoftcap>(load_some(r + i, count)), count, without, low) : F{};
     const F total = s.total;
-    group(&z, &q, 1);
+    absorb<kWants>(s, &z, &q, 1);
     s.total = total + keep(z - s.origin, count, without, A(0));
   };
   auto stretch = [&](int64_t i, int64_t end) PU_LAMBDA {  // whole vectors in groups, then what is left
@@ -178,12 +161,12 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   }
 
   const A top = largest_lane(s.max), ref_top = largest_lane(s.ref_max);
-  raise_max<kMoments, kReference>(s, broadcast(top, F{}));
+  raise_max<kWants>(s, broadcast(top, F{}));
   if (kReference) raise_ref_max(s, broadcast(ref_top, F{}));
   RowState<A>& out = *static_cast<RowState<A>*>(state);
   out = RowState<A>::empty(A(0));
-  out.max = top, out.sum = sum_lanes(s.sum), out.shifted = sum_lanes(s.shifted), out.squared = sum_lanes(s.squared);
-  out.low = sum_low(s.sum, s.low), out.total = sum_lanes(s.total), out.gap = sum_lanes(s.gap);
+  out.max = top, out.ones = sum_lanes(s.ones), out.rest = sum_lanes(s.rest), out.shifted = sum_lanes(s.shifted), out.squared = sum_lanes(s.squared);
+  out.total = sum_lanes(s.total), out.gap = sum_lanes(s.gap);
   if (kReference) out.ref_max = ref_top, out.ref_sum = sum_lanes(s.ref_sum), out.ref_gap = sum_lanes(s.ref_gap);
   out.origin = lane0(s.origin), out.offset = lane0(s.offset), out.count = A(n - (target >= 0 && target < n));
   if (target >= n) out.before = top;
@@ -285,14 +268,15 @@ template <class Call> PU_FN void with_dtype(DType t, Call call) {
 template <bool kValue> struct Flag { static constexpr bool value = kValue; };
 template <class Call> PU_FN void with_flag(bool value, Call call) { value ? call(Flag<true>{}) : call(Flag<false>{}); }
 
-void accumulate(const Transform& t, const Piece& p, bool moments, bool greedy, void* state) {
+void accumulate(const Transform& t, const Piece& p, unsigned wants, bool greedy, void* state) {
   with_dtype(p.dtype, [&](auto like) {
     with_flag(t.softcap > 0, [&](auto softcap) {
       using T = decltype(like);
       constexpr bool S = decltype(softcap)::value;
-      if (p.r) accumulate_piece<T, true, true, S>(t, p, greedy, state);
-      else if (moments) accumulate_piece<T, true, false, S>(t, p, greedy, state);
-      else accumulate_piece<T, false, false, S>(t, p, greedy, state);
+      if (p.r) accumulate_piece<T, kEverything, S>(t, p, greedy, state);
+      else if (wants & ~kShifted) accumulate_piece<T, kMoments, S>(t, p, greedy, state);
+      else if (wants) accumulate_piece<T, kShifted, S>(t, p, greedy, state);
+      else accumulate_piece<T, 0, S>(t, p, greedy, state);
     });
   });
 }

@@ -29,8 +29,8 @@ struct Belief {  // the top-k lanes of a row
 
 struct LaneFunctions {
   const char* name;
-  // state: RowState<float> (double for float64). moments: also the sums behind entropy, variance and uniform_ce.
-  void (*accumulate)(const Transform&, const Piece&, bool moments, bool greedy, void* state);
+  // state: RowState<float> (double for float64). wants: the sums to keep (Want).
+  void (*accumulate)(const Transform&, const Piece&, unsigned wants, bool greedy, void* state);
   // out may be x. coefficients: RowCoefficients of the same scalar. kind: 0 plain, 1 with log terms, 2 with a reference.
   void (*gradient)(const Transform&, const Piece&, const void* coefficients, int kind, const Belief&, void* out);
   // The k largest z of a whole row in falling order, the lowest column first among equals.

@@ -6,11 +6,27 @@
 
 namespace pu::cuda {
 
+// Parts a row of `columns` is best split into for its state; backward splits rows the same way.
+int64_t parts_of(int64_t rows, int64_t columns);
+
+// state: (rows * parts, fields); each part's columns follow from their number.
 void accumulate(const cpu::Call&, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state,
                 bool fresh, void* stream);
 void finish(const cpu::Call&, const Matrix& state, const Matrix& targets, bool has_reference, const Matrix& stats,
             const Matrix& saved, void* stream);
+void topk(const cpu::Call&, const Matrix& logits, const Matrix& targets, const Matrix& stats, const Matrix& saved,
+          const Matrix& index, const Matrix& belief, void* stream);
 void backward(const cpu::Call&, const Matrix& grad_stats, const Matrix& stats, const Matrix& saved, const Matrix& logits,
-              const Matrix& targets, const Matrix& reference, const Matrix& grad_logits, void* stream);
+              const Matrix& targets, const Matrix& reference, const Matrix& index, const Matrix& belief,
+              const Matrix& grad_logits, void* stream);
+
+// d(loss)/d(logp) of a token is its weight times p^alpha (1-p)^gamma 2 sigmoid(beta logp - floor), held constant.
+struct TokenRule { float alpha = 0, gamma = 0, beta = 0; };
+
+// Statistics and d(logits) with the row kept on chip: 2 N V of traffic. weights: (outputs, rows), the gradients of the
+// statistics (the rule multiplies logp's). floor: (rows) or empty (no sigmoid). False, with nothing done, where this
+// device or a row this long does not allow it.
+bool value_and_grad(const cpu::Call&, const TokenRule&, const Matrix& weights, const Matrix& floor, const Matrix& logits,
+                    const Matrix& targets, const Matrix& stats, const Matrix& grad_logits, void* stream);
 
 }  // namespace pu::cuda

@@ -12,9 +12,6 @@
 namespace pu {
 inline namespace PU_ISA {
 
-// An output nobody differentiates adds nothing, even where it is infinite.
-template <class A> PU_FN A times(A upstream, A value) { return upstream == 0 ? A(0) : upstream * value; }
-
 template <class A> struct RowCoefficients {
   A max, log_sum, log_scale;            // P_j = exp(z_j - max - log_sum - log_scale)
   A ref_max, ref_log_sum;

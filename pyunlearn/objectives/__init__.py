@@ -29,6 +29,7 @@ It then has masks, reductions, checks and a name, like the built-in ones:
 
 from .definition import NonNegative, Positive
 from .forget import ga, me, npo, satimp, simnpo, tnpo, wga, wtnpo
+from .one_pass import one_pass
 from .reduction import REDUCTIONS, TokenInputs
 from .registry import Objective, Row, get, names, register, register_preset, table
 from .retain import ap, gd, kl
@@ -51,6 +52,7 @@ __all__ = [
     "me",
     "names",
     "npo",
+    "one_pass",
     "register",
     "register_preset",
     "satimp",

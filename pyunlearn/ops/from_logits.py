@@ -92,8 +92,12 @@ def check_inplace(logits: Tensor) -> None:
         raise ValueError(
             "inplace_backward=True under no_grad: there is no backward to write; pass inplace_backward=False"
         )
+    check_writable("inplace_backward=True", logits)
+
+
+def check_writable(asked: str, logits: Tensor) -> None:
     if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
-        raise ValueError(f"inplace_backward=True: logits of strides {logits.stride()} share memory between rows")
+        raise ValueError(f"{asked}: logits of strides {logits.stride()} share memory between rows")
 
 
 def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options, backend: str) -> Forward:

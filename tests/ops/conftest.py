@@ -5,14 +5,19 @@ A new fused backend is one entry in FUSED: a context manager that sets it up and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from types import ModuleType
 
 import pytest
 import torch
 
 from pyunlearn import _C
+from pyunlearn.ops import backends
+
+from .. import cuda_on_cpu
 
 
 @contextmanager
@@ -28,10 +33,30 @@ def cpu(instruction_set: str) -> Iterator[str]:
         _C.choose_instruction_set("auto")
 
 
+@functools.cache
+def kernels_on_cpu() -> ModuleType:
+    return cuda_on_cpu.load()
+
+
+@contextmanager
+def cuda() -> Iterator[str]:
+    """The CUDA kernels: on the GPU where there is one, else built for the CPU and let take its tensors."""
+    if torch.cuda.is_available():
+        yield "cuda"
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends.native, "_C", kernels_on_cpu())
+        usual = backends.unavailable
+        patch.setattr(backends, "unavailable", lambda backend: "" if backend == "cuda" else usual(backend))
+        patch.setitem(backends.ORDER, "cpu", ("cuda", "eager"))
+        yield "cuda"
+
+
 FUSED: dict[str, Callable[[], AbstractContextManager[str]]] = {
     "cpu": partial(cpu, "auto"),
     "cpu-avx2": partial(cpu, "avx2"),
     "cpu-portable": partial(cpu, "portable"),
+    "cuda": cuda,
 }
 BACKENDS = [name for name in FUSED if "-" not in name] + ["eager"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -43,6 +44,11 @@ def rows(kind: str, n: int, v: int, seed: int = 0) -> tuple[Tensor, Tensor, Tens
 def device_of(backend: str | None) -> str:
     """Where a backend's tensors live in these tests: on the GPU where there is one, but for the CPU's own."""
     return "cuda" if backend != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def skip_unless_taken(backend: str, dtype: torch.dtype) -> None:
+    if backend == "cuda" and dtype == torch.float64:
+        pytest.skip("the CUDA kernels take no float64: test_float64_is_refused")
 
 
 def runs(

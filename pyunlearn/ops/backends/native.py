@@ -38,7 +38,8 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
 
 def new_state(like: Tensor, rows: int, columns: int) -> Tensor:
     """Streaming state, (rows, parts, fields); parts of a row are accumulated side by side and merged in order."""
-    return like.new_empty(rows, 1, _C.state_fields, dtype=statistics_dtype(like))
+    parts = _C.parts(like.is_cuda, rows, columns)
+    return like.new_empty(rows, parts, _C.state_fields, dtype=statistics_dtype(like))
 
 
 def accumulate(
@@ -109,3 +110,22 @@ def backward(
     tensors = (*views, logits, targets, reference, index, belief, grad_logits)
     _C.backward(*map(capsule, tensors), *_call(logits, options, first, vocabulary or logits.size(-1)))
     return grad_logits
+
+
+def value_and_grad(
+    rule: tuple[float, float, float],
+    weights: Tensor,
+    floor: Tensor | None,
+    logits: Tensor,
+    targets: Tensor,
+    options: Options,
+    grad_logits: Tensor,
+) -> Tensor | None:
+    """The statistics, and d(logits) in `grad_logits`; None, and nothing done, where the GPU cannot hold a row."""
+    n = targets.numel()
+    stats = weights.new_empty(weights.shape)
+    tensors = (_rows(weights, n), floor, logits, targets, _rows(stats, n), grad_logits)
+    call = _call(logits, options, 0, logits.size(-1))
+    if n and not _C.value_and_grad(rule, *map(capsule, tensors), *call):
+        return None
+    return stats

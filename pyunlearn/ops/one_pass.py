@@ -1,0 +1,177 @@
+"""value_and_grad: statistics and d(logits) in one go, where the gradient per token is known from the token alone.
+
+On a GPU with thread block clusters (sm_90 and newer, backend "cuda") the row stays on chip: logits are read once and
+the gradient is written once, 2 N V of traffic. Everywhere else it is the forward and the backward kernel, 3 N V.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .backends import choose, kernels, native
+from .contract import (
+    NO_GRADIENT,
+    OUTPUTS,
+    Options,
+    TokenStats,
+    check_logits,
+    check_same_device,
+    make_options,
+    statistics_dtype,
+    unpack,
+)
+from .from_logits import check_writable, forward, stacked_stats
+
+
+@dataclass(frozen=True)
+class TokenRule:
+    """What multiplies the weight of a token's logp, held constant: p^alpha (1 - p)^gamma 2 sigmoid(beta logp - floor).
+
+    Without a floor there is no sigmoid. All 0: 1 (gradient ascent and descent); alpha: wga; alpha and gamma: satimp;
+    beta with floor = beta logp of the reference: tnpo; and alpha: wtnpo.
+    """
+
+    alpha: float = 0.0
+    gamma: float = 0.0
+    beta: float = 0.0
+
+    def __call__(self, logp: Tensor, floor: Tensor | None = None) -> Tensor:
+        """The factor per token, shape of `logp`."""
+        weight = (self.alpha * logp).exp()
+        if self.gamma:
+            weight = weight * (-torch.expm1(logp)).clamp_min(0.0).pow(self.gamma)
+        return weight if floor is None else weight * 2.0 * torch.sigmoid(self.beta * logp - floor)
+
+
+def value_and_grad(
+    logits: Tensor,
+    targets: Tensor,
+    weights: Tensor | Mapping[str, Tensor],
+    rule: TokenRule = TokenRule(),
+    floor: Tensor | None = None,
+    outputs: str | Sequence[str] | None = None,
+    reference: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace: bool = False,
+    k: int = 20,
+    backend: str | None = None,
+) -> tuple[TokenStats, Tensor]:
+    """Statistics, and d(logits) of sum over tokens and outputs of sg(weight) * statistic.
+
+    For every token-separable objective `pyunlearn.objectives.one_pass` gives weights, rule and floor.
+    Nothing is recorded for autograd: pass the gradient on with `logits.backward(d_logits)`.
+
+    Args:
+        logits, targets, reference, temperature, softcap, ignore_index, k, backend: as in `token_stats`.
+        weights: (...) the weight of each token's logp, or for several outputs by name, {"logp": ..., "entropy": ...}.
+        rule: a further factor on logp's weight that depends on the token's own logp.
+        floor: (...) for the rule's sigmoid, or None (no sigmoid).
+        outputs: statistics to return; default those that have weights.
+        inplace: write d(logits) into the memory of `logits`, which must not be used afterwards.
+
+    Returns:
+        (TokenStats, d_logits): d_logits has logits' shape and dtype and is 0 at ignored positions.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as `token_stats`; the message names the argument.
+
+    >>> logits = torch.zeros(1, 4, requires_grad=True)
+    >>> stats, d_logits = value_and_grad(logits, torch.tensor([1]), torch.tensor([-1.0]))
+    >>> stats.logp.tolist(), d_logits.tolist()
+    ([-1.3862943649291992], [[0.25, -0.75, 0.25, 0.25]])
+    """
+    given = {"logp": weights} if isinstance(weights, Tensor) else dict(weights)
+    wanted = tuple(given) if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    options = make_options((*wanted, *given), temperature, softcap, ignore_index, k, reference is not None)
+    check_logits(logits, targets, reference, options)
+    check_weights(given, rule, floor, targets)
+    if inplace:
+        check_writable("inplace=True", logits)
+    chosen = choose(backend, logits.device)
+    shape, source = targets.shape, logits.detach()
+    if source.dim() > 3:
+        source, targets = source.flatten(0, -3), targets.flatten(0, -2)
+        reference = None if reference is None else reference.flatten(0, -3)
+    dtype = statistics_dtype(logits)
+    ups = torch.stack(
+        [
+            given[n].detach().to(dtype).reshape(targets.shape)
+            if n in given
+            else targets.new_zeros(targets.shape, dtype=dtype)
+            for n in options.outputs
+        ]
+    )
+    floor = None if floor is None else floor.detach().to(dtype).reshape(targets.shape).contiguous()
+    mask = targets != ignore_index
+    with torch.no_grad():
+        out = source if inplace else torch.empty(source.shape, dtype=source.dtype, device=source.device)
+        stats = None
+        if chosen == "cuda" and reference is None and "topk" not in options.outputs:
+            stats = native.value_and_grad(
+                (rule.alpha, rule.gamma, rule.beta), ups, floor, source, targets, options, out
+            )
+        if stats is None:
+            stats = two_passes(source, targets, reference, ups, rule, floor, options, chosen, out)
+    if inplace:
+        torch.autograd.graph.increment_version(logits)
+    values = unpack(stats.view(len(options.outputs), *shape), options.outputs, mask.view(shape))
+    return values, out.reshape(logits.shape)
+
+
+def two_passes(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    ups: Tensor,
+    rule: TokenRule,
+    floor: Tensor | None,
+    options: Options,
+    backend: str,
+    out: Tensor,
+) -> Tensor:
+    """The statistics; writes d(logits) into `out`, which may be `logits`."""
+
+    def upstream(stats: Tensor) -> Tensor:
+        if "logp" not in options.outputs or (rule == TokenRule() and floor is None):
+            return ups
+        line = options.outputs.index("logp")
+        factor = torch.ones_like(ups)
+        factor[line] = rule(stats[line], floor)
+        return ups * factor
+
+    if backend == "eager":
+        with torch.enable_grad():
+            x = logits.detach().requires_grad_()
+            stats = stacked_stats(x, targets, reference, options, backend)
+            (grad,) = torch.autograd.grad(stats, x, upstream(stats.detach()))
+        out.copy_(grad)
+        return stats.detach()
+    stats, saved, index, belief = forward(logits, targets, reference, options, backend)
+    kernels(backend).backward(upstream(stats), stats, saved, logits, targets, reference, index, belief, options, out)
+    return stats
+
+
+def check_weights(given: Mapping[str, Tensor], rule: TokenRule, floor: Tensor | None, targets: Tensor) -> None:
+    for name, weight in given.items():
+        if name not in OUTPUTS or name in NO_GRADIENT:
+            able = tuple(n for n in OUTPUTS if n not in NO_GRADIENT)
+            raise ValueError(f"weights: needs names of differentiable outputs {able}, got {name!r}")
+        check_per_token(f"weights[{name!r}]", weight, targets)
+    if floor is not None:
+        check_per_token("floor", floor, targets)
+    if "logp" not in given and (rule != TokenRule() or floor is not None):
+        raise ValueError(f"rule={rule}: needs a weight for 'logp', got weights for {tuple(given)}")
+
+
+def check_per_token(name: str, tensor: Tensor, targets: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{name}: needs a floating-point tensor, got {getattr(tensor, 'dtype', type(tensor).__name__)}")
+    if tensor.shape != targets.shape:
+        raise ValueError(f"{name}: needs the shape of targets {tuple(targets.shape)}, got {tuple(tensor.shape)}")
+    check_same_device(name, tensor, "targets", targets)
