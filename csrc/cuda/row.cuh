@@ -134,18 +134,20 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
     s.offset = gap - gap == 0 ? gap : 0.0f;
   }
 
-  template <int N> __device__ void take(const float (&z)[N], const float (&q)[N], int32_t i) {
-    if (target < i || target >= i + N) {
-      const float top = absorb<kWants>(s, z, q, N);
-      if (i < target) s.before = max_lanes(top, s.before);
-      return;
-    }
+  template <int N> __device__ void take(float (&z)[N], float (&q)[N], int32_t i) {
+    const bool around = target >= i && target < i + N;  // one lane is the target's: it goes in as -inf
+    float total = s.total;
+    if (around) {
 #pragma unroll
-    for (int l = 0; l < N; ++l) {
-      if (i + l == target) s.target = z[l], s.ref_target = q[l];
-      else absorb<kWants>(s, z + l, q + l, 1);
-      if (i + l < target) s.before = max_lanes(z[l], s.before);
+      for (int l = 0; l < N; ++l) {
+        if (i + l == target) s.target = z[l], s.ref_target = q[l], z[l] = q[l] = -std::numeric_limits<float>::infinity();
+        else if (kWants & kTotal) total += z[l] - s.origin;
+        if (i + l < target) s.before = max_lanes(z[l], s.before);
+      }
     }
+    const float top = absorb<kWants>(s, z, q, N);
+    if (i + N <= target) s.before = max_lanes(top, s.before);
+    if ((kWants & kTotal) && around) s.total = total;
   }
   __device__ void pack(const Pack<T>& px, const Pack<T>& pr, int32_t i) {
     float z[P], q[P];
@@ -157,7 +159,7 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
     take(z, q, i);
   }
   __device__ void single(T xv, T rv, int32_t i) {
-    const float z[1] = {a.template z<kSoftcap>(value_of(xv))}, q[1] = {kReference ? a.template z<kSoftcap>(value_of(rv)) : 0.0f};
+    float z[1] = {a.template z<kSoftcap>(value_of(xv))}, q[1] = {kReference ? a.template z<kSoftcap>(value_of(rv)) : 0.0f};
     take(z, q, i);
   }
 
