@@ -126,15 +126,13 @@ PYBIND11_MODULE(_C, m) {
 #endif
     return PU_ON_DEVICE(on_cuda, parts_of(rows, columns), parts_of(rows, columns));
   });
-#if defined(PU_CUDA)
   m.def("value_and_grad", [](py::tuple rule, py::handle weights, py::handle floor, py::handle logits, py::handle targets, py::handle stats,
                              py::handle grad_logits, const py::args& rest) {
     const Options o = options_of(rest);
-    const pu::cuda::TokenRule how = {rule[0].cast<float>(), rule[1].cast<float>(), rule[2].cast<float>()};
+    const pu::cpu::Rule how = {rule[0].cast<double>(), rule[1].cast<double>(), rule[2].cast<double>()};
     Borrowed w(weights, "weights"), f(floor, "floor", true), l(logits, "logits"), t(targets, "targets", true), v(stats, "stats");
     Borrowed d(grad_logits, "grad_logits");
     py::gil_scoped_release release;
-    return pu::cuda::value_and_grad(o.call(), how, w, f, l, t, v, d, o.stream);
+    return PU_ON_DEVICE(l.on_cuda(), value_and_grad(o.call(), how, w, f, l, t, v, d, o.stream), value_and_grad(o.call(), how, w, f, l, t, v, d));
   });
-#endif
 }

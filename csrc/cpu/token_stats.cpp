@@ -1,11 +1,13 @@
 // Rows over threads; a row in fixed pieces, merged left to right: the same bits for any number of threads or rows.
 #include "token_stats.h"
 
+#include <algorithm>
 #include <cstring>
 #include <memory>
 
 #include "../math/row_state.h"
 #include "../math/token_gradient.h"
+#include "../math/token_rule.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -67,16 +69,46 @@ Piece piece_of(const Call& call, const Matrix& logits, const Matrix& reference, 
   return {logits.dtype, logits.row(row, column), reference ? reference.row(row, column) : nullptr, n, call.first_column + column, target};
 }
 
+int64_t pieces_of(const Matrix& logits) { return (logits.columns + kPiece - 1) / kPiece; }
+
+template <class A> RowState<A> read_piece(const Call& call, const Matrix& logits, const Matrix& reference, int64_t row, int64_t p, int64_t target) {
+  RowState<A> s;
+  const bool greedy = call.outputs >> kGreedy & 1;
+  lanes().accumulate(call.transform, piece_of(call, logits, reference, row, p * kPiece, target), wants_of(call.outputs), greedy, &s);
+  return s;
+}
+
+// d(logits) of piece p of a row, into `grad`.
+template <class A>
+void write_piece(const Call& call, const Matrix& logits, const Matrix& reference, int64_t row, int64_t p, int64_t target, const RowCoefficients<A>& c,
+                 const Belief& belief, const Matrix& grad) {
+  const int kind = c.on_logq != 0 || c.on_q != 0 ? 2 : c.on_logp != 0 ? 1 : 0;
+  lanes().gradient(call.transform, piece_of(call, logits, reference, row, p * kPiece, target), &c, kind, belief, grad.row(row, p * kPiece));
+}
+
+// The gradients of a row's statistics, by Output; whether there is any.
+template <class A> bool upstream_of(const Call& call, const Matrix& grad_stats, int64_t row, A* up) {
+  bool wanted = false;
+  int64_t line = 0;
+  for (int o = 0; o < kOutputCount; ++o) {
+    if (!(call.outputs >> o & 1)) continue;
+    if (o != kVariance && o != kGreedy) up[o] = grad_stats.as<A>(line)[row];
+    wanted |= up[o] != 0;
+    ++line;
+  }
+  return wanted;
+}
+
+template <class A> void write_stats(const Call& call, const A* value, const Matrix& stats, int64_t row) {
+  int64_t line = 0;
+  for (int o = 0; o < kOutputCount; ++o)
+    if (call.outputs >> o & 1) stats.as<A>(line++)[row] = value[o];
+}
+
 template <class A>
 void accumulate_as(const Call& call, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state, bool fresh) {
-  const int64_t pieces = (logits.columns + kPiece - 1) / kPiece, rows = logits.rows;
-  const unsigned wants = wants_of(call.outputs);
-  const bool greedy = call.outputs >> kGreedy & 1;
-  auto piece = [&](int64_t row, int64_t p) {
-    RowState<A> s;
-    lanes().accumulate(call.transform, piece_of(call, logits, reference, row, p * kPiece, target_of(targets, row)), wants, greedy, &s);
-    return s;
-  };
+  const int64_t pieces = pieces_of(logits), rows = logits.rows;
+  auto piece = [&](int64_t row, int64_t p) { return read_piece<A>(call, logits, reference, row, p, target_of(targets, row)); };
   auto join = [&](int64_t row, auto next) {
     RowState<A> total = fresh ? RowState<A>::empty(A(0)) : *state.as<RowState<A>>(row);
     for (int64_t p = 0; p < pieces; ++p) merge(total, next(p));
@@ -105,9 +137,7 @@ void finish_as(const Call& call, const Matrix& state, const Matrix& targets, boo
       for (int64_t part = 1; part < parts; ++part) merge(whole, *state.as<RowState<A>>(row * parts + part));
       finish(whole, call.vocabulary, has_reference, value, keep);
     }
-    int64_t line = 0;
-    for (int o = 0; o < kOutputCount; ++o)
-      if (call.outputs >> o & 1) stats.as<A>(line++)[row] = value[o];
+    write_stats(call, value, stats, row);
     for (int k = 0; k < kSavedCount; ++k) saved.as<A>(k)[row] = keep[k];
   }
 }
@@ -139,36 +169,50 @@ void topk_as(const Call& call, const Matrix& logits, const Matrix& targets, cons
 template <class A>
 void backward_as(const Call& call, const Matrix& grad_stats, const Matrix& stats, const Matrix& saved, const Matrix& logits,
                  const Matrix& targets, const Matrix& reference, const Matrix& index, const Matrix& belief, const Matrix& grad) {
-  const int64_t pieces = (logits.columns + kPiece - 1) / kPiece, rows = logits.rows;
+  const int64_t pieces = pieces_of(logits), rows = logits.rows;
   auto piece = [&](int64_t row, int64_t p) {
     A up[kOutputCount] = {}, value[kOutputCount] = {}, keep[kSavedCount];
-    bool wanted = false;
-    int64_t line = 0;
-    for (int o = 0; o < kOutputCount; ++o) {
-      if (!(call.outputs >> o & 1)) continue;
-      value[o] = stats.as<A>(line)[row];
-      if (o != kVariance && o != kGreedy) up[o] = grad_stats.as<A>(line)[row];
-      wanted |= up[o] != 0;
-      ++line;
-    }
     const int64_t target = target_of(targets, row);
-    Piece at = piece_of(call, logits, reference, row, p * kPiece, target);
-    char* out = grad.row(row, p * kPiece);
-    if (!wanted || target == call.ignore_index) {
-      std::memset(out, 0, at.n * size_of(grad.dtype));
+    if (!upstream_of(call, grad_stats, row, up) || target == call.ignore_index) {
+      std::memset(grad.row(row, p * kPiece), 0, std::min(kPiece, logits.columns - p * kPiece) * size_of(grad.dtype));
       return;
     }
+    int64_t line = 0;
+    for (int o = 0; o < kOutputCount; ++o)
+      if (call.outputs >> o & 1) value[o] = stats.as<A>(line++)[row];
     for (int k = 0; k < kSavedCount; ++k) keep[k] = saved.as<A>(k)[row];
-    const RowCoefficients<A> c = row_coefficients(up, value, keep, call.vocabulary);
-    const int kind = c.on_logq != 0 || c.on_q != 0 ? 2 : c.on_logp != 0 ? 1 : 0;
     Belief b = {nullptr, nullptr, 0};
     if (index && up[kTopk] != 0) b = {index.as<int32_t>(row), belief.as<A>(row), index.columns};
-    lanes().gradient(call.transform, at, &c, kind, b, out);
+    write_piece(call, logits, reference, row, p, target, row_coefficients(up, value, keep, call.vocabulary), b, grad);
   };
   if (rows >= 4 * call.threads || pieces == 1)
     parallel(rows, call.threads, [&](int64_t row) { for (int64_t p = 0; p < pieces; ++p) piece(row, p); });
   else
     parallel(rows * pieces, call.threads, [&](int64_t i) { piece(i / pieces, i % pieces); });
+}
+
+// A row at a time: it is still in the cache when its gradient is worked out.
+template <class A>
+void value_and_grad_as(const Call& call, const Rule& rule, const Matrix& weights, const Matrix& floor, const Matrix& logits, const Matrix& targets,
+                       const Matrix& stats, const Matrix& grad) {
+  const int64_t pieces = pieces_of(logits);
+  parallel(logits.rows, call.threads, [&](int64_t row) {
+    A up[kOutputCount] = {}, value[kOutputCount] = {}, keep[kSavedCount];
+    const int64_t target = target_of(targets, row);
+    if (target == call.ignore_index) {
+      std::memset(grad.row(row), 0, logits.columns * size_of(grad.dtype));
+      return write_stats(call, value, stats, row);
+    }
+    RowState<A> whole = read_piece<A>(call, logits, Matrix{}, row, 0, target);
+    for (int64_t p = 1; p < pieces; ++p) merge(whole, read_piece<A>(call, logits, Matrix{}, row, p, target));
+    finish(whole, call.vocabulary, false, value, keep);
+    write_stats(call, value, stats, row);
+    upstream_of(call, weights, row, up);
+    const TokenRule<A> as = {A(rule.alpha), A(rule.gamma), A(rule.beta)};
+    up[kLogp] = times(up[kLogp], rule_weight(as, keep, bool(floor), floor ? *floor.as<A>(row) : A(0)));
+    const RowCoefficients<A> c = row_coefficients(up, value, keep, call.vocabulary);
+    for (int64_t p = 0; p < pieces; ++p) write_piece(call, logits, Matrix{}, row, p, target, c, Belief{nullptr, nullptr, 0}, grad);
+  });
 }
 
 }  // namespace
@@ -208,6 +252,16 @@ void backward(const Call& call, const Matrix& grad_stats, const Matrix& stats, c
   if (grad_logits.data != logits.data) advise(grad_logits);
   if (logits.dtype == DType::kFloat64) backward_as<double>(call, grad_stats, stats, saved, logits, targets, reference, index, belief, grad_logits);
   else backward_as<float>(call, grad_stats, stats, saved, logits, targets, reference, index, belief, grad_logits);
+}
+
+bool value_and_grad(const Call& call, const Rule& rule, const Matrix& weights, const Matrix& floor, const Matrix& logits, const Matrix& targets,
+                    const Matrix& stats, const Matrix& grad_logits) {
+  if (logits.rows < call.threads) return false;  // two passes split the rows
+  check_range(call, targets);
+  if (grad_logits.data != logits.data) advise(grad_logits);
+  if (logits.dtype == DType::kFloat64) value_and_grad_as<double>(call, rule, weights, floor, logits, targets, stats, grad_logits);
+  else value_and_grad_as<float>(call, rule, weights, floor, logits, targets, stats, grad_logits);
+  return true;
 }
 
 }  // namespace pu::cpu

@@ -31,6 +31,15 @@ void topk(const Call&, const Matrix& logits, const Matrix& targets, const Matrix
 void backward(const Call&, const Matrix& grad_stats, const Matrix& stats, const Matrix& saved, const Matrix& logits,
               const Matrix& targets, const Matrix& reference, const Matrix& index, const Matrix& belief, const Matrix& grad_logits);
 
+// The TokenRule of csrc/math/token_rule.h.
+struct Rule { double alpha = 0, gamma = 0, beta = 0; };
+
+// Statistics, and d(logits) in grad_logits (which may be logits), with each row read from memory once. weights: (outputs,
+// rows), the gradients of the statistics, logp's to be multiplied by the rule. floor: (rows) or empty (no sigmoid). False,
+// with nothing done, where two passes serve better.
+bool value_and_grad(const Call&, const Rule&, const Matrix& weights, const Matrix& floor, const Matrix& logits, const Matrix& targets,
+                    const Matrix& stats, const Matrix& grad_logits);
+
 const LaneFunctions& lanes();              // the instruction set in use
 const char* choose_lanes(const char* name);  // "auto" or a name; what is in use afterwards. Throws on one this CPU lacks
 

@@ -20,13 +20,9 @@ void backward(const cpu::Call&, const Matrix& grad_stats, const Matrix& stats, c
               const Matrix& targets, const Matrix& reference, const Matrix& index, const Matrix& belief,
               const Matrix& grad_logits, void* stream);
 
-// d(loss)/d(logp) of a token is its weight times p^alpha (1-p)^gamma 2 sigmoid(beta logp - floor), held constant.
-struct TokenRule { float alpha = 0, gamma = 0, beta = 0; };
-
-// Statistics and d(logits) with the row kept on chip: 2 N V of traffic. weights: (outputs, rows), the gradients of the
-// statistics (the rule multiplies logp's). floor: (rows) or empty (no sigmoid). False, with nothing done, where this
-// device or a row this long does not allow it.
-bool value_and_grad(const cpu::Call&, const TokenRule&, const Matrix& weights, const Matrix& floor, const Matrix& logits,
+// As on the CPU, the row in the shared memory of a cluster: 2 N V of traffic. False where this device or a row this long
+// does not allow it.
+bool value_and_grad(const cpu::Call&, const cpu::Rule&, const Matrix& weights, const Matrix& floor, const Matrix& logits,
                     const Matrix& targets, const Matrix& stats, const Matrix& grad_logits, void* stream);
 
 }  // namespace pu::cuda

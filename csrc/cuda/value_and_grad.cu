@@ -15,7 +15,7 @@ constexpr int kLargestCluster = 8;         // the portable limit
 struct Weights {
   const float* of_stats;  // (outputs, rows)
   const float* floor;     // (rows) or null
-  pu::TokenRule<float> rule;
+  TokenRule<float> rule;
 };
 
 template <class T, unsigned kWants, bool kSoftcap>
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(kThreads, 3) value_and_grad_kernel(Arguments a
 
 }  // namespace
 
-bool value_and_grad(const cpu::Call& call, const TokenRule& rule, const Matrix& weights, const Matrix& floor, const Matrix& logits,
+bool value_and_grad(const cpu::Call& call, const cpu::Rule& rule, const Matrix& weights, const Matrix& floor, const Matrix& logits,
                     const Matrix& targets, const Matrix& stats, const Matrix& grad_logits, void* stream) {
   if (!device_attribute(cudaDevAttrClusterLaunch)) return false;
   int cluster = 1;
@@ -130,7 +130,8 @@ bool value_and_grad(const cpu::Call& call, const TokenRule& rule, const Matrix& 
   if (piece > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024) return false;
   const Arguments a = arguments_of(call, logits, targets, Matrix{});
   const Launch launch = {logits.rows, cluster, stream, size_t(piece), cluster};
-  const Weights of = {reinterpret_cast<const float*>(weights.data), reinterpret_cast<const float*>(floor.data), {rule.alpha, rule.gamma, rule.beta}};
+  const Weights of = {reinterpret_cast<const float*>(weights.data), reinterpret_cast<const float*>(floor.data),
+                      {float(rule.alpha), float(rule.gamma), float(rule.beta)}};
   with_dtype(logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
       using T = decltype(like);

@@ -1,7 +1,8 @@
 """value_and_grad: statistics and d(logits) in one go, where the gradient per token is known from the token alone.
 
-On a GPU with thread block clusters (sm_90 and newer, backend "cuda") the row stays on chip: logits are read once and
-the gradient is written once, 2 N V of traffic. Everywhere else it is the forward and the backward kernel, 3 N V.
+Logits are read from memory once and the gradient is written once, 2 N V of traffic: on the CPU the row stays in the cache,
+on a GPU with thread block clusters (sm_90 and newer, backend "cuda") on chip. Everywhere else, and with a reference or
+top k, it is the forward and the backward kernel, 3 N V.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def value_and_grad(
     with torch.no_grad():
         out = source if inplace else torch.empty(source.shape, dtype=source.dtype, device=source.device)
         stats = None
-        if chosen == "cuda" and reference is None and "topk" not in options.outputs:
+        if chosen in ("cpu", "cuda") and reference is None and "topk" not in options.outputs:
             stats = native.value_and_grad(
                 (rule.alpha, rule.gamma, rule.beta), ups, floor, source, targets, options, out
             )

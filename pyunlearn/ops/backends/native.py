@@ -121,7 +121,7 @@ def value_and_grad(
     options: Options,
     grad_logits: Tensor,
 ) -> Tensor | None:
-    """The statistics, and d(logits) in `grad_logits`; None, and nothing done, where the GPU cannot hold a row."""
+    """The statistics, and d(logits) in `grad_logits`; None, and nothing done, where two passes serve."""
     n = targets.numel()
     stats = weights.new_empty(weights.shape)
     tensors = (_rows(weights, n), floor, logits, targets, _rows(stats, n), grad_logits)
