@@ -31,25 +31,25 @@ class Borrowed {
       t.shape = shape_.data(), t.strides = strides_.data(), ++t.ndim;
     }
     view_ = pu::matrix_of(t, name);
-    device_ = t.device.type;
+    device_ = t.device;
   }
   Borrowed(const Borrowed&) = delete;
   ~Borrowed() {
     if (owner_ != nullptr && owner_->deleter != nullptr) owner_->deleter(owner_);
   }
   operator const pu::Matrix&() const { return view_; }
-  bool on_cuda() const {
-    if (device_ != kCpu && device_ != kCuda)
-      throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_) + " are not supported");
+  int cuda_device() const {  // -1: the CPU
+    if (device_.type != kCpu && device_.type != kCuda)
+      throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_.type) + " are not supported");
 #if defined(PU_CUDA_ON_CPU)  // the tests' build: the CUDA kernels run on the CPU's tensors
-    return true;
+    return 0;
 #else
-    return device_ == kCuda;
+    return device_.type == kCuda ? device_.id : -1;
 #endif
   }
 
  private:
-  int device_ = 0;
+  pu::DLDevice device_ = {0, 0};
   pu::DLManagedTensor* owner_ = nullptr;
   pu::Matrix view_;
   std::vector<int64_t> shape_, strides_;
@@ -74,9 +74,9 @@ Options options_of(const py::args& a) {
 }  // namespace
 
 #if defined(PU_CUDA)
-#define PU_ON_DEVICE(gpu, gpu_call, cpu_call) (gpu ? pu::cuda::gpu_call : pu::cpu::cpu_call)
+#define PU_ON_DEVICE(device, gpu_call, cpu_call) (device >= 0 ? (pu::cuda::OnDevice(device), pu::cuda::gpu_call) : pu::cpu::cpu_call)
 #else
-#define PU_ON_DEVICE(gpu, gpu_call, cpu_call) (gpu ? (no_cuda(), pu::cpu::cpu_call) : pu::cpu::cpu_call)
+#define PU_ON_DEVICE(device, gpu_call, cpu_call) (device >= 0 ? (no_cuda(), pu::cpu::cpu_call) : pu::cpu::cpu_call)
 #endif
 
 PYBIND11_MODULE(_C, m) {
@@ -97,19 +97,19 @@ PYBIND11_MODULE(_C, m) {
     const Options o = options_of(rest);
     Borrowed l(logits, "logits"), t(targets, "targets", true), r(reference, "reference"), s(state, "state");
     py::gil_scoped_release release;
-    PU_ON_DEVICE(l.on_cuda(), accumulate(o.call(), l, t, r, s, fresh, o.stream), accumulate(o.call(), l, t, r, s, fresh));
+    PU_ON_DEVICE(l.cuda_device(), accumulate(o.call(), l, t, r, s, fresh, o.stream), accumulate(o.call(), l, t, r, s, fresh));
   });
   m.def("finish", [](py::handle state, py::handle targets, bool has_reference, py::handle stats, py::handle saved, const py::args& rest) {
     const Options o = options_of(rest);
     Borrowed s(state, "state"), t(targets, "targets", true), v(stats, "stats"), k(saved, "saved");
     py::gil_scoped_release release;
-    PU_ON_DEVICE(s.on_cuda(), finish(o.call(), s, t, has_reference, v, k, o.stream), finish(o.call(), s, t, has_reference, v, k));
+    PU_ON_DEVICE(s.cuda_device(), finish(o.call(), s, t, has_reference, v, k, o.stream), finish(o.call(), s, t, has_reference, v, k));
   });
   m.def("topk", [](py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index, py::handle belief, const py::args& rest) {
     const Options o = options_of(rest);
     Borrowed l(logits, "logits"), t(targets, "targets", true), v(stats, "stats"), k(saved, "saved"), j(index, "index"), b(belief, "belief");
     py::gil_scoped_release release;
-    PU_ON_DEVICE(l.on_cuda(), topk(o.call(), l, t, v, k, j, b, o.stream), topk(o.call(), l, t, v, k, j, b));
+    PU_ON_DEVICE(l.cuda_device(), topk(o.call(), l, t, v, k, j, b, o.stream), topk(o.call(), l, t, v, k, j, b));
   });
   m.def("backward", [](py::handle grad_stats, py::handle stats, py::handle saved, py::handle logits, py::handle targets, py::handle reference,
                        py::handle index, py::handle belief, py::handle grad_logits, const py::args& rest) {
@@ -117,14 +117,14 @@ PYBIND11_MODULE(_C, m) {
     Borrowed g(grad_stats, "grad_stats"), v(stats, "stats"), k(saved, "saved"), l(logits, "logits"), t(targets, "targets", true);
     Borrowed r(reference, "reference"), j(index, "index"), b(belief, "belief"), d(grad_logits, "grad_logits");
     py::gil_scoped_release release;
-    PU_ON_DEVICE(l.on_cuda(), backward(o.call(), g, v, k, l, t, r, j, b, d, o.stream), backward(o.call(), g, v, k, l, t, r, j, b, d));
+    PU_ON_DEVICE(l.cuda_device(), backward(o.call(), g, v, k, l, t, r, j, b, d, o.stream), backward(o.call(), g, v, k, l, t, r, j, b, d));
   });
 
-  m.def("parts", [](bool on_cuda, int64_t rows, int64_t columns) {
+  m.def("parts", [](int cuda_device, int64_t rows, int64_t columns) {
 #if defined(PU_CUDA_ON_CPU)
-    on_cuda = true;
+    cuda_device = 0;
 #endif
-    return PU_ON_DEVICE(on_cuda, parts_of(rows, columns), parts_of(rows, columns));
+    return PU_ON_DEVICE(cuda_device, parts_of(rows, columns), parts_of(rows, columns));
   });
   m.def("value_and_grad", [](py::tuple rule, py::handle weights, py::handle floor, py::handle logits, py::handle targets, py::handle stats,
                              py::handle grad_logits, const py::args& rest) {
@@ -133,6 +133,6 @@ PYBIND11_MODULE(_C, m) {
     Borrowed w(weights, "weights"), f(floor, "floor", true), l(logits, "logits"), t(targets, "targets", true), v(stats, "stats");
     Borrowed d(grad_logits, "grad_logits");
     py::gil_scoped_release release;
-    return PU_ON_DEVICE(l.on_cuda(), value_and_grad(o.call(), how, w, f, l, t, v, d, o.stream), value_and_grad(o.call(), how, w, f, l, t, v, d));
+    return PU_ON_DEVICE(l.cuda_device(), value_and_grad(o.call(), how, w, f, l, t, v, d, o.stream), value_and_grad(o.call(), how, w, f, l, t, v, d));
   });
 }

@@ -173,6 +173,15 @@ template <class Call> void with_wants(unsigned wants, bool has_reference, Call c
 
 }  // namespace
 
+OnDevice::OnDevice(int device) {
+  check(cudaGetDevice(&before));
+  if (device != before) check(cudaSetDevice(device));
+  else before = -1;
+}
+OnDevice::~OnDevice() {
+  if (before >= 0) cudaSetDevice(before);
+}
+
 int64_t parts_of(int64_t rows, int64_t columns) {
   const int64_t blocks = 4 * device_attribute(cudaDevAttrMultiProcessorCount);  // resident at once
   const int64_t parts = rows > 0 ? blocks / rows : 1, most = columns / 4096;

@@ -6,6 +6,12 @@
 
 namespace pu::cuda {
 
+struct OnDevice {  // makes a device current for as long as it lives
+  explicit OnDevice(int device);
+  ~OnDevice();
+  int before = 0;
+};
+
 // Parts a row of `columns` is best split into for its state; backward splits rows the same way.
 int64_t parts_of(int64_t rows, int64_t columns);
 

@@ -1,8 +1,8 @@
 """value_and_grad: statistics and d(logits) in one go, where the gradient per token is known from the token alone.
 
-Logits are read from memory once and the gradient is written once, 2 N V of traffic: on the CPU the row stays in the cache,
-on a GPU with thread block clusters (sm_90 and newer, backend "cuda") on chip. Everywhere else, and with a reference or
-top k, it is the forward and the backward kernel, 3 N V.
+Logits are read from memory once and the gradient is written once, 2 N V of traffic: on the CPU the row stays in the
+cache, on a GPU with thread block clusters (sm_90 and newer, backend "cuda") on chip. Everywhere else, and with a
+reference or top k, it is the forward and the backward kernel, 3 N V.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
 
 def new_state(like: Tensor, rows: int, columns: int) -> Tensor:
     """Streaming state, (rows, parts, fields); parts of a row are accumulated side by side and merged in order."""
-    parts = _C.parts(like.is_cuda, rows, columns)
+    parts = _C.parts(like.get_device(), rows, columns)
     return like.new_empty(rows, parts, _C.state_fields, dtype=statistics_dtype(like))
 
 
