@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 import pyunlearn as pu
 from pyunlearn.ops import OUTPUTS
+from pyunlearn.ops.sharded import Columns
 from tests.two_processes import save_and_leave
 
 N, H, R, V = 13, 24, 3, 1501  # the first rank holds 751 columns, the second 750
@@ -157,13 +158,21 @@ def refusals() -> dict[str, str]:
     return messages
 
 
+def gathered() -> Tensor:
+    """States of 3 rows, 2 parts and 4 fields that say where they come from: 1000 rank + 100 row + 10 part + field."""
+    weight = distribute_tensor(torch.zeros(5, 2), init_device_mesh("cpu", (2,)), [Shard(0)])
+    state = torch.arange(3)[:, None, None] * 100 + torch.arange(2)[:, None] * 10 + torch.arange(4)
+    return Columns.of(weight).gather(state + 1000 * torch.distributed.get_rank())
+
+
 def main(folder: str) -> None:
     torch.distributed.init_process_group("gloo")
     found = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     again = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     local = case(CASES["within"], shard=True)
     layouts = {name: str(local["d" + name].placements) for name in ("weight", "bias", "b")}
-    save_and_leave({"found": found, "again": again, "layouts": layouts, "refusals": refusals()}, folder)
+    results = {"found": found, "again": again, "layouts": layouts, "refusals": refusals(), "gathered": gathered()}
+    save_and_leave(results, folder)
 
 
 if __name__ == "__main__":

@@ -58,6 +58,12 @@ def test_the_states_of_the_ranks_merge_in_rank_order(ranks):
         assert torch.equal(found[name][rows], line.double()), name
 
 
+def test_parts_of_the_states_stay_in_rank_order(ranks):
+    for rank in ranks:
+        assert rank["gathered"][2, :, 3].tolist() == [203, 213, 1203, 1213]
+        assert rank["gathered"].shape == (3, 4, 4)
+
+
 def test_gradients_are_laid_out_as_their_tensors(ranks):
     assert ranks[0]["layouts"] == dict.fromkeys(("weight", "bias", "b"), "(Shard(dim=0),)")
 
