@@ -1,7 +1,7 @@
 """From a causal LM and a batch to per-token statistics, without logits of the whole batch.
 
 The model is called as a whole, wrappers included, so that what DDP, FSDP, peft and accelerate do around a
-forward happens. Just before the LM head its input is kept and the head is given zero rows instead. The kept
+forward happens. Just before the LM head its input is kept and the head is given no rows instead. The kept
 hidden states are cut down to the positions that count, and only those meet the head's weight, in
 `linear_token_stats`.
 """
@@ -26,20 +26,46 @@ NOT_MODEL_INPUTS = ("labels", "index")
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
+class Lora(NamedTuple):
+    """What an adapter adds to the head: scaling * up(down(dropout(hidden)))."""
+
+    dropout: nn.Module
+    down: nn.Linear  # (r, H)
+    up: nn.Linear  # (V, r)
+    scaling: float
+
+
 class Head(NamedTuple):
-    """From hidden states to logits: softcap * tanh(x / softcap) / temperature, x = hidden @ weight.T + bias.
+    """From hidden states to logits: softcap * tanh(x / softcap) / temperature, x = hidden @ weight.T + bias, + LoRA.
 
     softcap None: no tanh, x / temperature.
     """
 
-    weight: Tensor  # (V, H)
+    weight: Tensor  # (V, H), plain or sharded over the vocabulary
     bias: Tensor | None  # (V,)
     softcap: float | None
     temperature: float
+    lora: tuple[Lora, ...] = ()
+
+    def adapter(self, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+        """`adapter` of `linear_token_stats` for hidden (..., H): (..., r) and (V, r), r over all adapters, or None."""
+        if not self.lora:
+            return None
+        x = [scaling * down(dropout(hidden.to(down.weight.dtype))) for dropout, down, _, scaling in self.lora]
+        return torch.cat(x, -1).to(hidden.dtype), torch.cat([part.up.weight for part in self.lora], 1).to(hidden.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> Head:
+        """The same head as one plain matrix, for what takes no gradient: LoRA added in, shards gathered."""
+        weight, bias = _plain(self.weight), _plain(self.bias)
+        for _, down, up, scaling in self.lora:
+            weight = (weight + scaling * (up.weight @ down.weight)).to(weight.dtype)
+        return self._replace(weight=weight, bias=bias, lora=())
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H) -> (..., V) in plain torch: for checks, not for speed."""
-        x = nn.functional.linear(hidden, self.weight, self.bias)
+        head = self.merged()
+        x = nn.functional.linear(hidden, head.weight, head.bias)
         return (x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)) / self.temperature
 
 
@@ -64,12 +90,14 @@ def output_head(model: nn.Module) -> Head:
     (Granite divides by it, HyperCLOVA X multiplies), `logit_scale` (Cohere), `lm_head_multiplier` (Falcon H1)
     and, before the softcap, `output_multiplier`. `check_output_head` proves the result on a given model.
 
-    Raises TypeError without a head, or if it is not a plain `nn.Linear` with its whole weight at hand.
+    Under peft the head may have plain LoRA or be a copy (modules_to_save); under tensor parallelism its weight
+    is a DTensor. Call this after the forward, which may unshard weights and take merged adapters out.
+
+    Raises TypeError without a head, or if it is none of these and no plain `nn.Linear` with its whole weight at hand.
     """
     inner = unwrap(model)
-    layer = _head_layer(inner)
-    weight = layer.weight
-    if weight.dim() != 2 or not weight.is_floating_point() or hasattr(weight, "full_tensor"):
+    weight, bias, lora = _head_parts(inner)
+    if weight.dim() != 2 or not weight.is_floating_point() or (hasattr(weight, "full_tensor") and _is_fsdp(inner)):
         raise TypeError(
             f"{type(inner).__name__}: the head's weight needs to be a whole floating point (V, H) matrix, "
             f"got {type(weight).__name__} {tuple(weight.shape)} {weight.dtype}; leave the head unquantised "
@@ -89,7 +117,7 @@ def output_head(model: nn.Module) -> Head:
         scale *= multiplier
         # c tanh(m x / c) = m (c/m) tanh(x / (c/m))
         softcap = None if softcap is None else softcap / multiplier
-    return Head(weight, layer.bias, softcap, 1 / scale)
+    return Head(weight, bias, softcap, 1 / scale, lora)
 
 
 @torch.no_grad()
@@ -108,7 +136,7 @@ def check_output_head(model: nn.Module) -> None:
     finally:
         hook.remove()
     head = output_head(inner)
-    ours = head.logits(kept[0].to(head.weight.dtype)).float()
+    ours = head.logits(_plain(kept[0]).to(head.weight.dtype)).float()
     tolerance = 1e-3 if torch.finfo(head.weight.dtype).bits >= 32 else 3e-2
     # A model that has diverged to NaN is not this function's business.
     scale = float(logits.nan_to_num(0, 0, 0).abs().max())
@@ -162,9 +190,8 @@ def supervised_hidden(model: nn.Module, batch: Mapping[str, Tensor], positions: 
     batch: input_ids (B, T), attention_mask and labels (B, T), and any other model input, on the model's
     device; "labels" and "index" are not passed on. positions: see `select_positions`.
 
-    Raises ValueError for bad positions or batches, TypeError for a model whose head is not a plain layer,
-    RuntimeError for a model compiled in place together with its head, or one that does not call its head
-    exactly once.
+    Raises ValueError for bad positions or batches, TypeError for a model without an LM head, RuntimeError for a
+    model compiled in place together with its head, or one that does not call its head exactly once.
     """
     # Before the forward: its one sync finds a short GPU queue.
     rows, targets, sequence_ids = select_positions(batch, positions)
@@ -172,9 +199,10 @@ def supervised_hidden(model: nn.Module, batch: Mapping[str, Tensor], positions: 
     ids = batch["input_ids"]
     kept: list[Tensor] = []
 
-    def keep_and_skip(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def keep_and_skip(head: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         kept.append(args[0])
-        return (args[0][:, :0],)
+        few = 1 if hasattr(getattr(head, "weight", None), "full_tensor") else 0  # DTensors fail on none
+        return (args[0][:, :few],)
 
     layer = _head_layer(unwrap(model))
     called = model._modules.get("_orig_mod") or model  # not getattr: wrappers pass attributes on
@@ -188,7 +216,7 @@ def supervised_hidden(model: nn.Module, batch: Mapping[str, Tensor], positions: 
             )
     hook = layer.register_forward_pre_hook(keep_and_skip)
     try:
-        called(**inputs, use_cache=False)
+        output = called(**inputs, use_cache=False)
     finally:
         hook.remove()
     if len(kept) != 1:
@@ -196,13 +224,15 @@ def supervised_hidden(model: nn.Module, batch: Mapping[str, Tensor], positions: 
             f"{type(model).__name__}: its head was called {len(kept)} times in a forward, needs once "
             "(of DataParallel's threads each calls it: use one process a GPU)"
         )
-    hidden = kept[0]
+    hidden = _plain(kept[0])
     if hidden.shape[:2] != ids.shape:
         raise ValueError(
             f"{type(model).__name__}: hidden states {tuple(hidden.shape)} for input_ids {tuple(ids.shape)}; "
             "needs one position a token (prompt-learning adapters add positions and are not supported)"
         )
     hidden = hidden.reshape(-1, hidden.size(-1)).index_select(0, rows.to(hidden.device))
+    if _is_fsdp(called):  # its backward sets out from the model's outputs: hang them, of no elements, on what is used
+        hidden = hidden + output.logits.sum()
     return Supervised(hidden, targets.to(hidden.device), sequence_ids.to(hidden.device), ids.size(0))
 
 
@@ -243,8 +273,9 @@ def head_stats(
 
     Arguments, result and errors as in `token_stats_of`.
     """
+    hidden = hidden.to(head.weight.dtype)
     return linear_token_stats(
-        hidden.to(head.weight.dtype),
+        hidden,
         head.weight,
         targets,
         bias=head.bias,
@@ -252,6 +283,8 @@ def head_stats(
         reference=None if reference is None else _reference(reference, head, hidden),
         temperature=head.temperature,
         softcap=head.softcap,
+        ignore_index=None,
+        adapter=head.adapter(hidden),
         **options,
     )
 
@@ -296,19 +329,50 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _head_layer(inner: Any) -> nn.Linear:
+def _head_layer(inner: Any) -> nn.Module:
+    """What the model calls for its logits."""
     layer = inner.get_output_embeddings()
-    if isinstance(layer, nn.Linear):
-        return layer
-    name = type(inner).__name__
     if layer is None:
+        name = type(inner).__name__
         raise TypeError(f"{name}: has no LM head (get_output_embeddings() is None), needs a causal LM")
-    adapted = hasattr(layer, "base_layer") or hasattr(layer, "original_module")  # peft
-    advice = "; leave the head out of the adapter's target_modules and modules_to_save, or merge the adapter"
-    raise TypeError(
-        f"{name}: its head is a {type(layer).__name__}, needs a plain nn.Linear with a (V, H) weight"
-        f"{advice if adapted else ''}"
-    )
+    return layer
+
+
+def _head_parts(inner: Any) -> tuple[Tensor, Tensor | None, tuple[Lora, ...]]:
+    """Weight, bias and LoRA of the head as it stands, by the names peft gives its attributes: no import needed."""
+    layer: Any = _head_layer(inner)
+    called, lora = layer, tuple[Lora, ...]()
+    if hasattr(layer, "modules_to_save"):
+        active = [] if layer.disable_adapters else layer.active_adapters
+        layer = layer.modules_to_save[active[0]] if active else layer.original_module
+    if hasattr(layer, "lora_A"):
+        active = [] if layer.disable_adapters or layer.merged else layer.active_adapters
+        names = [name for name in active if name in layer.lora_A]
+        if all(name not in layer.lora_variant and isinstance(layer.lora_A[name], nn.Linear) for name in names):
+            kinds = (layer.lora_dropout, layer.lora_A, layer.lora_B, layer.scaling)
+            lora = tuple(Lora(*(kind[name] for kind in kinds)) for name in names)
+            layer = layer.base_layer
+    if not isinstance(layer, nn.Linear):
+        adapted = hasattr(called, "base_layer") or hasattr(called, "original_module")
+        advice = "; of adapters only plain LoRA and modules_to_save: leave the head out of others' target_modules"
+        raise TypeError(
+            f"{type(inner).__name__}: its head is a {type(layer).__module__}.{type(layer).__name__}, needs a plain "
+            f"nn.Linear with a (V, H) weight{advice if adapted else ''}"
+        )
+    bias: Tensor | None = layer.bias
+    for _, _, up, scaling in lora:
+        if up.bias is not None:
+            bias = scaling * up.bias + (0 if bias is None else bias)
+    return layer.weight, bias, lora
+
+
+def _is_fsdp(model: nn.Module) -> bool:
+    """Whether torch's fully_shard (FSDP2) has it or parts of it."""
+    return any(hasattr(type(module), "set_reshard_after_forward") for module in model.modules())
+
+
+def _plain(tensor: Any) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _tensor(batch: Mapping[str, Tensor], name: str, shape: torch.Size | None = None) -> Tensor:
@@ -322,7 +386,7 @@ def _tensor(batch: Mapping[str, Tensor], name: str, shape: torch.Size | None = N
 
 def _reference(reference: tuple[Tensor, Head], head: Head, hidden: Tensor) -> tuple[Tensor, ...]:
     """(hidden, weight[, bias]) as `linear_token_stats` takes it, of the model's head's dtype and device."""
-    ref_hidden, ref_head = reference
+    ref_hidden, ref_head = reference[0], reference[1].merged()
     if ref_hidden.size(0) != hidden.size(0):
         raise ValueError(f"reference: needs {hidden.size(0)} rows, one a position, got {ref_hidden.size(0)}")
     if (ref_head.softcap, ref_head.temperature) != (head.softcap, head.temperature):

@@ -281,7 +281,7 @@ def _fill(
 ) -> None:
     """Writes the whole file: header, offsets, head, then every batch of rows at its place."""
     offsets = {name: torch.tensor([0, *counts[name]]).cumsum(0) for name in counts}
-    head, device = output_head(model), model_device(model)
+    head, device = output_head(model).merged(), model_device(model)
     tensors = {"logp.offsets": offsets["logp"]}
     layout: Layout = {"logp": (torch.float32, (int(offsets["logp"][-1]),))}
     if key["kl"]:

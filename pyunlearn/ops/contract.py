@@ -161,7 +161,7 @@ def check_same_device(name: str, tensor: Tensor, owner: str, like: Tensor) -> No
         raise ValueError(f"{name}: needs the device of {owner}, {like.device}, got {tensor.device}")
 
 
-def check_range(targets: Tensor, vocabulary: int, ignore_index: int) -> None:
+def check_range(targets: Tensor, vocabulary: int, ignore_index: int | None) -> None:
     """Raises IndexError with the first row whose target is outside [0, vocabulary). On a GPU it would be a sync."""
     flat = targets.reshape(-1)
     bad = ((flat < 0) | (flat >= vocabulary)) & (flat != ignore_index)

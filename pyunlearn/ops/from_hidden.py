@@ -1,26 +1,18 @@
 """linear_token_stats: the same statistics from hidden states and the head, without holding more logits than a budget.
 
-Within the budget the logits are made once (3 GEMMs forward + backward) and backward turns their buffer into d(logits).
-Beyond it the vocabulary goes by in slices that are made again in backward (4 GEMMs): every slice of dW is written once,
-only an (N, H) dX accumulates, and the extra memory is N * slice whatever V is.
+Here are its arguments; `projection` holds, slices and recomputes the logits, `sharded` knows heads that lie on ranks.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from .backends import choose, kernels
+from .backends import choose
 from .contract import (
-    Options,
+    NO_GRADIENT,
     TokenStats,
     check_dtype,
     check_range,
@@ -30,8 +22,11 @@ from .contract import (
     unpack,
 )
 from .from_logits import stacked_stats
+from .projection import Projection, both_logits, stats_in_budget
+from .sharded import Columns
 
-Head = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias) of the reference
+Reference = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias)
+NO_INDEX = -(2**31)  # an ignore_index that is nowhere
 
 
 def linear_token_stats(
@@ -40,26 +35,40 @@ def linear_token_stats(
     targets: Tensor,
     bias: Tensor | None = None,
     outputs: str | Sequence[str] = ("logp",),
-    reference: Head | None = None,
+    reference: Reference | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     budget_bytes: int | None = None,
     k: int = 20,
     backend: str | None = None,
+    adapter: tuple[Tensor, Tensor] | None = None,
 ) -> TokenStats:
     """Statistics of the logits `hidden @ weight.T + bias` at `targets`, differentiable in hidden, weight and bias.
 
     Args:
         hidden: (..., H) last hidden states. Rows whose target is `ignore_index` never reach the head.
-        weight: (V, H), the head; same dtype as hidden (autocast casts both). A frozen head costs no dW.
+        weight: (V, H), the head; same dtype as hidden (autocast casts both). A frozen head costs no dW. Or a DTensor,
+            see below.
         targets: (...) int64 or int32.
-        bias: (V,) or None.
-        outputs, temperature, softcap, ignore_index, k, backend: as in `token_stats`.
+        bias: (V,) or None; same dtype as weight.
+        outputs, temperature, softcap, k, backend: as in `token_stats`.
         reference: (ref_hidden (..., H_ref), ref_weight (V, H_ref)) or with a bias (V,) as a third entry.
+        ignore_index: as in `token_stats`. Finding the rows that count is a sync on a GPU, which their GEMMs outweigh;
+            None: all count, and nothing waits.
         budget_bytes: logits (the reference's included) that may be held at once; default a quarter of the free memory
-            of the device. Beyond it: slices of the vocabulary, recomputed in backward. A slice is never narrower than
-            256 columns. Under torch.compile the budget is not looked at.
+            of the device. Beyond it: slices of the vocabulary, never narrower than 256 columns, recomputed in backward;
+            always so with 0, which leaves a checkpoint around this call nothing to save. Slicing moves the last bits:
+            give a budget where they matter. Under torch.compile it is not looked at.
+        adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
+            x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
+
+    Vocabulary parallel: weight may be a DTensor, Shard(0) on one dimension of a mesh. Bias, B and the reference's head
+    are laid out likewise (the reference's may also be whole on every rank); hidden, x and targets are the same on every
+    rank, plain or Replicate(). Every rank makes the logits of its shard, and gets all statistics, the same to the bit,
+    the gradients of hidden and x summed over ranks, and those of its shard. What needs whole rows (the eager backend,
+    topk, torch.compile) gathers the head first. FSDP shards to save memory, for ranks with rows of their own: give it
+    the weight that FSDP has gathered.
 
     Returns:
         TokenStats, as `token_stats`.
@@ -72,195 +81,75 @@ def linear_token_stats(
     >>> linear_token_stats(hidden, weight, torch.tensor([0, 4, -100])).logp.exp()
     tensor([0.2000, 0.2000, 1.0000], grad_fn=<ExpBackward0>)
     """
-    options = make_options(outputs, temperature, softcap, ignore_index, k, reference is not None)
+    index = NO_INDEX if ignore_index is None else ignore_index
+    options = make_options(outputs, temperature, softcap, index, k, reference is not None)
+    if budget_bytes is not None and budget_bytes < 0:
+        raise ValueError(f"budget_bytes={budget_bytes!r}: needs None or a number of bytes >= 0")
     check_head(hidden, weight, bias, "hidden", "weight", "bias")
     check_targets(targets, hidden.shape[:-1], "hidden", hidden)
+    if adapter is not None:
+        check_adapter(adapter, hidden, weight)
     if reference is not None:
         check_reference(reference, hidden, weight)
     if "topk" in options.outputs and k > weight.size(0):
         raise ValueError(f"k={k}: needs at most V={weight.size(0)}")
-    chosen = choose(backend, hidden.device)
-    if torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight, bias = autocast(hidden), autocast(weight), autocast(bias)
-        reference = None if reference is None else tuple(autocast(tensor) for tensor in reference)
-    elif hidden.dtype != weight.dtype:
-        raise TypeError(f"weight: needs the dtype of hidden, {hidden.dtype}, got {weight.dtype}")
+    chosen, compiling = choose(backend, hidden.device), torch.compiler.is_compiling()
 
-    mask = targets != ignore_index
-    if torch.compiler.is_compiling():  # no data-dependent shapes: the compiler sees two ops
-        ref_logits = None if reference is None else F.linear(*reference).detach()
-        stacked = stacked_stats(F.linear(hidden, weight, bias), targets, ref_logits, options, chosen)
-        return unpack(stacked, options.outputs, mask)
-
-    flat, rows = targets.flatten(), mask.flatten().nonzero().squeeze(-1)
-    if hidden.device.type == "cpu":
-        check_range(flat, weight.size(0), ignore_index)
-    hidden = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden.unsqueeze(0)
+    here = Columns.of(weight, whole=compiling or chosen == "eager" or "topk" in options.outputs)
+    targets, x = here.replica("targets", targets), matrix(here.replica("hidden", hidden))
+    w = operand("weight", here.rows("weight", weight), x, "hidden")
+    head = Projection((x,), (w,), None if bias is None else operand("bias", here.rows("bias", bias), x, "hidden"))
+    if adapter is not None:
+        low = operand("adapter[0]", matrix(here.replica("adapter[0]", adapter[0])), x, "hidden")
+        up = operand("adapter[1]", here.rows("adapter[1]", adapter[1]), x, "hidden")
+        head = Projection((x, low), (w, up), head.bias)
     frozen = None
     if reference is not None:
-        rows_of = reference[0].detach()
-        rows_of = rows_of.flatten(0, -2) if rows_of.dim() > 1 else rows_of.unsqueeze(0)
-        frozen = Frozen(rows_of, *(tensor.detach() for tensor in reference[1:]))
-    everything = rows.numel() == flat.numel()
-    if not everything:
-        hidden, flat = hidden[rows], flat[rows]
-        frozen = None if frozen is None else frozen.rows(rows)
-    stacked = in_budget(hidden, weight, bias, flat, frozen, options, budget_bytes, chosen)
-    if not everything:
-        stacked = stacked.new_zeros(len(options.outputs), targets.numel()).index_copy(1, rows, stacked)
-    return unpack(stacked.view(len(options.outputs), *targets.shape), options.outputs, mask)
+        x = matrix(here.replica("reference[0]", reference[0]))
+        names = ("reference[1]", "reference[2]")[: len(reference) - 1]
+        rest = [
+            operand(name, here.frozen_rows(name, tensor), x, "reference[0]")
+            for name, tensor in zip(names, reference[1:], strict=True)
+        ]
+        frozen = Projection((x,), (rest[0],), *rest[1:]).detach()
+    if all(name in NO_GRADIENT for name in options.outputs):
+        head = head.detach()
+
+    mask = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
+    flat = targets.flatten()
+    if compiling:  # no data-dependent shapes: the compiler sees GEMMs and one op
+        logits, ref_logits = both_logits(head, frozen, slice(None))
+        stacked = stacked_stats(logits, flat, ref_logits, options, chosen)
+        return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask)
+    if flat.device.type == "cpu":
+        check_range(flat, weight.size(0), ignore_index)
+    rows = None if ignore_index is None else mask.flatten().nonzero().squeeze(-1)
+    if rows is None or rows.numel() == flat.numel():
+        stacked = stats_in_budget(head, flat, frozen, options, budget_bytes, chosen, here)
+    else:
+        frozen = frozen and frozen.rows(rows)
+        stacked = stats_in_budget(head.rows(rows), flat[rows], frozen, options, budget_bytes, chosen, here)
+        stacked = stacked.new_zeros(len(stacked), flat.numel()).index_copy(1, rows, stacked)
+    return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask)
 
 
-@dataclass(frozen=True)
-class Frozen:
-    """The reference's side of the rows: logits = hidden @ weight.T + bias, no gradient."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def logits(self, columns: slice = slice(None)) -> Tensor:
-        bias = None if self.bias is None else self.bias[columns]
-        return F.linear(self.hidden, self.weight[columns], bias)
-
-    def rows(self, rows: Any) -> Frozen:
-        return Frozen(self.hidden[rows], self.weight, self.bias)
+def matrix(rows: Tensor) -> Tensor:
+    """(..., H) -> (N, H), in the dtype its GEMM takes."""
+    return autocast(rows.flatten(0, -2) if rows.dim() > 1 else rows.unsqueeze(0))
 
 
-def in_budget(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    frozen: Frozen | None,
-    options: Options,
-    budget: int | None,
-    chosen: str,
-) -> Tensor:
-    """Stacked statistics of rows that all count, by the cheapest way that holds at most `budget` bytes of logits."""
-    n, vocabulary = hidden.size(0), weight.size(0)
-    budget = free_bytes(hidden.device) // 4 if budget is None else budget
-    column_bytes = n * hidden.element_size() * (1 if frozen is None else 2)
-    fits = column_bytes * vocabulary <= budget
-    if chosen != "eager" and (fits or "topk" not in options.outputs):
-        width = vocabulary if fits else min(vocabulary, max(256, budget // column_bytes // 64 * 64))
-        return _LinearTokenStats.apply(hidden, weight, bias, targets, frozen, options, chosen, width, fits)
-
-    def block(part: slice) -> Tensor:
-        logits = F.linear(hidden[part], weight, bias)
-        ref_logits = None if frozen is None else frozen.rows(part).logits()
-        return stacked_stats(logits, targets[part], ref_logits, options, chosen)
-
-    if fits:
-        return block(slice(None))
-    # No streaming state across columns here (eager twin, top k): whole rows by blocks, made again in backward.
-    height = max(1, budget // max(1, column_bytes // max(1, n) * vocabulary))
-    parts = [slice(i, i + height) for i in range(0, n, height)]
-    return torch.cat([checkpoint(block, part, use_reentrant=False) for part in parts], dim=1)
+def operand(name: str, tensor: Tensor, like: Tensor, owner: str) -> Tensor:
+    """The other side of a GEMM with `like`. Raises TypeError."""
+    tensor = autocast(tensor)
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: needs the dtype of {owner}, {like.dtype}, got {tensor.dtype}")
+    return tensor
 
 
-class _LinearTokenStats(torch.autograd.Function):
-    """The fused path; `width` columns at a time, kept for backward when that is the whole vocabulary."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        frozen: Frozen | None,
-        options: Options,
-        backend: str,
-        width: int,
-        keep: bool,
-    ) -> Tensor:
-        module, vocabulary = kernels(backend), weight.size(0)
-        state = module.new_state(hidden, hidden.size(0), width)
-        logits, ref_logits = hidden.new_empty(0), None
-        for columns in slices(vocabulary, width):
-            del logits, ref_logits  # one slice at a time
-            logits, ref_logits = both_logits(hidden, weight, bias, frozen, columns)
-            first = columns.start
-            module.accumulate(logits, targets, ref_logits, state, options, first, vocabulary, first == 0)
-        stats, saved = module.finish(state, targets, frozen is not None, options, vocabulary)
-        index = belief = None
-        if "topk" in options.outputs:
-            index, belief = module.topk(logits, targets, stats, saved, options)
-        ctx.save_for_backward(hidden, weight, bias, targets, stats, saved, index, belief)
-        ctx.frozen, ctx.options, ctx.backend, ctx.width, ctx.keep = frozen, options, backend, width, keep
-        ctx.logits = (logits, ref_logits) if keep and any(ctx.needs_input_grad[:3]) else None
-        return stats
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, stats, saved, index, belief = ctx.saved_tensors
-        frozen, options, vocabulary = ctx.frozen, ctx.options, weight.size(0)
-        want_hidden, want_weight, want_bias = ctx.needs_input_grad[:3]
-        if ctx.keep and ctx.logits is None:
-            raise RuntimeError(
-                "linear_token_stats: a second backward: the logits were turned into their gradient; pass budget_bytes=0"
-            )
-        held, ctx.logits = ctx.logits, None  # the buffer becomes d(logits) and is gone with this call
-
-        # Tokens of weight 0 are dropped before the GEMMs: always when logits are made again, else where it pays.
-        rows = (grad != 0).any(0).nonzero().squeeze(-1)
-        share = rows.numel() / max(1, grad.size(1))
-        drop = share < 1 if held is None else share <= 0.5
-        if drop and held is None:
-            grad, stats, saved, targets = grad[:, rows], stats[:, rows], saved[:, rows], targets[rows]
-            frozen = None if frozen is None else frozen.rows(rows)
-        used = hidden[rows] if drop else hidden
-        # summed over slices in the statistics' dtype: float32 for half precision
-        d_used = used.new_zeros(used.shape, dtype=stats.dtype) if want_hidden else None
-        d_weight = torch.empty_like(weight) if want_weight else None
-        d_bias = torch.empty_like(bias) if want_bias else None
-        for columns in slices(vocabulary, ctx.width):
-            logits, ref_logits = held or both_logits(used, weight, bias, frozen, columns)
-            rest = (targets, ref_logits, index, belief, options)
-            d = kernels(ctx.backend).backward(grad, stats, saved, logits, *rest, logits, columns.start, vocabulary)
-            if drop and held is not None:
-                d = d[rows]
-            if d_used is not None and d.dtype == d_used.dtype:
-                d_used.addmm_(d, weight[columns])
-            elif d_used is not None:
-                d_used += d @ weight[columns]
-            if d_weight is not None:
-                torch.mm(d.t(), used, out=d_weight[columns])
-            if d_bias is not None:
-                torch.sum(d, 0, out=d_bias[columns])
-            del logits, ref_logits, rest, d
-        d_hidden = None if d_used is None else d_used.to(hidden.dtype)
-        if drop and d_hidden is not None:
-            d_hidden = torch.zeros_like(hidden).index_copy_(0, rows, d_hidden)
-        return d_hidden, d_weight, d_bias, *[None] * 6
-
-
-def slices(vocabulary: int, width: int) -> list[slice]:
-    return [slice(i, min(i + width, vocabulary)) for i in range(0, vocabulary, width)]
-
-
-def both_logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, frozen: Frozen | None, columns: slice
-) -> tuple[Tensor, Tensor | None]:
-    logits = F.linear(hidden, weight[columns], None if bias is None else bias[columns])
-    return logits, None if frozen is None else frozen.logits(columns)
-
-
-def autocast(tensor: Any) -> Any:
-    return None if tensor is None else tensor.to(torch.get_autocast_dtype(tensor.device.type))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be taken on `device`."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+def autocast(tensor: Tensor) -> Tensor:
+    device = tensor.device.type
+    wanted = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
+    return tensor.to(torch.get_autocast_dtype(device)) if wanted else tensor
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *names: str) -> None:
@@ -275,7 +164,20 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *names: str)
         raise ValueError(f"{names[2]}: needs shape ({weight.size(0)},), got {tuple(bias.shape)}")
 
 
-def check_reference(reference: Head, hidden: Tensor, weight: Tensor) -> None:
+def check_adapter(adapter: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor) -> None:
+    if not isinstance(adapter, tuple) or len(adapter) != 2:
+        raise TypeError(f"adapter: needs a tuple (x, B), got {type(adapter).__name__}")
+    x, b = adapter
+    check_head(x, b, None, "adapter[0]", "adapter[1]", "")
+    check_same_device("adapter[0]", x, "hidden", hidden)
+    if x.shape[:-1] != hidden.shape[:-1] or b.size(0) != weight.size(0):
+        raise ValueError(
+            f"adapter: needs x for the rows of hidden {tuple(hidden.shape[:-1])} and B for V={weight.size(0)}, "
+            f"got {tuple(x.shape)} and {tuple(b.shape)}"
+        )
+
+
+def check_reference(reference: Reference, hidden: Tensor, weight: Tensor) -> None:
     if not isinstance(reference, tuple) or len(reference) not in (2, 3):
         raise TypeError(
             f"reference: needs a tuple (ref_hidden, ref_weight) or with a ref_bias, got {type(reference).__name__}"
@@ -289,5 +191,3 @@ def check_reference(reference: Head, hidden: Tensor, weight: Tensor) -> None:
             f"reference: needs hidden states for the rows of hidden {tuple(hidden.shape[:-1])} and a head of "
             f"V={weight.size(0)}, got {tuple(ref_hidden.shape)} and {tuple(ref_weight.shape)}"
         )
-    if ref_hidden.dtype != ref_weight.dtype:
-        raise TypeError(f"reference[1]: needs the dtype of reference[0], {ref_hidden.dtype}, got {ref_weight.dtype}")

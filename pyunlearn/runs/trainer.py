@@ -210,6 +210,8 @@ class UnlearnTrainer(Trainer):
             reference=self.kl_reference(kind, batch, widest, head) if need.kl_reference else None,
             temperature=head.temperature,
             softcap=head.softcap,
+            ignore_index=None,
+            adapter=head.adapter(found.hidden),
         )
         ref_logp = self.logp_reference(kind, batch) if need.logp_reference else None
         rows = select_positions(batch, widest)[0]
@@ -251,7 +253,7 @@ class UnlearnTrainer(Trainer):
             reference = self._heads[kind]
         else:
             with torch.no_grad():
-                hidden, reference = supervised_hidden(source, batch, positions).hidden, output_head(source)
+                hidden, reference = supervised_hidden(source, batch, positions).hidden, output_head(source).merged()
         if reference.weight.dtype != head.weight.dtype or reference.weight.device != head.weight.device:
             bias = None if reference.bias is None else reference.bias.to(head.weight)
             reference = reference._replace(weight=reference.weight.to(head.weight), bias=bias)

@@ -11,7 +11,7 @@ from pyunlearn.ops.from_logits import forward
 
 from .rows import DIFFERENTIABLE, assert_within_budget, device_of, skip_unless_taken
 
-module = importlib.import_module("pyunlearn.ops.from_hidden")
+module = importlib.import_module("pyunlearn.ops.projection")
 N, H, V = 13, 24, 1500
 WITHIN, SLICES, SMALLEST = None, N * 8 * 500, 0
 
@@ -95,7 +95,7 @@ def test_ignored_rows_never_reach_the_head(monkeypatch):
     seen = []
     original = module.both_logits
     monkeypatch.setattr(
-        module, "both_logits", lambda hidden, *rest: seen.append(hidden.size(0)) or original(hidden, *rest)
+        module, "both_logits", lambda head, *rest: seen.append(head.inputs[0].size(0)) or original(head, *rest)
     )
     hidden = torch.randn(2, 6, H)
     hidden[0, 2:] = float("nan")

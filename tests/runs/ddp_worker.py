@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from conftest import Tiny
 
 from pyunlearn.runs.trainer import NonFiniteLossError, UnlearnTrainer
+from tests.two_processes import save_and_leave
 
 
 class PoisonRankOne(TrainerCallback):
@@ -48,10 +48,7 @@ def main(folder: Path) -> None:
     except NonFiniteLossError as caught:
         error = str(caught)
     log = [row for row in good.state.log_history if "loss" in row]
-    torch.save({"parameters": after, "log": log, "error": error}, folder / f"rank{os.environ['RANK']}.pt")
-    torch.distributed.barrier()
-    # torch's gloo threads want the GIL that the interpreter's teardown holds while it joins them: leave without it.
-    os._exit(0)
+    save_and_leave({"parameters": after, "log": log, "error": error}, folder)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,7 @@ from pyunlearn.runs import trainer as trainer_module
 from pyunlearn.runs.callbacks import Interrupt
 from pyunlearn.runs.trainer import NonFiniteLossError, UnlearnTrainer
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from ..two_processes import run_on_two
 
 
 def parameters(model):
@@ -179,29 +177,7 @@ def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches
 
 def test_two_processes_equal_one(tiny, arguments, tmp_path):
     """torchrun with gloo on the CPU: 2 x 2 x 2 against 1 x 8, tokens unevenly spread over the ranks."""
-    worker = Path(__file__).parent / "ddp_worker.py"
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(REPOSITORY),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    process = subprocess.Popen(
-        [*command, str(worker), str(tmp_path)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        told = process.communicate(timeout=120)[1]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)  # the workers too
-    assert process.returncode == 0, told[-3000:]
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    ranks = run_on_two(Path(__file__).parent / "ddp_worker.py", tmp_path)
     torch.testing.assert_close(ranks[0]["parameters"], ranks[1]["parameters"], rtol=0, atol=0)
     trainer, after = train(tiny, arguments(max_steps=2), ["wga", "npo", "gd"], reference=tiny.model(seed=1))
     torch.testing.assert_close(ranks[0]["parameters"], after, rtol=0, atol=1e-6)

@@ -1,0 +1,258 @@
+"""The way through the head that holds at most a budget of logits, forward and backward.
+
+Within the budget the logits are made once (3 GEMMs forward + backward) and backward turns their buffer into d(logits).
+Beyond it the vocabulary goes by in slices that are made again in backward (4 GEMMs), with extra memory for one slice
+and one (N, H) sum whatever V is; what needs whole rows (top k, the eager twin) goes by in blocks of rows instead.
+
+A gradient that comes from one tile of d(logits) is one GEMM, rounded once to its dtype: dX within the budget, dW of a
+slice. One that several tiles or ranks add to is summed in float32, products included, and rounded at the end: dX over
+slices and ranks, dW over blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .backends import kernels
+from .contract import Options, statistics_dtype
+from .from_logits import stacked_stats
+from .memory import free_bytes
+from .sharded import Columns
+
+NARROWEST = 256  # columns of a slice
+ALL = slice(None)
+FLOAT32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8, and only its GPU kernels
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Rows and the head they meet: logits = sum of inputs[i] @ weights[i].T, + bias. A second pair is an adapter's."""
+
+    inputs: tuple[Tensor, ...]  # (N, H), (N, r)
+    weights: tuple[Tensor, ...]  # (V, H), (V, r)
+    bias: Tensor | None = None  # (V,)
+
+    @staticmethod
+    def of(bias: Tensor | None, *factors: Tensor) -> Projection:
+        half = len(factors) // 2
+        return Projection(factors[:half], factors[half:], bias)
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.bias, *self.inputs, *self.weights
+
+    def detach(self) -> Projection:
+        bias = None if self.bias is None else self.bias.detach()
+        return Projection.of(bias, *(tensor.detach() for tensor in self.inputs + self.weights))
+
+    def rows(self, rows: Any) -> Projection:
+        return Projection(tuple(x[rows] for x in self.inputs), self.weights, self.bias)
+
+    def logits(self, columns: slice) -> Tensor:
+        bias = None if self.bias is None else self.bias[columns]
+        logits = F.linear(self.inputs[0], self.weights[0][columns], bias)
+        for x, weight in zip(self.inputs[1:], self.weights[1:], strict=True):
+            logits = logits.addmm_(x, weight[columns].t())
+        return logits
+
+
+def both_logits(head: Projection, reference: Projection | None, columns: slice) -> tuple[Tensor, Tensor | None]:
+    logits = head.logits(columns)
+    return logits, None if reference is None else reference.logits(columns).to(logits.dtype)
+
+
+def stats_in_budget(
+    head: Projection,
+    targets: Tensor,
+    reference: Projection | None,
+    options: Options,
+    budget: int | None,
+    backend: str,
+    here: Columns,
+) -> Tensor:
+    """Stacked statistics (outputs, N), by the cheapest way that holds at most `budget` bytes of logits."""
+    n, width = targets.numel(), head.weights[0].size(0)
+    budget = free_bytes(targets.device) // 4 if budget is None else budget
+    column_bytes = n * head.inputs[0].element_size() * (1 if reference is None else 2)
+    fits = column_bytes * width <= budget
+    if backend != "eager" and (fits or "topk" not in options.outputs):
+        if not fits:
+            width = min(width, max(NARROWEST, budget // column_bytes // 64 * 64))
+        return _ByColumns.apply(targets, reference, options, backend, here, width, fits, *head.tensors)
+    if fits:
+        logits, ref_logits = both_logits(head, reference, ALL)
+        return stacked_stats(logits, targets, ref_logits, options, backend)
+    height = max(1, budget // (column_bytes // n * width))
+    return _ByRows.apply(targets, reference, options, backend, height, *head.tensors)
+
+
+class _ByColumns(torch.autograd.Function):
+    """Streaming statistics, `width` columns at a time; the logits stay for backward (`keep`) when that is all."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        targets: Tensor,
+        reference: Projection | None,
+        options: Options,
+        backend: str,
+        here: Columns,
+        width: int,
+        keep: bool,
+        *tensors: Tensor,
+    ) -> Tensor:
+        head, module = Projection.of(*tensors), kernels(backend)
+        # every rank's state needs as many parts, and a backend may make that depend on the columns
+        state = module.new_state(head.inputs[0], targets.numel(), width if here.group is None else here.most)
+        logits = ref_logits = index = belief = None
+        for columns in slices(head.weights[0].size(0), width):
+            del logits, ref_logits  # one slice at a time
+            logits, ref_logits = both_logits(head, reference, columns)
+            rest = (here.first + columns.start, here.vocabulary, columns.start == 0)
+            module.accumulate(logits, targets, ref_logits, state, options, *rest)
+        stats, saved = module.finish(here.gather(state), targets, reference is not None, options, here.vocabulary)
+        if "topk" in options.outputs:
+            index, belief = module.topk(logits, targets, stats, saved, options)
+        ctx.save_for_backward(targets, stats, saved, index, belief, *tensors)
+        ctx.reference, ctx.options, ctx.backend, ctx.here = reference, options, backend, here
+        ctx.width, ctx.keep = width, keep
+        ctx.logits = (logits, ref_logits) if keep and any(ctx.needs_input_grad) else None
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        targets, stats, saved, index, belief, *tensors = ctx.saved_tensors
+        head, reference, here = Projection.of(*tensors), ctx.reference, ctx.here
+        if ctx.keep and ctx.logits is None:
+            raise RuntimeError(
+                "linear_token_stats: a second backward: the logits were turned into their gradient; pass budget_bytes=0"
+            )
+        kept, ctx.logits = ctx.logits, None  # the buffer becomes d(logits) and is gone with this call
+
+        # Rows of weight 0 meet no GEMM: always where logits are made again, else where copying the others pays, and
+        # never at the price of a sync for a GPU that has its logits already.
+        rows, n = None, grad.size(1)
+        if not (ctx.keep and grad.is_cuda):
+            rows = grad.ne(0).any(0).nonzero().squeeze(-1)
+            rows = rows if rows.numel() <= (n // 2 if ctx.keep else n - 1) else None
+        if rows is not None:
+            head = head.rows(rows)
+            if not ctx.keep:
+                grad, stats, saved, targets = grad[:, rows], stats[:, rows], saved[:, rows], targets[rows]
+                reference = reference and reference.rows(rows)
+        parts = slices(head.weights[0].size(0), ctx.width)
+        several = len(parts) > 1 or here.group is not None
+        sums = Gradients(head, ctx.needs_input_grad[7:], several_columns=several)
+        with torch.autocast(grad.device.type, enabled=False):
+            for columns in parts:
+                logits, ref_logits = kept or both_logits(head, reference, columns)
+                rest = (targets, ref_logits, index, belief, ctx.options, logits, here.first + columns.start)
+                d = kernels(ctx.backend).backward(grad, stats, saved, logits, *rest, here.vocabulary)
+                sums.add(d[rows] if ctx.keep and rows is not None else d, columns=columns)
+                del logits, ref_logits, rest, d  # one slice at a time
+            return *[None] * 7, *sums.results(here, rows, n)
+
+
+class _ByRows(torch.autograd.Function):
+    """Whole rows of logits, `height` at a time, made again in backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        targets: Tensor,
+        reference: Projection | None,
+        options: Options,
+        backend: str,
+        height: int,
+        *tensors: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(targets, *tensors)
+        ctx.reference, ctx.options, ctx.backend, ctx.height = reference, options, backend, height
+        head, stats = Projection.of(*tensors), []
+        for rows in slices(targets.numel(), height):
+            logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL)
+            stats.append(stacked_stats(logits, targets[rows], ref_logits, options, backend))
+        return torch.cat(stats, dim=1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        targets, *tensors = ctx.saved_tensors
+        head, reference = Projection.of(*tensors), ctx.reference
+        sums = Gradients(head, ctx.needs_input_grad[5:], several_rows=True)
+        with torch.autocast(grad.device.type, enabled=False):
+            for rows in slices(targets.numel(), ctx.height):
+                logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL)
+                logits.requires_grad_()
+                with torch.enable_grad():
+                    stats = stacked_stats(logits, targets[rows], ref_logits, ctx.options, ctx.backend, inplace=True)
+                (d,) = torch.autograd.grad(stats, logits, grad[:, rows])
+                sums.add(d, rows=rows)
+                del logits, ref_logits, stats, d  # one block at a time
+            return *[None] * 5, *sums.results(Columns.all(0))
+
+
+class Gradients:
+    """d(bias), d(inputs), d(weights) of a projection from d(logits), tile by tile.
+
+    What several tiles add to is summed in the statistics' dtype; the rest is written by the one GEMM that makes it.
+    """
+
+    def __init__(
+        self, head: Projection, wanted: Sequence[bool], several_columns: bool = False, several_rows: bool = False
+    ):
+        self.head, self.several_columns, self.several_rows = head, several_columns, several_rows
+        wide = statistics_dtype(head.inputs[0])
+        several = (True, *[several_columns] * len(head.inputs), *[several_rows] * len(head.weights))
+        self.sums = [
+            None if not want or t is None else torch.zeros_like(t, dtype=wide) if add else torch.empty_like(t)
+            for t, want, add in zip(head.tensors, wanted, several, strict=True)
+        ]
+
+    def add(self, d: Tensor, rows: slice = ALL, columns: slice = ALL) -> None:
+        """d: d(logits) of these rows and columns."""
+        half = len(self.head.inputs) + 1
+        d_bias, d_inputs, d_weights = self.sums[0], self.sums[1:half], self.sums[half:]
+        if d_bias is not None:
+            d_bias[columns] += d.sum(0, dtype=d_bias.dtype)
+        for x, weight, d_x, d_weight in zip(self.head.inputs, self.head.weights, d_inputs, d_weights, strict=True):
+            if d_x is not None:
+                product(d, weight[columns], d_x[rows], self.several_columns)
+            if d_weight is not None:
+                product(d.t(), x[rows], d_weight[columns], self.several_rows)
+
+    def results(self, here: Columns, rows: Tensor | None = None, n: int = 0) -> list[Tensor | None]:
+        """In the order and the dtypes of `Projection.tensors`; `rows`: those of the n that were added."""
+        for i in range(1, len(self.head.inputs) + 1):
+            d_x = self.sums[i]
+            if d_x is not None and rows is not None:
+                d_x = d_x.new_zeros(n, d_x.size(1)).index_copy_(0, rows, d_x)
+            self.sums[i] = d_x if d_x is None else here.sum(d_x)
+        return [
+            d if d is None or t is None else d.to(t.dtype) for t, d in zip(self.head.tensors, self.sums, strict=True)
+        ]
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out = a @ b, or out += a @ b with nothing rounded to less than out's dtype on the way."""
+    if not add:
+        torch.mm(a, b, out=out)
+    elif out.dtype == a.dtype:
+        out.addmm_(a, b)
+    elif out.is_cuda and FLOAT32_PRODUCTS:
+        out += torch.mm(a, b, out_dtype=out.dtype)
+    else:  # half precision is exact in float32, and in TF32 where a GPU may use it
+        for part in slices(a.size(1), NARROWEST):
+            out.addmm_(a[:, part].to(out.dtype), b[part].to(out.dtype))
+
+
+def slices(size: int, width: int) -> list[slice]:
+    return [slice(i, min(i + width, size)) for i in range(0, size, max(1, width))]
