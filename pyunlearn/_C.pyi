@@ -24,3 +24,14 @@ def backward(
     grad_logits: Any,
     *call: Any,
 ) -> None: ...
+def philox(counter: tuple[int, int, int, int], key: int) -> list[int]: ...
+def perturb(
+    table: Any,
+    source: Any,
+    target: Any,
+    seed: int,
+    remove: tuple[int, float] | None,
+    add: tuple[int, float] | None,
+    threads: int,
+    stream: int,
+) -> None: ...

@@ -11,7 +11,7 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
-from .ops import TokenStats, linear_token_stats, token_stats
+from .ops import TokenStats, gaussian_noise, linear_token_stats, token_stats
 
 if TYPE_CHECKING:
     from .reference import ReferenceCache
@@ -22,6 +22,7 @@ __all__ = [
     "ReferenceCache",
     "TokenStats",
     "UnlearnTrainer",
+    "gaussian_noise",
     "linear_token_stats",
     "objectives",
     "ops",

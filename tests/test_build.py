@@ -24,24 +24,59 @@ def test_arithmetic_is_shared():
         text = (ROOT / "csrc" / kernel).read_text()
         assert '#include "../math/row_state.h"' in text
         assert '#include "../math/token_gradient.h"' in text
+    for kernel in ("cpu/perturb_lanes.cpp", "cuda/perturb.cu"):
+        assert '#include "../math/philox.h"' in (ROOT / "csrc" / kernel).read_text()
+
+
+def ptxas_report(source, tmp_path):
+    """(architectures, spilled bytes, registers) of every kernel in `source`; None where there is no nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
+        return None
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}\n" in known + "\n"]
+    assert archs
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    command = [nvcc, *flags, "-c", str(ROOT / source), "-o", str(tmp_path / "kernels.o")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    return archs, spills, [int(n) for n in re.findall(r"Used (\d+) registers", report)]
 
 
 def test_cuda_kernels_do_not_spill(tmp_path):
     """ptxas' report: no spilled register, and few enough for the occupancy the kernels count on."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
+    if (report := ptxas_report("csrc/cuda/token_stats.cu", tmp_path)) is None:
         return
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}\n" in known + "\n"]
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    source = str(ROOT / "csrc/cuda/token_stats.cu")
-    command = [nvcc, *flags, "-c", source, "-o", str(tmp_path / "token_stats.o")]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    assert archs
+    archs, spills, registers = report
     assert len(registers) == 31 * len(archs)  # 18 accumulate, 12 backward, 1 finish
     assert set(spills) == {0}
     assert max(registers) <= 96  # two blocks of 256 threads an SM at least
+
+
+def test_perturb_kernels_do_not_spill(tmp_path):
+    if (report := ptxas_report("csrc/cuda/perturb.cu", tmp_path)) is None:
+        return
+    archs, spills, registers = report
+    assert len(registers) == 8 * len(archs)  # pairs of source and target dtypes
+    assert set(spills) == {0}
+    assert max(registers) <= 64  # four blocks of 256 threads an SM
+
+
+def test_perturb_kernels_access_16_bytes(tmp_path):
+    """Every kernel has 16-byte loads (where it reads weights) and stores."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        assert _C.cuda_archs or _C.cuda_reason
+        return
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=compute_90", "--ptx"]
+    target = tmp_path / "perturb.ptx"
+    subprocess.run([nvcc, *flags, str(ROOT / "csrc/cuda/perturb.cu"), "-o", str(target)], check=True)
+    kernels = re.split(r"\.entry (?=\w+perturb_kernel)", target.read_text())[1:]
+    assert len(kernels) == 8
+    wide = r"(v4\.(b|f|u)32|v2\.(b|f|u)64)"
+    for kernel in kernels:
+        name = kernel.split("(")[0]
+        assert re.search(rf"\bst[\w.]*\.{wide}", kernel), name
+        assert "Nothing" in name or re.search(rf"\bld[\w.]*\.{wide}", kernel), name

@@ -3,5 +3,6 @@
 from .contract import OUTPUTS, TokenStats
 from .from_hidden import linear_token_stats
 from .from_logits import token_stats
+from .noise import gaussian_noise
 
-__all__ = ["OUTPUTS", "TokenStats", "linear_token_stats", "token_stats"]
+__all__ = ["OUTPUTS", "TokenStats", "gaussian_noise", "linear_token_stats", "token_stats"]
