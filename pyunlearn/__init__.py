@@ -11,7 +11,7 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
-from .ops import TokenStats, gaussian_noise, linear_token_stats, token_stats
+from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, token_stats
 
 if TYPE_CHECKING:
     from .reference import ReferenceCache
@@ -26,6 +26,7 @@ __all__ = [
     "linear_token_stats",
     "objectives",
     "ops",
+    "perturbed",
     "token_stats",
 ]
 

@@ -4,5 +4,6 @@ from .contract import OUTPUTS, TokenStats
 from .from_hidden import linear_token_stats
 from .from_logits import token_stats
 from .noise import gaussian_noise
+from .perturbation import perturbed
 
-__all__ = ["OUTPUTS", "TokenStats", "gaussian_noise", "linear_token_stats", "token_stats"]
+__all__ = ["OUTPUTS", "TokenStats", "gaussian_noise", "linear_token_stats", "perturbed", "token_stats"]
