@@ -26,6 +26,8 @@ def test_arithmetic_is_shared():
         text = (ROOT / "csrc" / kernel).read_text()
         assert '#include "../math/row_state.h"' in text
         assert '#include "../math/token_gradient.h"' in text
+    for kernel in ("cpu/perturb_lanes.cpp", "cuda/perturb.cu"):
+        assert '#include "../math/philox.h"' in (ROOT / "csrc" / kernel).read_text()
 
 
 # Kernels a file holds for each architecture, and the most registers and bytes of shared memory of one: 256 threads,
@@ -34,6 +36,7 @@ KERNELS = {
     "token_stats": (55, 128, 64),  # 36 accumulate, 18 backward, 1 finish
     "topk": (6, 48, 13 << 10),
     "value_and_grad": (18, 80, 256),
+    "perturb": (8, 64, 0),  # pairs of source and target dtypes
 }
 
 
@@ -58,8 +61,26 @@ def test_cuda_kernels_do_not_spill(name, tmp_path):
     assert len(registers) == kernels * len(archs)
     assert set(spills) == {0}
     assert max(registers) <= most_registers
-    assert max(shared) <= most_shared
+    assert max(shared, default=0) <= most_shared
 
 
 def test_every_cuda_file_is_checked():
     assert {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} == set(KERNELS)
+
+
+def test_perturb_kernels_access_16_bytes(tmp_path):
+    """Every kernel has 16-byte loads (where it reads weights) and stores."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        assert _C.cuda_archs or _C.cuda_reason
+        return
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=compute_90", "--ptx"]
+    target = tmp_path / "perturb.ptx"
+    subprocess.run([nvcc, *flags, str(ROOT / "csrc/cuda/perturb.cu"), "-o", str(target)], check=True)
+    kernels = re.split(r"\.entry (?=\w+perturb_kernel)", target.read_text())[1:]
+    assert len(kernels) == 8
+    wide = r"(v4\.(b|f|u)32|v2\.(b|f|u)64)"
+    for kernel in kernels:
+        name = kernel.split("(")[0]
+        assert re.search(rf"\bst[\w.]*\.{wide}", kernel), name
+        assert "Nothing" in name or re.search(rf"\bld[\w.]*\.{wide}", kernel), name
