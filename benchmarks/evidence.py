@@ -53,8 +53,7 @@ def write(folder: Path) -> Path:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         raise SystemExit("nvcc was not found: the evidence is its report; install the CUDA toolkit")
-    known = output(nvcc, "--list-gpu-arch").split()
-    archs = [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
+    archs = known_archs(nvcc)
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     kernels = [kernel for source in sources for kernel in compiled(nvcc, source, archs)]
     if importlib.util.find_spec("triton") and importlib.util.find_spec("pyunlearn.ops.backends.triton"):
@@ -68,8 +67,13 @@ def write(folder: Path) -> Path:
     return page
 
 
+def known_archs(nvcc: str) -> list[str]:
+    known = output(nvcc, "--list-gpu-arch").split()
+    return [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
+
+
 def compiled(nvcc: str, source: Path, archs: list[str]) -> list[Kernel]:
-    """ptxas' report on every kernel of a source. Raises RuntimeError when it does not compile."""
+    """ptxas' report on every kernel of a file, for each architecture. Raises RuntimeError if it does not compile."""
     flags = ["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
     flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
     with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +204,7 @@ def markdown(kernels: Iterable[Kernel], devices: dict[str, list[str]], compiler:
         "",
         "## The compiler's report",
         "",
-        "Registers a thread; spills, stack and static shared memory in bytes.",
+        "Registers a thread; spills, stack and static shared memory in bytes (value_and_grad takes its row on top).",
         f"In this order: {', '.join(archs)}; one figure where all agree.",
         "",
         "| source | kernel | registers | spills | stack | shared |",

@@ -4,7 +4,8 @@
 #   out-dir: has a slash in it; default benchmarks/results/<device>
 # Needs torch, triton, nvcc, cmake, ninja and pybind11; correct also pytest, bench-step transformers. Peers are measured
 # where they can be imported. Each part ends within 8 minutes; a bench part that had to leave something goes on where it
-# ended when it is run again. PYTHON names the interpreter; COMMIT the commit where there is no git.
+# ended when it is run again. PYTHON names the interpreter, COMMIT the commit where there is no git, BENCH more options
+# for `python -m benchmarks`, such as BENCH="--impl cuda,triton".
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -45,7 +46,7 @@ correct() {
 bench() { # status 75: a kernel broke the CUDA context, the rest is for a new process
   local status=75
   while ((status == 75 && end - SECONDS > 90)); do
-    limited "$PYTHON" -m benchmarks "$1" --device cuda --seconds $((end - SECONDS - 60)) --out "$out"
+    limited "$PYTHON" -m benchmarks "$1" --device cuda --seconds $((end - SECONDS - 60)) --out "$out" ${BENCH:-}
     status=$?
   done
   return $status

@@ -13,7 +13,7 @@ import pyunlearn as pu
 from pyunlearn.ops import backends
 
 from . import peers
-from .cases import AT_ONCE, BEYOND, FROZEN, MEAN, Case, Linear, Logits, Loss, Product, straight
+from .cases import BEYOND, FROZEN, MEAN, Case, Linear, Logits, Loss, Product, straight
 
 
 class Impl(NamedTuple):
@@ -33,7 +33,8 @@ def ours(backend: str, inplace: bool = False) -> Impl:
             stats = pu.linear_token_stats(*tensors, outputs=case.kind.outputs, budget_bytes=case.budget_bytes, **how)
             return case.gradients(t, stats.as_dict())
         if case.kind.at_once:
-            stats, gradient = pu.value_and_grad(t["logits"].detach(), t["targets"], t["weights"], backend=backend)
+            how = {"inplace": inplace, "backend": backend}
+            stats, gradient = pu.value_and_grad(t["logits"].detach(), t["targets"], t["weights"], **how)
             return [gradient, stats.logp]
         how = {"reference": t["reference"], "inplace_backward": inplace, "backend": backend}
         values = pu.token_stats(t["logits"], t["targets"], case.kind.outputs, **how).as_dict()
@@ -94,7 +95,7 @@ def implementations(case: Case | Product) -> dict[str, Impl]:
             impls["torch linear_cross_entropy"] = Impl(torch_linear_cross_entropy)
         impls["two GEMMs alone" if case.kind.frozen else "three GEMMs alone"] = Impl(gemms_alone, exact=False)
     else:
-        if case.kind.backward and case.name != AT_ONCE:
+        if case.kind.backward:
             impls |= {f"{name} in place": ours(name, inplace=True) for name in fused}
         impls |= {"eager": Impl(eager), "compile": Impl(compiled)}
     if case.device != "cpu":

@@ -58,11 +58,9 @@ def test_gpu_parts_run_and_resume(tmp_path, session):
     assert {r["case"] for r in logits} == set(cases.KINDS)
     assert {r["case"] for r in linear} == {*cases.LINEAR_KINDS, cases.Product.name}
     for r in [*logits, *linear]:
-        assert set(r) - {"failed"} == KEYS | {"threads"}
+        assert set(r) == KEYS | {"threads"}, r
         assert r["device"] == measure.machine()["name"]
-        if r["case"] != cases.AT_ONCE:
-            assert "failed" not in r, r
-        if r["impl"].startswith("cpu") and r["time_ms"]:
+        if r["impl"].startswith("cpu"):
             assert r["error_vs_fp64"] < (1e-5 if r["dtype"] == "float32" else 1e-2)
 
     before = (tmp_path / "logits.json").read_text()
@@ -74,7 +72,7 @@ def test_gpu_parts_run_and_resume(tmp_path, session):
     text = (tmp_path / "ops.md").read_text()
     assert f"## {cases.ENTROPY}, bfloat16" in text
     assert "TFLOP/s" in text
-    for name in {r["case"] for r in logits if r["time_ms"]}:
+    for name in cases.KINDS:
         assert f"![{report.slug(name)}.svg]" in text
         assert (tmp_path / f"{report.slug(name)}.svg").read_text().startswith("<?xml")
 
@@ -224,10 +222,10 @@ def test_gpu_script():
 
 
 def test_small_check_catches_a_wrong_result(monkeypatch, capsys):
-    gpu.check("cpu", "all")
+    assert gpu.check("cpu", "all") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 30
-    assert not [line for line in lines if line.startswith("WRONG") and cases.AT_ONCE not in line]
+    assert all(line.startswith("ok ") for line in lines)
     monkeypatch.setattr(gpu, "ours", lambda case: iter([("cuda", Impl(lambda case, t: [3 * a for a in case.answer]))]))
     assert gpu.check("cpu", "logits") == 1
     assert all(line.startswith("WRONG") for line in capsys.readouterr().out.splitlines())

@@ -2,11 +2,11 @@
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
+from benchmarks import evidence
 from pyunlearn import _C
 
 ROOT = Path(__file__).parent.parent
@@ -41,27 +41,20 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_cuda_kernels_do_not_spill(name, tmp_path):
+def test_cuda_kernels_do_not_spill(name):
     """ptxas' report: no spilled register, and the occupancy that the kernels count on."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
         return
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}\n" in known + "\n"]
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command = [nvcc, *flags, "-c", str(ROOT / f"csrc/cuda/{name}.cu"), "-o", str(tmp_path / "kernels.o")]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", report)]
+    archs = evidence.known_archs(nvcc)
+    found = evidence.compiled(nvcc, ROOT / f"csrc/cuda/{name}.cu", archs)
     kernels, most_registers, most_shared = KERNELS[name]
     assert archs
-    assert len(registers) == kernels * len(archs)
-    assert set(spills) == {0}
-    assert max(registers) <= most_registers
-    assert max(shared, default=0) <= most_shared
+    assert len(found) == kernels * len(archs)
+    assert not [kernel for kernel in found if kernel.spilled]
+    assert max(kernel.registers for kernel in found) <= most_registers
+    assert max(kernel.shared for kernel in found) <= most_shared
 
 
 def test_every_cuda_file_is_checked():
