@@ -109,6 +109,7 @@ def accumulate_kernel(
 ):  # fmt: skip
     """One part of one row. A thread holds whole groups of VEC lanes, whose sums are its own until the end."""
     T: tl.constexpr = logits.dtype.element_ty
+    R: tl.constexpr = reference.dtype.element_ty
     A: tl.constexpr = state.dtype.element_ty
     REFERENCE: tl.constexpr = PQ or QP
     GROUPS: tl.constexpr = BLOCK // VEC
@@ -137,28 +138,28 @@ def accumulate_kernel(
     shifted, squared = resumed(s + SHIFTED, holder, GROUPS, MOMENTS), resumed(s + SQUARED, holder, GROUPS, SQUARES)
     total, ref_sum = resumed(s + TOTAL, holder, GROUPS, UNIFORM), resumed(s + REF_SUM, holder, GROUPS, REFERENCE)
     gap, ref_gap = resumed(s + GAP, holder, GROUPS, PQ), resumed(s + REF_GAP, holder, GROUPS, QP)
+    count = tl.load(s + COUNT, mask=streaming, other=0.0)
     origin, offset = tl.full((), 0, A), tl.full((), 0, A)
-    if (
-        UNIFORM or REFERENCE
-    ):  # the level of z, and of z - r, in the first lane: sums about it do not feel a common shift
+    if UNIFORM or REFERENCE:
+        # The level of z, and of z - r, in the first lane: sums about it do not feel a common shift.
         z = curve(tl.load(x, mask=n > 0, other=0.0), scale, softcap, T, A, CURVE)[0]
-        origin = tl.where(streaming, tl.load(s + ORIGIN, mask=streaming, other=0.0), finite(z))
+        origin = tl.where(count > 0, tl.load(s + ORIGIN, mask=streaming, other=0.0), finite(z))
         if REFERENCE:
-            q = curve(tl.load(r, mask=n > 0, other=0.0), scale, softcap, T, A, CURVE)[0]
-            offset = tl.where(streaming, tl.load(s + OFFSET, mask=streaming, other=0.0), finite(z - q))
+            q = curve(tl.load(r, mask=n > 0, other=0.0), scale, softcap, R, A, CURVE)[0]
+            offset = tl.where(count > 0, tl.load(s + OFFSET, mask=streaming, other=0.0), finite(z - q))
     z_t = curve(tl.load(x + at, mask=inside, other=0.0), scale, softcap, T, A, CURVE)[0]
     tl.store(s + TARGET, tl.where(inside, z_t, tl.load(s + TARGET, mask=streaming, other=float("nan"))))
     if REFERENCE:
-        r_t = curve(tl.load(r + at, mask=inside, other=0.0), scale, softcap, T, A, CURVE)[0]
+        r_t = curve(tl.load(r + at, mask=inside, other=0.0), scale, softcap, R, A, CURVE)[0]
         tl.store(s + REF_TARGET, tl.where(inside, r_t, tl.load(s + REF_TARGET, mask=streaming, other=float("nan"))))
-    tl.store(s + COUNT, tl.load(s + COUNT, mask=streaming, other=0.0) + n)
+    tl.store(s + COUNT, count + n)
     tl.store(s + ORIGIN, origin)
     tl.store(s + OFFSET, offset)
 
     lanes = lanes_of(GROUPS, VEC, ALIGNED)
     for start in range(0, n, BLOCK):
         block = curve(held, scale, softcap, T, A, CURVE)[0]
-        ref_block = curve(ref_held, scale, softcap, T, A, CURVE)[0]
+        ref_block = curve(ref_held, scale, softcap, R, A, CURVE)[0]
         held = fetched(x, start + BLOCK, n, GROUPS, VEC, ALIGNED)
         ref_held = fetched(r, start + BLOCK, n, GROUPS, VEC, ALIGNED) if REFERENCE else held
         if CURVE == SOFTCAPPED:  # -inf has become -softcap
@@ -252,44 +253,50 @@ def finish_kernel(
     for part in range(parts):
         s = state + (row * parts + part) * FIELDS
         d = tl.load(s + MAX, mask=counts, other=0.0) - m
-        top, few = tl.load(s + TOPS, mask=counts, other=0.0), tl.load(s + REST, mask=counts, other=0.0)
-        up = tl.load(s + SHIFTED, mask=counts, other=0.0)
-        sum_, up, up2 = moved(d, top + few, up, tl.load(s + SQUARED, mask=counts, other=0.0))
-        rest += tl.where(d == 0, few, sum_)
-        tops += tl.where(d == 0, top, 0.0)
-        shifted += up
-        squared += up2
+        own_tops, own_rest = tl.load(s + TOPS, mask=counts, other=0.0), tl.load(s + REST, mask=counts, other=0.0)
+        own_shifted, own_squared = (
+            tl.load(s + SHIFTED, mask=counts, other=0.0),
+            tl.load(s + SQUARED, mask=counts, other=0.0),
+        )
+        own_sum, own_shifted, own_squared = moved(d, own_tops + own_rest, own_shifted, own_squared)
+        tops += tl.where(d == 0, own_tops, 0.0)
+        rest += tl.where(d == 0, own_rest, own_sum)
+        shifted += own_shifted
+        squared += own_squared
         rebase = tl.load(s + ORIGIN, mask=counts, other=0.0) - origin
         total += tl.load(s + TOTAL, mask=counts, other=0.0) + tl.load(s + COUNT, mask=counts, other=0.0) * rebase
-        c = exp(tl.load(s + REF_MAX, mask=counts, other=0.0) - ref_m)
-        q = tl.load(s + REF_SUM, mask=counts, other=0.0)
+        c, own_sum = exp(d), own_tops + own_rest
+        c_ref, own_ref = (
+            exp(tl.load(s + REF_MAX, mask=counts, other=0.0) - ref_m),
+            tl.load(s + REF_SUM, mask=counts, other=0.0),
+        )
         rebase = tl.load(s + OFFSET, mask=counts, other=0.0) - offset
-        ref_sum += c * q
-        gap += times(exp(d), tl.load(s + GAP, mask=counts, other=0.0) + (top + few) * rebase)
-        ref_gap += times(c, tl.load(s + REF_GAP, mask=counts, other=0.0) + q * rebase)
+        ref_sum += c_ref * own_ref
+        gap += times(c, tl.load(s + GAP, mask=counts, other=0.0) + own_sum * rebase)
+        ref_gap += times(c_ref, tl.load(s + REF_GAP, mask=counts, other=0.0) + own_ref * rebase)
 
-    s_others = tops + rest
-    log_odds = tl.where(s_others == 0, -INFINITY, tl.log(s_others) + (m - z_t))
+    others = tops + rest
+    log_odds = tl.where(others == 0, -INFINITY, tl.log(others) + (m - z_t))
     greedy = (z_t >= m) & (z_t > before)
     possible, ref_possible = z_t > -INFINITY, r_t > -INFINITY
-    bad = (z_t != z_t) | ((s_others == 0) & (z_t == -INFINITY))
-    up_m, up_ref_m = tl.where(possible, tl.maximum(m, z_t), m), tl.where(ref_possible, tl.maximum(ref_m, r_t), ref_m)
-    d, d_t = m - up_m, tl.where(possible, z_t - up_m, LOWEST)
-    sum_, shifted, squared = moved(d, s_others, shifted, squared)
-    e_t, q_t = exp(d_t), tl.where(ref_possible, exp(r_t - up_ref_m), 0.0)
+    bad = (z_t != z_t) | ((others == 0) & (z_t == -INFINITY))
+    all_m, all_ref_m = tl.where(possible, tl.maximum(m, z_t), m), tl.where(ref_possible, tl.maximum(ref_m, r_t), ref_m)
+    d, d_t = m - all_m, tl.where(possible, z_t - all_m, LOWEST)
+    e_t, q_t = exp(d_t), tl.where(ref_possible, exp(r_t - all_ref_m), 0.0)
+    others, shifted, squared = moved(d, others, shifted, squared)
     tops = tl.where(d == 0, tops, 0.0) + tl.where(d_t == 0, 1.0, 0.0)
-    rest = tl.where(d == 0, rest, sum_) + tl.where(d_t == 0, 0.0, e_t)
+    rest = tl.where(d == 0, rest, others) + tl.where(d_t == 0, 0.0, e_t)
     shifted += times(e_t, d_t)
     squared += times(e_t, d_t * d_t)
-    g_t, c = (z_t - r_t) - offset, exp(ref_m - up_ref_m)
+    c_ref, g_t = exp(ref_m - all_ref_m), (z_t - r_t) - offset
     gap = times(exp(d), gap) + times(e_t, g_t)
-    ref_gap = times(c, ref_gap) + times(q_t, g_t)
+    ref_gap = times(c_ref, ref_gap) + times(q_t, g_t)
 
-    sum_, ref_sum = tops + rest, c * ref_sum + q_t
+    sum_, ref_sum = tops + rest, c_ref * ref_sum + q_t
     log_sum, ref_log_sum = log1p((tops - 1) + rest), tl.log(ref_sum)
     mean = shifted / sum_
     # logsumexp(z) - logsumexp(r) - offset, in the order that keeps a common shift of z and r out of the rounding
-    excess = ((up_m - up_ref_m) - offset) + (log_sum - ref_log_sum)
+    excess = ((all_m - all_ref_m) - offset) + (log_sum - ref_log_sum)
     entropy, variance = log_sum - mean, squared / sum_ - mean * mean
     kl_pq, kl_qp = gap / sum_ - excess, excess - ref_gap / ref_sum
     values = (
@@ -299,7 +306,7 @@ def finish_kernel(
         tl.where(variance < 0, 0.0, variance),
         tl.where(kl_pq < 0, 0.0, kl_pq),
         tl.where(kl_qp < 0, 0.0, kl_qp),
-        ((up_m - origin) + log_sum) - total / vocabulary,
+        ((all_m - origin) + log_sum) - total / vocabulary,
         tl.where(greedy, 1.0, 0.0),
     )
     for output in tl.static_range(TOPK):
@@ -307,12 +314,15 @@ def finish_kernel(
         if line > 0:
             value = tl.where(counts, tl.where(bad, float("nan"), values[output]), 0.0)
             tl.store(stats + (line - 1) * rows + row, value, mask=exists)
-    up_ref_m, ref_log_sum = tl.where(has_reference != 0, up_ref_m, 0.0), tl.where(has_reference != 0, ref_log_sum, 0.0)
-    tl.store(saved + SAVED_MAX * rows + row, tl.where(counts, up_m, 0.0), mask=exists)
+    all_ref_m, ref_log_sum = (
+        tl.where(has_reference != 0, all_ref_m, 0.0),
+        tl.where(has_reference != 0, ref_log_sum, 0.0),
+    )
+    tl.store(saved + SAVED_MAX * rows + row, tl.where(counts, all_m, 0.0), mask=exists)
     log_sum = tl.where(bad, float("nan"), log_sum)
     tl.store(saved + SAVED_LOG_SUM * rows + row, tl.where(counts, log_sum, 0.0), mask=exists)
     tl.store(saved + SAVED_LOG_ODDS * rows + row, tl.where(counts, log_odds, 0.0), mask=exists)
-    tl.store(saved + SAVED_REF_MAX * rows + row, tl.where(counts, up_ref_m, 0.0), mask=exists)
+    tl.store(saved + SAVED_REF_MAX * rows + row, tl.where(counts, all_ref_m, 0.0), mask=exists)
     tl.store(saved + SAVED_REF_LOG_SUM * rows + row, tl.where(counts, ref_log_sum, 0.0), mask=exists)
 
 
@@ -401,7 +411,7 @@ def lane_gradient(
         weight += times(on_logq, logq)
         dz += on_q * exp(logq)
     if LOGS or REFERENCE:
-        return dz + tl.where(p > 0, p * weight, 0.0)
+        return dz + times(p, weight)
     else:
         return dz + p * weight
 
@@ -420,6 +430,7 @@ def backward_kernel(
 ):  # fmt: skip
     """One part of one row of d(logits), which may be the logits' own memory."""
     T: tl.constexpr = logits.dtype.element_ty
+    R: tl.constexpr = reference.dtype.element_ty
     A: tl.constexpr = saved.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * part_columns
@@ -434,29 +445,31 @@ def backward_kernel(
     a_entropy, a_uniform = entry(grad, ENTROPY, lines, rows, row), entry(grad, UNIFORM_CE, lines, rows, row)
     a_pq, a_qp = entry(grad, KL_PQ, lines, rows, row), entry(grad, KL_QP, lines, rows, row)
     a_topk = entry(grad, TOPK, lines, rows, row)
+    entropy, kl_pq = entry(stats, ENTROPY, lines, rows, row), entry(stats, KL_PQ, lines, rows, row)
+    row_max, log_sum = tl.load(saved + SAVED_MAX * rows + row), tl.load(saved + SAVED_LOG_SUM * rows + row)
+    ref_max, ref_log_sum = tl.load(saved + SAVED_REF_MAX * rows + row), tl.load(saved + SAVED_REF_LOG_SUM * rows + row)
+    u = tl.load(saved + SAVED_LOG_ODDS * rows + row)
     wanted = (a != 0) | (a_nll != 0) | (a_entropy != 0) | (a_uniform != 0) | (a_pq != 0) | (a_qp != 0) | (a_topk != 0)
-    if (target == ignore_index) | (wanted == 0):  # nothing is read
+    if (target == ignore_index) | (wanted == 0):  # the row is not read
         for start in range(0, n, BLOCK):
             tl.store(dx + start + lanes, tl.zeros([BLOCK], T), mask=start + lanes < n)
         return
+    held = tl.load(x + lanes, mask=lanes < n, other=0.0)
+    ref_held = tl.load(r + lanes, mask=lanes < n, other=0.0) if REFERENCE else held
 
     scale, softcap = tl.full((), scale, A), tl.full((), softcap, A)
-    row_max, log_sum = tl.load(saved + SAVED_MAX * rows + row), tl.load(saved + SAVED_LOG_SUM * rows + row)
-    u = tl.load(saved + SAVED_LOG_ODDS * rows + row)
-    ref_max, ref_log_sum = tl.load(saved + SAVED_REF_MAX * rows + row), tl.load(saved + SAVED_REF_LOG_SUM * rows + row)
     nll = softplus(u)
     small = exp(-tl.abs(u))
     p_other = tl.where(u > 0, 1.0, small) / (1 + small)  # 1 - p_t
     # On a memorised token p_j and nll both underflow while their ratio does not: 1 / nll moves into the exponent.
     rescale = (a_nll != 0) & (u < -30)
     log_scale = tl.where(rescale, log_softplus(u), 0.0)
-    shared = a_uniform + a_qp - a_topk - times(a_entropy, entry(stats, ENTROPY, lines, rows, row))
-    shared -= times(a_pq, entry(stats, KL_PQ, lines, rows, row))
+    shared = a_uniform + a_qp - a_topk - times(a_entropy, entropy) - times(a_pq, kl_pq)
     constant = -a_uniform / vocabulary
     on_p = (shared - a) * exp(log_scale) + tl.where(rescale, a_nll, times(a_nll, 1 / nll))
     on_logp, on_logq = tl.where(rescale, 0.0, a_pq - a_entropy), tl.where(rescale, 0.0, -a_pq)  # p_j < 1e-13 there
 
-    # The lanes that do not follow the common formula, before anything is overwritten (dx may be x).
+    # The lanes that do not follow the common formula: read before anything is overwritten, for dx may be x.
     column = target - first - begin
     inside = (column >= 0) & (column < n)
     y_t = curve(tl.load(x + column, mask=inside, other=0.0), scale, softcap, T, A, CURVE)[1]
@@ -464,11 +477,11 @@ def backward_kernel(
     weight = shared - times(on_logp, nll)
     dz_t = constant + a * p_other - tl.where(rescale, a_nll, times(a_nll, p_other / nll))
     if REFERENCE:
-        r_t = curve(tl.load(r + column, mask=inside, other=0.0), scale, softcap, T, A, CURVE)[0]
+        r_t = curve(tl.load(r + column, mask=inside, other=0.0), scale, softcap, R, A, CURVE)[0]
         logq = (r_t - ref_max) - ref_log_sum
         weight += times(on_logq, logq)
         dz_t -= a_qp * exp(logq)
-    dz_t += tl.where(p_t > 0, p_t * weight, 0.0)
+    dz_t += times(p_t, weight)
     if K > 0:
         rank = tl.arange(0, K)
         j = tl.load(index + row * k + rank, mask=rank < k, other=-1).to(tl.int64)
@@ -477,19 +490,16 @@ def backward_kernel(
         apart = (j != target) & (j >= first + begin) & (j < first + begin + n)
         j -= first + begin
         z_top, y_top = curve(tl.load(x + j, mask=apart, other=0.0), scale, softcap, T, A, CURVE)
-        q_top = curve(tl.load(r + j, mask=apart, other=0.0), scale, softcap, T, A, CURVE)[0] if REFERENCE else z_top
+        q_top = curve(tl.load(r + j, mask=apart, other=0.0), scale, softcap, R, A, CURVE)[0] if REFERENCE else z_top
         dz_top = b + lane_gradient(
             z_top, q_top, row_max, log_sum, log_scale, ref_max, ref_log_sum, on_p, on_logp, on_logq, -a_qp, constant,
             LOGS, REFERENCE,
         )  # fmt: skip
         dx_top = slope(dz_top, y_top, scale, CURVE).to(T)
     tl.debug_barrier()
-
-    held = tl.load(x + lanes, mask=lanes < n, other=0.0)
-    ref_held = tl.load(r + lanes, mask=lanes < n, other=0.0) if REFERENCE else held
     for start in range(0, n, BLOCK):
         z, y = curve(held, scale, softcap, T, A, CURVE)
-        q = curve(ref_held, scale, softcap, T, A, CURVE)[0]
+        q = curve(ref_held, scale, softcap, R, A, CURVE)[0]
         ahead = start + BLOCK + lanes
         held = tl.load(x + ahead, mask=ahead < n, other=0.0)
         ref_held = tl.load(r + ahead, mask=ahead < n, other=0.0) if REFERENCE else held
@@ -499,7 +509,7 @@ def backward_kernel(
         )  # fmt: skip
         tl.store(dx + start + lanes, slope(dz, y, scale, CURVE).to(T), mask=start + lanes < n)
 
-    tl.debug_barrier()
+    tl.debug_barrier()  # the last store to a lane is the right one
     tl.store(dx + column, slope(dz_t, y_t, scale, CURVE).to(T), mask=inside)
     if K > 0:
         tl.store(dx + j, dx_top, mask=apart)
