@@ -11,7 +11,7 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
-from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, token_stats, value_and_grad
+from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, segment_dot, token_stats, value_and_grad
 
 if TYPE_CHECKING:
     from .reference import ReferenceCache
@@ -27,6 +27,7 @@ __all__ = [
     "objectives",
     "ops",
     "perturbed",
+    "segment_dot",
     "token_stats",
     "value_and_grad",
 ]
