@@ -1,11 +1,17 @@
 // The Python module pyunlearn._C: DLPack capsules in, nothing but plain numbers otherwise.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <utility>
 #include <vector>
 
+#include "cpu/perturb.h"
 #include "cpu/token_stats.h"
+#include "math/philox.h"
 #include "tensor/view.h"
 #if defined(PU_CUDA)
+#include "cuda/perturb.cuh"
 #include "cuda/token_stats.cuh"
 #endif
 
@@ -67,6 +73,15 @@ struct Options {  // the arguments every call ends with
 Options options_of(const py::args& a) {
   return {a[0].cast<uint32_t>(), a[1].cast<double>(), a[2].cast<double>(), a[3].cast<int64_t>(), a[4].cast<int64_t>(),
           a[5].cast<int64_t>(), a[6].cast<int>(), reinterpret_cast<void*>(a[7].cast<uintptr_t>())};
+}
+
+// A dtype as its empty tensor's capsule; None is no tensor.
+pu::DType dtype_like(py::handle capsule) { return static_cast<const pu::Matrix&>(Borrowed(capsule, "dtype")).dtype; }
+
+pu::Noise noise_of(const py::object& step) {  // None, or (draw, scale)
+  if (step.is_none()) return {};
+  const auto [draw, scale] = step.cast<std::pair<uint32_t, double>>();
+  return {true, draw, scale};
 }
 
 [[maybe_unused]] void no_cuda() { throw std::runtime_error(std::string("the CUDA part is not built: ") + PU_CUDA_REASON); }
@@ -134,5 +149,17 @@ PYBIND11_MODULE(_C, m) {
     Borrowed d(grad_logits, "grad_logits");
     py::gil_scoped_release release;
     return PU_ON_DEVICE(l.cuda_device(), value_and_grad(o.call(), how, w, f, l, t, v, d, o.stream), value_and_grad(o.call(), how, w, f, l, t, v, d));
+  });
+
+  m.def("philox", [](std::array<uint32_t, 4> counter, uint64_t key) {
+    uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
+    pu::philox(words, uint32_t(key), uint32_t(key >> 32));
+    return std::array<uint32_t, 4>{words[0], words[1], words[2], words[3]};
+  });
+  m.def("perturb", [](py::handle table, py::handle source, py::handle target, uint64_t seed, const py::object& remove, const py::object& add, int threads, uintptr_t stream) {
+    const pu::Perturb p = {seed, !source.is_none(), dtype_like(source), dtype_like(target), noise_of(remove), noise_of(add)};
+    Borrowed t(table, "table");
+    py::gil_scoped_release release;
+    PU_ON_DEVICE(t.cuda_device(), perturb(p, t, reinterpret_cast<void*>(stream)), perturb(p, t, threads));
   });
 }

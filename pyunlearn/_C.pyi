@@ -35,3 +35,14 @@ def value_and_grad(
     grad_logits: Any,
     *call: Any,
 ) -> bool: ...
+def philox(counter: tuple[int, int, int, int], key: int) -> list[int]: ...
+def perturb(
+    table: Any,
+    source: Any,
+    target: Any,
+    seed: int,
+    remove: tuple[int, float] | None,
+    add: tuple[int, float] | None,
+    threads: int,
+    stream: int,
+) -> None: ...

@@ -11,7 +11,7 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
-from .ops import TokenStats, linear_token_stats, token_stats, value_and_grad
+from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, token_stats, value_and_grad
 
 if TYPE_CHECKING:
     from .reference import ReferenceCache
@@ -22,9 +22,11 @@ __all__ = [
     "ReferenceCache",
     "TokenStats",
     "UnlearnTrainer",
+    "gaussian_noise",
     "linear_token_stats",
     "objectives",
     "ops",
+    "perturbed",
     "token_stats",
     "value_and_grad",
 ]

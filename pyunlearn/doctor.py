@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, linear_token_stats, token_stats
+from . import __version__, gaussian_noise, linear_token_stats, token_stats
 from .ops import OUTPUTS, TokenStats, backends
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy")
@@ -104,12 +104,16 @@ def self_test() -> tuple[Table, bool]:
         stats = linear_token_stats(h, w, targets, outputs=OUTPUTS[:-1], reference=ref, budget_bytes=0, backend=backend)
         return [*values(stats), *torch.autograd.grad((stats.logp + stats.kl_qp).sum(), (h, w))]
 
+    def of_noise(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        return [gaussian_noise(4096, seed=1, name="w", dtype=dtype, backend=backend)]
+
     def values(stats: TokenStats) -> list[torch.Tensor]:
         return [value.detach() for value in stats.as_dict().values()]
 
     tests: dict[str, Callable[[torch.dtype, str], list[torch.Tensor]]] = {
         "token_stats": of_logits,
         "linear_token_stats": of_hidden,
+        "gaussian_noise": of_noise,
     }
     for op, run in tests.items():
         oracle = run(torch.float64, "eager")

@@ -26,40 +26,69 @@ def test_arithmetic_is_shared():
         text = (ROOT / "csrc" / kernel).read_text()
         assert '#include "../math/row_state.h"' in text
         assert '#include "../math/token_gradient.h"' in text
+    for kernel in ("cpu/perturb_lanes.cpp", "cuda/perturb.cu"):
+        assert '#include "../math/philox.h"' in (ROOT / "csrc" / kernel).read_text()
+
+
+def ptxas_report(source, tmp_path):
+    """(architectures, then spilled bytes, registers, shared bytes by kernel); None where there is no nvcc."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
+        return None
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
+    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}\n" in known + "\n"]
+    assert archs
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
+    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    command = [nvcc, *flags, "-c", str(ROOT / source), "-o", str(tmp_path / "kernels.o")]
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
+    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
+    return archs, spills, registers, [int(n) for n in re.findall(r"(\d+) bytes smem", report)]
 
 
 # Kernels a file holds for each architecture, and the most registers and bytes of shared memory of one: 256 threads,
-# so 80 registers are three blocks an SM and 128 are two; dynamic shared memory comes on top in value_and_grad.
+# so 64 registers are four blocks an SM, 80 are three and 128 are two; dynamic shared memory comes on top in
+# value_and_grad.
 KERNELS = {
     "token_stats": (55, 128, 64),  # 36 accumulate, 18 backward, 1 finish
     "topk": (6, 48, 13 << 10),
     "value_and_grad": (18, 80, 256),
+    "perturb": (8, 64, 0),  # pairs of source and target dtypes
 }
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_cuda_kernels_do_not_spill(name, tmp_path):
     """ptxas' report: no spilled register, and the occupancy that the kernels count on."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
+    if (report := ptxas_report(f"csrc/cuda/{name}.cu", tmp_path)) is None:
         return
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}\n" in known + "\n"]
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command = [nvcc, *flags, "-c", str(ROOT / f"csrc/cuda/{name}.cu"), "-o", str(tmp_path / "kernels.o")]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    shared = [int(n) for n in re.findall(r"(\d+) bytes smem", report)]
+    archs, spills, registers, shared = report
     kernels, most_registers, most_shared = KERNELS[name]
-    assert archs
     assert len(registers) == kernels * len(archs)
     assert set(spills) == {0}
     assert max(registers) <= most_registers
-    assert max(shared) <= most_shared
+    assert max(shared, default=0) <= most_shared
 
 
 def test_every_cuda_file_is_checked():
     assert {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")} == set(KERNELS)
+
+
+def test_perturb_kernels_access_16_bytes(tmp_path):
+    """Every kernel has 16-byte loads (where it reads weights) and stores."""
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        assert _C.cuda_archs or _C.cuda_reason
+        return
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=compute_90", "--ptx"]
+    target = tmp_path / "perturb.ptx"
+    subprocess.run([nvcc, *flags, str(ROOT / "csrc/cuda/perturb.cu"), "-o", str(target)], check=True)
+    kernels = re.split(r"\.entry (?=\w+perturb_kernel)", target.read_text())[1:]
+    assert len(kernels) == 8
+    wide = r"(v4\.(b|f|u)32|v2\.(b|f|u)64)"
+    for kernel in kernels:
+        name = kernel.split("(")[0]
+        assert re.search(rf"\bst[\w.]*\.{wide}", kernel), name
+        assert "Nothing" in name or re.search(rf"\bld[\w.]*\.{wide}", kernel), name

@@ -8,6 +8,7 @@
 #include "../math/row_state.h"
 #include "../math/token_gradient.h"
 #include "../math/token_rule.h"
+#include "parallel.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -30,13 +31,6 @@ LaneFunctions best_lanes() {
 LaneFunctions& chosen() {
   static LaneFunctions functions = best_lanes();
   return functions;
-}
-
-template <class Body> void parallel(int64_t items, int threads, Body body) {
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && items > 1)
-#endif
-  for (int64_t i = 0; i < items; ++i) body(i);
 }
 
 int64_t target_of(const Matrix& targets, int64_t i) {

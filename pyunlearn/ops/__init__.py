@@ -3,6 +3,17 @@
 from .contract import OUTPUTS, TokenStats
 from .from_hidden import linear_token_stats
 from .from_logits import token_stats
+from .noise import gaussian_noise
 from .one_pass import TokenRule, value_and_grad
+from .perturbation import perturbed
 
-__all__ = ["OUTPUTS", "TokenRule", "TokenStats", "linear_token_stats", "token_stats", "value_and_grad"]
+__all__ = [
+    "OUTPUTS",
+    "TokenRule",
+    "TokenStats",
+    "gaussian_noise",
+    "linear_token_stats",
+    "perturbed",
+    "token_stats",
+    "value_and_grad",
+]

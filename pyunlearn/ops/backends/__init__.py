@@ -9,6 +9,8 @@ Eager apart, a backend is a module of five calls over one streaming state per ro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -17,7 +19,7 @@ from . import native
 
 # The CUDA kernels serve when asked for by name; they become the default once they have been measured on a GPU.
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("eager", "cuda")}
-OPS = ("token_stats", "linear_token_stats")
+OPS = ("token_stats", "linear_token_stats", "gaussian_noise")
 
 
 def unavailable(backend: str) -> str:
@@ -36,6 +38,13 @@ def unavailable(backend: str) -> str:
 def kernels(backend: str) -> ModuleType:
     """The module behind a backend other than "eager"."""
     return native
+
+
+def perturb_kernel(backend: str) -> Callable[..., None]:
+    """The launch behind `noise.Plan.run` of a backend other than "eager"."""
+    if backend == "triton":
+        return import_module("pyunlearn.triton_kernels.perturb").perturb
+    return native.perturb
 
 
 def choose(backend: str | None, device: torch.device) -> str:

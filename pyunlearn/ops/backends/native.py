@@ -27,8 +27,11 @@ def capsule(tensor: Tensor | None) -> Any:
 def _call(like: Tensor, options: Options, first_column: int, vocabulary: int) -> tuple[int | float, ...]:
     """The arguments every native call ends with."""
     how = (options.bits, options.temperature, options.softcap or 0.0, options.ignore_index)
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
-    return (*how, first_column, vocabulary, torch.get_num_threads(), stream)
+    return (*how, first_column, vocabulary, torch.get_num_threads(), _stream(like))
+
+
+def _stream(like: Tensor) -> int:
+    return torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
 
 
 def _rows(tensor: Tensor, rows: int) -> Tensor:
@@ -129,3 +132,17 @@ def value_and_grad(
     if n and not _C.value_and_grad(rule, *map(capsule, tensors), *call):
         return None
     return stats
+
+
+def perturb(
+    table: Tensor,
+    source: torch.dtype | None,
+    target: torch.dtype,
+    seed: int,
+    remove: tuple[int, float] | None,
+    add: tuple[int, float] | None,
+) -> None:
+    """One pass over a table of chunks (csrc/cpu/perturb.h) in memory of these dtypes; noises are (draw, scale)."""
+    from_like = None if source is None else capsule(torch.empty(0, dtype=source))
+    to_like = capsule(torch.empty(0, dtype=target))
+    _C.perturb(capsule(table), from_like, to_like, seed, remove, add, torch.get_num_threads(), _stream(table))

@@ -1,0 +1,55 @@
+// Storage types <-> SIMD lanes of float (double stays double). For files compiled once per instruction set.
+#pragma once
+#include "../math/lanes.h"
+
+namespace pu {
+inline namespace PU_ISA {
+
+struct BFloat16 { uint16_t bits; };
+struct Float16 { uint16_t bits; };
+
+template <class T> struct LaneOf { using type = Floats; };
+template <> struct LaneOf<double> { using type = double; };
+
+PU_FN double load(const double* p) { return *p; }
+PU_FN void store(double* p, double v) { *p = v; }
+PU_FN Floats load(const float* p) { Floats v; __builtin_memcpy(&v, p, sizeof v); return v; }
+PU_FN void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
+
+PU_FN Words load_words(const void* p) {
+  Halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  return __builtin_convertvector(h, Words);
+}
+PU_FN void store_words(void* p, Words v) {
+  const Halves h = __builtin_convertvector(v, Halves);
+  __builtin_memcpy(p, &h, sizeof h);
+}
+
+PU_FN Floats load(const BFloat16* p) { return bits_of<Floats>(load_words(p) << 16); }
+PU_FN Words bfloat16_bits(Floats v) {  // round to nearest even; NaN stays NaN
+  const Words w = bits_of<Words>(v);
+  const Words rounded = (w + 0x7fffu + ((w >> 16) & 1u)) >> 16;
+  return v == v ? rounded : (w >> 16 | 0x40u);
+}
+PU_FN void store(BFloat16* p, Floats v) { store_words(p, bfloat16_bits(v)); }
+
+PU_FN Floats load(const Float16* p) {
+  const Words w = load_words(p), magnitude = (w & 0x7fffu) << 13;
+  const Floats value = bits_of<Floats>(magnitude) * 0x1p112f;  // denormals come out right
+  const Words special = bits_of<Words>(value) | 0x7f800000u;   // exponent 31: infinity or NaN
+  return bits_of<Floats>((bits_of<Ints>(magnitude) >= 0x0f800000 ? special : bits_of<Words>(value)) | (w & 0x8000u) << 16);
+}
+PU_FN void store(Float16* p, Floats v) {
+  const Words w = bits_of<Words>(v), magnitude = w & 0x7fffffffu;
+  const Floats a = bits_of<Floats>(magnitude);
+  const Words normal = (magnitude + 0xfffu + (magnitude >> 13 & 1u) - (112u << 23)) >> 13;
+  const Words denormal = bits_of<Words>(a + 0.5f) - 0x3f000000u;  // the ulp of 0.5 is the smallest half
+  Words h = a < 0x1p-14f ? denormal : normal;
+  h = a >= 65520.0f ? Words{} + 0x7c00u : h;
+  h = a != a ? Words{} + 0x7e00u : h;
+  store_words(p, h | (w >> 16 & 0x8000u));
+}
+
+}  // namespace PU_ISA
+}  // namespace pu

@@ -1,0 +1,89 @@
+"""Run by torchrun in test_perturbed.py: sharded parameters get the noise that whole ones get, and come back bitwise."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import pyunlearn as pu
+from tests.two_processes import save_and_leave
+
+NOISE = dict(sigma=0.1, seed=4, draw=2)
+CASES = {  # (shape, placements, bfloat16 numbers)
+    "dim 0": ((8, 5), Shard(0)),
+    "dim 0, uneven": ((7, 5), Shard(0)),
+    "dim 0, one rank is empty": ((1, 5), Shard(0)),
+    "dim 1": ((4, 6), Shard(1)),
+    "dim 1, uneven": ((6, 9, 4), Shard(1)),
+    "last of three": ((3, 2, 7), Shard(2)),
+    "vector": ((13,), Shard(0)),
+    "replicated": ((5, 6), Replicate()),
+    "long rows": ((3, 70001), Shard(1)),
+}
+
+
+def parameter(shape: tuple[int, ...], kind: str) -> torch.Tensor:
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(len(shape)))
+    return w.bfloat16().float() if kind == "snap" else w
+
+
+def sharded_parameters(mesh, mode: str, backend: str | None) -> dict[str, bool]:
+    right = {}
+    for name, (shape, placement) in CASES.items():
+        whole, sharded = nn.ParameterDict({"w": parameter(shape, mode)}), nn.ParameterDict()
+        sharded["w"] = nn.Parameter(distribute_tensor(whole["w"].data, mesh, [placement]))
+        with pu.perturbed(whole, **NOISE, mode="overlay", backend=backend):
+            expected = whole["w"].detach().clone()
+        with pu.perturbed(sharded, **NOISE, mode=mode, backend=backend):
+            same = torch.equal(sharded["w"].full_tensor(), expected)
+        right[f"{name}, {mode}, {backend}"] = same and torch.equal(sharded["w"].full_tensor(), whole["w"])
+    return right
+
+
+def fsdp(mesh) -> dict[str, bool]:
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 3))
+
+    whole, sharded, x = network(), network(), torch.randn(4, 5)
+    fully_shard(sharded[0], mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    with torch.no_grad():
+        clean = sharded(x)
+        with pu.perturbed(whole, **NOISE):
+            expected = whole(x)
+        with pu.perturbed(sharded, **NOISE) as weights:
+            got, mode = sharded(x), weights.mode
+        return {"fsdp": torch.equal(got, expected) and mode == "copy", "after": torch.equal(sharded(x), clean)}
+
+
+def refusals(mesh) -> dict[str, str]:
+    holder = nn.ParameterDict({"w": nn.Parameter(distribute_tensor(torch.ones(4, 4).bfloat16(), mesh, [Shard(0)]))})
+    assert isinstance(holder["w"], DTensor)
+    told = {}
+    for mode in ("auto", "overlay", "streamed", "snap"):
+        try:
+            with pu.perturbed(holder, mode=mode):
+                told[mode] = "entered"
+        except ValueError as error:
+            told[mode] = str(error)
+    return told
+
+
+def main(folder: str) -> None:
+    torch.distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2,))
+    results: dict = {}
+    for mode in ("auto", "copy", "snap"):
+        results |= sharded_parameters(mesh, mode, None)
+    results |= sharded_parameters(mesh, "copy", "eager") | fsdp(mesh)
+    save_and_leave((results, refusals(mesh)), folder)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
