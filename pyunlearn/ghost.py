@@ -32,6 +32,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from .ops.weights import canonical
+
 GRAM_ELEMENTS = 1 << 24  # of a (samples, T, T) temporary, at most, where one sample's is not larger
 
 
@@ -59,7 +61,7 @@ class GhostNorms:
     """
 
     def __init__(self, model: nn.Module, parameters: Collection[str] | None = None, strict: bool = True):
-        named = dict(model.named_parameters(remove_duplicate=False))
+        named = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False)}
         if parameters is not None and (unknown := sorted(set(parameters) - set(named))):
             raise ValueError(f"parameters: the model has none of the name {unknown[0]!r}")
         names = {

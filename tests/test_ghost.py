@@ -6,25 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from pyunlearn import ghost
 from pyunlearn.ghost import GhostNorms
 
-V = 37
-LLAMA = {
-    "vocab_size": V, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0,
-}  # fmt: skip
-GPT2 = {"vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
-
-
-class Float64RMSNorm(LlamaRMSNorm):
-    """transformers' own goes through float32, which hides the digits that are to be compared."""
-
-    def forward(self, x):
-        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
+from .float64 import MODELS, make_model
 
 
 class PlusOneRMSNorm(nn.RMSNorm):
@@ -34,30 +20,9 @@ class PlusOneRMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
 
 
-MODELS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True)),
-    "llama, tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
-    "gpt2, tied": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
-}
-
-
-def make(name):
-    torch.manual_seed(0)
-    model = MODELS[name]()
-    for path, module in list(model.named_modules()):
-        if type(module) is LlamaRMSNorm:
-            norm = Float64RMSNorm(module.weight.numel(), module.variance_epsilon)
-            model.set_submodule(path, norm)
-    model = model.double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model
-
-
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request):
-    return make(request.param)
+    return make_model(request.param)
 
 
 def batch_of(rows, seed=1):
