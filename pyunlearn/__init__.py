@@ -11,6 +11,7 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
+from .mrd import MRDResult, mrd
 from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, segment_dot, token_stats, value_and_grad
 
 if TYPE_CHECKING:
@@ -19,11 +20,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "MRDResult",
     "ReferenceCache",
     "TokenStats",
     "UnlearnTrainer",
     "gaussian_noise",
     "linear_token_stats",
+    "mrd",
     "objectives",
     "ops",
     "perturbed",
