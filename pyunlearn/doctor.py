@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, gaussian_noise, linear_token_stats, token_stats
+from . import __version__, gaussian_noise, linear_token_stats, segment_dot, token_stats
 from .ops import OUTPUTS, TokenStats, backends
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy")
@@ -107,6 +107,10 @@ def self_test() -> tuple[Table, bool]:
     def of_noise(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
         return [gaussian_noise(4096, seed=1, name="w", dtype=dtype, backend=backend)]
 
+    def of_pairs(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+        pairs = [(hidden.to(dtype), ref_hidden.to(dtype)), (weight.to(dtype), -weight.to(dtype))]
+        return list(segment_dot(pairs, backend=backend))
+
     def values(stats: TokenStats) -> list[torch.Tensor]:
         return [value.detach() for value in stats.as_dict().values()]
 
@@ -114,6 +118,7 @@ def self_test() -> tuple[Table, bool]:
         "token_stats": of_logits,
         "linear_token_stats": of_hidden,
         "gaussian_noise": of_noise,
+        "segment_dot": of_pairs,
     }
     for op, run in tests.items():
         oracle = run(torch.float64, "eager")
