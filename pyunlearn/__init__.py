@@ -11,7 +11,9 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
-from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, token_stats, value_and_grad
+from .geffect import g_effect, pointwise_g_effect
+from .mrd import MRDResult, mrd
+from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, segment_dot, token_stats, value_and_grad
 
 if TYPE_CHECKING:
     from .reference import ReferenceCache
@@ -19,14 +21,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "MRDResult",
     "ReferenceCache",
     "TokenStats",
     "UnlearnTrainer",
+    "g_effect",
     "gaussian_noise",
     "linear_token_stats",
+    "mrd",
     "objectives",
     "ops",
     "perturbed",
+    "pointwise_g_effect",
+    "segment_dot",
     "token_stats",
     "value_and_grad",
 ]

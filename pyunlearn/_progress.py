@@ -1,8 +1,9 @@
-"""One progress bar for everything that walks through samples in batches."""
+"""One progress bar for everything that walks through samples in batches, or through draws."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import (
@@ -14,11 +15,15 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+T = TypeVar("T")
 
-def track(batches: Sequence[list[int]], description: str, show: bool) -> Iterator[list[int]]:
-    """The batches one by one; with `show`, a bar on stderr that counts their samples."""
+
+def track(
+    items: Sequence[T], description: str, show: bool, size: Callable[[Any], int] = len, done: int = 0
+) -> Iterator[T]:
+    """The items one by one; with `show`, a bar on stderr that counts `size` of each, after `done` of earlier."""
     if not show:
-        yield from batches
+        yield from items
         return
     columns = (
         TextColumn("{task.description}"),
@@ -28,7 +33,7 @@ def track(batches: Sequence[list[int]], description: str, show: bool) -> Iterato
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(description, total=sum(map(len, batches)))
-        for batch in batches:
-            yield batch
-            bar.advance(task, len(batch))
+        task = bar.add_task(description, total=done + sum(map(size, items)), completed=done)
+        for item in items:
+            yield item
+            bar.advance(task, size(item))

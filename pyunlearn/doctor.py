@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, gaussian_noise, linear_token_stats, token_stats
+from . import __version__, gaussian_noise, linear_token_stats, segment_dot, token_stats
 from .ops import OUTPUTS, TokenStats, backends
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy")
@@ -93,6 +93,7 @@ def self_test() -> tuple[Table, bool]:
         "token_stats": of_logits,
         "linear_token_stats": of_hidden,
         "gaussian_noise": of_noise,
+        "segment_dot": of_pairs,
     }
     for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         for op, run in tests.items():
@@ -139,6 +140,11 @@ def of_hidden(rows: int, vocabulary: int, dtype: torch.dtype, device: str, backe
 
 def of_noise(rows: int, vocabulary: int, dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
     return [gaussian_noise(rows * 48, seed=1, name="w", device=device, dtype=dtype, backend=backend)]
+
+
+def of_pairs(rows: int, vocabulary: int, dtype: torch.dtype, device: str, backend: str) -> list[torch.Tensor]:
+    hidden, weight, ref_hidden, _ = problem(rows, vocabulary, dtype, device)
+    return list(segment_dot([(hidden, ref_hidden), (weight, -weight)], backend=backend))
 
 
 def values(stats: TokenStats) -> list[torch.Tensor]:

@@ -22,7 +22,7 @@ from . import native
 # The CUDA kernels serve when asked for by name; they become the default once they have been measured on a GPU.
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager", "cuda")}
 NAMES = ("triton", "cuda", "cpu", "eager")
-OPS = ("token_stats", "linear_token_stats", "gaussian_noise")
+OPS = ("token_stats", "linear_token_stats", "gaussian_noise", "segment_dot")
 
 
 def unavailable(backend: str) -> str:
@@ -65,6 +65,13 @@ def perturb_kernel(backend: str) -> Callable[..., None]:
     if backend == "triton":
         return importlib.import_module("pyunlearn.triton_kernels.perturb").perturb
     return native.perturb
+
+
+def segment_dot_kernel(backend: str) -> Callable[..., None]:
+    """The launch behind `segment_dot` of a backend other than "eager"."""
+    if backend == "triton":
+        return importlib.import_module("pyunlearn.triton_kernels.segment_dot").segment_dot
+    return native.segment_dot
 
 
 def choose(backend: str | None, device: torch.device) -> str:

@@ -6,6 +6,7 @@ to torch's current stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -151,3 +152,10 @@ def perturb(
     from_like = None if source is None else capsule(torch.empty(0, dtype=source))
     to_like = capsule(torch.empty(0, dtype=target))
     _C.perturb(capsule(table), from_like, to_like, seed, remove, add, torch.get_num_threads(), _stream(table))
+
+
+def segment_dot(
+    pairs: Sequence[tuple[Tensor, Tensor]], table: Tensor, chunk: int, partials: Tensor, sums: Tensor
+) -> None:
+    """Fills `sums` (3, segments) from the addresses in `table` (csrc/cpu/segment_dot.h)."""
+    _C.segment_dot(capsule(table), chunk, capsule(partials), capsule(sums), torch.get_num_threads(), _stream(table))

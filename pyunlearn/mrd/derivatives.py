@@ -1,0 +1,162 @@
+"""The leading orders of MRD in sigma, without perturbing: S(sigma z) = -sigma g.z - sigma^2 z'Mz / 2 + ...
+
+g = grad sum_t log L_t: one backward, its norm sample by sample by ghost norms. M = sum_t Hess(L_t) / L_t: z'Mz of every
+sample by two directional derivatives on top of each other (forward over forward), for the z that `perturbed` adds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from ..forward import output_head, supervised_hidden, unwrap
+from ..ghost import GhostNorms
+from ..ops import gaussian_noise, perturbed, token_stats
+from .work import Estimate, Job, check_finite, second_order
+
+HEAD_ELEMENTS = 1 << 24  # logits held at once, at most
+
+
+def gradient(job: Job, sigma: float) -> Estimate:
+    """sigma sqrt(2 / pi) ||g||, the leading order of E |S|."""
+    check_whole(job, "gradient")
+    samples = job.samples
+    units = {j: f"batch-{j:06d}" for j in job.processes.share(range(len(samples.batches)))}
+    half = any(p.dtype.itemsize < 4 for p in job.model.parameters())
+    shown = perturbed(job.model, draw=None, mode="overlay") if half else nullcontext()  # float32 inside
+    with shown, GhostNorms(job.model, [weight.name for weight in job.weights]) as ghost:
+        found = job.finish(units, lambda j: squared_norms(job, ghost, samples.batches[j]), "mrd gradient")
+    squared = torch.zeros(len(samples), dtype=torch.float64)
+    for j, values in found.items():
+        squared[samples.members[j]] = values
+    slope = job.processes.combine(squared).sqrt()
+    check_finite(slope, "in its gradient")
+    return Estimate(sigma * math.sqrt(2 / math.pi) * slope, torch.zeros_like(slope), slope)
+
+
+def squared_norms(job: Job, ghost: GhostNorms, batch: Mapping[str, Tensor]) -> Tensor:
+    """(B,) float64 on the CPU: ||grad sum_t f_t log L_t||^2, f_t held constant."""
+    num_samples = batch["input_ids"].size(0)
+
+    def loss() -> Tensor:
+        kept = supervised_hidden(job.model, batch)
+        # The head gets the positions that count as rows of their samples, for the ghost norms to see.
+        place = torch.arange(len(kept.targets), device=kept.targets.device)
+        where = kept.sequence_ids, place - torch.searchsorted(kept.sequence_ids, kept.sequence_ids)
+        shape = num_samples, int(where[1].max()) + 1
+        hidden = kept.hidden.new_zeros(*shape, kept.hidden.size(-1)).index_put(where, kept.hidden)
+        targets = kept.targets.new_full(shape, -100).index_put(where, kept.targets)
+        logits = unwrap(job.model).get_output_embeddings()(hidden)
+        head = output_head(job.model)
+        rest: Any = {"temperature": head.temperature, "softcap": head.softcap, "inplace_backward": True}
+        log_nll = token_stats(logits, targets, ("log_nll",), **rest).log_nll[where]
+        return (job.factor(log_nll.detach()) * log_nll).sum()
+
+    return ghost.squared_norms(num_samples, loss).cpu()
+
+
+def hutchinson(job: Job, sigma: float, num_draws: int) -> Estimate:
+    """sigma^2 / 2 |Tr M|, the leading order of |E S| (Theorem 3.2): E z'Mz = Tr M (Hutchinson 1989)."""
+    check_whole(job, "hutchinson")
+    samples = job.samples
+    units = {k: f"{k:06d}" for k in job.processes.share(range(num_draws))}
+    found = job.finish(units, lambda k: along_draw(job, k), "mrd hutchinson")
+    table = torch.zeros(num_draws, 2, len(samples), dtype=torch.float64)
+    for k, values in found.items():
+        table[k] = values
+    slopes, bends = job.processes.combine(table).unbind(1)
+    check_finite(bends.sum(0), "in its second derivative")
+    value, error = (sigma**2 / 2 * x for x in second_order(bends))
+    return Estimate(value, error, slopes.abs().mean(0) / math.sqrt(2 / math.pi), bends)
+
+
+@torch.no_grad()
+def along_draw(job: Job, draw: int) -> Tensor:
+    """(2, n) float64 on the CPU: g.z and z'Mz of every sample, z the noise of this draw."""
+    log_odds = LogOdds(job.model)
+    name_of = {id(p): name for name, p in log_odds.named_parameters()}
+    values, noise = {}, {}
+    for weight in job.weights:
+        name, w = name_of[id(weight.parameters[0])], weight.local
+        values[name] = w.to(torch.promote_types(w.dtype, torch.float32))
+        z = gaussian_noise(w.numel(), seed=job.seed, draw=draw, name=weight.name, device=w.device)
+        noise[name] = z.view(w.shape).to(values[name].dtype)
+    one = torch.ones((), dtype=values[name].dtype, device=values[name].device)
+
+    def three(batch: Mapping[str, Tensor]) -> Tensor:
+        """(3, N): the log-odds, their first and their second derivative along z."""
+
+        def along(step: Tensor) -> Tensor:
+            moved = {name: value + step * noise[name] for name, value in values.items()}
+            return torch.func.functional_call(log_odds, moved, (batch,))
+
+        def first(step: Tensor) -> Any:
+            return torch.func.jvp(along, (step,), (one,))
+
+        here, derivative = torch.func.jvp(first, (torch.zeros_like(one),), (one,))[:2]
+        return torch.stack([*here, derivative[1]])
+
+    with sdpa_kernel(SDPBackend.MATH), Primitives():  # other attention kernels have no forward derivatives
+        u, slope, bend = torch.cat([three(batch).double().cpu() for batch in job.samples.batches], 1)
+    # L = softplus(u). L' / L = s u' and L'' / L = s (u'' + sigmoid(-u) u'^2), s = sigmoid(u) / L, 1 for u -> -inf.
+    nll, known = torch.logaddexp(u, torch.zeros_like(u)), u < -30
+    share = job.factor(torch.where(known, u, nll.log())) * torch.where(known, 1.0, u.sigmoid() / nll)
+    terms = share * slope, share * (bend + (-u).sigmoid() * slope.square())
+    everything = range(len(job.samples.batches))
+    return torch.stack([job.samples.per_sample(term, everything) for term in terms])
+
+
+class Primitives(TorchFunctionMode):
+    """Spells out what torch cannot differentiate forward twice: silu has no formula, layer_norm a wrong one."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return SPELLED_OUT.get(func, func)(*args, **(kwargs or {}))
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    return x * x.sigmoid()
+
+
+def layer_norm(
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    dims = tuple(range(-len(shape), 0))
+    centred = x - x.mean(dims, keepdim=True)
+    y = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+SPELLED_OUT = {F.silu: silu, F.layer_norm: layer_norm}
+
+
+class LogOdds(nn.Module):
+    """(N,) log((1 - p_t) / p_t) of a batch's scored tokens: L_t = softplus of it, without ever rounding p_t to 1."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        kept, head = supervised_hidden(self.model, batch), output_head(self.model)
+        rows = max(1, HEAD_ELEMENTS // head.weight.size(0))
+        found = []
+        for hidden, targets in zip(kept.hidden.split(rows), kept.targets.split(rows), strict=True):
+            logits, index = head.logits(hidden), targets.unsqueeze(1)
+            others = logits.scatter(1, index, -torch.inf)
+            found.append(others.logsumexp(1) - logits.gather(1, index).squeeze(1))
+        return torch.cat(found)
+
+
+def check_whole(job: Job, estimator: str) -> None:
+    """Raises ValueError for sharded weights: derivatives are not followed through shards."""
+    if sharded := [weight.name for weight in job.weights if weight.sharded]:
+        raise ValueError(f"estimator={estimator!r}: {sharded[0]} is sharded; needs whole weights, or 'algorithm1'")

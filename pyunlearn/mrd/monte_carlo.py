@@ -1,0 +1,145 @@
+"""Draws of noise, outermost and shared by all samples; and per draw and sample the statistic of the estimator.
+
+With L_t = -log p(x_t | x_<t) of the weights w and L_t' of w + sigma z, from the kernel's log L, finite and right for
+tokens known by heart:
+
+    r_t = (P_t(w) - P_t(w + sigma z)) / P_t(w) = 1 - L_t' / L_t = -expm1(log L_t' - log L_t),     S = sum_t f_t r_t.
+
+f_t is 1 (Definition 3.1, Algorithm 1), L_t / (L_t + eps) with an epsilon, or -L_t (Eq. 3). Differences and sums are
+float64, in the order of the tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..forward import head_stats, output_head, supervised_hidden, unwrap
+from ..ops import perturbed
+from .samples import Samples
+from .work import Estimate, Job, check_finite, first_order, second_order
+
+# What a draw leaves of each sample: the statistic; |S|; sum_t |f_t r_t|; the same over tokens known by heart
+STATISTIC, MAGNITUDE, ABSOLUTE, BY_HEART = range(4)
+KNOWN_BY_HEART = 1e-6  # nats: L_t below it
+CHECK_SAMPLES = 8
+FLOOR = 1 / 1024  # of sigma: moves what rounds, and next to nothing else
+
+
+@dataclass
+class Shaking:
+    """How weights are perturbed. antithetic: the statistic is (S(z) + S(-z)) / 2 in the place of S(z).
+
+    split: what processes share out, "draws" or "data" (batches). mode, parameters: of `perturbed`; mode is the one
+    taken, once there were draws.
+    """
+
+    antithetic: bool
+    split: str
+    mode: str
+    parameters: Collection[str] | None
+
+
+@torch.no_grad()
+def monte_carlo(
+    job: Job, shaking: Shaking, sigma: float, sigma_eval: float, num_draws: int, check_draws: int
+) -> Estimate:
+    """The mean of |S|, or the mean of S over antithetic pairs at sigma_eval scaled to sigma; and the self-check."""
+    samples, everything = job.samples, list(range(len(job.samples.batches)))
+    summed = second_order if shaking.antithetic else first_order
+    scale = (sigma / sigma_eval) ** 2 if shaking.antithetic else 1.0
+    table = draw_table(job, shaking, sigma_eval, num_draws, everything, "mrd")
+    value, error = (scale * x for x in summed(table[:, STATISTIC]))
+    told: dict[str, Any] = {
+        "mode": shaking.mode,
+        "by_heart_share": float(table[:, BY_HEART].sum() / table[:, ABSOLUTE].sum()),
+    }
+    if check_draws:
+        some, count = check_batches(samples), min(check_draws, num_draws)
+        members = [i for j in some for i in samples.members[j]]
+        twice = draw_table(job, shaking, 2 * sigma_eval, count, some, "mrd at 2 sigma")
+        floor = draw_table(job, shaking, FLOOR * sigma_eval, count, some, "noise floor")
+        once, twice, floor = (part[:count, STATISTIC, members] for part in (table, twice, floor))
+        told |= {
+            "sigma_ratio": float(summed(twice)[0].sum() / summed(once)[0].sum()),
+            "expected_ratio": 4.0 if shaking.antithetic else 2.0,
+        }
+        if bool(floor.any()):  # else no weight moved
+            told["noise_floor"] = float(scale * floor.abs().mean())
+            told["noise_share"] = float(floor.abs().mean() / once.abs().mean())
+    slope = table[:, MAGNITUDE].mean(0) / (sigma_eval * math.sqrt(2 / math.pi))
+    return Estimate(value, error, slope, table[:, STATISTIC], told)
+
+
+def check_batches(samples: Samples) -> list[int]:
+    """Batches of middling length with CHECK_SAMPLES samples together, whole: their composition stays as it is."""
+    some: list[int] = []
+    middle = (len(samples.batches) - 1) // 2
+    for j in sorted(range(len(samples.batches)), key=lambda j: abs(j - middle)):
+        if sum(len(samples.members[i]) for i in some) >= CHECK_SAMPLES:
+            break
+        some.append(j)
+    return sorted(some)
+
+
+def draw_table(
+    job: Job, shaking: Shaking, sigma: float, num_draws: int, batches: Sequence[int], description: str
+) -> Tensor:
+    """(num_draws, 4, n) float64 on the CPU: STATISTIC, MAGNITUDE, ABSOLUTE, BY_HEART; 0 for samples of other batches.
+
+    Raises ValueError for a score that is not finite.
+    """
+    processes, part = job.processes, ""
+    mine, here = list(range(num_draws)), list(batches)
+    if shaking.split == "draws":
+        mine = processes.share(mine)
+    elif processes.count > 1:
+        here, part = processes.share(here), f"-{processes.rank}of{processes.count}"
+    units = {k: f"{sigma:.17g}-{k:06d}{part}" for k in mine} if here else {}
+    signs = (1, -1) if shaking.antithetic else (1,)
+    noise: Any = {"sigma": sigma, "seed": job.seed, "mode": shaking.mode, "parameters": shaking.parameters}
+    with perturbed(job.model, draw=None, **noise) as weights:
+        shaking.mode = weights.mode
+        clean: list[Tensor] = []
+
+        def compute(k: int) -> Tensor:
+            if not clean:  # before any draw: the weights as they are
+                clean.append(log_nll(job, weights, here))
+            terms = []
+            for sign in signs:
+                weights.to(k, sign)
+                moved = log_nll(job, weights, here)
+                terms.append(job.factor(clean[0]) * -torch.expm1(moved - clean[0]))
+            return record(job.samples, clean[0], terms, here, k)
+
+        found = job.finish(units, compute, description)
+    table = torch.zeros(num_draws, 4, len(job.samples), dtype=torch.float64)
+    for k, values in found.items():
+        table[k] = values
+    return processes.combine(table)
+
+
+def log_nll(job: Job, weights: perturbed, batches: Sequence[int]) -> Tensor:
+    """(N,) float64 on the CPU: log L_t of every scored token of these batches, for the weights as they stand."""
+    head = unwrap(job.model).get_output_embeddings()
+    found = []
+    for j in batches:
+        kept = supervised_hidden(job.model, job.samples.batches[j])
+        with weights.resident(head):
+            found.append(head_stats(output_head(job.model), kept.hidden, kept.targets, ("log_nll",)).log_nll)
+    return torch.cat(found).double().cpu()
+
+
+def record(samples: Samples, clean: Tensor, terms: Sequence[Tensor], batches: Sequence[int], draw: int) -> Tensor:
+    """(4, n) of one draw, from the f_t r_t (N,) of each sign."""
+    sums = torch.stack([samples.per_sample(term, batches) for term in terms])
+    absolute = torch.stack(list(terms)).abs().mean(0)
+    by_heart = torch.where(clean.exp() < KNOWN_BY_HEART, absolute, 0.0)
+    rest = [samples.per_sample(part, batches) for part in (absolute, by_heart)]
+    check_finite(sums.sum(0), f"in draw {draw}")
+    return torch.stack([sums.mean(0), sums.abs().mean(0), *rest])
