@@ -99,8 +99,6 @@ def check_inplace(logits: Tensor) -> None:
 def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options, backend: str) -> Forward:
     """-> (stats, saved, index, belief); the last two hold the top-k lanes, (rows, k), or (rows, 0)."""
     module, vocabulary, n = kernels(backend), logits.size(-1), targets.numel()
-    if reference is not None and reference.dtype != logits.dtype:
-        reference = reference.to(logits.dtype)
     state = module.new_state(logits, n, vocabulary)
     module.accumulate(logits, targets, reference, state, options, 0, vocabulary, True)
     stats, saved = module.finish(state, targets, reference is not None, options, vocabulary)

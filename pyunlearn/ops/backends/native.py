@@ -36,6 +36,11 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.view(tensor.size(0), rows)
 
 
+def _like(reference: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The kernels read a reference in the dtype of the logits."""
+    return None if reference is None else reference.to(logits.dtype)
+
+
 def new_state(like: Tensor, rows: int, columns: int) -> Tensor:
     """Streaming state, (rows, parts, fields); parts of a row are accumulated side by side and merged in order."""
     return like.new_empty(rows, 1, _C.state_fields, dtype=statistics_dtype(like))
@@ -52,6 +57,7 @@ def accumulate(
     fresh: bool,
 ) -> None:
     """Merges columns [first, first + logits.size(-1)) of every row into `state`, or starts it afresh."""
+    reference = _like(reference, logits)
     call = _call(logits, options, first, vocabulary)
     _C.accumulate(capsule(logits), capsule(targets), capsule(reference), capsule(state), fresh, *call)
 
@@ -101,8 +107,7 @@ def backward(
 ) -> Tensor:
     """Writes d(logits) into `grad_logits`, which may be `logits` itself, and returns it."""
     n = targets.numel()
-    if reference is not None and reference.dtype != logits.dtype:
-        reference = reference.to(logits.dtype)
+    reference = _like(reference, logits)
     views = [_rows(t.to(saved.dtype).contiguous(), n) for t in (grad_stats, stats, saved)]
     if index is not None and index.size(-1) == 0:
         index = belief = None
