@@ -2,3 +2,8 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # looked at when triton is first imported, which importing torch does not do

@@ -40,7 +40,7 @@ def token_stats(
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
             not be used afterwards, and a second backward raises. Under torch.compile it is ignored.
         k: size of the belief set of `topk`, 1 to 256 (bootstrapping's BS-T).
-        backend: None (the fastest that is there), "cpu", "cuda" or "eager".
+        backend: None (the fastest that is there), "cpu", "triton", "cuda" or "eager".
 
     Returns:
         TokenStats: one attribute per output, each (...), float32 (float64 for float64 logits; greedy: bool), 0 at
