@@ -1,88 +1,73 @@
-"""`python -m benchmarks`: measure every case by every implementation on this machine, store JSON, print the table.
+"""`python -m benchmarks [part ...]`: measure by every implementation on this machine, store JSON, write the report.
 
-Results go to benchmarks/results/<device>/: ops.json (one record a measurement, raw samples included) and ops.md.
+Parts: cpu (pytest-benchmark), logits, linear, step (GPU; on a CPU only to try them), report (tables and figures of what
+is stored), evidence (what is known of the GPU kernels without one). Default: cpu and, with a GPU, logits, linear, step.
+Results go to benchmarks/results/<device>/: a JSON file a part (one record a measurement, raw samples included), ops.md
+and figures. A part that ends early goes on where it ended when it is run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
-import os
-import platform
 import sys
-import tempfile
 from pathlib import Path
 
-import pytest
 import torch
 
-from pyunlearn import _C
+from . import cpu, evidence, report
+from .measure import machine
+from .run import PLANS, Session, run
 
-from .measure import commit, copy_gbps, machine
-from .table import markdown
-
-HERE = Path(__file__).parent
+GPU_PARTS = (*PLANS, "step")
+PARTS = ("cpu", *GPU_PARTS, "report", "evidence")
 
 
 def main() -> int:
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
+    parser.add_argument("parts", metavar="part", nargs="*", help=f"of {', '.join(PARTS)}")
     parser.add_argument(
-        "-k", metavar="EXPR", default="", help='only cases that match, as in pytest -k, for example "NLL and bfloat16"'
+        "-k", metavar="EXPR", default="", help='cpu: only cases that match, as in pytest -k, e.g. "NLL and bfloat16"'
     )
-    parser.add_argument("--rounds", type=int, default=9, help="samples a measurement (default 9)")
+    parser.add_argument("--rounds", type=int, default=9, help="cpu: samples a measurement (default 9)")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="cpu: torch threads (default: torch's own)"
+    )
+    parser.add_argument("--impl", default="", help="GPU parts: only these implementations, comma-separated")
+    parser.add_argument("--seconds", type=float, default=420, help="GPU parts: time each may take (default 420)")
+    parser.add_argument("--fresh", action="store_true", help="GPU parts: measure again what is stored")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu", help="of the GPU parts")
     parser.add_argument("--small", action="store_true", help="tiny shapes: does everything run?")
-    parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="torch threads (default: torch's own)"
-    )
-    parser.add_argument("--out", type=Path, help="folder for ops.json and ops.md (default benchmarks/results/<device>)")
+    parser.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results/<device>)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    os.environ["PYUNLEARN_BENCH_ROUNDS"] = str(args.rounds)
-    os.environ["PYUNLEARN_BENCH_SMALL"] = "1" if args.small else ""
+    parts = args.parts or ["cpu", *(GPU_PARTS if gpu else ())]
+    if unknown := [part for part in parts if part not in PARTS]:
+        parser.error(f"unknown part {unknown[0]!r}: needs one of {', '.join(PARTS)}")
 
-    bandwidth = copy_gbps(16 if args.small else 256)
-    with tempfile.TemporaryDirectory() as temporary:
-        raw = Path(temporary) / "raw.json"
-        options = [
-            "-q",
-            "-k",
-            args.k,
-            f"--benchmark-json={raw}",
-            "--benchmark-disable-gc",
-            "-p",
-            "no:cacheprovider",
-            "-p",
-            "no:xdist",
-        ]
-        options += ["--benchmark-columns=median,min,max,rounds", "--benchmark-group-by=param:case"]
-        code = pytest.main([str(HERE / "test_cpu.py"), *options])
-        if code != 0:
-            return int(code)
-        measured = json.loads(raw.read_text())["benchmarks"]
+    for part in parts:
+        if part == "evidence":
+            evidence.write(args.out or report.RESULTS)
+            continue
+        device = "cpu" if part == "cpu" else args.device
+        out = args.out or report.RESULTS / machine(device)["folder"]
+        if part == "cpu":
+            status = cpu.run(out, args.k, args.rounds, args.small, args.threads)
+        elif part == "report":
+            status = 0
+        else:
+            session = Session(part, device, out, args.seconds, args.small, args.fresh)
+            if part == "step":
+                from . import step  # needs transformers
 
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "pytest-benchmark")}
-    versions |= {"python": platform.python_version(), "instruction set": _C.instruction_set(), "compiler": _C.compiler}
-    records = [record(entry, bandwidth, versions) for entry in measured]
-    folder = args.out or HERE / "results" / machine()["folder"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "ops.json").write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
-    (folder / "ops.md").write_text(markdown(records))
-    print(markdown(records))
-    print(f"wrote {folder}/ops.json and ops.md")
+                status = step.run(session)
+            else:
+                status = run(part, session, [name for name in args.impl.split(",") if name])
+        if status != 0:
+            return status
+        report.write(out)
     return 0
-
-
-def record(entry: dict, bandwidth: float, versions: dict[str, str]) -> dict:
-    """One measurement in the form every benchmark of this project is stored in."""
-    info, stats = entry["extra_info"], entry["stats"]
-    times = {key: stats[key] * 1e3 for key in ("median", "min", "max")}
-    times["samples"] = [round(t * 1e3, 4) for t in stats["data"]]
-    percent = 100 * info["bytes"] / 1e9 / stats["median"] / bandwidth if info["op"] == "token_stats" else None
-    measured = {"time_ms": times, "copy_gbps": round(bandwidth, 2), "percent_of_copy": percent}
-    return {**info, "device": machine()["name"], **measured, "commit": commit(), "versions": versions}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""The cases: what is computed, on which inputs, the bytes that have to move, and the float64 answer.
+"""The cases: what is computed, on which inputs, the bytes that have to move, the float64 answer, and the reset.
 
 NV is one read or write of N*V logits. A case's `bytes` is the least traffic any implementation can do.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,111 +15,284 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Loss = Callable[[dict, dict[str, Tensor]], Tensor]  # (tensors of a run, statistics) -> what is differentiated
+POOL_BYTES = 256 << 20  # data that runs on a GPU rotate through: several times an L2 cache
+
+
+@dataclass(frozen=True)
+class Kind:
+    outputs: tuple[str, ...]
+    passes: int  # NV
+    backward: bool = True
+    reference: bool = False
+    at_once: bool = False  # weights known beforehand: statistics and d(logits) in one call
+
+
+NLL = "weighted NLL, forward + backward"
+ENTROPY = "logp + entropy, forward + backward"
+STATISTICS = "logp + entropy, no gradient"
+KL = "logp + KL to a reference, forward + backward"
+AT_ONCE = "weighted NLL, value and gradient at once"
+KINDS = {
+    NLL: Kind(("logp",), 3),
+    ENTROPY: Kind(("logp", "entropy"), 3),
+    STATISTICS: Kind(("logp", "entropy"), 1, backward=False),
+    KL: Kind(("logp", "kl_pq"), 5, reference=True),
+    AT_ONCE: Kind(("logp",), 2, at_once=True),
+}
+
 
 @dataclass
 class Logits:
-    """Statistics of given logits, weighted per token and summed; d(logits) where `backward`."""
+    """Statistics of given logits, weighted per token and summed; d(logits) where `kind.backward`."""
 
     op = "token_stats"
+    h = 0
     name: str
-    outputs: tuple[str, ...]
     dtype: torch.dtype
     n: int
     v: int
-    backward: bool = True
-    reference: bool = False
-    h: int = 0
+    device: str = "cpu"
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
 
     @property
     def bytes(self) -> int:
-        passes = (3 if self.backward else 1) + (2 if self.backward else 1) * self.reference
-        return passes * self.n * self.v * self.dtype.itemsize
+        return self.kind.passes * self.n * self.v * self.dtype.itemsize
+
+    @cached_property
+    def windows(self) -> int:
+        """On a GPU the runs rotate through so many sets of rows."""
+        size = self.n * self.v * self.dtype.itemsize
+        return 1 if self.device == "cpu" else max(1, min(64, POOL_BYTES // size))
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
-        g = torch.Generator().manual_seed(0)
-        logits = torch.randn(self.n, self.v, generator=g) * 3
-        ref = logits + torch.randn(self.n, self.v, generator=g) if self.reference else None
+        g = torch.Generator(self.device).manual_seed(0)
+        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
+        logits = torch.empty(self.windows, self.n, self.v, **like).normal_(0, 3, generator=g)
+        reference = torch.empty_like(logits).normal_(generator=g).add_(logits) if self.kind.reference else None
         return {
-            "logits": logits.to(self.dtype),
-            "targets": torch.randint(0, self.v, (self.n,), generator=g),
-            "weights": torch.rand(self.n, generator=g),
-            "reference": None if ref is None else ref.to(self.dtype),
+            "logits": logits,
+            "reference": reference,
+            "targets": torch.randint(0, self.v, (self.windows, self.n), generator=g, device=self.device),
+            "weights": torch.rand(self.windows, self.n, generator=g, device=self.device),
         }
-
-    def fresh(self) -> dict[str, Any]:
-        """The inputs of one run: the logits as a new leaf in the same memory each time (reset for in-place runs)."""
-        t = dict(self.tensors)
-        self.scratch.copy_(t["logits"])
-        t["logits"] = self.scratch.detach().requires_grad_(self.backward)
-        return t
 
     @cached_property
     def scratch(self) -> Tensor:
         return torch.empty_like(self.tensors["logits"])
 
-    def leaves(self, t: dict) -> list[Tensor]:
-        return [t["logits"]] if self.backward else []
+    def window(self, i: int) -> dict[str, Any]:
+        return {name: None if x is None else x[i % self.windows] for name, x in self.tensors.items()}
+
+    def fresh(self, i: int = 0) -> dict[str, Any]:
+        """The inputs of run i; the logits are a new leaf on memory that was reset, so a run may overwrite them."""
+        t, logits = self.window(i), self.scratch[i % self.windows]
+        logits.copy_(t["logits"])
+        return {**t, "logits": logits.detach().requires_grad_(self.kind.backward)}
+
+    def gradients(self, t: dict, stats: dict[str, Tensor]) -> list[Tensor]:
+        """d(logits) of `loss`; its gradient with respect to the statistics is there, so nothing else is timed."""
+        return backward([stats[name] for name in self.kind.outputs], [t["logits"]], t["weights"])
 
     def loss(self, t: dict, stats: dict[str, Tensor]) -> Tensor:
-        return sum((stats[name] * t["weights"]).sum() for name in self.outputs)
+        return sum((stats[name] * t["weights"]).sum() for name in self.kind.outputs)
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The rows of run 0 that are compared with float64: the first and the last are among them."""
+        count = min(self.n, max(64, (1 << 25) // self.v))
+        return torch.linspace(0, self.n - 1, count, dtype=torch.float64).long().to(self.device)
+
+    def sample(self, results: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return [None if x is None else x[self.rows] for x in results]
 
     @cached_property
     def answer(self) -> list[Tensor]:
-        """d(logits), or the statistics themselves without backward, in float64, a block of rows at a time."""
+        return self.answer_of(self.loss)
+
+    def answer_of(self, loss: Loss) -> list[Tensor]:
+        """d(logits) of `loss` and, at once, the logp; the statistics themselves without backward. Of `self.rows`."""
         blocks = []
-        for i in range(0, self.n, 64):
-            t: dict[str, Any] = {name: None if x is None else x[i : i + 64] for name, x in self.tensors.items()}
-            t = {name: x.double() if x is not None and x.is_floating_point() else x for name, x in t.items()}
-            t["logits"] = t["logits"].requires_grad_(self.backward)
-            stats = straight(t["logits"], t["targets"], t["reference"], self.outputs)
-            if self.backward:
-                blocks.append([torch.autograd.grad(self.loss(t, stats), t["logits"])[0]])
-            else:
-                blocks.append([stats[name] for name in self.outputs])
+        for rows in self.rows.split(64):
+            t = doubled({name: None if x is None else x[rows] for name, x in self.window(0).items()})
+            logits = t["logits"] = t["logits"].requires_grad_(self.kind.backward)
+            stats = straight(logits, t["targets"], t["reference"], self.kind.outputs)
+            if not self.kind.backward:
+                blocks.append([stats[name] for name in self.kind.outputs])
+                continue
+            gradient = torch.autograd.grad(loss(t, stats), logits)[0]
+            blocks.append([gradient, stats["logp"].detach()] if self.kind.at_once else [gradient])
         return [torch.cat(parts) for parts in zip(*blocks, strict=True)]
+
+
+@dataclass(frozen=True)
+class LinearKind:
+    outputs: tuple[str, ...] = ("logp",)
+    weighted: bool = True  # each token by its own weight; else the mean
+    frozen: bool = False  # no d(weight)
+    reference: bool = False
+    budget: float | None = None  # of the logits' bytes
+
+
+MEAN = "NLL from hidden states, within the budget"
+BEYOND = "NLL from hidden states, beyond the budget"
+TOKENS = "weighted NLL from hidden states"
+TOKENS_ENTROPY = "weighted NLL + entropy from hidden states"
+FROZEN = "NLL from hidden states, frozen head"
+LINEAR_KL = "logp + KL to a reference from hidden states"
+LINEAR_KINDS = {
+    MEAN: LinearKind(weighted=False),
+    BEYOND: LinearKind(weighted=False, budget=1 / 12),
+    TOKENS: LinearKind(),
+    TOKENS_ENTROPY: LinearKind(("logp", "entropy")),
+    FROZEN: LinearKind(weighted=False, frozen=True),
+    LINEAR_KL: LinearKind(("logp", "kl_pq"), reference=True),
+}
 
 
 @dataclass
 class Linear:
-    """Mean NLL from hidden states and a head; d(hidden) and d(weight). GEMM-bound: `flops` is 3 GEMMs."""
+    """Statistics from hidden states and a head; d(hidden) and, unless frozen, d(weight). GEMM-bound."""
 
     op = "linear_token_stats"
     name: str
+    dtype: torch.dtype
     n: int
     v: int
     h: int
-    dtype: torch.dtype = torch.float32
-    budget_bytes: int | None = None
-    backward: bool = True
-    outputs: tuple[str, ...] = ("logp",)
+    device: str = "cpu"
+
+    @property
+    def kind(self) -> LinearKind:
+        return LINEAR_KINDS[self.name]
 
     @property
     def bytes(self) -> int:
-        return (3 * self.v * self.h + 3 * self.n * self.h) * self.dtype.itemsize
+        """Head and hidden states read once for forward, once for backward; gradients written once."""
+        touched = 2 + (not self.kind.frozen) + self.kind.reference
+        return (touched * self.v * self.h + (3 + self.kind.reference) * self.n * self.h) * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the products no implementation can avoid: logits, d(hidden), d(weight), the reference's logits."""
+        return 2 * self.n * self.v * self.h * (3 - self.kind.frozen + self.kind.reference)
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.kind.budget is None else int(self.kind.budget * self.n * self.v * self.dtype.itemsize)
 
     @cached_property
     def tensors(self) -> dict[str, Any]:
-        g = torch.Generator().manual_seed(0)
+        g = torch.Generator(self.device).manual_seed(0)
+
+        def normal(rows: int, std: float) -> Tensor:
+            return torch.empty(rows, self.h, device=self.device, dtype=self.dtype).normal_(0, std, generator=g)
+
+        hidden, weight = normal(self.n, 1.0), normal(self.v, 1.2 * self.h**-0.5)
         return {
-            "hidden": torch.randn(self.n, self.h, generator=g).to(self.dtype),
-            "weight": (torch.randn(self.v, self.h, generator=g) * 0.05).to(self.dtype),
-            "targets": torch.randint(0, self.v, (self.n,), generator=g),
+            "hidden": hidden,
+            "weight": weight,
+            "targets": torch.randint(0, self.v, (self.n,), generator=g, device=self.device),
+            "weights": torch.rand(self.n, generator=g, device=self.device),
+            "ref_hidden": normal(self.n, 0.5).add_(hidden) if self.kind.reference else None,
+            "ref_weight": weight.clone() if self.kind.reference else None,
         }
 
-    def fresh(self) -> dict[str, Tensor]:
-        t = self.tensors
-        return {**t, "hidden": t["hidden"].detach().requires_grad_(), "weight": t["weight"].detach().requires_grad_()}
+    def fresh(self, i: int = 0) -> dict[str, Any]:
+        t = dict(self.tensors)
+        t["hidden"] = t["hidden"].detach().requires_grad_()
+        t["weight"] = t["weight"].detach().requires_grad_(not self.kind.frozen)
+        return t
 
     def leaves(self, t: dict) -> list[Tensor]:
-        return [t["hidden"], t["weight"]]
+        return [t["hidden"]] if self.kind.frozen else [t["hidden"], t["weight"]]
+
+    def gradients(self, t: dict, stats: dict[str, Tensor]) -> list[Tensor]:
+        if not self.kind.weighted:
+            return list(torch.autograd.grad(self.loss(t, stats), self.leaves(t)))
+        return backward([stats[name] for name in self.kind.outputs], self.leaves(t), t["weights"])
+
+    def loss(self, t: dict, stats: dict[str, Tensor]) -> Tensor:
+        if not self.kind.weighted:
+            return -stats["logp"].sum() / self.n
+        return sum((stats[name] * t["weights"]).sum() for name in self.kind.outputs)
+
+    def sample(self, results: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return list(results)
 
     @cached_property
     def answer(self) -> list[Tensor]:
-        hidden = self.tensors["hidden"].double().requires_grad_()
-        weight = self.tensors["weight"].double().requires_grad_()
-        F.cross_entropy(F.linear(hidden, weight), self.tensors["targets"]).backward()
-        return [hidden.grad, weight.grad]
+        return self.answer_of(self.loss)
+
+    def answer_of(self, loss: Loss) -> list[Tensor]:
+        """d(hidden) and d(weight) of `loss`, a block of rows at a time."""
+        weight = self.tensors["weight"].double().requires_grad_(not self.kind.frozen)
+        d_weight, d_hidden = torch.zeros_like(weight), []
+        for i in range(0, self.n, 512):
+            t = doubled({name: None if x is None else x[i : i + 512] for name, x in self.tensors.items()})
+            hidden = t["hidden"] = t["hidden"].requires_grad_()
+            ref = F.linear(t["ref_hidden"], self.tensors["ref_weight"].double()) if self.kind.reference else None
+            stats = straight(F.linear(hidden, weight), t["targets"], ref, self.kind.outputs)
+            grads = torch.autograd.grad(loss(t, stats), [hidden, weight][: 2 - self.kind.frozen])
+            d_hidden.append(grads[0])
+            if not self.kind.frozen:
+                d_weight += grads[1]
+        return [torch.cat(d_hidden)] + ([] if self.kind.frozen else [d_weight])
+
+
+def backward(outputs: list[Tensor], leaves: list[Tensor], weights: Tensor) -> list[Tensor]:
+    """Gradients of the sum over `outputs` (N,), each token weighted."""
+    return list(torch.autograd.grad(outputs, leaves, [weights.to(x.dtype) for x in outputs]))
+
+
+def doubled(tensors: dict[str, Any]) -> dict[str, Any]:
+    """What is floating point in float64."""
+    return {name: x.double() if x is not None and x.is_floating_point() else x for name, x in tensors.items()}
+
+
+@dataclass
+class Product:
+    """One large matrix product: the ceiling of what is GEMM-bound."""
+
+    op = "gemm"
+    name = "product of random matrices"
+    dtype: torch.dtype
+    n: int
+    device: str = "cpu"
+
+    @property
+    def v(self) -> int:
+        return self.n
+
+    h = v
+
+    @property
+    def bytes(self) -> int:
+        return 3 * self.n**2 * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.n**3
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        g = torch.Generator(self.device).manual_seed(0)
+        empty = torch.empty(2, self.n, self.n, device=self.device, dtype=self.dtype)
+        return dict(zip("ab", empty.normal_(generator=g), strict=True))
+
+    def fresh(self, i: int = 0) -> dict[str, Tensor]:
+        return self.tensors
+
+    def sample(self, results: Sequence[Tensor | None]) -> list[Tensor | None]:
+        return list(results)
+
+    @cached_property
+    def answer(self) -> list[Tensor]:
+        return [self.tensors["a"].double() @ self.tensors["b"].double()]
 
 
 Case = Logits | Linear
@@ -135,19 +310,50 @@ def straight(logits: Tensor, targets: Tensor, reference: Tensor | None, outputs:
     return stats
 
 
+# ---- which cases are run ---------------------------------------------------------------------------------------------
+
+
 def cpu_cases(small: bool = False) -> list[Case]:
     """The foundation's shapes (512 x 49152 logits; SmolLM2's head); `small` for a smoke test."""
     n, v, h, rows = (16, 999, 32, 64) if small else (512, 49152, 576, 1024)
-    cases: list[Case] = []
-    for dtype in (torch.float32, torch.bfloat16):
-        cases.append(Logits("weighted NLL, forward + backward", ("logp",), dtype, n, v))
-        cases.append(Logits("logp + entropy, forward + backward", ("logp", "entropy"), dtype, n, v))
-        cases.append(Logits("logp + entropy, no gradient", ("logp", "entropy"), dtype, n, v, backward=False))
-        cases.append(
-            Logits("logp + KL to a reference, forward + backward", ("logp", "kl_pq"), dtype, n, v, reference=True)
-        )
-    cases.append(Linear("NLL from hidden states, within the budget", rows, v, h))
-    cases.append(
-        Linear("NLL from hidden states, beyond the budget", 2 * rows, v, h, budget_bytes=2 * rows * v * 4 // 12)
-    )
-    return cases
+    kinds = (NLL, ENTROPY, STATISTICS, KL)
+    cases: list[Case] = [Logits(name, d, n, v) for d in (torch.float32, torch.bfloat16) for name in kinds]
+    return [*cases, Linear(MEAN, torch.float32, rows, v, h), Linear(BEYOND, torch.float32, 2 * rows, v, h)]
+
+
+ROWS = (1, 64, 1024, 8192, 32768)
+VOCABULARIES = (32000, 50304, 128256, 151936, 256000)
+COMPILED = ((8192, 128256), (8192, 32000), (64, 128256), (8192, 256000))  # each costs seconds of compilation
+
+
+def gpu_logits(device: str = "cuda", small: bool = False) -> Iterator[tuple[Logits, bool]]:
+    """(case, whether torch.compile alone runs it), the most telling first: a run that ends early has those."""
+    rows, sizes, compiled = (ROWS, VOCABULARIES, COMPILED) if not small else ((1, 8), (128, 999), ((8, 128),))
+    main = [(n, v) for n, v in itertools.product(rows, sizes) if n == rows[-2] or v == sizes[len(sizes) // 2]]
+    rest = [shape for shape in itertools.product(rows, sizes) if shape not in main]
+    for name, (n, v) in itertools.product(KINDS, main):
+        yield Logits(name, torch.bfloat16, n, v, device), False
+    for name, (n, v) in itertools.product((ENTROPY, NLL, STATISTICS, KL), compiled):
+        yield Logits(name, torch.bfloat16, n, v, device), True
+    for (n, v), name in itertools.product(rest, KINDS):
+        yield Logits(name, torch.bfloat16, n, v, device), False
+    for name, n, v in itertools.product(KINDS, rows[-2:-4:-1], sizes[::2]):
+        yield Logits(name, torch.float32, n, v, device), False
+
+
+def gpu_linear(device: str = "cuda", small: bool = False) -> Iterator[tuple[Case | Product, bool]]:
+    """As `gpu_logits`; the ceiling and the 4096 x 4096 x 131072 target first. torch.compile runs none of them."""
+    yield Product(torch.bfloat16, 256 if small else 8192, device), False
+    if small:
+        shapes, target, others = [(16, 999, 32)], (8, 512, 16), (16, 999, 32)
+    else:
+        shapes = [(n, 128256, h) for h in (4096, 2048) for n in (4096, 1024, 16384)]
+        target, others = (4096, 131072, 4096), (4096, 128256, 4096)
+    for name in (TOKENS_ENTROPY, MEAN):
+        yield Linear(name, torch.bfloat16, *target, device), False
+    for n, v, h in shapes:
+        yield Linear(MEAN, torch.bfloat16, n, v, h, device), False
+    for name in (BEYOND, FROZEN, TOKENS, LINEAR_KL):
+        yield Linear(name, torch.bfloat16, *others, device), False
+    for n, v, h in shapes:
+        yield Linear(TOKENS_ENTROPY, torch.bfloat16, n, v, h, device), False

@@ -1,78 +1,103 @@
-"""The implementations: ours by backend, and the peers that are installed. Each takes a case and its fresh tensors."""
+"""The implementations: ours by backend, plain PyTorch, and the peers. Each takes a case and its fresh tensors."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 import pyunlearn as pu
+from pyunlearn.ops import backends
 
-from .cases import Case, Linear, Logits, straight
-
-Run = Callable[[Any, dict], list[torch.Tensor]]
-
-
-def finish(case: Case, t: dict, loss: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss, case.leaves(t)))
+from . import peers
+from .cases import BEYOND, FROZEN, MEAN, Case, Linear, Logits, Loss, Product, straight
 
 
-def ours(case: Case, t: dict, inplace: bool = False) -> list[torch.Tensor]:
-    if isinstance(case, Linear):
-        tensors = (t["hidden"], t["weight"], t["targets"])
-        return finish(case, t, -pu.linear_token_stats(*tensors, budget_bytes=case.budget_bytes).logp.mean())
-    stats = pu.token_stats(
-        t["logits"], t["targets"], case.outputs, reference=t["reference"], inplace_backward=inplace
-    ).as_dict()
-    return finish(case, t, case.loss(t, stats)) if case.backward else list(stats.values())
+class Impl(NamedTuple):
+    """`run` gives the case's results, those of `loss` instead of the case's own where it computes another one."""
+
+    run: peers.Run
+    loss: Loss | None = None
+    exact: bool = True  # False: its results are no gradients, there is no error to tell
 
 
-def ours_inplace(case: Case, t: dict) -> list[torch.Tensor]:
-    return ours(case, t, inplace=True)
+def ours(backend: str, inplace: bool = False) -> Impl:
+    def run(case: Case, t: dict) -> list[torch.Tensor]:
+        how: dict[str, Any]
+        if isinstance(case, Linear):
+            reference = (t["ref_hidden"], t["ref_weight"]) if case.kind.reference else None
+            tensors, how = (t["hidden"], t["weight"], t["targets"]), {"reference": reference, "backend": backend}
+            stats = pu.linear_token_stats(*tensors, outputs=case.kind.outputs, budget_bytes=case.budget_bytes, **how)
+            return case.gradients(t, stats.as_dict())
+        if case.kind.at_once:
+            how = {"inplace": inplace, "backend": backend}
+            stats, gradient = pu.value_and_grad(t["logits"].detach(), t["targets"], t["weights"], **how)
+            return [gradient, stats.logp]
+        how = {"reference": t["reference"], "inplace_backward": inplace, "backend": backend}
+        values = pu.token_stats(t["logits"], t["targets"], case.kind.outputs, **how).as_dict()
+        return case.gradients(t, values) if case.kind.backward else list(values.values())
+
+    return Impl(run)
 
 
 def eager(case: Case, t: dict) -> list[torch.Tensor]:
     if isinstance(case, Linear):
-        return finish(case, t, F.cross_entropy(F.linear(t["hidden"], t["weight"]), t["targets"]))
-    with torch.set_grad_enabled(case.backward):
-        stats = straight(t["logits"], t["targets"], t["reference"], case.outputs)
-    return finish(case, t, case.loss(t, stats)) if case.backward else [stats[name] for name in case.outputs]
-
-
-@functools.cache
-def compile_for(name: str, dtype: torch.dtype) -> Callable[..., dict[str, torch.Tensor]]:
-    torch._dynamo.reset()  # each case compiled on its own: nothing falls back for having been recompiled too often
-    return torch.compile(straight, fullgraph=True)
+        logits = F.linear(t["hidden"], t["weight"])
+        if not case.kind.weighted:
+            return list(torch.autograd.grad(F.cross_entropy(logits, t["targets"]), case.leaves(t)))
+        reference = F.linear(t["ref_hidden"], t["ref_weight"]) if case.kind.reference else None
+        return case.gradients(t, straight(logits, t["targets"], reference, case.kind.outputs))
+    return of_logits(case, t, straight)
 
 
 def compiled(case: Logits, t: dict) -> list[torch.Tensor]:
-    stats = compile_for(case.name, case.dtype)(t["logits"], t["targets"], t["reference"], case.outputs)
-    return finish(case, t, case.loss(t, stats)) if case.backward else [stats[name] for name in case.outputs]
+    return of_logits(case, t, compile_for(case.name, case.dtype, case.n, case.v))
+
+
+def of_logits(case: Logits, t: dict, statistics: Callable[..., dict[str, torch.Tensor]]) -> list[torch.Tensor]:
+    stats = statistics(t["logits"], t["targets"], t["reference"], case.kind.outputs)
+    if not case.kind.backward:
+        return [stats[name] for name in case.kind.outputs]
+    results = case.gradients(t, stats)
+    return [*results, stats["logp"]] if case.kind.at_once else results
+
+
+@functools.lru_cache(maxsize=1)
+def compile_for(*key: object) -> Callable[..., dict[str, torch.Tensor]]:
+    torch._dynamo.reset()  # each case compiled on its own: nothing falls back for having been recompiled too often
+    return torch.compile(straight, fullgraph=True, dynamic=False)
 
 
 def torch_linear_cross_entropy(case: Linear, t: dict) -> list[torch.Tensor]:
-    return finish(case, t, F.linear_cross_entropy(t["hidden"], t["weight"], t["targets"]))
+    return list(torch.autograd.grad(F.linear_cross_entropy(t["hidden"], t["weight"], t["targets"]), case.leaves(t)))
 
 
 def gemms_alone(case: Linear, t: dict) -> list[torch.Tensor]:
-    """The three matrix products and nothing else: the floor. Its results are not the gradients."""
+    """The matrix products and nothing else: the floor. Its results are not the gradients."""
     hidden, weight = t["hidden"].detach(), t["weight"].detach()
     logits = hidden @ weight.t()
-    return [logits @ weight, logits.t() @ hidden]
+    return [logits @ weight] if case.kind.frozen else [logits @ weight, logits.t() @ hidden]
 
 
-def implementations(case: Case) -> dict[str, Run]:
-    """Name -> run, for this case and what is installed."""
+def implementations(case: Case | Product) -> dict[str, Impl]:
+    """Name -> implementation, for this case and what is installed."""
+    if isinstance(case, Product):
+        return {"torch": Impl(lambda case, t: [t["a"] @ t["b"]])}
+    order = backends.ORDER.get(torch.device(case.device).type, ())
+    fused = [name for name in order if name != "eager" and not backends.unavailable(name)]
+    impls = {name: ours(name) for name in fused}
     if isinstance(case, Linear):
-        runs: dict[str, Run] = {"eager": eager, "cpu": ours}
-        if hasattr(F, "linear_cross_entropy"):
-            runs["torch linear_cross_entropy"] = torch_linear_cross_entropy
-        runs["three GEMMs alone"] = gemms_alone
-        return runs
-    runs = {"eager": eager, "compile": compiled, "cpu": ours}
-    if case.backward:
-        runs["cpu in place"] = ours_inplace
-    return runs
+        impls["eager"] = Impl(eager)
+        if case.name in (MEAN, BEYOND, FROZEN) and hasattr(F, "linear_cross_entropy"):
+            impls["torch linear_cross_entropy"] = Impl(torch_linear_cross_entropy)
+        impls["two GEMMs alone" if case.kind.frozen else "three GEMMs alone"] = Impl(gemms_alone, exact=False)
+    else:
+        if case.kind.backward:
+            impls |= {f"{name} in place": ours(name, inplace=True) for name in fused}
+        impls |= {"eager": Impl(eager), "compile": Impl(compiled)}
+    if case.device != "cpu":
+        impls |= {name: Impl(*peer) for name, peer in peers.of(case).items()}
+    return impls

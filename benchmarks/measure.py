@@ -1,27 +1,84 @@
-"""What is measured beside the time: copy bandwidth, peak memory, the error against float64, and the machine."""
+"""What is measured: time on a GPU, copy bandwidth, peak memory, the error against float64; and on which machine."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
 import platform
 import re
+import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
-from .cases import Case
+ROOT = Path(__file__).parent.parent
+FLUSH_BYTES = 2 << 30
+LIBRARIES = ("torch", "triton", "numpy", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "trl",
+             "nvidia-cutlass-dsl")  # fmt: skip
+T = TypeVar("T")
 
 
-def error_against(case: Case, got: list[torch.Tensor]) -> float:
-    """max |ours - fp64| / max |fp64| over the case's results."""
-    pairs = zip(got, case.answer, strict=True)
+def timed(prepare: Callable[[int], T], run: Callable[[T], object], device: str, seconds: float = 0.2) -> list[float]:
+    """Milliseconds of each of 5 to 30 runs, as many as fit in `seconds`, after warm-up; `prepare` is not counted.
+
+    On a GPU: CUDA events around the run, all caches overwritten before it. Work is queued while those 2 GiB are
+    written, so launching costs nothing where it takes less than about half a millisecond; a run that waits for the GPU
+    in between pays for that.
+    """
+    samples: list[float] = []
+    for i in range(-3, 30):
+        if i >= 5 and sum(samples) > 1e3 * seconds:
+            break
+        inputs = prepare(i)
+        if device == "cpu":
+            start = time.perf_counter()
+            kept = run(inputs)
+            elapsed = 1e3 * (time.perf_counter() - start)
+        else:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush_buffer().zero_()
+            begin.record()
+            kept = run(inputs)
+            end.record()
+            torch.cuda.synchronize()
+            elapsed = begin.elapsed_time(end)
+        del kept
+        if i >= 0:
+            samples.append(elapsed)
+    return samples
+
+
+@cache
+def flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+def spread(samples: list[float]) -> dict[str, Any]:
+    """The `time_ms` of a record."""
+    short = [float(f"{sample:.5g}") for sample in samples]
+    return {"median": statistics.median(short), "min": min(short), "max": max(short), "samples": short}
+
+
+def error_of(got: Sequence[torch.Tensor | None], answer: Sequence[torch.Tensor]) -> float:
+    """max |x - fp64| / max |fp64| over those of a case's results that were computed."""
+    pairs = [(mine, true) for mine, true in zip(got, answer, strict=True) if mine is not None]
     return max(float((mine.detach().double() - true).abs().max() / true.abs().max()) for mine, true in pairs)
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
+def peak_bytes(call: Callable[[], object], device: str) -> int:
     """Memory taken above the start during `call`, results included, as torch's allocator saw it."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        start = torch.cuda.memory_allocated()
+        kept = call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
         kept = call()
     held = peak = 0
@@ -33,38 +90,52 @@ def peak_bytes(call: Callable[[], object]) -> int:
     return peak
 
 
-def copy_gbps(megabytes: int = 256, rounds: int = 15) -> float:
+def copy_gbps(device: str = "cpu", megabytes: int = 256) -> float:
     """Bytes read plus bytes written per second of a large copy: the streaming limit times are held against."""
-    source = torch.rand(megabytes << 18)
+    source = torch.rand(megabytes << 18, device=device)
     target = torch.empty_like(source)
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        target.copy_(source)
-        times.append(time.perf_counter() - start)
-    return 2 * source.numel() * 4 / sorted(times)[len(times) // 2] / 1e9
+    times = timed(lambda i: source, target.copy_, device)
+    return 2 * source.numel() * 4 / statistics.median(times) / 1e6
 
 
-def machine() -> dict[str, str]:
+def machine(device: str = "cpu") -> dict[str, str]:
     """Device name, and the folder its results go to."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = re.findall(r"model name\s*: (.*)", info.read_text())
-        name = f"{names[0].strip()}, {len(names)} cores" if names else name
+    if device != "cpu":
+        name = torch.cuda.get_device_name()
+    else:
+        name = platform.processor() or platform.machine()
+        info = Path("/proc/cpuinfo")
+        if info.exists():
+            names = re.findall(r"model name\s*: (.*)", info.read_text())
+            name = f"{names[0].strip()}, {len(names)} cores" if names else name
     return {"name": name, "folder": re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")}
 
 
+def versions(device: str = "cpu", libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
+    """Versions of the libraries that are installed; on a GPU also of CUDA and the driver."""
+    found = {"python": platform.python_version()}
+    for name in libraries:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    if device != "cpu":
+        found["cuda"] = str(torch.version.cuda)
+        found["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    return found
+
+
 def commit() -> str:
-    """The commit measured, with "+" when the tree has changes."""
-    root = Path(__file__).parent.parent
+    """The commit measured, with "+" when the tree has changes; the variable COMMIT says it where git cannot."""
+    head = output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    if not head:
+        return os.environ.get("COMMIT", "unknown")[:12]
+    return head + ("+" if output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
+
+
+def output(*command: str) -> str:
+    """What a command prints, "" if it cannot be run or fails."""
     try:
-        head = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True
-        )
-        dirty = subprocess.run(
-            ["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True
-        )
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
+        return ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import evidence
 from pyunlearn import _C
 
 ROOT = Path(__file__).parent.parent
@@ -30,27 +31,8 @@ def test_arithmetic_is_shared():
         assert '#include "../math/philox.h"' in (ROOT / "csrc" / kernel).read_text()
 
 
-def ptxas_report(source, tmp_path):
-    """(architectures, then spilled bytes, registers, shared bytes by kernel); None where there is no nvcc."""
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
-        return None
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    archs = [arch for arch in ("80", "90a", "100") if f"compute_{arch.rstrip('a')}\n" in known + "\n"]
-    assert archs
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "--threads=2"]
-    flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-    command = [nvcc, *flags, "-c", str(ROOT / source), "-o", str(tmp_path / "kernels.o")]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill", report)]
-    registers = [int(n) for n in re.findall(r"Used (\d+) registers", report)]
-    return archs, spills, registers, [int(n) for n in re.findall(r"(\d+) bytes smem", report)]
-
-
 # Kernels a file holds for each architecture, and the most registers and bytes of shared memory of one: 256 threads,
-# so 64 registers are four blocks an SM, 80 are three and 128 are two; dynamic shared memory comes on top in
-# value_and_grad.
+# so 80 registers are three blocks an SM and 128 are two; dynamic shared memory comes on top in value_and_grad.
 KERNELS = {
     "token_stats": (55, 128, 64),  # 36 accumulate, 18 backward, 1 finish
     "topk": (6, 48, 13 << 10),
@@ -60,16 +42,20 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_cuda_kernels_do_not_spill(name, tmp_path):
+def test_cuda_kernels_do_not_spill(name):
     """ptxas' report: no spilled register, and the occupancy that the kernels count on."""
-    if (report := ptxas_report(f"csrc/cuda/{name}.cu", tmp_path)) is None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
         return
-    archs, spills, registers, shared = report
+    archs = evidence.known_archs(nvcc)
+    found = evidence.compiled(nvcc, ROOT / f"csrc/cuda/{name}.cu", archs)
     kernels, most_registers, most_shared = KERNELS[name]
-    assert len(registers) == kernels * len(archs)
-    assert set(spills) == {0}
-    assert max(registers) <= most_registers
-    assert max(shared, default=0) <= most_shared
+    assert archs
+    assert len(found) == kernels * len(archs)
+    assert not [kernel for kernel in found if kernel.spilled]
+    assert max(kernel.registers for kernel in found) <= most_registers
+    assert max(kernel.shared for kernel in found) <= most_shared
 
 
 def test_every_cuda_file_is_checked():

@@ -2,8 +2,6 @@
 // Philox calls. Nothing depends on the grid: a chunk says which elements of which parameter it holds.
 #include "perturb.cuh"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -11,6 +9,7 @@
 #include <type_traits>
 
 #include "../math/philox.h"
+#include "storage.cuh"
 
 namespace pu::cuda {
 namespace {
@@ -20,14 +19,6 @@ constexpr int kThreads = 256, kGroup = 8;
 struct Nothing {};
 template <class T> struct alignas(16) Pack { T lane[kGroup]; };
 template <> struct Pack<Nothing> {};
-
-__device__ float value_of(float x) { return x; }
-__device__ float value_of(__half x) { return __half2float(x); }
-__device__ float value_of(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <class T> __device__ T stored(float x);
-template <> __device__ float stored<float>(float x) { return x; }
-template <> __device__ __half stored<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ __nv_bfloat16 stored<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 template <class F> __device__ F product(F a, F b) {  // never fused into the sum that follows
 #if defined(__CUDA_ARCH__)

@@ -1,7 +1,5 @@
 // What the CUDA kernels of the token statistics share: kernel arguments, 16-byte packs, block-wide sums, launching.
 #pragma once
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -12,6 +10,7 @@
 
 #include "../math/row_state.h"
 #include "../math/token_gradient.h"
+#include "storage.cuh"
 #include "token_stats.cuh"
 
 #if !defined(PU_DYNAMIC_SHARED)
@@ -66,14 +65,6 @@ PU_FN Span span_of(int64_t columns, int part, int parts) {
 }
 
 // ---- 16 bytes at a time ---------------------------------------------------------------------------------------------
-
-__device__ inline float value_of(float x) { return x; }
-__device__ inline float value_of(__half x) { return __half2float(x); }
-__device__ inline float value_of(__nv_bfloat16 x) { return __bfloat162float(x); }
-template <class T> __device__ T stored(float x);
-template <> __device__ inline float stored<float>(float x) { return x; }
-template <> __device__ inline __half stored<__half>(float x) { return __float2half_rn(x); }
-template <> __device__ inline __nv_bfloat16 stored<__nv_bfloat16>(float x) { return __float2bfloat16_rn(x); }
 
 template <class T> struct alignas(16) Pack {
   static constexpr int count = 16 / sizeof(T);

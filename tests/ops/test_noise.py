@@ -18,6 +18,9 @@ from pyunlearn import _C
 from pyunlearn.ops import noise
 from pyunlearn.ops.noise import Noise, Piece, Plan, fill, parameter_id
 
+from .conftest import FUSED
+from .rows import device_of
+
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 INSTRUCTION_SETS = ("auto", "avx2", "portable")
@@ -133,6 +136,21 @@ def test_instruction_sets_agree_bitwise():
             _C.choose_instruction_set("auto")
     assert len(results) >= 2
     assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("offset", [0, 3, 2**34 - 5])
+def test_cuda_kernel(offset):
+    """The same integers as everywhere, normals to 2e-5; on the GPU, or the kernel built for the CPU."""
+    eager = torch.empty(4099, dtype=torch.int32)
+    fill(eager, 7, 3, parameter_id("w"), offset, "eager")
+    expected = pu.gaussian_noise(4099, seed=7, draw=3, name="w", offset=offset, dtype=torch.float64)
+    with FUSED["cuda"]() as backend:
+        words = torch.empty(4099, dtype=torch.int32, device=device_of(backend))
+        fill(words, 7, 3, parameter_id("w"), offset, backend)
+        z = torch.empty(4099, device=words.device)
+        fill(z, 7, 3, parameter_id("w"), offset, backend)
+    assert torch.equal(words.cpu(), eager)
+    assert float((z.cpu().double() - expected).abs().max()) < 2e-5
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
