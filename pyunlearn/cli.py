@@ -1,14 +1,16 @@
-"""The command line: `pyunlearn run`, `evaluate`, `objectives`, `doctor`.
+"""The command line: `pyunlearn run`, `score`, `evaluate`, `objectives`, `doctor`.
 
 User errors end in one red line and exit code 2; `--debug` shows the traceback. Ctrl-C exits with 130.
 """
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -114,12 +116,81 @@ def run(
 
 def resume_command(config: Path | None, overrides: list[str]) -> str:
     """The command line that continues this run."""
-    import shlex
-
     words = ["pyunlearn", "run", *([str(config)] if config else [])]
     for override in overrides:
         words += ["--set", override]
     return shlex.join([*words, "--resume"])
+
+
+@app.command(
+    epilog="""[bold]Examples[/bold]
+
+  pyunlearn score                                          the embedded demo: no network, a minute or two
+
+  pyunlearn score --estimator gradient                     the same in seconds, to leading order
+
+  pyunlearn score --model FOLDER --data forget.jsonl --out scores.jsonl
+
+  torchrun --nproc_per_node 8 -m pyunlearn.cli score --model FOLDER --data forget.jsonl     draws shared out
+"""
+)
+def score(
+    config: Annotated[
+        Path | None,
+        typer.Argument(
+            help="YAML file of a run, whose forget set and first model are scored; none: the embedded demo.",
+            show_default=False,
+            metavar="[CONFIG]",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override one key of it (repeatable).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hub id or folder, in the place of a configuration.")] = None,
+    data: Annotated[str | None, typer.Option(help="JSON lines file, or Hub id of a data set; with --model.")] = None,
+    name: Annotated[str | None, typer.Option(help="Configuration name of a Hub data set.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="A GGUF file inside --model.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Hub id or folder, where it is not the model's.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first samples of --data.")] = None,
+    estimator: Annotated[
+        str, typer.Option(help="algorithm1, gradient (its leading order), definition, hutchinson or initial.")
+    ] = "algorithm1",
+    num_draws: Annotated[int, typer.Option(help="Draws of noise; more may be asked for later.")] = 200,
+    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise.")] = 1e-5,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Samples of a forward.")] = 8,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Divide by the number of scored tokens.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="One JSON line a sample; a report, diagnostics and finished draws go beside it."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Forget the draws finished earlier.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how hard each sample is to unlearn (Memory Removal Difficulty), with a report. Ctrl-C, then the same
+    command, goes on where it stopped."""
+    with clean_errors(debug):
+        from .runs import load_config
+        from .runs.score import score_files, score_run
+
+        job: dict[str, Any] = {
+            "overwrite": overwrite,
+            "console": Console(),
+            "command": shlex.join(["pyunlearn", *(word for word in sys.argv[1:] if word != "--overwrite")]),
+            "estimator": estimator,
+            "num_draws": num_draws,
+            "sigma": sigma,
+            "seed": seed,
+            "batch_size": batch_size,
+            "normalize": "tokens" if per_token else None,
+        }
+        source: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "tokenizer": tokenizer, "limit": limit}
+        if model is not None and data is not None and config is None and not set_:
+            score_files(model, data, out=out or Path("scores.jsonl"), **source, **job)
+        elif model is None and data is None and all(value is None for value in source.values()):
+            score_run(load_config(config, set_ or []), out=out, **job)
+        else:
+            raise ValueError("needs --model and --data (with their options), or a configuration (with --set), not both")
 
 
 @app.command(

@@ -51,7 +51,7 @@ def test_version_and_help(call):
     assert call("--version") == (0, f"pyunlearn {pyunlearn.__version__}\n", "")
     code, text, _ = call("--help")
     assert code == 0
-    for command in ("run", "evaluate", "objectives", "doctor"):
+    for command in ("run", "score", "evaluate", "objectives", "doctor"):
         assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
     code, text, _ = call("run", "--help")
     assert code == 0
@@ -117,6 +117,38 @@ def test_ctrl_c_exits_with_130_and_resume_finishes(call, monkeypatch, tmp_path):
     assert (tmp_path / "runs/tiny/report.html").is_file()
 
 
+def test_a_score_stopped_and_continued(call, monkeypatch, tmp_path):
+    from pyunlearn.mrd import work
+
+    put = work.Store.put
+
+    def stop(store, unit, values):
+        put(store, unit, values)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = ["score", "tiny.yaml", "--num-draws", "3"]
+    monkeypatch.setattr("sys.argv", ["pyunlearn", *arguments, "--overwrite"])
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Store, "put", stop)
+        code, _, told = call(*arguments)
+    assert code == 130
+    assert "resume with: pyunlearn score tiny.yaml --num-draws 3\n" in told
+    assert "Traceback" not in told
+    assert len(list((tmp_path / "runs/tiny/scores.state").glob("*.safetensors"))) == 1
+    code, text, _ = call(*arguments)
+    assert code == 0
+    assert "memorise" not in text
+    assert "algorithm1 of 2 samples, hardest to unlearn first" in text
+    assert "twice the sigma gives" in text
+    assert len((tmp_path / "runs/tiny/scores.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "runs/tiny/scores.html").is_file()
+    model, data = "runs/tiny/memorised", "runs/tiny/scores.jsonl"
+    code, text, _ = call("score", "--model", model, "--data", data, "--estimator", "gradient", "--limit", "1")
+    assert code == 0
+    assert "gradient of 1 samples" in text
+    assert (tmp_path / "scores.html").is_file()
+
+
 def test_the_command_to_resume_is_quoted():
     assert resume_command(None, []) == "pyunlearn run --resume"
     assert resume_command(Path("a b.yaml"), ["unlearn.retain=[kl, gd]"]) == (
@@ -137,6 +169,12 @@ def test_the_command_to_resume_is_quoted():
         ),
         (["evaluate", "--model", "./nowhere", "--data", "missing.jsonl"], "no such file: missing.jsonl"),
         (["evaluate", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
+        (["score", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
+        (["score", "--model", "./nowhere"], "needs --model and --data (with their options), or a configuration"),
+        (["score", "--limit", "3"], "needs --model and --data"),
+        (["score", "tiny.yaml", "--estimator", "newton"], "estimator='newton': needs one of ('algorithm1',"),
+        (["score", "tiny.yaml", "--sigma", "0"], "sigma=0.0: needs a finite number > 0"),
+        (["score", "tiny.yaml", "--num-draws", "1"], "num_draws=1: needs 2 at least"),
     ],
 )
 def test_user_errors_are_one_message_and_exit_code_2(call, tmp_path, arguments, message):

@@ -127,7 +127,7 @@ def mrd(
             scored token or with a score that is not finite; `state` of another job.
         TypeError: batches that are none; for `gradient` a parameter that no ghost norm rule covers.
     """
-    check_arguments(estimator, num_draws, sigma, seed, sigma_eval, normalize, paper_eps, split, check_draws)
+    check_arguments(estimator, num_draws, sigma, seed, sigma_eval, batch_size, normalize, paper_eps, split, check_draws)
     model = unwrapped(model)
     device = model_device(model)
     weights = weights_of(model, parameters)
@@ -193,16 +193,18 @@ def make_factor(estimator: str, paper_eps: float | None) -> Factor:
 
 
 def check_arguments(
-    estimator: str,
-    num_draws: int,
-    sigma: float,
-    seed: int,
-    sigma_eval: float,
-    normalize: str | None,
-    paper_eps: float | None,
-    split: str,
-    check_draws: int,
+    estimator: str = "algorithm1",
+    num_draws: int = 200,
+    sigma: float = 1e-5,
+    seed: int = 0,
+    sigma_eval: float = 3e-4,
+    batch_size: int = 8,
+    normalize: str | None = None,
+    paper_eps: float | None = None,
+    split: str = "draws",
+    check_draws: int = 8,
 ) -> None:
+    """Raises what `mrd` raises for these, before anything is computed."""
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator={estimator!r}: needs one of {ESTIMATORS}")
     for name, value in (("sigma", sigma), ("sigma_eval", sigma_eval), ("paper_eps", paper_eps)):
@@ -211,6 +213,8 @@ def check_arguments(
     check_range("seed", seed, SEEDS)
     check_range("num_draws", num_draws, DRAWS)
     check_range("check_draws", check_draws, DRAWS)
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: needs a whole number >= 1")
     least = {"initial": 1, "gradient": 0}.get(estimator, 2)
     if num_draws < least:
         raise ValueError(

@@ -126,6 +126,18 @@ def probability_figure(before: Records, after: Records) -> Markup:
     return to_svg(figure, "probability")
 
 
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this folder; what comes from data or a model is escaped."""
+    environment = Environment(
+        loader=PackageLoader("pyunlearn.runs", "."),
+        autoescape=select_autoescape(default=True, default_for_string=True),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
 def new_figure(rows: int, columns: int, height: float = 2.3) -> Figure:
     figure = Figure(figsize=(3.6 * columns, height * rows), layout="constrained")
     axes: Axes
@@ -171,14 +183,7 @@ def render_report(
     before: Records,
     after: Records,
 ) -> str:
-    """The report as one HTML page. Everything that comes from data or model is escaped."""
-    environment = Environment(
-        loader=PackageLoader("pyunlearn.runs", "."),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    """The report as one HTML page."""
     stages = list(dict.fromkeys(row["stage"] for row in metrics))
     with matplotlib.rc_context(STYLE):
         figures = {
@@ -186,7 +191,8 @@ def render_report(
             "metrics_svg": metrics_figure(table),
             "probability_svg": probability_figure(before, after),
         }
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         config=config,
         config_text=config_text,
         table=table,

@@ -21,7 +21,7 @@ from .evaluation import evaluate_sets, read_records, read_summaries
 from .folder import RunFolder, config_text
 from .models import load_model, process_state
 from .report import check_goal, make_table, render_report, table_markdown
-from .stages import Context, Interrupted, memorise, remove_training, unlearn
+from .stages import Context, interruptible, memorise, remove_training, unlearn
 
 
 @dataclass(frozen=True)
@@ -72,25 +72,19 @@ def run(
     if state.is_main_process:
         folder.open(config, resume=resume, overwrite=overwrite)
     state.wait_for_everyone()
-    try:
+    with interruptible(resume_command):
         if not folder.evaluation("after.json").is_file():
             compute(config, folder, data, console, state)
         result = finish(config, folder, state)
         state.wait_for_everyone()
-    except KeyboardInterrupt as interrupt:
-        told = str(interrupt) or "stopped; everything finished so far is kept"
-        code = getattr(interrupt, "exit_code", 130)
-        raise Interrupted(f"{told}\nresume with: {resume_command}", code - 128) from None
     tell(result, console, resume_command.removesuffix(" --resume"))
     return result
 
 
 def compute(config: RunConfig, folder: RunFolder, data: RunData, console: Console, state: PartialState) -> None:
     """Everything up to the second evaluation, leaving out what an earlier attempt has finished."""
-    model, tokenizer = starting_model(config, folder, data)
-    model.to(state.device)
-    max_length = check_length(config.data, model)
-    context = Context(config, folder, console, max_length, state.num_processes)
+    context, model, tokenizer = first_model(config, folder, data, console, state)
+    max_length = context.max_length
     sets = {"forget": data.forget, "retain": data.retain[: config.evaluate.retain_limit]}
 
     def evaluated(moment: str) -> None:
@@ -102,10 +96,6 @@ def compute(config: RunConfig, folder: RunFolder, data: RunData, console: Consol
                           seed=config.seed, progress=context.progress)  # fmt: skip
         state.wait_for_everyone()
 
-    if config.memorise is not None and not folder.memorised.is_dir():
-        console.print("[bold]memorise[/] so that there is something to forget")
-        memorise(context, model, tokenizer, data.forget, data.retain)
-        save(folder, folder.memorised, "memorise", model, tokenizer, state)
     evaluated("before")
     if folder.checkpoint.is_dir():
         model, tokenizer = load_model(ModelConfig(name_or_path=str(folder.checkpoint), dtype=config.model.dtype))
@@ -116,6 +106,20 @@ def compute(config: RunConfig, folder: RunFolder, data: RunData, console: Consol
         unlearn(context, model, tokenizer, data.forget, data.retain, data.refusals)
         save(folder, folder.checkpoint, "unlearn", model, tokenizer, state)
     evaluated("after")
+
+
+def first_model(
+    config: RunConfig, folder: RunFolder, data: RunData, console: Console, state: PartialState
+) -> tuple[Context, Any, Any]:
+    """Context, model and tokenizer before unlearning: as loaded, or memorised, by an earlier attempt or now."""
+    model, tokenizer = starting_model(config, folder, data)
+    model.to(state.device)
+    context = Context(config, folder, console, check_length(config.data, model), state.num_processes)
+    if config.memorise is not None and not folder.memorised.is_dir():
+        console.print("[bold]memorise[/] so that there is something to forget")
+        memorise(context, model, tokenizer, data.forget, data.retain)
+        save(folder, folder.memorised, "memorise", model, tokenizer, state)
+    return context, model, tokenizer
 
 
 def starting_model(config: RunConfig, folder: RunFolder, data: RunData) -> tuple[Any, Any]:

@@ -7,7 +7,8 @@ import dataclasses
 import math
 import random
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,17 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, message: str, signum: int = 2):
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+@contextmanager
+def interruptible(command: str) -> Iterator[None]:
+    """Ctrl-C inside is told with the command that goes on from there."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        told = str(interrupt) or "stopped; everything finished so far is kept"
+        code = getattr(interrupt, "exit_code", 130)
+        raise Interrupted(f"{told}\nresume with: {command}", code - 128) from None
 
 
 @dataclasses.dataclass(frozen=True)

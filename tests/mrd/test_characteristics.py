@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from pyunlearn.mrd.characteristics import text_characteristics
+
+
+def test_the_numbers_of_a_text():
+    first, second, third = text_characteristics(
+        ["The cat sleeps. The cat, it purrs!", "A dog's cat-like nap at 3.5", ""]
+    )
+    assert first["lexical_diversity"] == pytest.approx(5 / 7)  # the cat sleeps the cat it purrs
+    assert first["sentence_length"] == 7 / 2
+    assert first["word_frequency"] == 0  # no word is in another text
+    assert first["rare_words"] == 5
+    assert second["sentence_length"] == 7  # a dog's cat-like nap at 3 5: no sentence ends
+    assert third == {"lexical_diversity": 0, "sentence_length": 0, "word_frequency": 0, "rare_words": 0}
+    shared = text_characteristics(["red fish", "blue fish", "one fish"])[0]
+    assert shared == {
+        "lexical_diversity": 1, "sentence_length": 2, "word_frequency": math.log2(3) / 2, "rare_words": 1
+    }  # fmt: skip

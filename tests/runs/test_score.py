@@ -1,0 +1,151 @@
+"""`pyunlearn score`'s job on the tiny world: its files, its report, stopping and going on."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+import pytest
+import torch
+from rich.console import Console
+
+import pyunlearn as pu
+from pyunlearn.data import QADataset, collate
+from pyunlearn.mrd import MRDResult, work
+from pyunlearn.runs.config import ModelConfig
+from pyunlearn.runs.models import load_model
+from pyunlearn.runs.score import score_files, score_run
+from pyunlearn.runs.score_report import render_score_report, running, self_checks, thirds
+
+DRAWS = 6
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, tiny_settings):
+    from pyunlearn.runs.config import RunConfig, merge
+
+    folder = tmp_path_factory.mktemp("score") / "run"
+    config = RunConfig.model_validate(merge(tiny_settings, {"output": str(folder)}))
+    return config, score_run(config, num_draws=DRAWS, batch_size=2)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_files_are_those_of_pu_mrd(scored):
+    config, result = scored
+    assert result.out == config.folder / "scores.jsonl"
+    names = {path.name for path in config.folder.iterdir()}
+    assert {"config.yaml", "memorised", "scores.jsonl", "scores.json", "scores.html", "scores.state"} <= names
+    records = read(result.out)
+    assert records == result.records
+    assert json.loads(result.out.with_suffix(".json").read_text()) == result.diagnostics
+
+    model, tokenizer = load_model(ModelConfig(name_or_path=str(config.folder / "memorised")))
+    from pyunlearn.runs.run import load_data
+
+    rows = QADataset(load_data(config.data, config.seed).forget, tokenizer, 256)
+    batch = collate([rows[i] for i in range(len(rows))], 0)
+    direct = pu.mrd(model, [batch], num_draws=DRAWS, batch_size=2, progress=False)
+    assert [record["mrd"] for record in records] == direct.value.tolist()
+    assert [record["standard_error"] for record in records] == direct.standard_error.tolist()
+    assert [record["num_tokens"] for record in records] == direct.num_tokens.tolist()
+    assert [record["question"] for record in records] == [item.question for item in rows.items]
+    for record in records:
+        assert record["probability"] == pytest.approx(math.exp(-record["nll"] / record["num_tokens"]))
+
+
+def test_the_report_stands_alone(scored):
+    _, result = scored
+    html = result.report.read_text()
+    assert html.count("<svg") == 4
+    assert not re.search(r"<script|<link|<img|src=|url\((?!#)|@import|href=(?!\"#)", html)
+    for title in ("Distribution", "Convergence", "Characteristics", "Hardest to unlearn", "Easiest to unlearn"):
+        assert title in html
+    hardest = min(result.records, key=lambda record: record["mrd"])
+    assert html.index(hardest["question"].replace("'", "&#39;")) < html.index("Easiest to unlearn")
+
+
+def test_stopped_and_called_again_it_ends_the_same(scored, tmp_path, monkeypatch):
+    config, whole = scored
+    put, out = work.Store.put, tmp_path / "again.jsonl"
+
+    def stop(store, unit, values):
+        put(store, unit, values)
+        raise KeyboardInterrupt
+
+    options = {"out": out, "num_draws": DRAWS, "batch_size": 2}
+    monkeypatch.setattr(work.Store, "put", stop)
+    with pytest.raises(KeyboardInterrupt, match="resume with: pyunlearn score --here") as stopped:
+        score_run(config, command="pyunlearn score --here", **options)
+    assert stopped.value.exit_code == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"again.state"}
+    monkeypatch.setattr(work.Store, "put", put)
+    again = score_run(config, **options)
+    assert again.records == whole.records
+    assert out.read_bytes() == whole.out.read_bytes()
+    with pytest.raises(ValueError, match=r"again\.state belongs to another job, its seed differ"):
+        score_run(config, seed=1, **options)
+    assert score_run(config, seed=1, overwrite=True, **options).records != whole.records
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "definition"])
+def test_files_and_other_estimators(scored, tmp_path, estimator, capsys):
+    config, whole = scored
+    data = tmp_path / "data.jsonl"
+    data.write_text(whole.out.read_text())  # its records have question and answer
+    options = {"estimator": estimator, "num_draws": DRAWS, "normalize": "tokens", "console": Console()}
+    result = score_files(str(config.folder / "memorised"), str(data), out=tmp_path / "x" / "y.jsonl", **options)
+    records = read(tmp_path / "x" / "y.jsonl")
+    assert [record["index"] for record in records] == list(range(len(whole.records)))
+    told = capsys.readouterr().out
+    assert f"{estimator} of {len(records)} samples, hardest to unlearn first" in told
+    assert "y.html" in told.replace("\n", "")
+    html = result.report.read_text()
+    if estimator == "gradient":
+        assert all(record["standard_error"] == 0 for record in records)
+        assert "Convergence" not in html
+        assert "within about 1 % of Algorithm 1" in told
+    else:
+        assert "Convergence" in html
+        assert "expected 4" in told
+
+
+def test_running_estimates_end_in_the_result():
+    torch.manual_seed(0)
+    draws = torch.randn(40, 3, dtype=torch.float64) + 0.3
+    for absolute in (True, False):
+        mean, error = running(draws, absolute)
+        x = draws.abs() if absolute else draws
+        for k in (2, 17, 40):
+            torch.testing.assert_close(mean[k - 2], x[:k].mean(0).abs())
+            torch.testing.assert_close(error[k - 2], x[:k].std(0) / math.sqrt(k))
+
+
+def test_thirds_hold_every_sample_once():
+    assert thirds([3, 1, 2, 6, 5, 4], [30, 10, 20, 60, 50, 40]) == [[10, 20], [30, 40], [60, 50]]
+    assert thirds([1, 1, 1, 1], [4, 3, 2, 1]) == [[4, 3, 2, 1], [], []]
+    assert [len(group) for group in thirds(list(range(9)), list(range(9)))] == [3, 3, 3]
+
+
+def test_what_a_file_says_is_escaped_and_bad_checks_are_marked():
+    told = {
+        "estimator": "algorithm1", "num_draws": 2, "sigma": 1e-5, "seed": 0, "num_samples": 2, "num_tokens": 4,
+        "sigma_ratio": 1.1, "expected_ratio": 2.0, "noise_share": 0.7, "by_heart_share": 0.9, "share_linear_ok": 1.0,
+    }  # fmt: skip
+    assert [check["met"] for check in self_checks(told)] == [False, False, False]
+    record = {
+        "question": "<script>alert(1)</script>", "answer": "A & B", "mrd": 1e-3, "standard_error": 1e-4,
+        "num_tokens": 2, "probability": 0.5, "lexical_diversity": 1.0, "sentence_length": 2.0, "word_frequency": 0.0,
+        "rare_words": 1.0,
+    }  # fmt: skip
+    values = torch.tensor([1e-3, 2e-3], dtype=torch.float64)
+    draws = torch.tensor([[1e-3, -2e-3], [-1e-3, 2e-3]], dtype=torch.float64)
+    result = MRDResult(values, values / 10, torch.tensor([2, 2]), values < 1, draws, told)
+    html = render_score_report([record, {**record, "mrd": 2e-3}], result, "pyunlearn score --name '<b>'")
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    assert "<b>'" not in html
+    assert html.count('class="missed"') == 3
