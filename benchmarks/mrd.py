@@ -1,0 +1,248 @@
+"""All estimators of Memory Removal Difficulty on one model and forget set: time, agreement, and Algorithm 1 as written.
+
+    python -m benchmarks.mrd --model models/SmolLM2-135M-Instruct.Q4_1.gguf --data tofu/forget01.jsonl
+    python -m benchmarks.mrd --shape 7B --data tofu/forget10.jsonl --device cuda --num-draws 5      random weights
+    python -m benchmarks.mrd                                            the embedded world by a model of random weights
+
+The naive loop goes sample by sample: a pristine copy of the weights, torch.randn_like added parameter by parameter, a
+forward with whole logits, log_softmax. It is run for `--naive-seconds` over samples of all lengths, and extrapolated.
+Writes mrd.json and mrd.md. Definition 3.1 and Hutchinson's estimator take several forwards a draw: `--pairs` draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor
+
+import pyunlearn as pu
+from pyunlearn.data import QADataset, collate, context_length, generate_authors, load_qa
+from pyunlearn.data.tiny import tiny_llama, train_tokenizer
+from pyunlearn.forward import token_stats_of
+from pyunlearn.mrd.precision import full_precision
+from pyunlearn.mrd.samples import make_samples
+from pyunlearn.runs.config import ModelConfig
+from pyunlearn.runs.models import load_model
+
+from .measure import commit, machine, versions
+
+RESULTS = Path(__file__).parent / "results"
+SHAPES: dict[str, dict[str, Any]] = {  # Llama-2-7B, and one to try the code
+    "7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096},
+    "toy": {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512},
+}  # fmt: skip
+SIGMA, SEED = 1e-5, 0
+Row = dict[str, Any]
+
+
+def load(args: argparse.Namespace) -> tuple[Any, list[Row], str]:
+    """(model on its device, tokenised samples, what it is called)."""
+    world = generate_authors()
+    items = world.forget if args.data is None else load_qa(args.data, limit=args.limit)
+    tokenizer: Any
+    if args.model is None:
+        tokenizer = train_tokenizer(world.texts + [f"{item.question} {item.answer}" for item in items])
+        model, name = random_model(args.shape, tokenizer, args.device), args.shape or "embedded"
+    else:
+        path, gguf = Path(args.model), Path(args.model).suffix == ".gguf"
+        source = {"name_or_path": str(path.parent), "gguf_file": path.name} if gguf else {"name_or_path": str(path)}
+        model, tokenizer = load_model(ModelConfig.model_validate(source))
+        name = path.stem
+    rows = QADataset(items, tokenizer, context_length(model))
+    return model.to(args.device), [rows[i] for i in range(len(rows))], name
+
+
+def random_model(shape: str | None, tokenizer: Any, device: str) -> Any:
+    if shape is None:
+        return tiny_llama(tokenizer)
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape], **ids), dtype=torch.float32).eval()
+
+
+def seconds(call: Callable[[], Any], device: str) -> tuple[float, Any]:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, found
+
+
+@torch.no_grad()
+def forward_alone(model: Any, batch: Any, args: argparse.Namespace) -> float:
+    """Seconds of one forward over all samples, the very batches that `pu.mrd` makes: what a draw cannot do without."""
+    samples = make_samples([batch], args.batch_size, torch.device(args.device))
+
+    def once() -> list[Tensor]:
+        return [token_stats_of(model, inputs, ("log_nll",))[0].log_nll for inputs in samples.batches]
+
+    with full_precision(torch.device(args.device)):
+        return min(seconds(once, args.device)[0] for _ in range(3))
+
+
+@torch.no_grad()
+def naive(model: Any, rows: Sequence[Row], limit: float, device: str) -> dict[str, float]:
+    """Algorithm 1 as written, sample by sample, within `limit` seconds; its time for a sample and a draw."""
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+    some = [by_length[round(i * (len(rows) - 1) / 7)] for i in range(min(8, len(rows)))] if len(rows) > 1 else [0]
+
+    def logp(row: Row) -> Tensor:
+        ids, labels = row["input_ids"].to(device), row["labels"].to(device)[1:]
+        scores = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+        return scores[labels != -100].gather(1, labels[labels != -100][:, None]).squeeze(1)
+
+    pristine = [p.detach().clone() for p in model.parameters()]
+    clean = {i: logp(rows[i]) for i in some}
+    start, spent, draws = time.perf_counter(), 0.0, 0
+    sums = dict.fromkeys(some, 0.0)
+    while spent < limit or draws == 0:
+        for i in some:
+            for p, w in zip(model.parameters(), pristine, strict=True):
+                p.copy_(w).add_(torch.randn_like(w), alpha=SIGMA)
+            sums[i] += abs(float(((clean[i] - logp(rows[i])) / clean[i]).sum()))
+        draws, spent = draws + 1, time.perf_counter() - start
+    for p, w in zip(model.parameters(), pristine, strict=True):
+        p.copy_(w)
+    return {
+        "samples": len(some),
+        "draws": draws,
+        "seconds": spent,
+        "seconds_a_sample_and_draw": spent / draws / len(some),
+    }
+
+
+def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) -> dict[str, Any]:
+    batch = collate(rows, 0)
+    batch.pop("index")
+    found: dict[str, Any] = {
+        "model": name,
+        "data": args.data and Path(args.data).name,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "samples": len(rows),
+        "tokens": int((batch["labels"][:, 1:] != -100).sum()),
+        "sigma": SIGMA,
+        "batch_size": args.batch_size,
+        "threads": torch.get_num_threads(),
+        "device": machine(args.device)["name"],
+        "versions": versions(args.device),
+        "commit": commit(),
+        "forward_seconds": forward_alone(model, batch, args),
+        "estimators": {},
+    }
+    values: dict[str, Tensor] = {}
+    for estimator in args.estimators.split(","):
+        draws = args.pairs if estimator in ("definition", "hutchinson") else args.num_draws
+        if args.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        options: Any = {"batch_size": args.batch_size, "mode": args.mode, "check_draws": args.check_draws}
+        took, result = seconds(partial(pu.mrd, model, [batch], estimator, draws, SIGMA, SEED, **options), args.device)
+        values[estimator] = result.value
+        if estimator == "algorithm1":
+            values["naive definition"] = result.draws.mean(0).abs()
+        found["estimators"][estimator] = {
+            "seconds": took,
+            "draws": result.diagnostics["num_draws"],
+            "median": float(result.value.median()),
+            "relative_error": float((result.standard_error / result.value).median()),
+            "diagnostics": result.diagnostics,
+            "values": result.value.tolist(),
+            "errors": result.standard_error.tolist(),
+        }
+        if args.device != "cpu":
+            found["estimators"][estimator]["peak_bytes"] = torch.cuda.max_memory_allocated()
+        print(f"{estimator}: {took:.1f} s", flush=True)
+    found["spearman"] = {
+        f"{a}, {b}": float(spearmanr(values[a], values[b]).statistic)
+        for a, b in (("algorithm1", "gradient"), ("definition", "hutchinson"), ("algorithm1", "definition"),
+                     ("algorithm1", "initial"), ("naive definition", "definition"))
+        if a in values and b in values
+    }  # fmt: skip
+    if args.naive_seconds:
+        found["naive"] = naive(model, rows, args.naive_seconds, args.device)
+        whole = found["naive"]["seconds_a_sample_and_draw"] * len(rows) * args.num_draws
+        found["naive"] |= {"extrapolated_seconds": whole, "extrapolated_draws": args.num_draws}
+    return found
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The tables of a study."""
+    whole = found.get("naive", {}).get("extrapolated_seconds")
+    lines = [
+        f"# Memory Removal Difficulty: {found['model']}, {found['data'] or 'embedded world'}",
+        "",
+        f"{found['samples']} samples, {found['tokens']} scored tokens, {found['parameters'] / 1e6:.1f} million "
+        f"parameters, float32; {found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
+        f"commit {found['commit']}. One forward over all samples takes {found['forward_seconds']:.2f} s.",
+        "",
+        "| estimator | draws | seconds | a draw, in forwards | x naive | median | relative standard error |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, one in found["estimators"].items():
+        a_draw = f"{one['seconds'] / one['draws'] / found['forward_seconds']:.2f}" if one["draws"] else ""
+        same = name in ("algorithm1", "gradient") and whole
+        faster = f"{whole / one['seconds']:.1f}" if same else ""
+        cells = (name, one["draws"] or "", f"{one['seconds']:.1f}", a_draw, faster, f"{one['median']:.3g}")
+        lines.append(f"| {' | '.join(map(str, cells))} | {one['relative_error']:.1%} |")
+    if whole:
+        loop = found["naive"]
+        lines += [
+            "",
+            f"The naive loop took {loop['seconds']:.0f} s for {loop['samples']} samples and {loop['draws']} draws; "
+            f"{loop['extrapolated_draws']} draws of all samples would take {whole:.0f} s.",
+        ]
+    lines += ["", "| rank correlation (Spearman) of | |", "|---|---:|"]
+    lines += [f"| {pair} | {rho:.3f} |" for pair, rho in found["spearman"].items()]
+    checks = [
+        f"| {name} | {told['sigma_ratio']:.3f} | {told['expected_ratio']:g} | {told['noise_share']:.2%} |"
+        for name, one in found["estimators"].items()
+        if (told := one["diagnostics"])["noise_share"] is not None
+    ]
+    if checks:
+        lines += ["", "| self-check | at 2 sigma, times | expected | rounding |", "|---|---:|---:|---:|", *checks]
+    return "\n".join(lines) + "\n"
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.mrd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", help="a GGUF file, or a folder with config.json and safetensors")
+    parser.add_argument("--shape", choices=SHAPES, help="a Llama of this shape with random weights, in its place")
+    parser.add_argument("--data", help="JSON lines with question and answer (default: the embedded world)")
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--estimators", default="algorithm1,gradient,definition,hutchinson,initial")
+    parser.add_argument("--num-draws", type=int, default=200)
+    parser.add_argument("--pairs", type=int, default=50, help="draws of definition and hutchinson")
+    parser.add_argument("--check-draws", type=int, default=8, help="of the self-check, which is timed too")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--mode", default="auto")
+    parser.add_argument("--naive-seconds", type=float, default=60, help="0: no naive loop")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/<device>)")
+    args = parser.parse_args(words)
+    torch.set_num_threads(args.threads)
+    found = study(*load(args), args)
+    out = args.out or RESULTS / machine(args.device)["folder"]
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "mrd.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "mrd.md").write_text(markdown(found))
+    print(f"\n{markdown(found)}\nwrote {out}/mrd.json and mrd.md")
+
+
+if __name__ == "__main__":
+    main()
