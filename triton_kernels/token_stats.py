@@ -152,9 +152,6 @@ def accumulate_kernel(
     if REFERENCE:
         r_t = curve(tl.load(r + at, mask=inside, other=0.0), scale, softcap, R, A, CURVE)[0]
         tl.store(s + REF_TARGET, tl.where(inside, r_t, tl.load(s + REF_TARGET, mask=streaming, other=float("nan"))))
-    tl.store(s + COUNT, count + n)
-    tl.store(s + ORIGIN, origin)
-    tl.store(s + OFFSET, offset)
 
     lanes = lanes_of(GROUPS, VEC, ALIGNED)
     for start in range(0, n, BLOCK):
@@ -210,8 +207,12 @@ def accumulate_kernel(
             if SQUARES:
                 squared += tl.sum(e * d * d, 1)
 
+    # The reductions above have made every thread wait for the others' reads of the state.
     tl.store(s + MAX, m)
     tl.store(s + REF_MAX, ref_m)
+    tl.store(s + ORIGIN, origin)
+    tl.store(s + OFFSET, offset)
+    tl.store(s + COUNT, count + n)
     tl.store(s + BEFORE, before)
     store_sum(s + TOPS, tops, True)
     store_sum(s + REST, rest, True)

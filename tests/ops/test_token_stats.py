@@ -35,14 +35,15 @@ DTYPES = list(TOL)
 def test_error_budget(kind, v, dtype, fused):
     """Every output's value and gradient, alone and together, on adversarial rows."""
     skip_unless_taken(fused, dtype)
-    if v > 20000 and interpreted(fused):
-        v = 4104  # in two parts, of several chunks where there is a reference
+    n, k, alone = 8, min(20, v), v < 4000
+    if interpreted(fused):
+        n, k, alone = (8 if v > 100 else 4), min(6, v), v == 1000
+        v = min(v, 4104)  # in two parts, of several chunks where there is a reference
     elif v > 20000 and kind not in ("random", "offset", "peaked"):
         v = 4099
-    logits, reference, targets = (t.to(dtype) if t.is_floating_point() else t for t in rows(kind, 8, v))
+    logits, reference, targets = (t.to(dtype) if t.is_floating_point() else t for t in rows(kind, n, v))
     names = tuple(n for n in DIFFERENTIABLE if n != "uniform_ce" or kind != "masked")  # infinite there, by definition
-    upstreams = upstreams_of(names, 8, fused)
-    upstreams, k = upstreams if v < 4000 else upstreams[-1:], min(6 if interpreted(fused) else 20, v)
+    upstreams = upstreams_of(names, n, fused)[0 if alone else -1 :]
     ours, d_ours = runs(logits, targets, reference, upstreams, backend=fused, k=k)
     eager, d_eager = runs(logits, targets, reference, upstreams, backend="eager", k=k)
     oracle, d_oracle = runs(logits.double(), targets, reference.double(), upstreams, backend="eager", k=k)
@@ -147,6 +148,24 @@ def test_same_bits_again_and_in_any_layout(fused):
         for name in OUTPUTS:
             assert torch.equal(once[name], again[name])
         assert torch.equal(d_once, d_again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_in_one_part_or_in_many(dtype, monkeypatch):
+    """Of the Triton kernels: few rows are split, of many a program streams the whole."""
+    logits, reference, targets = rows("random", 2, 12296)
+    logits, reference = logits.to(dtype), reference.to(dtype)
+    upstream = {name: torch.ones(2) for name in DIFFERENTIABLE}
+    many, d_many = run(logits, targets, reference, upstream, backend="triton")
+    monkeypatch.setattr(kernels("triton"), "PROGRAMS", 0)
+    assert kernels("triton").new_state(logits, 2, 12296).size(1) == 1
+    for outputs in (OUTPUTS, ("logp", "entropy")):
+        up = {name: upstream[name] for name in outputs if name in DIFFERENTIABLE}
+        one, d_one = run(logits, targets, reference, up, outputs=outputs, backend="triton")
+        for name in outputs:
+            torch.testing.assert_close(one[name], many[name], atol=1e-6, rtol=2e-6)
+        if outputs == OUTPUTS:
+            torch.testing.assert_close(d_one, d_many, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
 
 
 def test_same_bits_for_any_threads_and_rows():
