@@ -49,13 +49,14 @@ $(VENV)/built: $(SOURCES) | $(VENV)/torch
 	$(PIP) install -q -e ".[gguf]"
 	touch $@
 
-$(VENV)/test: $(VENV)/built
-	$(PIP) install -q -e ".[test]"
-	touch $@
+# each of these does all of the one before it: the extension is built once
+$(VENV)/test: $(SOURCES) | $(VENV)/torch
+	$(PIP) install -q -e ".[gguf,test]"
+	touch $(VENV)/built $@
 
-$(VENV)/lint: $(VENV)/built
-	$(PIP) install -q -e ".[test,lint]"
-	touch $@
+$(VENV)/lint: $(SOURCES) | $(VENV)/torch
+	$(PIP) install -q -e ".[gguf,test,lint]"
+	touch $(VENV)/built $(VENV)/test $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyunlearn/_C.*.so

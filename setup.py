@@ -39,9 +39,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["pyunlearn", "pyunlearn.*"]), "pyunlearn.triton_kernels"],
-    # another distribution owns the top-level name triton_kernels
-    package_dir={"pyunlearn.triton_kernels": "triton_kernels"},
+    packages=find_packages(include=["pyunlearn", "pyunlearn.*"]),  # pyunlearn/triton_kernels links to triton_kernels
     package_data={"pyunlearn": ["py.typed"], "pyunlearn.runs": ["*.html", "*.css", "*.yaml"]},
     ext_modules=[Extension("pyunlearn._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},

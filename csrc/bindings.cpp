@@ -7,11 +7,13 @@
 #include <vector>
 
 #include "cpu/perturb.h"
+#include "cpu/segment_dot.h"
 #include "cpu/token_stats.h"
 #include "math/philox.h"
 #include "tensor/view.h"
 #if defined(PU_CUDA)
 #include "cuda/perturb.cuh"
+#include "cuda/segment_dot.cuh"
 #include "cuda/token_stats.cuh"
 #endif
 
@@ -161,5 +163,10 @@ PYBIND11_MODULE(_C, m) {
     Borrowed t(table, "table");
     py::gil_scoped_release release;
     PU_ON_DEVICE(t.cuda_device(), perturb(p, t, reinterpret_cast<void*>(stream)), perturb(p, t, threads));
+  });
+  m.def("segment_dot", [](py::handle table, int64_t chunk, py::handle partials, py::handle sums, int threads, [[maybe_unused]] uintptr_t stream) {
+    Borrowed t(table, "table"), p(partials, "partials"), s(sums, "sums");
+    py::gil_scoped_release release;
+    PU_ON_DEVICE(t.cuda_device(), segment_dot(t, chunk, p, s, reinterpret_cast<void*>(stream)), segment_dot(t, chunk, p, s, threads));
   });
 }

@@ -11,8 +11,9 @@ Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn 
 from typing import TYPE_CHECKING, Any
 
 from . import objectives, ops
+from .geffect import g_effect, pointwise_g_effect
 from .mrd import MRDResult, mrd
-from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, token_stats, value_and_grad
+from .ops import TokenStats, gaussian_noise, linear_token_stats, perturbed, segment_dot, token_stats, value_and_grad
 
 if TYPE_CHECKING:
     from .reference import ReferenceCache
@@ -24,12 +25,15 @@ __all__ = [
     "ReferenceCache",
     "TokenStats",
     "UnlearnTrainer",
+    "g_effect",
     "gaussian_noise",
     "linear_token_stats",
     "mrd",
     "objectives",
     "ops",
     "perturbed",
+    "pointwise_g_effect",
+    "segment_dot",
     "token_stats",
     "value_and_grad",
 ]

@@ -1,1 +1,1 @@
-"""The portable GPU path: Triton kernels under the names of csrc/cuda. Installed as `pyunlearn.triton_kernels`."""
+"""Triton kernels, launched by `pyunlearn.ops.backends.triton`. Importing them imports triton."""

@@ -16,10 +16,16 @@ PU_FN void store(double* p, double v) { *p = v; }
 PU_FN Floats load(const float* p) { Floats v; __builtin_memcpy(&v, p, sizeof v); return v; }
 PU_FN void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
-PU_FN Words load_words(const void* p) {
+PU_FN Words load_words(const void* p) {  // GCC makes several instructions of __builtin_convertvector
+#if defined(__AVX512F__)
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+#else
   Halves h;
   __builtin_memcpy(&h, p, sizeof h);
   return __builtin_convertvector(h, Words);
+#endif
 }
 PU_FN void store_words(void* p, Words v) {
   const Halves h = __builtin_convertvector(v, Halves);
@@ -35,10 +41,14 @@ PU_FN Words bfloat16_bits(Floats v) {  // round to nearest even; NaN stays NaN
 PU_FN void store(BFloat16* p, Floats v) { store_words(p, bfloat16_bits(v)); }
 
 PU_FN Floats load(const Float16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#else
   const Words w = load_words(p), magnitude = (w & 0x7fffu) << 13;
   const Floats value = bits_of<Floats>(magnitude) * 0x1p112f;  // denormals come out right
   const Words special = bits_of<Words>(value) | 0x7f800000u;   // exponent 31: infinity or NaN
   return bits_of<Floats>((bits_of<Ints>(magnitude) >= 0x0f800000 ? special : bits_of<Words>(value)) | (w & 0x8000u) << 16);
+#endif
 }
 PU_FN void store(Float16* p, Floats v) {
   const Words w = bits_of<Words>(v), magnitude = w & 0x7fffffffu;

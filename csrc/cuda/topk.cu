@@ -6,8 +6,9 @@
 namespace pu::cuda {
 namespace {
 
-// Unsigned order is the order of floats; NaN of either sign ends up at one of the ends.
+// Unsigned order is the order of floats, -0 being 0; NaN of either sign ends up at one of the ends.
 __device__ uint32_t key_of(float z) {
+  z += 0.0f;
   uint32_t bits;
   memcpy(&bits, &z, sizeof z);
   return bits & 0x80000000u ? ~bits : bits | 0x80000000u;

@@ -55,7 +55,7 @@ PU_FN F lane_gradient(F z, F r, const RowCoefficients<A>& c) {
   if (kLogs) weight += c.on_logp * logp;
   if (kReference) {
     const F logq = (r - c.ref_max) - c.ref_log_sum;
-    weight += c.on_logq * logq;
+    weight += c.on_logq != 0 ? c.on_logq * logq : F{};  // logq may be -inf
     dz += c.on_q * exp_lanes(logq);
   }
   return dz + (kLogs || kReference ? select(p > 0, p * weight, F{}) : p * weight);

@@ -6,14 +6,17 @@ from .from_logits import token_stats
 from .noise import gaussian_noise
 from .one_pass import TokenRule, value_and_grad
 from .perturbation import perturbed
+from .segment_dot import SegmentDots, segment_dot
 
 __all__ = [
     "OUTPUTS",
+    "SegmentDots",
     "TokenRule",
     "TokenStats",
     "gaussian_noise",
     "linear_token_stats",
     "perturbed",
+    "segment_dot",
     "token_stats",
     "value_and_grad",
 ]

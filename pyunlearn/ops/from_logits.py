@@ -40,7 +40,7 @@ def token_stats(
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
             not be used afterwards, and a second backward raises. Under torch.compile it is ignored.
         k: size of the belief set of `topk`, 1 to 256 (bootstrapping's BS-T).
-        backend: None (the fastest that is there), "cpu", "cuda" or "eager".
+        backend: None (the fastest that is there), "cpu", "triton", "cuda" or "eager".
 
     Returns:
         TokenStats: one attribute per output, each (...), float32 (float64 for float64 logits; greedy: bool), 0 at
@@ -103,8 +103,6 @@ def check_writable(asked: str, logits: Tensor) -> None:
 def forward(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options, backend: str) -> Forward:
     """-> (stats, saved, index, belief); the last two hold the top-k lanes, (rows, k), or (rows, 0)."""
     module, vocabulary, n = kernels(backend), logits.size(-1), targets.numel()
-    if reference is not None and reference.dtype != logits.dtype:
-        reference = reference.to(logits.dtype)
     state = module.new_state(logits, n, vocabulary)
     module.accumulate(logits, targets, reference, state, options, 0, vocabulary, True)
     stats, saved = module.finish(state, targets, reference is not None, options, vocabulary)

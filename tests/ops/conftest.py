@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from pyunlearn import _C
 from pyunlearn.ops import backends
+from pyunlearn.ops.backends import interpreting
 
 from .. import cuda_on_cpu
 
@@ -52,11 +54,34 @@ def cuda() -> Iterator[str]:
         yield "cuda"
 
 
+@contextmanager
+def triton() -> Iterator[str]:
+    """On a GPU, or in Python on the CPU. There, two thirds of the time would go into patching triton's language again
+    in every call of a device function: the first call from each module does."""
+    if not interpreting():
+        yield "triton"
+        return
+    from triton.runtime.interpreter import InterpretedFunction
+
+    patched, call = set(), InterpretedFunction.__call__
+
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ in patched:
+            return self.rewrite()(*args, **kwargs)
+        patched.add(self.fn.__module__)
+        return call(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpretedFunction, "__call__", called)
+        yield "triton"
+
+
 FUSED: dict[str, Callable[[], AbstractContextManager[str]]] = {
     "cpu": partial(cpu, "auto"),
     "cpu-avx2": partial(cpu, "avx2"),
     "cpu-portable": partial(cpu, "portable"),
     "cuda": cuda,
+    "triton": triton,
 }
 BACKENDS = [name for name in FUSED if "-" not in name] + ["eager"]
 

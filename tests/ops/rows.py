@@ -51,6 +51,20 @@ def skip_unless_taken(backend: str, dtype: torch.dtype) -> None:
         pytest.skip("the CUDA kernels take no float64: test_float64_is_refused")
 
 
+def interpreted(backend: str) -> bool:
+    """Whether a backend runs in Python here: what is slow there shrinks, but never the kinds of rows."""
+    return backend == "triton" and device_of(backend) == "cpu"
+
+
+def upstreams_of(names: tuple[str, ...], n: int, backend: str) -> list[dict[str, Tensor]]:
+    """Random gradients: each output alone, then all that are finite together. Interpreted, an output alone a row."""
+    rest = {name: torch.randn(n, dtype=torch.float64) for name in names if name != "log_nll"}
+    if interpreted(backend):
+        own = torch.eye(len(names), dtype=torch.float64).repeat(1, n)[:, :n] * torch.randn(n, dtype=torch.float64)
+        return [dict(zip(names, own, strict=True)), rest]
+    return [*({name: torch.randn(n, dtype=torch.float64)} for name in names), rest]
+
+
 def runs(
     logits: Tensor,
     targets: Tensor,

@@ -2,6 +2,8 @@
 
 import doctest
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from .rows import device_of, rows
 @pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy", "kl_pq", "topk")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(outputs, dtype, fused):
-    logits, reference, targets = (t.to(device_of(fused)) for t in rows("random", 4, 33))
+    logits, reference, targets = (t.to(device_of(fused)) for t in rows("random", 2, 33))
     logits = logits.to(dtype).requires_grad_()
     ref = reference.to(dtype) if "kl_pq" in outputs else None
     flat = _flat(Options(outputs, 0.7, 5.0, k=3))
@@ -69,17 +71,44 @@ def test_missing_native_module_falls_back_and_says_so(monkeypatch):
 
 
 def test_backends_explain_themselves(monkeypatch):
-    assert backends.choose(None, torch.device("cpu")) == "cpu"
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert backends.choose(None, cpu) == "cpu"
     with pytest.raises(ValueError, match="cannot take tensors on cuda"):
-        backends.choose("cpu", torch.device("cuda"))
+        backends.choose("cpu", cuda)
+    with pytest.raises(ValueError, match="backend='cudnn': needs one of 'triton', 'cuda', 'cpu', 'eager' or None"):
+        backends.choose("cudnn", cpu)
     monkeypatch.setattr(backends.native._C, "cuda_archs", "90a")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match="no CUDA device is visible"):
-        backends.choose("cuda", torch.device("cpu"))
+        backends.choose("cuda", cpu)
     monkeypatch.setattr(backends.native._C, "cuda_archs", "")
     monkeypatch.setattr(backends.native._C, "cuda_reason", "nvcc was not found at build time")
     with pytest.raises(RuntimeError, match="the CUDA part is not built: nvcc was not found"):
-        backends.choose("cuda", torch.device("cpu"))
+        backends.choose("cuda", cpu)
+
+
+def test_triton_serves_cuda_tensors_and_says_why_it_cannot(monkeypatch):
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert backends.choose(None, cuda) == backends.choose("triton", cuda) == "triton"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends.choose(None, cpu) == "cpu"
+    assert backends.choose("triton", cpu) == "triton"  # by name alone
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(ValueError, match="backend='triton': cannot take tensors on cpu"):
+        backends.choose("triton", cpu)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"'triton' is not available: no CUDA device .*TRITON_INTERPRET=1"):
+        backends.choose("triton", cuda)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match="triton is not installed: pip install triton"):
+        backends.choose("triton", cuda)
+    assert backends.choose(None, cuda) == "eager"
+
+
+def test_importing_pyunlearn_imports_no_triton():
+    code = "import sys, pyunlearn; assert 'triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("module", ["pyunlearn.ops.from_logits", "pyunlearn.ops.from_hidden"])

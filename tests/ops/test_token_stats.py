@@ -7,9 +7,23 @@ from hypothesis import strategies as st
 
 import pyunlearn as pu
 from pyunlearn.ops import OUTPUTS
+from pyunlearn.ops.backends import kernels
+from pyunlearn.ops.contract import Options
+from pyunlearn.ops.from_logits import forward
 
 from .conftest import FUSED
-from .rows import DIFFERENTIABLE, KINDS, assert_within_budget, device_of, rows, run, runs, skip_unless_taken
+from .rows import (
+    DIFFERENTIABLE,
+    KINDS,
+    assert_within_budget,
+    device_of,
+    interpreted,
+    rows,
+    run,
+    runs,
+    skip_unless_taken,
+    upstreams_of,
+)
 
 TOL = {torch.float64: 1e-11, torch.float32: 4e-6, torch.bfloat16: 2e-5, torch.float16: 2e-5}
 DTYPES = list(TOL)
@@ -21,14 +35,15 @@ DTYPES = list(TOL)
 def test_error_budget(kind, v, dtype, fused):
     """Every output's value and gradient, alone and together, on adversarial rows."""
     skip_unless_taken(fused, dtype)
-    if v > 20000 and kind not in ("random", "offset", "peaked"):
+    n, k, alone = 8, min(20, v), v < 4000
+    if interpreted(fused):
+        n, k, alone = (8 if v > 100 else 4), min(6, v), v == 1000
+        v = min(v, 4104)  # in two parts, of several chunks where there is a reference
+    elif v > 20000 and kind not in ("random", "offset", "peaked"):
         v = 4099
-    logits, reference, targets = (t.to(dtype) if t.is_floating_point() else t for t in rows(kind, 8, v))
-    upstreams = [{name: torch.randn(8, dtype=torch.float64)} for name in DIFFERENTIABLE]
-    upstreams.append({name: torch.randn(8, dtype=torch.float64) for name in DIFFERENTIABLE if name != "log_nll"})
-    if kind == "masked":  # infinite there, by definition
-        upstreams = [{k: u for k, u in up.items() if k != "uniform_ce"} for up in upstreams]
-    upstreams, k = upstreams if v < 4000 else upstreams[-1:], min(20, v)
+    logits, reference, targets = (t.to(dtype) if t.is_floating_point() else t for t in rows(kind, n, v))
+    names = tuple(n for n in DIFFERENTIABLE if n != "uniform_ce" or kind != "masked")  # infinite there, by definition
+    upstreams = upstreams_of(names, n, fused)[0 if alone else -1 :]
     ours, d_ours = runs(logits, targets, reference, upstreams, backend=fused, k=k)
     eager, d_eager = runs(logits, targets, reference, upstreams, backend="eager", k=k)
     oracle, d_oracle = runs(logits.double(), targets, reference.double(), upstreams, backend="eager", k=k)
@@ -86,7 +101,7 @@ def test_gradcheck(name, options, backend):
     def statistic(x):
         return getattr(pu.token_stats(x, targets, (name,), reference=reference, backend=backend, **options), name)
 
-    assert torch.autograd.gradcheck(statistic, logits.requires_grad_())
+    assert torch.autograd.gradcheck(statistic, logits.requires_grad_(), fast_mode=interpreted(backend))
 
 
 def test_double_backward_raises(fused):
@@ -123,16 +138,34 @@ def test_peaked_and_shifted_rows_keep_their_digits(fused):
 
 
 def test_same_bits_again_and_in_any_layout(fused):
-    logits, reference, targets = rows("random", 9, 20000)
-    upstream = {name: torch.ones(9) for name in DIFFERENTIABLE}
+    logits, reference, targets = rows("random", 3, 20000)
+    upstream = {name: torch.ones(3) for name in DIFFERENTIABLE}
     once, d_once = run(logits, targets, reference, upstream, backend=fused)
-    wide = torch.randn(9, 20064, device=device_of(fused))
+    wide = torch.randn(3, 20064, device=device_of(fused))
     wide[:, :20000] = logits
     for same in (logits, wide[:, :20000]):
         again, d_again = run(same, targets, reference, upstream, backend=fused)
         for name in OUTPUTS:
             assert torch.equal(once[name], again[name])
         assert torch.equal(d_once, d_again)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_in_one_part_or_in_many(dtype, monkeypatch):
+    """Of the Triton kernels: few rows are split, of many a program streams the whole."""
+    logits, reference, targets = rows("random", 2, 12296)
+    logits, reference = logits.to(dtype), reference.to(dtype)
+    upstream = {name: torch.ones(2) for name in DIFFERENTIABLE}
+    many, d_many = run(logits, targets, reference, upstream, backend="triton")
+    monkeypatch.setattr(kernels("triton"), "PROGRAMS", 0)
+    assert kernels("triton").new_state(logits, 2, 12296).size(1) == 1
+    for outputs in (OUTPUTS, ("logp", "entropy")):
+        up = {name: upstream[name] for name in outputs if name in DIFFERENTIABLE}
+        one, d_one = run(logits, targets, reference, up, outputs=outputs, backend="triton")
+        for name in outputs:
+            torch.testing.assert_close(one[name], many[name], atol=1e-6, rtol=2e-6)
+        if outputs == OUTPUTS:
+            torch.testing.assert_close(d_one, d_many, atol=1e-6, rtol=2 * torch.finfo(dtype).eps)
 
 
 def test_same_bits_for_any_threads_and_rows():
@@ -228,6 +261,63 @@ def test_nothing_to_do(backend):
     assert total.item() == 0
     total.backward()
     assert torch.equal(logits.grad.cpu(), torch.zeros(2, 7))
+
+
+def test_greedy_ties_across_slices_and_parts(fused):
+    """The lowest index wins wherever the row was cut, in the last columns of a slice too."""
+    kernel, options = kernels(fused), Options(("greedy",))
+    logits = torch.zeros(4, 9000, device=device_of(fused))
+    logits[0, 4099] = logits[1, 4100] = logits[2, 8999] = 1.0
+    logits[:, 7000] = 1.0
+    targets = torch.full((4,), 7000, device=device_of(fused))
+    state = kernel.new_state(logits, 4, 9000)
+    for i, j in ((0, 4101), (4101, 9000)):
+        kernel.accumulate(logits[:, i:j], targets, None, state, options, i, 9000, i == 0)
+    sliced, _ = kernel.finish(state, targets, False, options, 9000)
+    whole = pu.token_stats(logits, targets, options.outputs, backend=fused).greedy
+    assert (sliced[0] > 0).tolist() == whole.tolist() == [False, False, True, True]
+
+
+@pytest.mark.parametrize("k", [1, 3, 256])
+def test_topk_takes_the_lowest_index_of_equals(k, fused):
+    """Ties, both zeros, lanes at -inf and whole rows of one value: the lanes a stable sort takes, in its order."""
+    logits = torch.zeros(4, 1100)
+    logits[0, ::2] = -0.0
+    logits[1] = torch.arange(1100).remainder(7).float()
+    logits[2, 300:] = float("-inf")
+    logits[3] = torch.randn(1100).bfloat16().float()
+    logits = logits.to(device_of(fused))
+    targets = torch.tensor([0, 1, 2, -100], device=logits.device)
+    index, belief = forward(logits, targets, None, Options(("topk",), k=k), fused)[2:]
+    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k].int()
+    assert torch.equal(index[:3], order[:3])
+    assert index[3].eq(-1).all()
+    assert belief[3].eq(0).all()
+    torch.testing.assert_close(belief[:3], logits.gather(-1, order.long())[:3].softmax(-1))
+
+
+def test_a_lane_without_reference_probability(fused):
+    """q_j = 0 < p_j: KL(p || q) is infinite, KL(q || p) and its gradient p - q are not."""
+    logits, reference = torch.randn(2, 50), torch.randn(2, 50)
+    reference[:, 3] = float("-inf")
+    targets, upstream = torch.tensor([3, 5]), {"kl_qp": torch.ones(2)}
+    stats, grad = run(logits, targets, reference, upstream, outputs=("kl_pq", "kl_qp"), backend=fused)
+    assert stats["kl_pq"].isinf().all()
+    p, q = logits.double().softmax(-1), reference.double().softmax(-1)
+    torch.testing.assert_close(grad, p - q, atol=1e-6, rtol=1e-5)
+    q_log_q = torch.where(q > 0, q * q.log(), 0.0).sum(-1)
+    torch.testing.assert_close(stats["kl_qp"], q_log_q - (q * p.log()).sum(-1), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_reference_of_another_dtype(dtypes, backend):
+    logits, reference, targets = rows("random", 4, 72)
+    logits, reference = logits.to(dtypes[0]), reference.to(dtypes[1])
+    got, d_got = run(logits, targets, reference, {"kl_pq": torch.ones(4)}, outputs=("kl_pq",), backend=backend)
+    alike = logits.float(), targets, reference.float()
+    expected, d_expected = run(*alike, {"kl_pq": torch.ones(4)}, outputs=("kl_pq",), backend="eager")
+    torch.testing.assert_close(got["kl_pq"], expected["kl_pq"], atol=0.02, rtol=0.02)
+    torch.testing.assert_close(d_got, d_expected, atol=0.01, rtol=0.02)
 
 
 def test_rows_of_zero_upstream_get_zero_whatever_they_hold(fused):

@@ -6,6 +6,8 @@ in float32, as in the fused backends.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -72,3 +74,13 @@ def log_negative_logp(z: Tensor, index: Tensor) -> Tensor:
     small = odds < -15  # there softplus(u) = exp(u) to the last bit of float32; float64 corrects by -exp(u)/2
     ordinary = F.softplus(odds.masked_fill(small, 0.0), threshold=50.0).log()
     return torch.where(small, odds - 0.5 * odds.exp(), ordinary)
+
+
+def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]], block: int = 1 << 22) -> Tensor:
+    """(3, pairs) float64 of flat pairs: <a, b>, <a, a>, <b, b>, by blocks of elements widened to float64."""
+    sums = torch.zeros(3, len(pairs), dtype=torch.float64, device=pairs[0][0].device)
+    for i, (a, b) in enumerate(pairs):
+        for x, y in zip(a.split(block), b.split(block), strict=True):
+            x, y = x.double(), y.double()
+            sums[:, i] += torch.stack((torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)))
+    return sums

@@ -6,6 +6,7 @@ to torch's current stream.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.view(tensor.size(0), rows)
 
 
+def _like(reference: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The kernels read a reference in the dtype of the logits."""
+    return None if reference is None else reference.to(logits.dtype)
+
+
 def new_state(like: Tensor, rows: int, columns: int) -> Tensor:
     """Streaming state, (rows, parts, fields); parts of a row are accumulated side by side and merged in order."""
     parts = _C.parts(like.get_device(), rows, columns)
@@ -56,6 +62,7 @@ def accumulate(
     fresh: bool,
 ) -> None:
     """Merges columns [first, first + logits.size(-1)) of every row into `state`, or starts it afresh."""
+    reference = _like(reference, logits)
     call = _call(logits, options, first, vocabulary)
     _C.accumulate(capsule(logits), capsule(targets), capsule(reference), capsule(state), fresh, *call)
 
@@ -105,8 +112,7 @@ def backward(
 ) -> Tensor:
     """Writes d(logits) into `grad_logits`, which may be `logits` itself, and returns it."""
     n = targets.numel()
-    if reference is not None and reference.dtype != logits.dtype:
-        reference = reference.to(logits.dtype)
+    reference = _like(reference, logits)
     views = [_rows(t.to(saved.dtype).contiguous(), n) for t in (grad_stats, stats, saved)]
     if index is not None and index.size(-1) == 0:
         index = belief = None
@@ -146,3 +152,10 @@ def perturb(
     from_like = None if source is None else capsule(torch.empty(0, dtype=source))
     to_like = capsule(torch.empty(0, dtype=target))
     _C.perturb(capsule(table), from_like, to_like, seed, remove, add, torch.get_num_threads(), _stream(table))
+
+
+def segment_dot(
+    pairs: Sequence[tuple[Tensor, Tensor]], table: Tensor, chunk: int, partials: Tensor, sums: Tensor
+) -> None:
+    """Fills `sums` (3, segments) from the addresses in `table` (csrc/cpu/segment_dot.h)."""
+    _C.segment_dot(capsule(table), chunk, capsule(partials), capsule(sums), torch.get_num_threads(), _stream(table))

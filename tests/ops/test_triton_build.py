@@ -1,0 +1,48 @@
+"""What the Triton kernels compile to: no spills, the occupancy they count on, wide loads. No GPU is needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pyunlearn.triton_kernels.token_stats import BYTES, RESIDENT, RESIDENT_SLOW, WARPS
+
+ROOT = Path(__file__).parent.parent.parent
+KERNELS = ("accumulate_kernel", "finish_kernel", "topk_kernel", "backward_kernel")
+
+
+def test_kernels_as_compiled_for_every_gpu(tmp_path):
+    """For sm_80, sm_90 and sm_100, in a process of its own: there triton does not interpret."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(Path(__file__).parent / "compile_worker.py"), "80", "90", "100"]
+    worker = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert worker.returncode == 0, worker.stderr
+    report = json.loads(worker.stdout)
+    assert {(one["kernel"], one["capability"]) for one in report} == {(k, c) for k in KERNELS for c in (80, 90, 100)}
+    for one in report:
+        check_resources(one)
+        check_width(one)
+        assert one["again"], f"compiled again for another shape or option: {one}"
+
+
+def check_resources(one):
+    assert one["STACK"] == one["LOCAL"] == 0, f"spills: {one}"
+    slow = one["softcap"] or one["dtype"] == "torch.float64"
+    assert one["REG"] * 32 * WARPS * (RESIDENT_SLOW if slow else RESIDENT) <= 65536, (
+        f"too few programs fit an SM: {one}"
+    )
+    assert one["shared"] <= 4096, one
+
+
+def check_width(one):
+    """Aligned rows go by 16 bytes: at least the loads of the loop and those ahead of it, and backward's stores."""
+    wide = {kind: sum(op.endswith((".v4.b32", ".v2.b64")) for op in one[kind]) for kind in ("loads", "stores")}
+    vectors = one["flags"].get("BLOCK", 0) // (32 * WARPS) // one["flags"].get("VEC", 1)
+    if not one["flags"].get("ALIGNED"):
+        assert wide["loads"] == 0, one
+    elif one["kernel"] == "topk_kernel":
+        assert wide["loads"] >= vectors > 0, one
+    else:  # BYTES in hand and BYTES on their way, of one tensor or of two
+        assert wide["loads"] >= 2 * BYTES // 16, one
+        assert wide["stores"] >= (vectors if one["kernel"] == "backward_kernel" else 0), one
