@@ -48,7 +48,7 @@ class GhostNorms:
         strict: a parameter that no rule covers raises; False leaves it out of the norms. `.uncovered` names them.
 
     Raises:
-        TypeError: strict, and a parameter is uncovered; the message names them.
+        TypeError: strict, and a parameter is uncovered; the message names them. A parameter that is a DTensor.
         ValueError: an unknown name, or nothing to differentiate.
 
     Inside, the model's parameters get no gradients; `requires_grad` is as it was on exit.
@@ -69,6 +69,8 @@ class GhostNorms:
             for name, p in reversed(named.items())  # tied: the first name
             if (p.requires_grad if parameters is None else name in parameters)
         }
+        if sharded := [name for name, p in named.items() if id(p) in names and hasattr(p, "full_tensor")]:
+            raise TypeError(f"{sharded[0]}: is sharded; ghost norms need whole weights")
         if not names:
             raise ValueError("parameters: nothing to differentiate; name some, or set requires_grad")
         self._rules = {module: rule for module in model.modules() if (rule := rule_of(module)) is not None}

@@ -15,7 +15,7 @@ LLAMA = {
     "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0,
 }  # fmt: skip
 GPT2 = {
-    "vocab_size": V, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2
+    "vocab_size": V, "n_embd": 12, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2
 }  # fmt: skip
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, attention_bias=True)),

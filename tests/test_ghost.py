@@ -220,3 +220,18 @@ def test_an_exception_leaves_the_model_as_it_was():
     assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_a_sharded_parameter_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        model = nn.Linear(4, 4)
+        mesh = init_device_mesh("cpu", (1,))
+        model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
+        with pytest.raises(TypeError, match="weight: is sharded"):
+            GhostNorms(model)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -27,7 +27,6 @@ HEAD_ELEMENTS = 1 << 24  # logits held at once, at most
 
 def gradient(job: Job, sigma: float) -> Estimate:
     """sigma sqrt(2 / pi) ||g||, the leading order of E |S|."""
-    check_whole(job, "gradient")
     samples = job.samples
     units = {j: f"batch-{j:06d}" for j in job.processes.share(range(len(samples.batches)))}
     half = any(p.dtype.itemsize < 4 for p in job.model.parameters())
@@ -65,7 +64,8 @@ def squared_norms(job: Job, ghost: GhostNorms, batch: Mapping[str, Tensor]) -> T
 
 def hutchinson(job: Job, sigma: float, num_draws: int) -> Estimate:
     """sigma^2 / 2 |Tr M|, the leading order of |E S| (Theorem 3.2): E z'Mz = Tr M (Hutchinson 1989)."""
-    check_whole(job, "hutchinson")
+    if sharded := [weight.name for weight in job.weights if weight.sharded]:
+        raise TypeError(f"{sharded[0]}: is sharded; estimator='hutchinson' needs whole weights")
     samples = job.samples
     units = {k: f"{k:06d}" for k in job.processes.share(range(num_draws))}
     found = job.finish(units, lambda k: along_draw(job, k), "mrd hutchinson")
@@ -154,9 +154,3 @@ class LogOdds(nn.Module):
             others = logits.scatter(1, index, -torch.inf)
             found.append(others.logsumexp(1) - logits.gather(1, index).squeeze(1))
         return torch.cat(found)
-
-
-def check_whole(job: Job, estimator: str) -> None:
-    """Raises ValueError for sharded weights: derivatives are not followed through shards."""
-    if sharded := [weight.name for weight in job.weights if weight.sharded]:
-        raise ValueError(f"estimator={estimator!r}: {sharded[0]} is sharded; needs whole weights, or 'algorithm1'")

@@ -1,7 +1,7 @@
 """`mrd`: the estimators of Memory Removal Difficulty, their errors and their self-checks.
 
-Feng et al. (2025), "A Neuro-inspired Interpretation of Unlearning in Large Language Models through Sample-level
-Unlearning Difficulty", arXiv:2504.06658. With P_t = log p(x_t | x_<t), L_t = -P_t, noise d ~ N(0, sigma^2 I) on all
+"A Neuro-inspired Interpretation of Unlearning in Large Language Models through Sample-level Unlearning Difficulty",
+arXiv:2504.06658. With P_t = log p(x_t | x_<t), L_t = -P_t, noise d ~ N(0, sigma^2 I) on all
 weights and S(d) = sum_t (P_t(w) - P_t(w + d)) / P_t(w) = -g.d - d'Md / 2 + ...:
 
 ============  ===============================  =======================================================================
@@ -97,7 +97,8 @@ def mrd(
         batches: dicts of input_ids (B, T), labels (B, T; -100 is not scored) and attention_mask (B, T; default: all
             real). They are taken apart: padding never changes a score.
         num_draws: K, draws of noise over all weights, each shared by all samples; 2 at least (`initial`: 1). The
-            relative standard error of `algorithm1` is 0.756 / sqrt(K). Unused by `gradient`.
+            relative standard error of `algorithm1` is 0.756 / sqrt(K). Unused by `gradient`. `definition` takes two
+            forwards a draw; `hutchinson` the time of about ten, and memory for several copies of the weights.
         sigma: standard deviation of the noise. seed: 0 <= seed < 2^64.
         sigma_eval: where `definition` is evaluated: at 1e-5 its second-order effect is below float32 rounding.
         batch_size: samples of a forward, of similar length.
@@ -125,7 +126,8 @@ def mrd(
     Raises:
         ValueError: an argument out of range; a half-precision model without allow_low_precision; a sample without a
             scored token or with a score that is not finite; `state` of another job.
-        TypeError: batches that are none; for `gradient` a parameter that no ghost norm rule covers.
+        TypeError: batches that are none; for `gradient` a parameter that no ghost norm rule covers, for it and
+            `hutchinson` one that is sharded.
     """
     check_arguments(estimator, num_draws, sigma, seed, sigma_eval, batch_size, normalize, paper_eps, split, check_draws)
     model = unwrapped(model)
@@ -138,7 +140,6 @@ def mrd(
                 "float32, or pass allow_low_precision=True"
             )
     samples = make_samples(batches, batch_size, device)
-    check_output_head(model)
     identity: dict[str, Any] = {
         "estimator": estimator,
         "seed": seed,
@@ -155,6 +156,7 @@ def mrd(
     job = Job(model, weights, samples, seed, make_factor(estimator, paper_eps), store, processes, progress)
     at = sigma_eval if estimator == "definition" else sigma
     with nullcontext() if allow_low_precision else full_precision(device), eval_mode(model):
+        check_output_head(model)
         if estimator == "gradient":
             found = gradient(job, sigma)
         elif estimator == "hutchinson":

@@ -98,8 +98,11 @@ class Store:
 def appear(path: Path, write: Callable[[Path], Any]) -> None:
     """The file is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    os.replace(temporary, path)
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class Processes:
