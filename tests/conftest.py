@@ -1,4 +1,5 @@
 import os
+import signal
 
 import torch
 
@@ -11,3 +12,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # looked at when triton is first imported, which importing torch does not do
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by `&` in a script: tests of Ctrl-C need Python's own
+    signal.signal(signal.SIGINT, signal.default_int_handler)
