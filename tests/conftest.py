@@ -4,11 +4,7 @@ import signal
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for a network
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton kernels run in Python, on the CPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # looked at when triton is first imported, which importing torch does not do
