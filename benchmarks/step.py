@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pyunlearn as pu
-from pyunlearn.forward import head_stats, output_head, supervised_hidden
+from pyunlearn.forward import supervised_hidden
+from pyunlearn.head import head_stats, output_head
 from pyunlearn.objectives import TokenInputs
 from pyunlearn.ops import backends
 

@@ -23,7 +23,8 @@ from pyunlearn.runs.recipes import recipe
 from pyunlearn.runs.run import first_model, load_data, quiet_libraries
 from pyunlearn.runs.sampling import ForgetSampler, Forgotten
 from pyunlearn.runs.stages import mean_absolute_change, trainable
-from pyunlearn.runs.trainer import UnlearnTrainer, collect_needs, make_terms
+from pyunlearn.runs.terms import collect_needs, make_terms
+from pyunlearn.runs.trainer import UnlearnTrainer
 
 Result = dict[str, Any]
 

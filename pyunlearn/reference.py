@@ -25,21 +25,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ._progress import track
-from .forward import (
-    Head,
-    Layer,
-    Positions,
-    check_output_head,
-    eval_mode,
-    head_stats,
-    layer_number,
-    length_batches,
-    model_device,
-    output_head,
-    select_positions,
-    supervised_hidden,
-    unwrap,
-)
+from .forward import Layer, Positions, layer_number, length_batches, select_positions, supervised_hidden
+from .head import Head, check_output_head, eval_mode, head_stats, model_device, output_head, unwrap
 
 FORMAT = "pyunlearn-reference-1"
 SAFETENSORS_DTYPES = {

@@ -23,17 +23,9 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from pyunlearn import forward
-from pyunlearn.forward import (
-    check_output_head,
-    eval_mode,
-    layer_number,
-    length_batches,
-    output_head,
-    select_positions,
-    supervised_hidden,
-    token_stats_of,
-)
+from pyunlearn import forward, head
+from pyunlearn.forward import layer_number, length_batches, select_positions, supervised_hidden, token_stats_of
+from pyunlearn.head import check_output_head, eval_mode, output_head
 from pyunlearn.objectives.definition import DEPTHS
 
 V = 61
@@ -170,8 +162,8 @@ def test_output_head(name, softcap, temperature, bias):
 def test_only_counted_positions_meet_the_head(llama, batch, monkeypatch):
     seen, rows = [], []
     hook = llama.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
-    linear = forward.linear_token_stats
-    monkeypatch.setattr(forward, "linear_token_stats", lambda h, *a, **k: rows.append(h.shape) or linear(h, *a, **k))
+    linear = head.linear_token_stats
+    monkeypatch.setattr(head, "linear_token_stats", lambda h, *a, **k: rows.append(h.shape) or linear(h, *a, **k))
     token_stats_of(llama, batch)
     hook.remove()
     assert seen == [(3, 0, V)]

@@ -6,7 +6,8 @@ import peft
 import pytest
 import torch
 
-from pyunlearn.forward import check_output_head, output_head, supervised_hidden, token_stats_of
+from pyunlearn.forward import supervised_hidden, token_stats_of
+from pyunlearn.head import check_output_head, output_head
 from pyunlearn.ops import projection
 
 from .test_forward import batch, make, plain  # noqa: F401 (batch is a fixture)

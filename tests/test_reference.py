@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalL
 
 from pyunlearn import reference
 from pyunlearn.data import collate
-from pyunlearn.forward import output_head, select_positions, supervised_hidden, token_stats_of
+from pyunlearn.forward import select_positions, supervised_hidden, token_stats_of
+from pyunlearn.head import output_head
 from pyunlearn.reference import ReferenceCache, dataset_fingerprint, model_fingerprint
 
 V, H = 53, 16

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..data import QA, QADataset, context_length
-from ..forward import check_output_head, unwrap
+from ..head import check_output_head, unwrap
 from .generation import greedy_generate, rouge_l_recall
 from .teacher_forced import Variant, teacher_forced
 

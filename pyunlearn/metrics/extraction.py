@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ..data import collate, context_length
-from ..forward import eval_mode, length_batches, model_device, token_stats_of, unwrap
+from ..forward import length_batches, token_stats_of
+from ..head import eval_mode, model_device, unwrap
 from .generation import greedy_tokens
 
 

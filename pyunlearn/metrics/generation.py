@@ -12,7 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .._progress import track
 from ..data import context_length, padding_id
-from ..forward import eval_mode, length_batches, model_device, unwrap
+from ..forward import length_batches
+from ..head import eval_mode, model_device, unwrap
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .._progress import track
 from ..data import collate
-from ..forward import eval_mode, length_batches, model_device, token_stats_of
+from ..forward import length_batches, token_stats_of
+from ..head import eval_mode, model_device
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = ("suffix", "open_unlearning")

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ..forward import output_head, supervised_hidden, unwrap
+from ..forward import supervised_hidden
 from ..ghost import GhostNorms
+from ..head import output_head, unwrap
 from ..ops import gaussian_noise, perturbed, token_stats
 from .work import Estimate, Job, check_finite, second_order
 

@@ -35,7 +35,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..forward import check_output_head, eval_mode, model_device
+from ..head import check_output_head, eval_mode, model_device
 from ..ops.noise import DRAWS, SEEDS, check_range
 from ..ops.weights import unwrapped, weights_of
 from ..reference import dataset_fingerprint, model_fingerprint

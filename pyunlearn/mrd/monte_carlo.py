@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward import head_stats, output_head, supervised_hidden, unwrap
+from ..forward import supervised_hidden
+from ..head import head_stats, output_head, unwrap
 from ..ops import perturbed
 from .samples import Samples
 from .work import Estimate, Job, check_finite, first_order, second_order

@@ -16,13 +16,14 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .. import objectives as registry
 from ..data import QADataset, collate
-from ..forward import length_batches, model_device, token_stats_of
+from ..forward import length_batches, token_stats_of
 from ..geffect import GEffect, g_effect, gradient_of, pointwise_g_effect
+from ..head import model_device
 from ..objectives import TokenInputs
 from ..ops import token_stats
 from .callbacks import append_metrics, read_metrics
 from .config import GEffectConfig
-from .trainer import Term, TermLosses, count_items
+from .terms import Term, TermLosses, count_items
 
 METRICS = {"unlearn": "forget", "retain": "retain"}  # G-effect -> the samples of its negative log-likelihood
 

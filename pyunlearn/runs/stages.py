@@ -25,7 +25,8 @@ from .folder import RunFolder
 from .models import process_state
 from .probe import GEffectCallback, Probe
 from .sampling import ForgetSampler, Forgotten
-from .trainer import Need, NonFiniteLossError, Reference, TermLosses, UnlearnTrainer, collect_needs, make_terms
+from .terms import Need, Reference, TermLosses, collect_needs, make_terms
+from .trainer import NonFiniteLossError, UnlearnTrainer
 
 
 class Interrupted(KeyboardInterrupt):

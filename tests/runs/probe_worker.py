@@ -17,7 +17,8 @@ from conftest import Tiny
 from pyunlearn.runs.callbacks import read_metrics
 from pyunlearn.runs.config import GEffectConfig
 from pyunlearn.runs.probe import GEffectCallback, Probe
-from pyunlearn.runs.trainer import TermLosses, UnlearnTrainer
+from pyunlearn.runs.terms import TermLosses
+from pyunlearn.runs.trainer import UnlearnTrainer
 from tests.two_processes import save_and_leave
 
 TERMS = ["npo", "gd"]

@@ -23,7 +23,8 @@ from pyunlearn.runs.config import GEffectConfig
 from pyunlearn.runs.probe import GEffectCallback, Probe, as_found, token_weights
 from pyunlearn.runs.run import run
 from pyunlearn.runs.stages import Interrupted
-from pyunlearn.runs.trainer import TermLosses, UnlearnTrainer
+from pyunlearn.runs.terms import TermLosses
+from pyunlearn.runs.trainer import UnlearnTrainer
 
 from ..geffect.common import LiveBytes
 from ..two_processes import run_on_two

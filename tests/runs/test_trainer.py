@@ -13,7 +13,7 @@ from pyunlearn import objectives
 from pyunlearn.data import QADataset
 from pyunlearn.forward import token_stats_of
 from pyunlearn.reference import ReferenceCache
-from pyunlearn.runs import trainer as trainer_module
+from pyunlearn.runs import terms
 from pyunlearn.runs.callbacks import Interrupt
 from pyunlearn.runs.trainer import NonFiniteLossError, UnlearnTrainer
 
@@ -216,8 +216,8 @@ def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches
         calls.append((hidden.shape[0], set(options["outputs"])))
         return original(hidden, weight, targets, **options)
 
-    original = trainer_module.linear_token_stats
-    monkeypatch.setattr(trainer_module, "linear_token_stats", spy)
+    original = terms.linear_token_stats
+    monkeypatch.setattr(terms, "linear_token_stats", spy)
     model = tiny.model()
     model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     trainer, _ = train(tiny, arguments(), ["wga", "npo", "satimp", "kl", "gd"], reference=caches, model=model)
