@@ -37,6 +37,9 @@ def main() -> int:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="cpu: torch threads (default: torch's own)"
     )
+    parser.add_argument(
+        "--keep-memory", action="store_true", help="cpu: without the first touch of fresh memory in any time"
+    )
     parser.add_argument("--impl", default="", help="GPU parts: only these implementations, comma-separated")
     parser.add_argument("--seconds", type=float, default=420, help="GPU parts: time each may take (default 420)")
     parser.add_argument("--fresh", action="store_true", help="GPU parts: measure again what is stored")
@@ -55,7 +58,7 @@ def main() -> int:
         device = "cpu" if part == "cpu" else args.device
         out = args.out or report.RESULTS / machine(device)["folder"]
         if part == "cpu":
-            status = cpu.run(out, args.k, args.rounds, args.small, args.threads)
+            status = cpu.run(out, args.k, args.rounds, args.small, args.threads, args.keep_memory)
         elif part == "report":
             status = 0
         else:

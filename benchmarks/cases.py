@@ -42,6 +42,25 @@ class Base:
         """Gives back what runs hold in between."""
 
 
+@dataclass
+class Shapes(Base):
+    """A case of N numbers in V tensors of these shapes."""
+
+    h = 0
+    name: str
+    dtype: torch.dtype
+    shapes: tuple[tuple[int, ...], ...]
+    device: str = "cpu"
+
+    @property
+    def n(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+    @property
+    def v(self) -> int:
+        return len(self.shapes)
+
+
 def fused(device: str) -> list[str]:
     """Our backends for tensors on `device`, eager left out."""
     order = backends.ORDER.get(torch.device(device).type, ())

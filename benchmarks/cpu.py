@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,13 +16,15 @@ from .measure import commit, copy_gbps, machine, spread, versions
 from .records import Record, write
 
 
-def run(folder: Path, match: str, rounds: int, small: bool, threads: int) -> int:
+def run(folder: Path, match: str, rounds: int, small: bool, threads: int, keep_memory: bool) -> int:
     """Writes ops.json in `folder`; returns pytest's exit status."""
     import pytest
 
     from pyunlearn import _C
 
     torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
     os.environ["PYUNLEARN_BENCH_ROUNDS"] = str(rounds)
     os.environ["PYUNLEARN_BENCH_SMALL"] = "1" if small else ""
     bandwidth = copy_gbps("cpu", 16 if small else 256)
@@ -36,8 +40,20 @@ def run(folder: Path, match: str, rounds: int, small: bool, threads: int) -> int
 
     used = versions("cpu", ("torch", "numpy", "pytest-benchmark"))
     used |= {"instruction set": _C.instruction_set(), "compiler": _C.compiler}
+    if keep_memory:
+        used["freed memory"] = "kept"
     write(folder / "ops.json", [record(entry, bandwidth, used) for entry in measured])
     return 0
+
+
+def keep_freed_memory() -> None:
+    """Has glibc reuse large blocks. As it is, a large tensor is fresh pages every time, as it is to users of torch on a
+    CPU, and who allocates more pays for their first touch; kept, the kernels alone are compared. Raises RuntimeError
+    where the allocator is another one."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    m_trim_threshold, m_mmap_max = -1, -4
+    if mallopt is None or not (mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1)):
+        raise RuntimeError("--keep-memory: needs glibc's mallopt, which this system has not")
 
 
 def record(entry: dict, bandwidth: float, used: dict[str, str]) -> Record:

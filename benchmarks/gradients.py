@@ -12,7 +12,7 @@ from torch import Tensor
 import pyunlearn as pu
 from pyunlearn.ops import OuterSum
 
-from .cases import Base, Impl, Results, fused
+from .cases import Base, Impl, Results, Shapes, fused
 
 ONE_PAIR, MANY_PAIRS = "three dots of one pair", "three dots of many pairs"
 LAYERS = ((3, 50), (8, 256), (2, 1024), (16, 256), (4, 1024))  # samples, positions of each
@@ -20,23 +20,10 @@ NORMS = {f"squared norms of {b} gradients, T={t}": (b, t) for b, t in LAYERS}
 
 
 @dataclass
-class Pairs(Base):
+class Pairs(Shapes):
     """Tensors of these shapes, N(0, 1), one after another in memory."""
 
     op = "segment_dot"
-    h = 0
-    name: str
-    dtype: torch.dtype
-    shapes: tuple[tuple[int, ...], ...]
-    device: str = "cpu"
-
-    @property
-    def n(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes)
-
-    @property
-    def v(self) -> int:
-        return len(self.shapes)
 
     @property
     def bytes(self) -> int:

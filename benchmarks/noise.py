@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pyunlearn as pu
 
-from .cases import Base, Impl, fused
+from .cases import Impl, Shapes, fused
 
 SIGMA, DRAW = 1e-5, 3
 SAMPLE = 1 << 20  # elements whose noise is compared with float64
@@ -24,25 +24,12 @@ ONE_TENSOR, MANY_TENSORS = "perturb one tensor", "perturb matrices and vectors"
 
 
 @dataclass
-class Perturb(Base):
+class Perturb(Shapes):
     """Weights N(0, 0.02^2) of these shapes."""
 
     op = "perturbed"
-    h = 0
-    name: str
-    dtype: torch.dtype
-    shapes: tuple[tuple[int, ...], ...]
-    device: str = "cpu"
     weights: nn.ParameterList | None = None
     inside: pu.perturbed | None = None  # ours, between runs
-
-    @property
-    def n(self) -> int:
-        return sum(torch.Size(shape).numel() for shape in self.shapes)
-
-    @property
-    def v(self) -> int:
-        return len(self.shapes)
 
     @property
     def bytes(self) -> int:
