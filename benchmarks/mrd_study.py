@@ -271,7 +271,8 @@ def methods(study: Study) -> tuple[Result, str, Figure]:
         axes.legend(frameon=False, fontsize=7)
     head = ["", "unlearning accuracy", "forget probability", "retain accuracy", "retain probability"]
     text = (
-        f"5 epochs, batches of 4, AdamW at {study.args.batch_rate:g}, constant; {len(study.seeds)} seeds; scores anew "
+        f"{len(forget)} forget samples, 5 epochs, batches of 4, AdamW at {study.args.batch_rate:g}, constant; "
+        f"{len(study.seeds)} seeds; scores anew "
         "every 10 steps. Unlearning accuracy is 1 - memorization accuracy.\n\n"
         + table(head, rows)
         + "\n\nPaired by seed:\n\n"
@@ -380,7 +381,7 @@ def choice(study: Study) -> tuple[Result, str, Figure]:
             "unfinished: GradDiff", "NPO"]  # fmt: skip
     text = (
         "Forget sets drawn at random from all samples, each unlearned until its samples' EL and MA are below half of "
-        f"the initial means, or for {args.steps} steps (unfinished); the probability of 100 retain samples after "
+        f"the initial means, or for {args.steps} steps (unfinished); the probability of up to 100 retain samples after "
         "it. Reversed: sets on which the method that is worse on average is better. A method that did not finish has "
         "kept more by having forgotten less.\n\n" + table(head, rows)
     )
