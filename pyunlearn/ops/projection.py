@@ -27,6 +27,7 @@ from .memory import free_bytes
 from .sharded import Columns
 
 NARROWEST = 256  # columns of a slice
+CACHED = 2 << 20  # bytes of logits that stay in a CPU's cache
 ALL = slice(None)
 FLOAT32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8, and only its GPU kernels
 
@@ -79,7 +80,11 @@ def stats_in_budget(
 ) -> Tensor:
     """Stacked statistics (outputs, N), by the cheapest way that holds at most `budget` bytes of logits."""
     n, width = targets.numel(), head.weights[0].size(0)
-    budget = free_bytes(targets.device) // 4 if budget is None else budget
+    if budget is None:
+        graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.tensors)
+        # A CPU writes logits to memory, pages it never touched, only where backward or top k reads them again.
+        streams = targets.device.type == "cpu" and not graph and "topk" not in options.outputs
+        budget = CACHED if streams else free_bytes(targets.device) // 4
     column_bytes = n * head.inputs[0].element_size() * (1 if reference is None else 2)
     fits = column_bytes * width <= budget
     if backend != "eager" and (fits or "topk" not in options.outputs):

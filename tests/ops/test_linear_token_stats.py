@@ -104,6 +104,25 @@ def peak_bytes(call) -> int:
     return peak
 
 
+@pytest.mark.parametrize("graph", [False, True])
+def test_without_a_graph_logits_stay_in_the_cache(monkeypatch, graph):
+    x, w, targets = torch.randn(64, 8), torch.randn(20000, 8, requires_grad=True), torch.randint(0, 20000, (64,))
+    widths, made = [], module.both_logits
+
+    def both_logits(head, reference, columns):
+        widths.append(columns.stop - columns.start)
+        return made(head, reference, columns)
+
+    monkeypatch.setattr(module, "both_logits", both_logits)
+    with torch.set_grad_enabled(graph):
+        stats = pu.linear_token_stats(x, w, targets, outputs=("logp", "entropy"))
+    assert (max(widths) * 64 * 4 <= module.CACHED) is not graph
+    assert sum(widths) == 20000
+    logp = (x.double() @ w.detach().double().t()).log_softmax(-1)
+    torch.testing.assert_close(stats.logp.detach().double(), logp[range(64), targets], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.entropy.detach().double(), -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
+
+
 def test_ignored_rows_never_reach_the_head(monkeypatch):
     seen = []
     original = module.both_logits
