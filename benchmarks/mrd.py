@@ -6,7 +6,7 @@
 
 The naive loop goes sample by sample: a pristine copy of the weights, torch.randn_like added parameter by parameter, a
 forward with whole logits, log_softmax. It is run for `--naive-seconds` over samples of all lengths, and extrapolated.
-Writes mrd.json and mrd.md. Definition 3.1 and Hutchinson's estimator take several forwards a draw: `--pairs` draws.
+Writes mrd.json and mrd.md.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def naive(model: Any, rows: Sequence[Row], limit: float, device: str) -> dict[st
 
 
 def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is found so far, after every estimator and after the naive loop."""
+    """What is found so far, after every estimator."""
     batch = collate(rows, 0)
     batch.pop("index")
     found: dict[str, Any] = {
@@ -147,9 +147,13 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
         "forward_seconds": forward_alone(model, batch, args),
         "estimators": {},
     }
+    if args.naive_seconds:
+        found["naive"] = naive(model, rows, args.naive_seconds, args.device)
+        whole = found["naive"]["seconds_a_sample_and_draw"] * len(rows) * args.num_draws
+        found["naive"] |= {"extrapolated_seconds": whole, "extrapolated_draws": args.num_draws}
     values: dict[str, Tensor] = {}
-    for estimator in args.estimators.split(","):
-        draws = args.pairs if estimator in ("definition", "hutchinson") else args.num_draws
+    for estimator, _, own in (word.partition(":") for word in args.estimators.split(",")):
+        draws = int(own or args.num_draws)
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         options: Any = {"batch_size": args.batch_size, "mode": args.mode, "check_draws": args.check_draws}
@@ -181,22 +185,19 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
             if a in values and b in values
         }  # fmt: skip
         yield found
-    if args.naive_seconds:
-        found["naive"] = naive(model, rows, args.naive_seconds, args.device)
-        whole = found["naive"]["seconds_a_sample_and_draw"] * len(rows) * args.num_draws
-        found["naive"] |= {"extrapolated_seconds": whole, "extrapolated_draws": args.num_draws}
-        yield found
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables of a study."""
     whole = found.get("naive", {}).get("extrapolated_seconds")
+    prefix = max((one["diagnostics"]["shared_prefix"] or 0 for one in found["estimators"].values()), default=0)
+    shared = f" All begin with the same {prefix} tokens, computed once a draw." if prefix else ""
     lines = [
         f"# Memory Removal Difficulty: {found['model']}, {found['data'] or 'embedded world'}",
         "",
         f"{found['samples']} samples, {found['tokens']} scored tokens, {found['parameters'] / 1e6:.1f} million "
         f"parameters, float32; {found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
-        f"commit {found['commit']}. One forward over all samples takes {found['forward_seconds']:.2f} s.",
+        f"commit {found['commit']}. One forward over all samples takes {found['forward_seconds']:.2f} s.{shared}",
         "",
         "| estimator | draws | seconds | a draw, in forwards | x naive | median | relative standard error |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -239,9 +240,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", choices=SHAPES, help="a Llama of this shape with random weights, in its place")
     parser.add_argument("--data", help="JSON lines with question and answer (default: the embedded world)")
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--estimators", default="algorithm1,gradient,definition,hutchinson,initial")
-    parser.add_argument("--num-draws", type=int, default=200)
-    parser.add_argument("--pairs", type=int, default=50, help="draws of definition and hutchinson")
+    parser.add_argument(
+        "--estimators",
+        default="algorithm1,gradient,definition:50,hutchinson:50,initial",
+        metavar="NAME[:DRAWS],...",
+        help="default: %(default)s; definition and hutchinson take two and about ten forwards a draw",
+    )
+    parser.add_argument("--num-draws", type=int, default=200, help="of estimators without a number of their own")
     parser.add_argument("--check-draws", type=int, default=8, help="of the self-check, which is timed too")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--mode", default="auto")

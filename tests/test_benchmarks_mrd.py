@@ -13,7 +13,8 @@ from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 
 
 def test_a_study(tmp_path):
-    words = ["--shape", "toy", "--num-draws", "40", "--pairs", "3", "--check-draws", "2", "--naive-seconds", "0.01"]
+    words = ["--shape", "toy", "--num-draws", "40", "--check-draws", "2", "--naive-seconds", "0.01"]
+    words += ["--estimators", "algorithm1,gradient,definition:3,hutchinson:3,initial"]
     mrd.main([*words, "--threads", "1", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "mrd.json").read_text())
     assert list(found["estimators"]) == ["algorithm1", "gradient", "definition", "hutchinson", "initial"]

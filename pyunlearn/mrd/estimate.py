@@ -47,7 +47,7 @@ from .work import Factor, Job, Processes, Store
 
 Estimator = Literal["algorithm1", "definition", "gradient", "hutchinson", "initial"]
 ESTIMATORS = get_args(Estimator)
-CHECKS = ("mode", "by_heart_share", "sigma_ratio", "expected_ratio", "noise_floor", "noise_share")
+CHECKS = ("mode", "shared_prefix", "by_heart_share", "sigma_ratio", "expected_ratio", "noise_floor", "noise_share")
 LINEAR = 0.1  # sigma ||g|| up to which E |S| is within about 1 % of its leading order
 
 
@@ -117,7 +117,8 @@ def mrd(
 
     Returns:
         MRDResult. `diagnostics`: estimator, num_draws, sigma, sigma_eval, seed, normalize, paper_eps, num_samples,
-        num_tokens (of all samples), mode; share_linear_ok; by_heart_share, the share of sum_t |r_t| that comes from
+        num_tokens (of all samples), mode; shared_prefix, how many tokens all samples begin with and went through the
+        model once a draw, not once a sample; share_linear_ok; by_heart_share, the share of sum_t |r_t| that comes from
         tokens with L_t < 1e-6; and of the self-check, on at least 8 samples where there are as many: sigma_ratio, the
         value at twice the sigma over that at sigma, and expected_ratio (2, or 4 for `definition`); noise_floor, what a
         draw's statistic is at sigma / 1024 (all but rounding is gone), in units of `value` before normalisation, and

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..forward import supervised_hidden
 from ..head import head_stats, output_head, unwrap
 from ..ops import perturbed
+from .prefix import after_prefix, prefill, shared_prefix
 from .samples import Samples
 from .work import Estimate, Job, check_finite, first_order, second_order
 
@@ -37,13 +38,14 @@ class Shaking:
     """How weights are perturbed. antithetic: the statistic is (S(z) + S(-z)) / 2 in the place of S(z).
 
     split: what processes share out, "draws" or "data" (batches). mode, parameters: of `perturbed`; mode is the one
-    taken, once there were draws.
+    taken, once there were draws. prefix: `shared_prefix`.
     """
 
     antithetic: bool
     split: str
     mode: str
     parameters: Collection[str] | None
+    prefix: Tensor | None = None
 
 
 @torch.no_grad()
@@ -52,12 +54,14 @@ def monte_carlo(
 ) -> Estimate:
     """The mean of |S|, or the mean of S over antithetic pairs at sigma_eval scaled to sigma; and the self-check."""
     samples, everything = job.samples, list(range(len(job.samples.batches)))
+    shaking.prefix = shared_prefix(job.model, samples)
     summed = second_order if shaking.antithetic else first_order
     scale = (sigma / sigma_eval) ** 2 if shaking.antithetic else 1.0
     table = draw_table(job, shaking, sigma_eval, num_draws, everything, "mrd")
     value, error = (scale * x for x in summed(table[:, STATISTIC]))
     told: dict[str, Any] = {
         "mode": shaking.mode,
+        "shared_prefix": 0 if shaking.prefix is None else shaking.prefix.size(1),
         "by_heart_share": float(table[:, BY_HEART].sum() / table[:, ABSOLUTE].sum()),
     }
     if check_draws:
@@ -110,11 +114,11 @@ def draw_table(
 
         def compute(k: int) -> Tensor:
             if not clean:  # before any draw: the weights as they are
-                clean.append(log_nll(job, weights, here))
+                clean.append(log_nll(job, weights, here, shaking.prefix))
             terms = []
             for sign in signs:
                 weights.to(k, sign)
-                moved = log_nll(job, weights, here)
+                moved = log_nll(job, weights, here, shaking.prefix)
                 terms.append(job.factor(clean[0]) * -torch.expm1(moved - clean[0]))
             return record(job.samples, clean[0], terms, here, k)
 
@@ -125,12 +129,14 @@ def draw_table(
     return processes.combine(table)
 
 
-def log_nll(job: Job, weights: perturbed, batches: Sequence[int]) -> Tensor:
+def log_nll(job: Job, weights: perturbed, batches: Sequence[int], prefix: Tensor | None) -> Tensor:
     """(N,) float64 on the CPU: log L_t of every scored token of these batches, for the weights as they stand."""
     head = unwrap(job.model).get_output_embeddings()
+    cache = None if prefix is None else prefill(job.model, prefix)
     found = []
     for j in batches:
-        kept = supervised_hidden(job.model, job.samples.batches[j])
+        inputs = job.samples.batches[j]
+        kept = supervised_hidden(job.model, inputs if cache is None else after_prefix(inputs, cache))
         with weights.resident(head):
             found.append(head_stats(output_head(job.model), kept.hidden, kept.targets, ("log_nll",)).log_nll)
     return torch.cat(found).double().cpu()

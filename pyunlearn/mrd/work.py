@@ -17,7 +17,7 @@ from .._progress import track
 from ..ops.weights import Weight
 from .samples import Samples
 
-FORMAT = "pyunlearn-mrd-1"
+FORMAT = "pyunlearn-mrd-2"
 T = TypeVar("T")
 Factor = Callable[[Tensor], Tensor]  # log L_t -> f_t, what a token's relative change is multiplied with
 

@@ -29,8 +29,9 @@ def float32_model():
 
 
 def six():
-    """Two batches of three samples; with batch_size=2 they make three."""
-    return [pad(make_rows(seed), max(LENGTHS)) for seed in (1, 2)]
+    """Two batches of three samples that begin with the same three tokens; with batch_size=2 they make three."""
+    rows = [[([5, 9, 3, *ids], [-100] * 3 + labels) for ids, labels in make_rows(seed)] for seed in (1, 2)]
+    return [pad(some, max(LENGTHS) + 3) for some in rows]
 
 
 def same(first, second):
@@ -135,6 +136,11 @@ def test_two_processes_give_the_bits_of_one(tmp_path):
                 assert torch.equal(result["value"], alone.value), (estimator, split)
                 assert torch.equal(result["standard_error"], alone.standard_error), (estimator, split)
                 assert result["sigma_ratio"] == alone.diagnostics["sigma_ratio"], (estimator, split)
+        alone = pu.mrd(float32_model(), six(), num_draws=5, batch_size=2, mode="copy", progress=False)
+        assert alone.diagnostics["shared_prefix"] == 3
+        for result in (first["sharded"], second["sharded"]):
+            assert torch.equal(result["value"], alone.value)
+            assert result["sigma_ratio"] == alone.diagnostics["sigma_ratio"]
     finally:
         torch.set_num_threads(threads)
     # Draws are taken up by any number of processes, a share of the data by as many.

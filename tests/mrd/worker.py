@@ -1,4 +1,4 @@
-"""Run by torchrun in test_work.py: scores with the draws, then with the data, shared out over two processes."""
+"""Run by torchrun in test_work.py: draws, then data shared out over two processes; then a model sharded over them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.fsdp import fully_shard
 
 import pyunlearn as pu
 from tests.mrd.test_work import CASES, float32_model, six
@@ -23,6 +24,12 @@ def main(folder: Path) -> None:
         )  # fmt: skip
         kept = {"value": result.value, "standard_error": result.standard_error}
         results[f"{estimator} {split}"] = {**kept, "sigma_ratio": result.diagnostics["sigma_ratio"]}
+    model = float32_model()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    result = pu.mrd(fully_shard(model), six(), num_draws=5, batch_size=2, progress=False)
+    kept = {"value": result.value, "standard_error": result.standard_error}
+    results["sharded"] = {**kept, "sigma_ratio": result.diagnostics["sigma_ratio"]}
     save_and_leave(results, folder)
 
 
