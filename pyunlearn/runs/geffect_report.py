@@ -22,6 +22,7 @@ SCALES = (1.0, 10.0, 100.0)
 RANGES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # of weights, as the paper's Figure 16
 SHADES = ("#fed7aa", "#fb923c", "#ea580c", "#9a3412", "#431407")
 PANELS = 3  # steps of the scatter plots
+LINES = 5  # steps of the texts
 
 
 def render_geffect(name: str, rows: Rows, command: str) -> str:
@@ -30,7 +31,7 @@ def render_geffect(name: str, rows: Rows, command: str) -> str:
 
 
 def section(rows: Rows) -> dict[str, Any] | None:
-    """What a page shows of the probes: {"cost", "samples", "not_finite", "figures"}; None without any probe."""
+    """What a page shows of the probes: {"cost", "samples", "not_finite", "figures", "heat"}; None without any probe."""
     if not rows:
         return None
     finite = [row for row in rows if "not_finite" not in row["g_effect"]]
@@ -40,6 +41,7 @@ def section(rows: Rows) -> dict[str, Any] | None:
         "samples": finite[0]["g_effect"]["samples"] if finite else None,
         "not_finite": f"step {lost[0]['step']}: {lost[0]['g_effect']['not_finite']}" if lost else None,
         "figures": figures(finite) if finite else [],
+        "heat": heat(finite),
     }
 
 
@@ -139,8 +141,7 @@ def scatter_figures(rows: Rows) -> Iterable[tuple[str, Figure]]:
     rows = [row for row in rows if "pointwise" in row["g_effect"] and row["step"] > 0]
     if not rows:
         return
-    last = len(rows) - 1
-    shown = [rows[i] for i in sorted({round(k * last / max(PANELS - 1, 1)) for k in range(PANELS)})]
+    shown = [rows[i] for i in evenly(len(rows), PANELS)]
     for label in shown[0]["g_effect"]["pointwise"]["weights"]:
         figure = styled(1, len(shown))
         for axes, row in zip(figure.axes, shown, strict=True):
@@ -159,6 +160,38 @@ def scatter_figures(rows: Rows) -> Iterable[tuple[str, Figure]]:
             axes.legend(frameon=False, fontsize=7, title="weight", title_fontsize=7)
             short_numbers(axes, "both")
         yield label, figure
+
+
+def heat(rows: Rows) -> list[dict[str, Any]]:
+    """{"label", "question", "lines": [{"step", "tokens": [(text, weight, its share of the largest)]}]}, a few steps.
+
+    For terms that weigh the tokens of an answer differently, such as WGA, TNPO and WTNPO (the paper's Appendix D).
+    """
+    rows = [row for row in rows if row["g_effect"].get("heat")]
+    if not rows:
+        return []
+    shown = [rows[i] for i in evenly(len(rows), LINES)]
+    found = []
+    for label in shown[0]["g_effect"]["heat"][0]["weights"]:
+        for k, text in enumerate(shown[0]["g_effect"]["heat"]):
+            weights = [row["g_effect"]["heat"][k]["weights"][label] for row in shown]
+            top = max(map(max, weights))
+            if top <= 0 or all(max(each) - min(each) <= 1e-6 * top for each in weights):
+                continue
+            lines = [
+                {
+                    "step": row["step"],
+                    "tokens": [(t, w, max(w, 0.0) / top) for t, w in zip(text["tokens"], each, strict=True)],
+                }
+                for row, each in zip(shown, weights, strict=True)
+            ]
+            found.append({"label": label, "question": text["question"], "lines": lines})
+    return found
+
+
+def evenly(count: int, most: int) -> list[int]:
+    """Up to `most` of the indices below `count`, the first and the last among them."""
+    return sorted({round(k * (count - 1) / (most - 1)) for k in range(most)})
 
 
 def styled(rows: int, columns: int) -> Figure:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .. import objectives as registry
 from ..data import QADataset, collate
-from ..forward import length_batches, token_stats_of
+from ..forward import IGNORE_INDEX, length_batches, token_stats_of
 from ..geffect import GEffect, g_effect, gradient_of, pointwise_g_effect
 from ..head import model_device
 from ..objectives import TokenInputs
@@ -26,6 +26,7 @@ from .config import GEffectConfig
 from .terms import Term, TermLosses, count_items
 
 METRICS = {"unlearn": "forget", "retain": "retain"}  # G-effect -> the samples of its negative log-likelihood
+HEAT_SAMPLES = 2  # forget samples whose weights are kept token by token
 
 
 class Probe:
@@ -50,6 +51,7 @@ class Probe:
                 for batch in length_batches(lengths, settings.batch_size)
             ]
         self.tokens = {role: self._count(role, ((role,), "supervised", "tokens")) for role in self.batches}
+        self.texts = [text_of(rows["forget"], i) for i in range(min(HEAT_SAMPLES, len(rows["forget"])))]
 
     @property
     def samples(self) -> dict[str, int]:
@@ -62,7 +64,8 @@ class Probe:
         total, groups, layers: metric -> G-effect of the whole objective, by group, by layer. terms: label ->
         coefficient and its own total and groups, before the coefficient. nll and norm: metric -> value, norm of its
         gradient. log10_inverse_confidence: of the mean of 1 / p over the forget samples' tokens. weights: label of a
-        forget term -> mean of its `token_weights`. pointwise (where asked for): see `_pointwise`.
+        forget term -> mean of its `token_weights`. heat: a few forget samples' question, tokens, and by label the
+        tokens' weights. pointwise (where asked for): see `_pointwise`.
 
         A gradient that is not finite gives {"not_finite": its parameter}. Raises what `g_effect` raises otherwise.
         """
@@ -101,11 +104,15 @@ class Probe:
             },
             "nll": {metric: seen.nll[role] for metric, role in METRICS.items()},
             "log10_inverse_confidence": log10_mean_inverse(seen.logp),
-            "weights": {label: mean for label, (mean, _) in weights.items()},
+            "weights": {label: mean for label, (mean, _, _) in weights.items()},
+            "heat": [
+                {**text, "weights": {label: of_tokens[i] for label, (_, _, of_tokens) in weights.items()}}
+                for i, text in enumerate(self.texts)
+            ],
             "samples": self.samples,
         }
         if self.settings.pointwise:
-            of_samples = {label: by_sample for label, (_, by_sample) in weights.items()}
+            of_samples = {label: by_sample for label, (_, by_sample, _) in weights.items()}
             row["pointwise"] = {**self._pointwise(model, gradients), "weights": of_samples}
         return row
 
@@ -139,12 +146,15 @@ class Probe:
     def _autocast(self, model: torch.nn.Module) -> torch.autocast:
         return torch.autocast(model_device(model).type, torch.bfloat16, enabled=self.bf16)
 
-    def _weights(self, term: Term, seen: _Seen) -> tuple[float, list[float]] | None:
-        """(mean, each forget sample's mean) of a term's `token_weights`; None where they are not defined."""
+    def _weights(self, term: Term, seen: _Seen) -> tuple[float, list[float], dict[int, list[float]]] | None:
+        """(mean, each forget sample's mean, all of the samples in `texts`) of a term's `token_weights`.
+
+        None where they are not defined.
+        """
         objective = term.objective
         if objective.role != "forget" or objective.outputs != ("logp",) or objective.batches != ("answer",):
             return None
-        of_tokens, of_samples, order = [], [], []
+        of_tokens, of_samples, order, heat = [], [], [], {}
         for batch, logp, ids in zip(self.batches["forget"], seen.logp, seen.sequence_ids, strict=True):
             index = batch["forget"]["index"]
             reference = None
@@ -154,9 +164,12 @@ class Probe:
             of_tokens.append(weights)
             of_samples.append(mean_by(ids, weights, len(index)))
             order.append(index)
+            for place, sample in enumerate(index.tolist()):
+                if sample < len(self.texts):
+                    heat[sample] = weights[ids == place].tolist()
         samples = torch.cat(of_samples)
         mean = (torch.cat(of_tokens) if objective.unit == "tokens" else samples).mean().item()
-        return mean, samples[torch.cat(order).argsort().to(samples.device)].tolist()
+        return mean, samples[torch.cat(order).argsort().to(samples.device)].tolist(), heat
 
     def _pointwise(self, model: torch.nn.Module, gradients: Mapping[str, dict[str, Tensor]]) -> dict[str, Any]:
         """Metric -> PG-effect of GA (equation 5) of each forget sample, <grad metric, grad log p(answer)>."""
@@ -261,6 +274,14 @@ def as_found(model: torch.nn.Module) -> Iterator[None]:
 def on_device(batch: Mapping[str, Tensor], like: torch.nn.Module | Tensor) -> dict[str, Tensor]:
     device = like.device if isinstance(like, Tensor) else model_device(like)
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def text_of(rows: QADataset, index: int) -> dict[str, Any]:
+    """The question, and the text of every supervised token."""
+    labels = rows[index]["labels"][1:]
+    decode = rows.prompt_format.tokenizer.decode
+    tokens = [decode([token]) for token in labels[labels != IGNORE_INDEX].tolist()]
+    return {"question": rows.items[index].question, "tokens": tokens}
 
 
 def weighted_sum(effects: Sequence[tuple[float, GEffect]]) -> GEffect:

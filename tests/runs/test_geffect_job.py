@@ -14,7 +14,7 @@ from pyunlearn.runs import geffect
 from pyunlearn.runs.callbacks import read_metrics
 from pyunlearn.runs.config import RunConfig, merge
 from pyunlearn.runs.geffect import measure_run
-from pyunlearn.runs.geffect_report import cost, section
+from pyunlearn.runs.geffect_report import cost, heat, render_geffect, section
 from pyunlearn.runs.probe import Probe
 from pyunlearn.runs.run import run
 from pyunlearn.runs.stages import Interrupted
@@ -71,6 +71,24 @@ def test_figures_of_the_paper(finished, folder):
         assert not re.findall(r"""(?:src|href)=["'](?!#)""", page.replace("xlink:href", "href"))
     assert "training steps (medians of 3)" in report  # the cost of a probe
     assert "training steps" not in html  # no training is timed here
+
+
+def test_tokens_are_as_dark_as_they_weigh(finished):
+    rows = [row for row in read_metrics(finished / "metrics.jsonl") if "g_effect" in row]
+    assert heat(rows) == []  # NPO has one weight an answer
+    texts = rows[-1]["g_effect"]["heat"]
+    texts[0]["weights"]["forget.npo"][0] = 2.0
+    rows[0]["g_effect"]["heat"][0]["tokens"][0] = "<i>"
+    (text,) = heat(rows)
+    assert (text["label"], text["question"]) == ("forget.npo", texts[0]["question"])
+    assert [line["step"] for line in text["lines"]] == [0, 2, 4, 6]
+    assert text["lines"][-1]["tokens"][0] == ("<i>", 2.0, 1.0)
+    assert text["lines"][-1]["tokens"][1][2] == texts[0]["weights"]["forget.npo"][1] / 2
+    page = render_geffect("run", rows, "command")
+    assert page.count("each token weighs") == 1
+    assert page.count(texts[0]["tokens"][1]) >= 4
+    assert "&lt;i&gt;" in page
+    assert "<i>" not in page
 
 
 def test_the_cost_is_a_median_of_ratios():

@@ -120,6 +120,23 @@ def test_npo_is_ga_weighted_by_sample(probed):
     assert found["weights"]["forget.npo"] == pytest.approx(sum(weights) / 8)
 
 
+def test_weights_by_token(tiny, probed):
+    """Of the first samples, whatever batch they are in; next to the text of the tokens."""
+    model, reference, found = probed
+    parts = make_probe(tiny, reference, batch_size=3).measure(model)
+    for i, (one, other) in enumerate(zip(found["heat"], parts["heat"], strict=True)):
+        item, row = tiny.forget.items[i], tiny.forget[i]
+        assert one["question"] == item.question
+        answer = "".join(one["tokens"])
+        assert answer.strip().startswith(item.answer)
+        batch = collate([row], tiny.forget.pad_token_id)
+        expected = token_stats_of(model.eval(), batch)[0].logp.exp()  # WGA weighs with p
+        assert len(one["tokens"]) == len(expected)
+        assert one["weights"]["forget.wga"] == pytest.approx(expected.tolist(), rel=1e-4)
+        assert one["weights"]["forget.npo"] == pytest.approx([one["weights"]["forget.npo"][0]] * len(expected))
+        assert other["weights"]["forget.wga"] == pytest.approx(one["weights"]["forget.wga"], rel=1e-4)
+
+
 def test_weights_are_the_papers():
     logp, ref_logp = torch.tensor([-0.5, -2.0, -1.0]), torch.tensor([-1.0, -0.5, -1.0])
     ids = torch.tensor([0, 0, 1])
