@@ -4,8 +4,9 @@
     python -m benchmarks.mrd --shape 7B --data tofu/forget10.jsonl --device cuda --num-draws 5      random weights
     python -m benchmarks.mrd                                            the embedded world by a model of random weights
 
-The naive loop goes sample by sample: a pristine copy of the weights, torch.randn_like added parameter by parameter, a
-forward with whole logits, log_softmax. It is run for `--naive-seconds` over samples of all lengths, and extrapolated.
+The naive loop goes sample by sample and draw by draw: torch.randn_like added to each parameter, a forward with whole
+logits, log_softmax, the weights put back: from a copy, or ("in place", as MeZO does) by taking the same noise off once
+more. Each is run for `--naive-seconds` over samples of all lengths, and extrapolated.
 Writes mrd.json and mrd.md.
 """
 
@@ -98,7 +99,7 @@ def forward_alone(model: Any, batch: Any, args: argparse.Namespace) -> float:
 
 
 @torch.no_grad()
-def naive(model: Any, rows: Sequence[Row], limit: float, device: str) -> dict[str, float]:
+def naive(model: Any, rows: Sequence[Row], limit: float, device: str, in_place: bool) -> dict[str, float]:
     """Algorithm 1 as written, sample by sample, within `limit` seconds; its time for a sample and a draw."""
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     some = [by_length[round(i * (len(rows) - 1) / 7)] for i in range(min(8, len(rows)))] if len(rows) > 1 else [0]
@@ -108,24 +109,36 @@ def naive(model: Any, rows: Sequence[Row], limit: float, device: str) -> dict[st
         scores = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
         return scores[labels != -100].gather(1, labels[labels != -100][:, None]).squeeze(1)
 
+    def add_noise(seed: int, scale: float) -> None:
+        torch.manual_seed(seed)
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=scale)
+
     pristine = [p.detach().clone() for p in model.parameters()]
     clean = {i: logp(rows[i]) for i in some}
     start, spent, draws = time.perf_counter(), 0.0, 0
     sums = dict.fromkeys(some, 0.0)
     while spent < limit or draws == 0:
         for i in some:
-            for p, w in zip(model.parameters(), pristine, strict=True):
-                p.copy_(w).add_(torch.randn_like(w), alpha=SIGMA)
+            add_noise(draws, SIGMA)
             sums[i] += abs(float(((clean[i] - logp(rows[i])) / clean[i]).sum()))
+            if in_place:
+                add_noise(draws, -SIGMA)
+            else:
+                restore(model, pristine)
         draws, spent = draws + 1, time.perf_counter() - start
-    for p, w in zip(model.parameters(), pristine, strict=True):
-        p.copy_(w)
+    restore(model, pristine)
     return {
         "samples": len(some),
         "draws": draws,
         "seconds": spent,
         "seconds_a_sample_and_draw": spent / draws / len(some),
     }
+
+
+def restore(model: Any, pristine: Sequence[Tensor]) -> None:
+    for p, w in zip(model.parameters(), pristine, strict=True):
+        p.copy_(w)
 
 
 def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -147,10 +160,11 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
         "forward_seconds": forward_alone(model, batch, args),
         "estimators": {},
     }
-    if args.naive_seconds:
-        found["naive"] = naive(model, rows, args.naive_seconds, args.device)
-        whole = found["naive"]["seconds_a_sample_and_draw"] * len(rows) * args.num_draws
-        found["naive"] |= {"extrapolated_seconds": whole, "extrapolated_draws": args.num_draws}
+    for in_place in (False, True) if args.naive_seconds else ():
+        loop = naive(model, rows, args.naive_seconds, args.device, in_place)
+        whole = loop["seconds_a_sample_and_draw"] * len(rows) * args.num_draws
+        loop |= {"extrapolated_seconds": whole, "extrapolated_draws": args.num_draws}
+        found["naive, in place" if in_place else "naive"] = loop
     values: dict[str, Tensor] = {}
     for estimator, _, own in (word.partition(":") for word in args.estimators.split(",")):
         draws = int(own or args.num_draws)
@@ -189,7 +203,7 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
 
 def markdown(found: dict[str, Any]) -> str:
     """The tables of a study."""
-    whole = found.get("naive", {}).get("extrapolated_seconds")
+    loops = {name: found[name] for name in ("naive", "naive, in place") if name in found}
     prefix = max((one["diagnostics"]["shared_prefix"] or 0 for one in found["estimators"].values()), default=0)
     shared = f" All begin with the same {prefix} tokens, computed once a draw." if prefix else ""
     lines = [
@@ -199,26 +213,26 @@ def markdown(found: dict[str, Any]) -> str:
         f"parameters, float32; {found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
         f"commit {found['commit']}. One forward over all samples takes {found['forward_seconds']:.2f} s.{shared}",
         "",
-        "| estimator | draws | seconds | a draw, in forwards | x naive | median | relative standard error |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        f"| estimator | draws | seconds | a draw, in forwards | {''.join(f'x {loop} | ' for loop in loops)}median | "
+        "relative standard error |",
+        "|---|---:|---:|---:|---:|---:|" + "---:|" * len(loops),
     ]
     for name, one in found["estimators"].items():
         a_draw = f"{one['draw_seconds'] / found['forward_seconds']:.2f}" if one["draws"] else ""
-        same = name in ("algorithm1", "gradient") and whole
-        faster = f"{whole / one['seconds']:.1f}" if same else ""
-        cells = (name, one["draws"] or "", f"{one['seconds']:.1f}", a_draw, faster, f"{one['median']:.3g}")
+        same = name in ("algorithm1", "gradient")
+        faster = [f"{loop['extrapolated_seconds'] / one['seconds']:.1f}" if same else "" for loop in loops.values()]
+        cells = (name, one["draws"] or "", f"{one['seconds']:.1f}", a_draw, *faster, f"{one['median']:.3g}")
         lines.append(f"| {' | '.join(map(str, cells))} | {one['relative_error']:.1%} |")
     peaks = {name: one["peak_bytes"] for name, one in found["estimators"].items() if "peak_bytes" in one}
     if peaks:
         weights = found["parameters"] * 4
         told = ", ".join(f"{name} {peak / 2**30:.1f}" for name, peak in peaks.items())
         lines += ["", f"Peak memory, GiB: {told}; the weights alone {weights / 2**30:.1f}."]
-    if whole:
-        loop = found["naive"]
+    for name, loop in loops.items():
         lines += [
             "",
-            f"The naive loop took {loop['seconds']:.0f} s for {loop['samples']} samples and {loop['draws']} draws; "
-            f"{loop['extrapolated_draws']} draws of all samples would take {whole:.0f} s.",
+            f'The loop "{name}" took {loop["seconds"]:.0f} s for {loop["samples"]} samples and {loop["draws"]} draws; '
+            f"{loop['extrapolated_draws']} draws of all samples would take {loop['extrapolated_seconds']:.0f} s.",
         ]
     lines += ["", "| rank correlation (Spearman) of | |", "|---|---:|"]
     lines += [f"| {pair} | {rho:.3f} |" for pair, rho in found["spearman"].items()]

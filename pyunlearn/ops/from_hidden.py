@@ -57,9 +57,10 @@ def linear_token_stats(
         ignore_index: as in `token_stats`. Finding the rows that count is a sync on a GPU, which their GEMMs outweigh;
             None: all count, and nothing waits.
         budget_bytes: logits (the reference's included) that may be held at once; default a quarter of the free memory
-            of the device. Beyond it: slices of the vocabulary, never narrower than 256 columns, recomputed in backward;
-            always so with 0, which leaves a checkpoint around this call nothing to save. Slicing moves the last bits:
-            give a budget where they matter. Under torch.compile it is not looked at.
+            of the device, on a CPU without a graph 2 MiB, which its cache holds. Beyond it: slices of the vocabulary,
+            never narrower than 256 columns, recomputed in backward; always so with 0, which leaves a checkpoint around
+            this call nothing to save. Slicing moves the last bits: give a budget where they matter. Under
+            torch.compile it is not looked at.
         adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
             x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
 
