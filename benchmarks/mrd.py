@@ -234,8 +234,9 @@ def markdown(found: dict[str, Any]) -> str:
             f'The loop "{name}" took {loop["seconds"]:.0f} s for {loop["samples"]} samples and {loop["draws"]} draws; '
             f"{loop['extrapolated_draws']} draws of all samples would take {loop['extrapolated_seconds']:.0f} s.",
         ]
-    lines += ["", "| rank correlation (Spearman) of | |", "|---|---:|"]
-    lines += [f"| {pair} | {rho:.3f} |" for pair, rho in found["spearman"].items()]
+    if found["spearman"]:
+        lines += ["", "| rank correlation (Spearman) of | |", "|---|---:|"]
+        lines += [f"| {pair} | {rho:.3f} |" for pair, rho in found["spearman"].items()]
     checks = [
         f"| {name} | {told['sigma_ratio']:.3f} | {told['expected_ratio']:g} | {told['noise_share']:.2%} |"
         for name, one in found["estimators"].items()

@@ -46,7 +46,8 @@ def test_figures_draw_what_the_runs_left(study, monkeypatch):
     heat = json.loads((out / "runs" / "tnpo-4.json").read_text())["heat"]
     assert len(heat) == 2
     for drawn in heat:
-        assert len(drawn["weights"]) == 20  # epochs
+        assert drawn["steps"] == list(range(0, 21, 4))
+        assert len(drawn["weights"]) == 6
         assert {len(row) for row in drawn["weights"]} == {len(drawn["tokens"])}
         assert 0 <= min(map(min, drawn["weights"])) <= max(map(max, drawn["weights"])) <= 2
 
@@ -104,7 +105,7 @@ def made_up(name, removal=-1.0, ratio=0.5, weight=0.01, inverse=1.0, above=()):
         str(step): {"unlearn": [-1, -2, -3], "retain": [-0.1, -0.2, -0.3], "weight": [0.9, 0.5, 0.1]}
         for step in runs.SCATTER_STEPS
     }
-    words = {"tokens": ["a", " b"], "weights": [[1.0, 1.0], [0.2, 0.5]], "question": "Who?"}
+    words = {"tokens": ["a", " b"], "steps": [0, 60], "weights": [[1.0, 1.0], [0.2, 0.5]], "question": "Who?"}
     settings = runs.settings_of(load_config(HERE / "embedded.yaml"), name)
     return {"name": name, "settings": settings, "stopped": None, "rows": rows, "points": points, "heat": [words],
             "seconds_a_probe": 0.5, "device": "a machine", "versions": {"torch": "2", "transformers": "5"}}  # fmt: skip

@@ -267,9 +267,9 @@ def rates(records: Records) -> Figure:
     return grid([(f"GA, learning rate {told[rate]:g}", records[names[rate]]) for rate in sorted(names)])
 
 
-@figure("heat", "Token weights of TNPO and WTNPO after each epoch", ("tnpo-4", "wtnpo-5-1.5"))
+@figure("heat", "Token weights of TNPO and WTNPO along the run", ("tnpo-4", "wtnpo-5-1.5"))
 def heat(records: Records) -> Figure:
-    """One line of text an epoch; the background says the weight, from white (0) to dark (the largest drawn)."""
+    """One line of text a probe; the background says the weight, from white (0) to dark (the largest drawn)."""
     blocks = [(name, drawn) for name, record in records.items() for drawn in record["heat"]]
     lines = sum(len(drawn["weights"]) + 2 for _, drawn in blocks)
     longest = max(sum(map(len, drawn["tokens"])) + len(drawn["tokens"]) for _, drawn in blocks)
@@ -281,9 +281,9 @@ def heat(records: Records) -> Figure:
     for name, drawn in blocks:
         axes.text(0, y, f"{name.split('-')[0].upper()}: {drawn['question']}", weight="bold", va="center")
         top = max(max(row) for row in drawn["weights"]) or 1.0
-        for number, row in enumerate(drawn["weights"], 1):
+        for step, row in zip(drawn["steps"], drawn["weights"], strict=True):
             y += 1
-            axes.text(0, y, f"epoch {number}", va="center", fontsize=7)
+            axes.text(0, y, f"step {step}", va="center", fontsize=7)
             x = 8.0
             for token, weight in zip(drawn["tokens"], row, strict=True):
                 share = weight / top

@@ -13,14 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from pyunlearn.data import QADataset, collate
-from pyunlearn.forward import token_stats_of
-from pyunlearn.reference import ReferenceCache
 from pyunlearn.runs.callbacks import read_metrics
-from pyunlearn.runs.config import ModelConfig, RunConfig, merge
+from pyunlearn.runs.config import RunConfig, merge
 from pyunlearn.runs.folder import RunFolder
-from pyunlearn.runs.models import load_model, process_state
-from pyunlearn.runs.probe import token_weights
+from pyunlearn.runs.geffect_report import evenly
+from pyunlearn.runs.models import process_state
 from pyunlearn.runs.run import first_model, load_data, quiet_libraries, run
 from pyunlearn.runs.stages import interruptible
 from pyunlearn.runs.trainer import NonFiniteLossError
@@ -28,7 +25,7 @@ from pyunlearn.runs.trainer import NonFiniteLossError
 from ..measure import commit, machine, versions
 
 Record = dict[str, Any]
-HEAT_ROWS = (0, 1)  # forget samples whose tokens are drawn
+HEAT_LINES = 6  # probes whose token weights are drawn
 SCATTER_STEPS = (12, 16, 20)
 KEPT = ("total", "groups", "nll", "norm", "log10_inverse_confidence", "weights")
 
@@ -107,7 +104,6 @@ def measured(base: RunConfig, name: str, out: Path, work: Path, console: Console
 def compute(base: RunConfig, name: str, settings: Mapping[str, Any], work: Path) -> Record:
     quiet_libraries()
     start = memorised(base, work)
-    unlearning = {**settings["unlearn"], "keep_steps": epoch(base) if name in HEATED else None}
     config = RunConfig.model_validate(
         {
             **base.to_dict(),
@@ -115,7 +111,7 @@ def compute(base: RunConfig, name: str, settings: Mapping[str, Any], work: Path)
             "output": str(work / name),
             "model": {"name_or_path": str(start), "dtype": base.model.dtype},
             "memorise": None,
-            "unlearn": unlearning,
+            "unlearn": settings["unlearn"],
             "g_effect": settings["g_effect"],
         }
     )
@@ -138,7 +134,7 @@ def compute(base: RunConfig, name: str, settings: Mapping[str, Any], work: Path)
     if name in SCATTERED:
         record["points"] = {row["step"]: points_of(row) for row in rows if row["step"] in SCATTER_STEPS}
     if name in HEATED:
-        record["heat"] = heat(config, folder, start)
+        record["heat"] = heat([row for row in rows if "not_finite" not in row["g_effect"]])
     return record
 
 
@@ -179,32 +175,14 @@ def points_of(row: Mapping[str, Any]) -> Record:
     return {"unlearn": found["unlearn"], "retain": found["retain"], "weight": weights}
 
 
-def epoch(config: RunConfig) -> int:
-    """Optimiser steps of one epoch."""
-    samples = len(load_data(config.data, config.seed).forget)
-    return -(-samples // (config.unlearn.batch_size * config.unlearn.gradient_accumulation_steps))
-
-
-@torch.no_grad()
-def heat(config: RunConfig, folder: RunFolder, start: Path) -> list[Record]:
-    """The weight of every token of a few answers, by the models kept after each epoch."""
-    (term,) = config.unlearn.forget
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(start)))
-    items = [load_data(config.data, config.seed).forget[i] for i in HEAT_ROWS]
-    rows = QADataset(items, tokenizer, config.data.max_length or model.config.max_position_embeddings)
-    batch = collate([rows[i] for i in range(len(rows))], rows.pad_token_id)
-    cache = ReferenceCache.build(model, rows, folder.path / "heat.safetensors", progress=False)
-    reference = cache.logp(batch["index"])
-    kept = sorted(folder.kept.glob("step-*"), key=lambda path: int(path.name[5:]))
-    weights = []
-    for path in kept:
-        stats, found = token_stats_of(type(model).from_pretrained(path).eval(), batch)
-        weights.append(token_weights(term.objective(), stats.logp, reference, found.sequence_ids, len(rows)))
+def heat(rows: list[dict[str, Any]]) -> list[Record]:
+    """The weight of every token of a few answers, along the run."""
+    shown = [rows[i] for i in evenly(len(rows), HEAT_LINES)]
     drawn = []
-    for i, item in enumerate(items):
-        own = found.sequence_ids == i
-        tokens = [tokenizer.decode([token]) for token in found.targets[own].tolist()]
-        drawn.append({"question": item.question, "tokens": tokens, "weights": [w[own].tolist() for w in weights]})
+    for i, text in enumerate(shown[0]["g_effect"]["heat"]):
+        weights = [next(iter(row["g_effect"]["heat"][i]["weights"].values())) for row in shown]
+        steps = [row["step"] for row in shown]
+        drawn.append({"question": text["question"], "tokens": text["tokens"], "steps": steps, "weights": weights})
     return drawn
 
 
