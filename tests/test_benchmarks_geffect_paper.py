@@ -56,6 +56,9 @@ def test_figures_draw_what_the_runs_left(study, monkeypatch):
 
     monkeypatch.setattr(runs, "compute", never)
     main(["fig10", *words])
+    del record["settings"]["unlearn"]["keep_steps"]  # written when there was no such setting
+    (out / "runs" / "ga.json").write_text(json.dumps(record))
+    main(["fig10", *words])
     with pytest.raises(AssertionError, match="the record is there"):  # other settings, another record
         main(["fig10", *words, "--set", "unlearn.learning_rate=2e-3"])
 

@@ -89,10 +89,16 @@ def settings_of(base: RunConfig, name: str) -> dict[str, Any]:
     return json.loads(json.dumps({key: given[key] for key in known}))
 
 
+def filled(settings: Mapping[str, Any]) -> Record:
+    """With today's defaults for what there was no setting for when they were written."""
+    whole = RunConfig.model_validate(settings).to_dict()
+    return {key: whole[key] for key in settings}
+
+
 def measured(base: RunConfig, name: str, out: Path, work: Path, console: Console) -> Record:
     """The record of a run, from its file or computed now, in `work`."""
     path, settings = out / "runs" / f"{name}.json", settings_of(base, name)
-    if path.is_file() and (record := json.loads(path.read_text()))["settings"] == settings:
+    if path.is_file() and filled((record := json.loads(path.read_text()))["settings"]) == filled(settings):
         return record
     console.print(f"[bold]run[/] {name}")
     record = compute(base, name, settings, work)
