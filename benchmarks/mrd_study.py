@@ -79,12 +79,25 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> dict[str, float]
 
 
 def told(found: dict[str, float]) -> str:
+    if math.isnan(found["rho"]):
+        return "none: all alike"
+    if math.isnan(found["low"]):
+        return f"{found['rho']:+.2f}"
     return f"{found['rho']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no NaN: null."""
+    if isinstance(value, dict):
+        return {key: without_nan(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 class Study:
@@ -471,7 +484,7 @@ def main(words: Sequence[str] | None = None) -> None:
         record = {"figure": name, "data": args.forget and Path(args.forget).name, "text": text, "result": found,
                   "device": machine()["name"], "threads": args.threads, "versions": versions(),
                   "commit": commit()}  # fmt: skip
-        (out / f"{args.name}_{name}.json").write_text(json.dumps(record) + "\n")
+        (out / f"{args.name}_{name}.json").write_text(json.dumps(without_nan(record)) + "\n")
         print(f"\n## {name}\n\n{text}\n", flush=True)
         write_tables(out, args.name)
 

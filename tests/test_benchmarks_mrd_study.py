@@ -50,7 +50,7 @@ def test_every_figure(words, monkeypatch):
     one = stored["difficulty"]["result"]
     assert len(one["methods"]["ga"]["updates"]) == 4
     expected = mrd_study.rank_correlation(one["x"]["MRD (Algorithm 1)"], one["methods"]["npo"]["change"])
-    assert one["methods"]["npo"]["change_with"]["MRD (Algorithm 1)"] == pytest.approx(expected, nan_ok=True)
+    assert one["methods"]["npo"]["change_with"]["MRD (Algorithm 1)"] == mrd_study.without_nan(expected)
     arms = stored["methods"]["result"]["methods"]["npo"]
     a, b = (arms[by]["values"]["retain accuracy"] for by in ("algorithm2", "shuffle"))
     assert arms["algorithm2"]["minus_shuffle"]["retain accuracy"][0] == pytest.approx(sum(a) / 2 - sum(b) / 2)
@@ -73,6 +73,10 @@ def test_intervals():
     assert found.half == pytest.approx(1.9632, abs=1e-4)  # 2.7764 sqrt(2.5 / 5)
     assert math.isnan(mrd_study.interval([1.0]).half)
     up = mrd_study.rank_correlation([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 3, 2, 5, 4, 7, 6, 9, 8, 10])
+    alike = mrd_study.rank_correlation([1, 2, 3, 4], [20, 20, 20, 20])
+    assert mrd_study.told(alike) == "none: all alike"
+    assert mrd_study.without_nan({"a": [alike]})["a"][0]["rho"] is None
+    assert mrd_study.told(mrd_study.rank_correlation([1, 2, 3], [1, 2, 3])) == "+1.00"
     assert up["rho"] == pytest.approx(1 - 6 * 8 / 990)
     assert -1 < up["low"] < up["rho"] < up["high"] < 1
     down = mrd_study.rank_correlation(list(range(10)), [-y for y in (1, 3, 2, 5, 4, 7, 6, 9, 8, 10)])
