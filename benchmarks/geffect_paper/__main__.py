@@ -5,7 +5,7 @@ in a folder under --work. After Ctrl-C the same command goes on. Without a figur
 which of the paper's observations hold. Another model and data: --base FILE.yaml (see `pyunlearn run`) and --set, e.g.
 
     make model
-    python -m benchmarks.geffect_paper fig10 --base benchmarks/geffect_paper/smollm2_tofu.yaml --out OUT \\
+    python -m benchmarks.geffect_paper fig09 --base benchmarks/geffect_paper/smollm2_tofu.yaml --out OUT \\
         --set data.forget.path=TOFU/forget01.jsonl --set data.retain.path=TOFU/retain99.jsonl
 """
 
