@@ -12,8 +12,9 @@ By default on the embedded world: its model learns 400 pairs by heart, one world
 machine with two cores, a pretrained model that knows both files already (`pyunlearn run examples/smollm2_tofu.yaml`
 leaves one in runs/smollm2_tofu/memorised):
 
-    python -m benchmarks.mrd_study sensitivity characteristics difficulty --model runs/smollm2_tofu/memorised \\
-        --forget tofu/forget01.jsonl --retain tofu/retain99.jsonl --samples 10 --name mrd_study_smollm2
+    python -m benchmarks.mrd_study difficulty sensitivity --samples 8 --seeds 2 --steps 20 --name mrd_study_smollm2 \\
+        --model runs/smollm2_tofu/memorised --forget tofu/forget01.jsonl --retain tofu/retain99.jsonl \\
+        --retain-limit 40 --threads 2        (methods, efficiency: --samples 4; choice: --samples 5 --steps 10)
 
 Every unlearning is kept in --work as soon as it is done: the same command goes on where it stopped. Intervals are 95 %:
 Student's t over seeds, Fisher's z with the variance of Bonett and Wright for rank correlations.
