@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -146,3 +147,31 @@ def known(model: Any, rows: QADataset) -> dict[str, float]:
     """Mean probability and memorization accuracy."""
     read = teacher_forced(model, rows, progress=False)
     return {name: sum(row[name] for row in read) / len(read) for name in ("probability", "memorization_accuracy")}
+
+
+class Study:
+    """Settings of one study, and the models it starts from."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.small = args.samples is not None
+        self._starts: dict[int, Start] = {}
+
+    def start(self, seed: int) -> Start:
+        if seed not in self._starts:
+            args = self.args
+            if args.model is None:
+                self._starts[seed] = embedded(seed, args.work)
+            else:
+                self._starts[seed] = pretrained(args.model, args.forget, args.retain, args.retain_limit, args.work)
+        return self._starts[seed]
+
+    @property
+    def seeds(self) -> range:
+        return range(self.args.seeds)
+
+    def run(self, name: str, seed: int, method: str, forget: Any, retain: Any, **options: Any) -> Result:
+        """`unlearn`, kept. A pretrained model is one and the same for all seeds."""
+        start = self.start(seed if self.args.model is None else 0)
+        settings = {"method": method, "forget": [item.question for item in forget], "seed": seed, **options}
+        return start.cell(name, settings, lambda: unlearn(start, method, forget, retain, seed=seed, **options))

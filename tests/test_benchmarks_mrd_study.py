@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import mrd_study, unlearned
+from benchmarks import intervals, mrd_study, unlearned
 from pyunlearn.data import QADataset, collate, generate_authors
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 
@@ -49,7 +49,7 @@ def test_every_figure(words, monkeypatch):
 
     one = stored["difficulty"]["result"]
     assert len(one["methods"]["ga"]["updates"]) == 4
-    expected = mrd_study.rank_correlation(one["x"]["MRD (Algorithm 1)"], one["methods"]["npo"]["change"])
+    expected = intervals.rank_correlation(one["x"]["MRD (Algorithm 1)"], one["methods"]["npo"]["change"])
     assert one["methods"]["npo"]["change_with"]["MRD (Algorithm 1)"] == mrd_study.without_nan(expected)
     arms = stored["methods"]["result"]["methods"]["npo"]
     a, b = (arms[by]["values"]["retain accuracy"] for by in ("algorithm2", "shuffle"))
@@ -59,7 +59,7 @@ def test_every_figure(words, monkeypatch):
     assert len(stored["choice"]["result"]["group"]["sets"]) == 3
     assert set(stored["characteristics"]["result"]["characteristics"]) >= {"probability", "rare_words", "num_tokens"}
 
-    monkeypatch.setattr(mrd_study, "unlearn", None)  # all is there: nothing is computed again
+    monkeypatch.setattr(unlearned, "unlearn", None)  # all is there: nothing is computed again
     mrd_study.main(["difficulty", "efficiency", *words])
     again = json.loads((out / "mrd_study_efficiency.json").read_text())
     assert again["result"] == stored["efficiency"]["result"]
@@ -68,18 +68,18 @@ def test_every_figure(words, monkeypatch):
 
 
 def test_intervals():
-    found = mrd_study.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = intervals.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert found.mean == 3
     assert found.half == pytest.approx(1.9632, abs=1e-4)  # 2.7764 sqrt(2.5 / 5)
-    assert math.isnan(mrd_study.interval([1.0]).half)
-    up = mrd_study.rank_correlation([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 3, 2, 5, 4, 7, 6, 9, 8, 10])
-    alike = mrd_study.rank_correlation([1, 2, 3, 4], [20, 20, 20, 20])
-    assert mrd_study.told(alike) == "none: all alike"
+    assert math.isnan(intervals.interval([1.0]).half)
+    up = intervals.rank_correlation([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [1, 3, 2, 5, 4, 7, 6, 9, 8, 10])
+    alike = intervals.rank_correlation([1, 2, 3, 4], [20, 20, 20, 20])
+    assert intervals.told(alike) == "none: all alike"
     assert mrd_study.without_nan({"a": [alike]})["a"][0]["rho"] is None
-    assert mrd_study.told(mrd_study.rank_correlation([1, 2, 3], [1, 2, 3])) == "+1.00"
+    assert intervals.told(intervals.rank_correlation([1, 2, 3], [1, 2, 3])) == "+1.00"
     assert up["rho"] == pytest.approx(1 - 6 * 8 / 990)
     assert -1 < up["low"] < up["rho"] < up["high"] < 1
-    down = mrd_study.rank_correlation(list(range(10)), [-y for y in (1, 3, 2, 5, 4, 7, 6, 9, 8, 10)])
+    down = intervals.rank_correlation(list(range(10)), [-y for y in (1, 3, 2, 5, 4, 7, 6, 9, 8, 10)])
     assert (down["low"], down["high"]) == pytest.approx((-up["high"], -up["low"]))
 
 
