@@ -28,6 +28,7 @@ import pyunlearn as pu
 from pyunlearn.data import QADataset, collate, context_length, generate_authors, load_qa
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.forward import token_stats_of
+from pyunlearn.mrd import ESTIMATORS
 from pyunlearn.mrd.precision import full_precision
 from pyunlearn.mrd.samples import make_samples
 from pyunlearn.runs.config import ModelConfig
@@ -166,8 +167,8 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
         loop |= {"extrapolated_seconds": whole, "extrapolated_draws": args.num_draws}
         found["naive, in place" if in_place else "naive"] = loop
     values: dict[str, Tensor] = {}
-    for estimator, _, own in (word.partition(":") for word in args.estimators.split(",")):
-        draws = int(own or args.num_draws)
+    for estimator, own in args.estimators:
+        draws = own or args.num_draws
         if args.device != "cpu":
             torch.cuda.reset_peak_memory_stats()
         options: Any = {"batch_size": args.batch_size, "mode": args.mode, "check_draws": args.check_draws}
@@ -247,6 +248,20 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_draws(words: str) -> list[tuple[Any, int | None]]:
+    """Estimators, each with its number of draws where one is given."""
+    found: list[tuple[Any, int | None]] = []
+    for word in words.split(","):
+        name, _, draws = word.partition(":")
+        if name not in ESTIMATORS or (draws and not (draws.isdecimal() and int(draws) >= 2)):
+            raise argparse.ArgumentTypeError(
+                f"{word!r}: needs one of {', '.join(ESTIMATORS)}, alone or with a number of draws, 2 at least, such as "
+                "definition:50"
+            )
+        found.append((name, int(draws) if draws else None))
+    return found
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.mrd", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -257,6 +272,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=int)
     parser.add_argument(
         "--estimators",
+        type=with_draws,
         default="algorithm1,gradient,definition:50,hutchinson:50,initial",
         metavar="NAME[:DRAWS],...",
         help="default: %(default)s; definition and hutchinson take two and about ten forwards a draw",

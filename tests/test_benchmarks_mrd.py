@@ -30,6 +30,13 @@ def test_a_study(tmp_path):
     assert f"| algorithm1, gradient | {found['spearman']['algorithm1, gradient']:.3f} |" in table
 
 
+@pytest.mark.parametrize("word", ["nope", "algorithm1:x", "algorithm1:1"])
+def test_estimators_that_are_none(word, capsys):
+    with pytest.raises(SystemExit):
+        mrd.main(["--estimators", f"gradient,{word}"])
+    assert f"{word!r}: needs one of algorithm1, definition" in capsys.readouterr().err
+
+
 def test_precisions(tmp_path):
     world = generate_authors(4, 2)
     tokenizer = train_tokenizer(world.texts, vocab_size=384)
