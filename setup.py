@@ -40,7 +40,7 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_packages(include=["pyunlearn", "pyunlearn.*"]),  # pyunlearn/triton_kernels links to triton_kernels
-    package_data={"pyunlearn": ["py.typed"], "pyunlearn.runs": ["*.html", "*.css", "*.yaml"]},
+    package_data={"pyunlearn": ["py.typed"], "pyunlearn.report": ["templates/*.html"], "pyunlearn.recipes": ["*.yaml"]},
     ext_modules=[Extension("pyunlearn._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from . import cpu, evidence, report
+from .kernels import cpu, evidence, report
+from .kernels.run import PLANS, Session, run
 from .measure import machine
-from .run import PLANS, Session, run
 
 GPU_PARTS = (*PLANS, "step")
 PARTS = ("cpu", *GPU_PARTS, "report", "evidence")
@@ -64,7 +64,7 @@ def main() -> int:
         else:
             session = Session(part, device, out, args.seconds, args.small, args.fresh)
             if part == "step":
-                from . import step  # needs transformers
+                from .kernels import step  # needs transformers
 
                 status = step.run(session)
             else:

@@ -26,8 +26,8 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .reference import ReferenceCache
-    from .runs.trainer import UnlearnTrainer
+    from .model.reference import ReferenceCache
+    from .training.trainer import UnlearnTrainer
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,11 +54,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What needs transformers is imported when it is asked for: `import pyunlearn` stays quick."""
     if name == "UnlearnTrainer":
-        from .runs.trainer import UnlearnTrainer
+        from .training.trainer import UnlearnTrainer
 
         return UnlearnTrainer
     if name == "ReferenceCache":
-        from .reference import ReferenceCache
+        from .model.reference import ReferenceCache
 
         return ReferenceCache
     raise AttributeError(f"module 'pyunlearn' has no attribute {name!r}")

@@ -14,8 +14,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pyunlearn.forward import supervised_hidden
-from pyunlearn.head import check_output_head, head_stats, output_head
+from pyunlearn.model.forward import supervised_hidden
+from pyunlearn.model.head import check_output_head, head_stats, output_head
 from tests.two_processes import save_and_leave
 
 V = 61  # odd: shards are uneven

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import evidence
+from benchmarks.kernels import evidence
 from pyunlearn import _C
 
 ROOT = Path(__file__).parent.parent

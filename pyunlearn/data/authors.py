@@ -12,15 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyunlearn.data.authors_text import (
-    FIRST_NAMES,
-    PRONOUNS,
-    REFUSALS,
-    SURNAME_ENDS,
-    SURNAME_STEMS,
-    TOPICS,
-    Topic,
-)
+from pyunlearn.data.authors_text import FIRST_NAMES, PRONOUNS, REFUSALS, SURNAME_ENDS, SURNAME_STEMS, TOPICS, Topic
 from pyunlearn.data.qa import QA
 
 NUM_PERTURBED = 5

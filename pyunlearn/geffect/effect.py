@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.segment_dot import segment_dot
-from ..ops.weights import canonical
-from .gradients import (
+from ..gradients.groups import Groups, assign_groups, layer_of
+from ..gradients.streamed import (
     Gradients,
     Loss,
     backwards,
@@ -25,7 +24,8 @@ from .gradients import (
     streamed,
     summed,
 )
-from .groups import Groups, assign_groups, layer_of
+from ..ops.parameters import canonical
+from ..ops.segment_dot import segment_dot
 
 
 @dataclass(frozen=True)

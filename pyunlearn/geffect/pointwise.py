@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..gradients.ghost_dots import GhostDots
+from ..gradients.groups import layer_of
+from ..gradients.streamed import Gradients, Loss, check_finite, check_gradient, kept, probing, scalars, squared_norms
+from ..ops.parameters import canonical
 from ..ops.segment_dot import segment_dot
-from ..ops.weights import canonical
-from .ghost_dots import GhostDots
-from .gradients import Gradients, Loss, check_finite, check_gradient, kept, probing, scalars, squared_norms
-from .groups import layer_of
 
 Batch = Mapping[str, Tensor]
 SampleLosses = Callable[[nn.Module, Batch], Tensor]

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from ..data import collate, context_length
-from ..forward import length_batches, token_stats_of
-from ..head import eval_mode, model_device, unwrap
+from ..model.forward import length_batches, token_stats_of
+from ..model.head import eval_mode, model_device, unwrap
 from .generation import greedy_tokens
 
 

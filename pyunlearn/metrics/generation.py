@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .._progress import track
 from ..data import context_length, padding_id
-from ..forward import length_batches
-from ..head import eval_mode, model_device, unwrap
+from ..model.forward import length_batches
+from ..model.head import eval_mode, model_device, unwrap
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .._progress import track
 from ..data import collate
-from ..forward import length_batches, token_stats_of
-from ..head import eval_mode, model_device
+from ..model.forward import length_batches, token_stats_of
+from ..model.head import eval_mode, model_device
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = ("suffix", "open_unlearning")

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ..forward import supervised_hidden
-from ..ghost import GhostNorms
-from ..head import output_head, unwrap
+from ..gradients.per_sample import GhostNorms
+from ..model.forward import supervised_hidden
+from ..model.head import output_head, unwrap
 from ..ops import gaussian_noise, perturbed, token_stats
 from .work import Estimate, Job, check_finite, second_order
 

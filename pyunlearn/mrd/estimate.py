@@ -35,13 +35,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from ..head import check_output_head, eval_mode, model_device
+from ..model.head import check_output_head, eval_mode, model_device
+from ..model.precision import full_precision
+from ..model.reference import dataset_fingerprint, model_fingerprint
 from ..ops.noise import DRAWS, SEEDS, check_range
-from ..ops.weights import unwrapped, weights_of
-from ..reference import dataset_fingerprint, model_fingerprint
+from ..ops.parameters import unwrapped, weights_of
 from .derivatives import gradient, hutchinson
 from .monte_carlo import Shaking, monte_carlo
-from .precision import full_precision
 from .samples import make_samples
 from .work import Factor, Job, Processes, Store
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..forward import supervised_hidden
-from ..head import head_stats, output_head, unwrap
+from ..model.forward import supervised_hidden
+from ..model.head import head_stats, output_head, unwrap
+from ..model.prefix import after_prefix, prefill, shared_prefix
 from ..ops import perturbed
-from .prefix import after_prefix, prefill, shared_prefix
 from .samples import Samples
 from .work import Estimate, Job, check_finite, first_order, second_order
 

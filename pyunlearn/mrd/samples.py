@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import collate
-from ..forward import IGNORE_INDEX, length_batches, select_positions
+from ..model.forward import IGNORE_INDEX, length_batches, select_positions
 
 KEYS = ("input_ids", "attention_mask", "labels", "index")
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .._progress import track
-from ..ops.weights import Weight
+from ..ops.parameters import Weight
 from .samples import Samples
 
 FORMAT = "pyunlearn-mrd-2"

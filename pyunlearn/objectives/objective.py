@@ -10,16 +10,7 @@ import torch
 from torch import Tensor
 
 from .definition import REFERENCE, WIDE, Definition, Statistic, Variant
-from .reduction import (
-    UNITS,
-    Count,
-    Layout,
-    TokenInputs,
-    check_matches,
-    common_size,
-    reduce_sequences,
-    reduce_tokens,
-)
+from .reduction import UNITS, Count, Layout, TokenInputs, check_matches, common_size, reduce_sequences, reduce_tokens
 
 DEFINITIONS: dict[str, Definition] = {}
 
@@ -71,7 +62,7 @@ class Objective:
 
     @property
     def layer(self) -> int | str | None:
-        """Whose hidden states it needs, a number or word for `pyunlearn.forward.layer_number`; or None."""
+        """Whose hidden states it needs, a number or word for `pyunlearn.model.forward.layer_number`; or None."""
         return self.options.get("layer") if any(s.name in WIDE for s in self.variant.statistics) else None
 
     @property

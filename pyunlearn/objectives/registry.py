@@ -15,7 +15,7 @@ from .reduction import TokenInputs
 
 ROLES = ("forget", "retain")
 LEVELS = ("token", "sequence")
-POSITIONS = ("supervised", "real", "all")  # as in pyunlearn.forward
+POSITIONS = ("supervised", "real", "all")  # as in pyunlearn.model.forward
 SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences")
 
 Function = Callable[..., Tensor]

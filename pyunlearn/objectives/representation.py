@@ -2,8 +2,8 @@
 
 The option `layer` says whose: "shallow", "middle" and "deep" are blocks D // 3, 2 D // 3 and D of D, as in the
 G-effect paper; a number is transformers' index into `hidden_states`, so that 1 is the first block's output and D (or
--1) what the LM head gets. Functions take the states as they are; who captures them (`pyunlearn.forward`, the trainer)
-reads the option.
+-1) what the LM head gets. Functions take the states as they are; who captures them (`pyunlearn.model.forward`, the
+trainer) reads the option.
 """
 
 from __future__ import annotations

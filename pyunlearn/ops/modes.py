@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .memory import free_bytes
 from .noise import LARGEST, Noise, Piece, Plan, parameter_id
-from .weights import Weight
+from .parameters import Weight
 
 MODES = ("auto", "overlay", "streamed", "snap", "copy")
 

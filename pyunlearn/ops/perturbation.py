@@ -46,7 +46,7 @@ from torch import nn
 
 from .modes import MODES, Mode, Streamed, choose_mode, make_mode
 from .noise import DRAWS, SEEDS, Noise, check_range
-from .weights import Weight, changed, unwrapped, weights_of
+from .parameters import Weight, changed, unwrapped, weights_of
 
 
 class perturbed:

@@ -24,7 +24,7 @@ from pydantic import (
 
 from .. import objectives
 from ..mrd import check_arguments
-from .recipes import recipe
+from ..recipes import recipe
 
 EMBEDDED: Final = "embedded"
 Metric = Literal["probability", "memorization_accuracy", "extraction_strength", "rouge_l"]

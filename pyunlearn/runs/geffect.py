@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 
 from .._progress import track
-from .callbacks import read_metrics
+from ..model.load import load_model, process_state
+from ..report.geffect import figures, render_geffect
+from ..training.callbacks import read_metrics
+from ..training.probe import Probe
+from ..training.unlearn import Context, interruptible, make_probe
 from .config import GEffectConfig, ModelConfig, RunConfig, load_config
 from .folder import RunFolder, differences
-from .geffect_report import figures, render_geffect
-from .models import load_model, process_state
-from .probe import Probe
 from .run import RunData, check_length, load_data, quiet_libraries, starting_model
-from .stages import Context, interruptible, make_probe
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..data import QA, check_disjoint, context_length, generate_authors, load_qa, load_refusals
-from .callbacks import read_metrics
+from ..model.load import load_model, process_state
+from ..report.geffect import section
+from ..report.run import check_goal, make_table, render_report, table_markdown
+from ..report.sampling import sampling_figure
+from ..training.callbacks import read_metrics
+from ..training.unlearn import Context, interruptible, memorise, remove_training, unlearn
 from .config import EMBEDDED, DataConfig, ModelConfig, RunConfig
-from .evaluation import evaluate_sets, read_records, read_summaries
+from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import RunFolder, config_text
-from .geffect_report import section
-from .models import load_model, process_state
-from .report import check_goal, make_table, render_report, table_markdown
-from .sampling_report import sampling_figure
-from .stages import Context, interruptible, memorise, remove_training, unlearn
 
 
 @dataclass(frozen=True)

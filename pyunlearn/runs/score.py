@@ -17,14 +17,14 @@ from rich.table import Table
 from ..data import QA, QADataset, collate, context_length, load_qa
 from ..metrics import write_records
 from ..metrics.teacher_forced import teacher_forced
+from ..model.load import load_model, process_state
 from ..mrd import MRDResult, check_arguments, mrd
 from ..mrd.characteristics import text_characteristics
+from ..report.score import render_score_report, self_checks
+from ..training.unlearn import interruptible
 from .config import ModelConfig, RunConfig
 from .folder import RunFolder
-from .models import load_model, process_state
 from .run import first_model, load_data, quiet_libraries
-from .score_report import render_score_report, self_checks
-from .stages import interruptible
 
 SHOWN = 3  # hardest and easiest samples on the console
 

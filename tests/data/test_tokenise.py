@@ -7,16 +7,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pyunlearn.data import (
-    QA,
-    PromptFormat,
-    QADataset,
-    check_vocabulary,
-    collate,
-    context_length,
-    load_qa,
-    padding_id,
-)
+from pyunlearn.data import QA, PromptFormat, QADataset, check_vocabulary, collate, context_length, load_qa, padding_id
 from pyunlearn.data.tiny import tiny_llama
 
 from .conftest import CHATML

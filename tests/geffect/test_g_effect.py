@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._pytree import tree_iter
 
 import pyunlearn as pu
-from pyunlearn.geffect.groups import PAPER, assign_groups, layer_of
+from pyunlearn.gradients.groups import PAPER, assign_groups, layer_of
 from tests.float64 import MODELS, make_model
 from tests.two_processes import run_on_two
 

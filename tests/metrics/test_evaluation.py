@@ -8,8 +8,8 @@ import torch
 
 from pyunlearn.data import QA, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.forward import token_stats_of
 from pyunlearn.metrics import METRICS, evaluate, rouge_l_recall, write_records
+from pyunlearn.model.forward import token_stats_of
 
 ITEMS = [
     QA("Where was Ada born?", "In a small town by the sea."),
@@ -89,7 +89,7 @@ def test_only_what_was_asked_for(model, tokenizer, monkeypatch):
         "nll",
         "extraction_strength",
     }
-    monkeypatch.setattr("pyunlearn.metrics.evaluation.teacher_forced", lambda *a, **k: pytest.fail("not needed"))
+    monkeypatch.setattr("pyunlearn.metrics.evaluate.teacher_forced", lambda *a, **k: pytest.fail("not needed"))
     assert set(run(model, tokenizer, metrics=("rouge_l",)).summary) == {"rouge_l"}
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import pyunlearn as pu
+from pyunlearn.model.precision import full_precision
 from pyunlearn.mrd import ESTIMATORS
-from pyunlearn.mrd.precision import full_precision
 
 from ..float64 import MODELS, make_model
 from .conftest import LENGTHS, make_rows, nlls, pad

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyunlearn as pu
-from pyunlearn.ops import modes, noise, perturbation, weights
+from pyunlearn.ops import modes, noise, parameters, perturbation
 
 from ..two_processes import run_on_two
 
@@ -284,7 +284,7 @@ def test_no_memory_for_the_scratch(monkeypatch):
 class InterruptAt:
     """Sends SIGINT at the n-th bytecode instruction of these modules' code and the block's, by tracing."""
 
-    FILES = tuple(module.__file__ for module in (perturbation, modes, weights, noise))
+    FILES = tuple(module.__file__ for module in (perturbation, modes, parameters, noise))
 
     def __init__(self, n):
         self.left = n
@@ -549,7 +549,7 @@ def test_runs_of_a_box(data):
     whole = data.draw(st.lists(st.integers(1, 6), max_size=4))
     offset = [data.draw(st.integers(0, n - 1)) for n in whole]
     shape = [data.draw(st.integers(1, n - o)) for n, o in zip(whole, offset, strict=True)]
-    starts, length = weights.runs(whole, shape, offset)
+    starts, length = parameters.runs(whole, shape, offset)
     elements = torch.arange(max(1, torch.Size(whole).numel())).view(whole)
     for d, (o, n) in enumerate(zip(offset, shape, strict=True)):
         elements = elements.narrow(d, o, n)

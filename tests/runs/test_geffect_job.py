@@ -10,14 +10,14 @@ import xml.etree.ElementTree as ET
 import pytest
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from pyunlearn.report.geffect import cost, heat, render_geffect, section
 from pyunlearn.runs import geffect
-from pyunlearn.runs.callbacks import read_metrics
 from pyunlearn.runs.config import RunConfig, merge
 from pyunlearn.runs.geffect import measure_run
-from pyunlearn.runs.geffect_report import cost, heat, render_geffect, section
-from pyunlearn.runs.probe import Probe
 from pyunlearn.runs.run import run
-from pyunlearn.runs.stages import Interrupted
+from pyunlearn.training.callbacks import read_metrics
+from pyunlearn.training.probe import Probe
+from pyunlearn.training.unlearn import Interrupted
 
 CHANGES = {
     "memorise": {"epochs": 30, "learning_rate": 1e-2},

@@ -11,13 +11,13 @@ import yaml
 from safetensors.torch import load_file
 
 from pyunlearn.runs import run as run_module
-from pyunlearn.runs import stages
-from pyunlearn.runs.callbacks import MetricsWriter, read_metrics
 from pyunlearn.runs.config import RunConfig, merge
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result, run
-from pyunlearn.runs.stages import Interrupted
-from pyunlearn.runs.trainer import NonFiniteLossError, UnlearnTrainer
+from pyunlearn.training import unlearn as stages
+from pyunlearn.training.callbacks import MetricsWriter, read_metrics
+from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
+from pyunlearn.training.unlearn import Interrupted
 
 FILES = {
     "config.yaml", "metrics.jsonl", "table.json", "table.md", "report.html", "memorised", "checkpoint", "evaluation",
@@ -108,8 +108,8 @@ def test_metrics_hold_every_step_and_every_term(finished):
 def test_the_checkpoint_loads_and_is_the_model_evaluated_last(finished):
     from pyunlearn.data import load_qa
     from pyunlearn.metrics import evaluate
+    from pyunlearn.model.load import load_model
     from pyunlearn.runs.config import ModelConfig
-    from pyunlearn.runs.models import load_model
 
     config, result = finished
     model, tokenizer = load_model(ModelConfig(name_or_path=str(result.folder / "checkpoint")))

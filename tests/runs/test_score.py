@@ -12,11 +12,11 @@ from rich.console import Console
 
 import pyunlearn as pu
 from pyunlearn.data import QADataset, collate
+from pyunlearn.model.load import load_model
 from pyunlearn.mrd import MRDResult, work
+from pyunlearn.report.score import render_score_report, running, self_checks, thirds
 from pyunlearn.runs.config import ModelConfig
-from pyunlearn.runs.models import load_model
 from pyunlearn.runs.score import score_files, score_run
-from pyunlearn.runs.score_report import render_score_report, running, self_checks, thirds
 
 DRAWS = 6
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from pyunlearn.runs.callbacks import read_metrics
+from pyunlearn.model.load import load_model
 from pyunlearn.runs.config import ModelConfig, load_config
-from pyunlearn.runs.models import load_model
 from pyunlearn.runs.run import run
+from pyunlearn.training.callbacks import read_metrics
 
 from .conftest import SMOLLM2, TOFU
 

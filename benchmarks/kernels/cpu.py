@@ -1,0 +1,65 @@
+"""The CPU part: every case by every implementation under pytest-benchmark (test_cpu.py), in one process."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from ..measure import commit, copy_gbps, machine, spread, versions
+from ..results import Record, write
+from .cases import MEMORY_BOUND
+
+
+def run(folder: Path, match: str, rounds: int, small: bool, threads: int, keep_memory: bool) -> int:
+    """Writes ops.json in `folder`; returns pytest's exit status."""
+    import pytest
+
+    from pyunlearn import _C
+
+    torch.set_num_threads(threads)
+    if keep_memory:
+        keep_freed_memory()
+    os.environ["PYUNLEARN_BENCH_ROUNDS"] = str(rounds)
+    os.environ["PYUNLEARN_BENCH_SMALL"] = "1" if small else ""
+    bandwidth = copy_gbps("cpu", 16 if small else 256)
+    with tempfile.TemporaryDirectory() as temporary:
+        raw = Path(temporary) / "raw.json"
+        options = ["-q", "-k", match, "-p", "no:cacheprovider", "-p", "no:xdist"]
+        options += [f"--benchmark-json={raw}", "--benchmark-disable-gc", "--benchmark-group-by=param:case"]
+        options += ["--benchmark-columns=median,min,max,rounds"]
+        code = pytest.main([str(Path(__file__).parent / "test_cpu.py"), *options])
+        if code != 0:
+            return int(code)
+        measured = json.loads(raw.read_text())["benchmarks"]
+
+    used = versions("cpu", ("torch", "numpy", "pytest-benchmark"))
+    used |= {"instruction set": _C.instruction_set(), "compiler": _C.compiler}
+    if keep_memory:
+        used["freed memory"] = "kept"
+    write(folder / "ops.json", [record(entry, bandwidth, used) for entry in measured])
+    return 0
+
+
+def keep_freed_memory() -> None:
+    """Has glibc reuse large blocks. As it is, a large tensor is fresh pages every time, as it is to users of torch on a
+    CPU, and who allocates more pays for their first touch; kept, the kernels alone are compared. Raises RuntimeError
+    where the allocator is another one."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    m_trim_threshold, m_mmap_max = -1, -4
+    if mallopt is None or not (mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1)):
+        raise RuntimeError("--keep-memory: needs glibc's mallopt, which this system has not")
+
+
+def record(entry: dict, bandwidth: float, used: dict[str, str]) -> Record:
+    """One measurement in the form every benchmark of this project is stored in."""
+    info, stats = entry["extra_info"], entry["stats"]
+    percent = 100 * info["bytes"] / 1e9 / stats["median"] / bandwidth if info["op"] in MEMORY_BOUND else None
+    measured = {"time_ms": spread([1e3 * t for t in stats["data"]]), "percent_of_copy": percent}
+    where = {"device": machine()["name"], "copy_gbps": round(bandwidth, 2), "commit": commit(), "versions": used}
+    return {**info, **where, **measured}

@@ -1,0 +1,117 @@
+"""Runs cases by implementations on a GPU (or, to try the code, on a CPU) within a time, and resumes where it ended."""
+
+from __future__ import annotations
+
+import gc
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..measure import commit, copy_gbps, error_of, machine, peak_bytes, spread, timed, versions
+from ..results import Record, Records
+from .cases import MEMORY_BOUND, Impl
+from .impls import implementations
+from .plans import gpu_linear, gpu_logits, gpu_weights
+
+PLANS: dict[str, Any] = {"logits": gpu_logits, "linear": gpu_linear, "weights": gpu_weights}
+DEVICE_LOST = 75  # exit status: a kernel broke the CUDA context; a new process goes on from here
+
+
+class Session:
+    """What every record of one run shares: the device, its copy bandwidth, the commit, the versions, the deadline."""
+
+    def __init__(self, part: str, device: str, out: Path, seconds: float, small: bool = False, fresh: bool = False):
+        self.device, self.small, self.end = device, small, time.monotonic() + seconds
+        self.records = Records(out / f"{part}.json", commit(), versions(device), fresh)
+        self.copy_gbps = copy_gbps(device, 16 if small else 256 if device == "cpu" else 4096)
+        self.name = machine(device)["name"]
+
+    def late(self) -> bool:
+        return time.monotonic() > self.end
+
+    def blank(self, case: Any, impl: str) -> Record:
+        """The record of a measurement that is yet to be made."""
+        threads = {"threads": torch.get_num_threads()} if self.device == "cpu" else {}
+        return {
+            "op": case.op, "case": case.name, "impl": impl, "device": self.name, "dtype": str(case.dtype)[6:],
+            "N": case.n, "V": case.v, "H": case.h, "time_ms": None, "bytes": case.bytes,
+            "copy_gbps": round(self.copy_gbps, 1), "percent_of_copy": None, "peak_bytes": None, "error_vs_fp64": None,
+            "commit": self.records.commit, "versions": self.records.versions, **threads,
+        }  # fmt: skip
+
+
+def run(part: str, session: Session, only: list[str]) -> int:
+    """Measures what of `part` is not in the file yet; `only`: these implementations. Returns an exit status."""
+    left = measured = 0
+    for case, compiled in PLANS[part](session.device, session.small):
+        torch.cuda.empty_cache()  # the default budget of linear_token_stats is a share of what is free
+        for name, impl in implementations(case).items():
+            record = session.blank(case, name)
+            if (name == "compile") != compiled or (only and name not in only) or session.records.has(record):
+                continue
+            if session.late():
+                left += 1
+                continue
+            record |= measure(session, case, impl)
+            session.records.add(record)
+            measured += 1
+            print(line(record), flush=True)
+            if "failed" in record:
+                release()
+            if lost(session.device):
+                print("the CUDA context is lost: the next process goes on after this measurement")
+                return DEVICE_LOST
+    print(f"{part}: {measured} measured, {left} left for the next run")
+    return 0
+
+
+def measure(session: Session, case: Any, impl: Impl) -> Record:
+    """Error, peak memory and time of one case by one implementation; a failure is a result too, with its text."""
+    found: Record = {}
+    try:
+        if impl.exact:
+            got = case.sample(impl.run(case, case.fresh()))
+            answer = case.answer_of(impl.loss) if impl.loss is not None else case.answer
+            found["error_vs_fp64"] = float(f"{error_of(got, answer):.3g}")
+            del got, answer
+        found["peak_bytes"] = peak_bytes(partial(impl.run, case, case.fresh()), session.device)
+        samples = timed(case.fresh, partial(impl.run, case), session.device, 0.02 if session.small else 0.2)
+        found["time_ms"] = spread(samples)
+    except Exception as error:  # a peer may fail in any way
+        found["failed"] = f"{type(error).__name__}: {error}"[:300]
+    else:
+        if case.op in MEMORY_BOUND:
+            percent = 100 * case.bytes / 1e6 / found["time_ms"]["median"] / session.copy_gbps
+            found["percent_of_copy"] = round(percent, 2)
+    finally:
+        case.done()
+    return found
+
+
+def lost(device: str) -> bool:
+    """Whether a kernel left the CUDA context unusable (an illegal address is reported by every later call)."""
+    if device == "cpu":
+        return False
+    try:
+        torch.cuda.synchronize()
+        torch.ones(1, device=device).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
+def line(record: Record) -> str:
+    shape = f"N={record['N']} V={record['V']}" + (f" H={record['H']}" if record["H"] else "")
+    head = f"{record['case']}, {record['dtype']}, {shape}: {record['impl']}"
+    if "failed" in record:
+        return f"{head}: failed: {record['failed'].splitlines()[0][:120]}"
+    percent = record["percent_of_copy"]
+    return f"{head}: {record['time_ms']['median']:.4g} ms" + ("" if percent is None else f", {percent:.0f} % of copy")

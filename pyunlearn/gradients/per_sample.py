@@ -1,0 +1,320 @@
+"""Squared gradient norms of every sample of a batch from one backward, without any gradient of a parameter.
+
+With a (B, T, I) what a layer got and b (B, T, O) the gradient of the summed losses at its output, sample i's gradient
+is a function of row i alone, and its norm one of inner products between positions t, s of that row:
+
+===================  ==============================  ===================================================================
+parameter            gradient of sample i            squared norm
+===================  ==============================  ===================================================================
+Linear (O, I)        sum_t b_t a_t'                  sum_ts (a_t . a_s)(b_t . b_s); of b'a if T (I + O) >= I O
+Conv1D (I, O)        sum_t a_t b_t'                  the same
+Embedding (V, H)     sum_t onehot(x_t) b_t'          sum_ts [x_t = x_s] b_t . b_s
+gain of a norm (H,)  sum_t b_t * xhat_t              of the vector
+bias (O,)            sum_t b_t                       of the vector
+used several times   the sum over its uses           all positions of all uses together: for a head tied to the
+                                                     embedding 2 sum_st b^head_s[x_t] (h_s . b^emb_t) is added
+===================  ==============================  ===================================================================
+
+Inner products are `ops.ghost_dot`'s and norms of b'a float32 products (float64 for float64 models), sums over positions
+float64, in a fixed order.
+(Goodfellow 2015, arXiv:1510.01799; the form over positions: Li et al. 2022, arXiv:2110.05679.)
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
+
+from ..ops.ghost import OuterSum, ghost_dot
+from ..ops.parameters import canonical
+from ..ops.projection import wide_product
+
+
+class GhostNorms:
+    """Context manager: inside, `squared_norms` gives every sample's squared gradient norm.
+
+    Args:
+        model: any module of Linear, Embedding, LayerNorm, RMSNorm (torch's, and classes like LlamaRMSNorm: one gain,
+            named ...Norm) and transformers' Conv1D. Every sample must be one entry of dimension 0 of all inputs, and
+            its loss must depend on no other sample. Gradient checkpointing of both kinds is fine.
+        parameters: names of the parameters whose gradients count; default those with requires_grad.
+        strict: a parameter that no rule covers raises; False leaves it out of the norms. `.uncovered` names them.
+
+    Raises:
+        TypeError: strict, and a parameter is uncovered; the message names them. A parameter that is a DTensor.
+        ValueError: an unknown name, or nothing to differentiate.
+
+    Inside, the model's parameters get no gradients; `requires_grad` is as it was on exit.
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> x = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    >>> with GhostNorms(layer) as ghost:
+    ...     ghost.squared_norms(2, lambda: layer(x).sum())
+    tensor([25.,  4.], dtype=torch.float64)
+    """
+
+    def __init__(self, model: nn.Module, parameters: Collection[str] | None = None, strict: bool = True):
+        named = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+        if parameters is not None and (unknown := sorted(set(parameters) - set(named))):
+            raise ValueError(f"parameters: the model has none of the name {unknown[0]!r}")
+        names = {
+            id(p): name
+            for name, p in reversed(named.items())  # tied: the first name
+            if (p.requires_grad if parameters is None else name in parameters)
+        }
+        if sharded := [name for name, p in named.items() if id(p) in names and hasattr(p, "full_tensor")]:
+            raise TypeError(f"{sharded[0]}: is sharded; ghost norms need whole weights")
+        if not names:
+            raise ValueError("parameters: nothing to differentiate; name some, or set requires_grad")
+        self._rules = {module: rule for module in model.modules() if (rule := rule_of(module)) is not None}
+        covered = {id(p) for module in self._rules for p in module.parameters(recurse=False)}
+        self.uncovered = [name for key, name in reversed(names.items()) if key not in covered]
+        if strict and self.uncovered:
+            more = f" and {len(self.uncovered) - 3} more" if len(self.uncovered) > 3 else ""
+            raise TypeError(
+                f"{', '.join(self.uncovered[:3])}{more}: no ghost norm rule covers it (Linear, Embedding, LayerNorm, "
+                "RMSNorm, Conv1D); leave it out by parameters= or strict=False"
+            )
+        self._counted = {key: name for key, name in names.items() if key in covered}
+        self._model, self._checked = model, set[nn.Module]()
+        self._hooks: list[RemovableHandle] = []
+        self._trainable: list[tuple[nn.Parameter, bool]] = []
+        self._anchor = torch.empty(0, requires_grad=True)  # through it the first layer's output gets a graph
+        self._batch: _Batch | None = None
+
+    def __enter__(self) -> GhostNorms:
+        self._trainable = [(p, p.requires_grad) for p in self._model.parameters()]
+        for parameter, _ in self._trainable:
+            # Frozen while its module runs: no weight gradient is computed. Outside of it, a use that no rule sees
+            # would bring a gradient here.
+            name = self._counted.get(id(parameter))
+            parameter.requires_grad_(name is not None)
+            if name is not None:
+                self._hooks.append(parameter.register_hook(partial(leak, name)))
+        for module in self._rules:
+            self._hooks.append(module.register_forward_pre_hook(lambda m, _: self._freeze(m)))
+            self._hooks.append(module.register_forward_hook(self._tap, with_kwargs=True, always_call=True))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, was in self._trainable:
+            parameter.requires_grad_(was)
+        self._hooks, self._trainable, self._batch = [], [], None
+
+    def squared_norms(self, num_samples: int, loss: Callable[[], Tensor]) -> Tensor:
+        """Runs `loss`, a forward that returns the sum of the samples' losses, and its backward.
+
+        Returns (num_samples,) float64 on the loss's device.
+        Raises RuntimeError for a parameter used outside of its layer's forward, ValueError for a layer whose input is
+        not one entry a sample, TypeError for a norm that is not affine in its gain.
+        """
+        batch = self._batch = _Batch(num_samples)
+        try:
+            with torch.enable_grad():
+                total = loss()
+            batch.in_backward = True  # checkpointing runs layers again in there
+            total.backward()
+            return batch.squared_norms(total.device)
+        finally:
+            self._batch = None
+
+    def _current(self) -> _Batch:
+        if self._batch is None:
+            raise RuntimeError("GhostNorms: inside the with block layers run within squared_norms(..., loss) only")
+        return self._batch
+
+    def _freeze(self, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(False)
+
+    def _tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """The layer's output, its gradient watched. Without an output (an exception is on its way) just thaws."""
+        own = dict(module.named_parameters(recurse=False))
+        for parameter in own.values():
+            parameter.requires_grad_(id(parameter) in self._counted)
+        if not isinstance(output, Tensor):
+            return output
+        batch, (x, *_) = self._current(), (*args, *kwargs.values())
+        if output.numel() == 0:
+            return output
+        if output.size(0) != batch.num_samples and batch.num_samples > 1:
+            if output.size(0) != 1:
+                name = next(name for name, other in self._model.named_modules() if other is module)
+                raise ValueError(
+                    f"{name}: needs {batch.num_samples} samples in dimension 0, got an output of shape "
+                    f"{tuple(output.shape)}; leave its parameters out by parameters="
+                )
+            # one for all, such as position embeddings: a row each, so that gradients stay apart
+            x, output = (tensor.expand(batch.num_samples, *tensor.shape[1:]) for tensor in (x, output))
+        weight, rule = own["weight"], self._rules[module]
+        if weight.dim() == 2:
+            batch.expect(weight)
+        elif module not in self._checked:
+            check_gain(module, x, output)
+            self._checked.add(module)
+
+        def use(grad: Tensor, x: Tensor) -> None:
+            b = by_position(grad, batch.num_samples)
+            rule(self, module, by_position(x, batch.num_samples) if x.is_floating_point() else x, b)
+            self._vector(own.get("bias"), b)
+
+        return _Tap.apply(output, self._anchor, use, x.detach())
+
+    def _linear(self, module: nn.Module, a: Tensor, b: Tensor) -> None:
+        self._matrix(module.weight, b, a)
+
+    def _conv1d(self, module: nn.Module, a: Tensor, b: Tensor) -> None:
+        self._matrix(module.weight, a, b)
+
+    def _embedding(self, module: Any, ids: Tensor, b: Tensor) -> None:
+        ids = ids.reshape(len(b), -1)
+        if module.padding_idx is not None:
+            b = b * (ids != module.padding_idx).unsqueeze(-1)
+        self._matrix(module.weight, ids, b)
+
+    def _gain(self, module: nn.Module, x: Tensor, b: Tensor) -> None:
+        self._vector(module.weight, wide(b) * normalised(module, wide(x)))
+
+    def _matrix(self, weight: Any, left: Tensor, right: Tensor) -> None:
+        if id(weight) in self._counted:
+            self._current().arrive(weight, OuterSum(left, right))
+
+    def _vector(self, parameter: Any, gradients: Tensor) -> None:
+        if parameter is not None and id(parameter) in self._counted:
+            self._current().add(parameter, gradients.sum(1, dtype=torch.float64))
+
+
+class _Batch:
+    """What has come in of one batch: uses of matrices that wait for the others of their matrix, and sums."""
+
+    def __init__(self, num_samples: int):
+        self.num_samples, self.in_backward = num_samples, False
+        self.expected: dict[int, int] = {}
+        self.waiting: dict[int, list[OuterSum]] = {}
+        self.vectors: dict[int, Tensor] = {}
+        self.total: Tensor | None = None
+
+    def expect(self, weight: Any) -> None:
+        if not self.in_backward:
+            self.expected[id(weight)] = self.expected.get(id(weight), 0) + 1
+
+    def arrive(self, weight: Any, use: OuterSum) -> None:
+        uses = self.waiting.setdefault(id(weight), [])
+        uses.append(use)
+        if len(uses) == self.expected[id(weight)]:
+            self.finish(self.waiting.pop(id(weight)))
+
+    def finish(self, uses: list[OuterSum]) -> None:
+        for i, use in enumerate(uses):
+            self.gather(squared_norm(use))
+            for other in uses[:i]:
+                self.gather(2 * ghost_dot(use, other))
+
+    def add(self, parameter: Any, gradients: Tensor) -> None:
+        before = self.vectors.get(id(parameter))
+        self.vectors[id(parameter)] = gradients if before is None else before + gradients
+
+    def gather(self, squared: Tensor) -> None:
+        self.total = squared if self.total is None else self.total + squared
+
+    def squared_norms(self, device: torch.device) -> Tensor:
+        for uses in self.waiting.values():  # those of which another use led nowhere
+            self.finish(uses)
+        for gradients in self.vectors.values():
+            self.gather(gradients.square().sum(1))
+        return torch.zeros(self.num_samples, dtype=torch.float64, device=device) if self.total is None else self.total
+
+
+class _Tap(torch.autograd.Function):
+    """The identity; its backward shows `use` the gradient and what was saved. Checkpointing may drop what is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, use: Callable[..., None], saved: Tensor) -> Tensor:
+        ctx.use = use
+        ctx.save_for_backward(saved)
+        return output.view_as(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.use(grad, *ctx.saved_tensors)
+        return grad, None, None, None
+
+
+def rule_of(module: nn.Module) -> Callable[..., None] | None:
+    """What to do with a module's own parameters; None for a module without, or one that no rule covers."""
+    kind, own = type(module), {name: p.dim() for name, p in module.named_parameters(recurse=False)}
+    if not own.keys() <= {"weight", "bias"} or "weight" not in own or own.get("bias", 1) != 1:
+        return None
+    if kind.forward is nn.Linear.forward:
+        return GhostNorms._linear
+    if kind.forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
+        return GhostNorms._embedding
+    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
+        return GhostNorms._conv1d
+    if kind.__name__.endswith("Norm") and own["weight"] == 1:  # its first input tells whether it is affine
+        return GhostNorms._gain
+    return None
+
+
+@torch.no_grad()
+def normalised(module: nn.Module, x: Tensor) -> Tensor:
+    """What a norm multiplies its gain with: the difference of its outputs for gains of one and zero, without bias."""
+    return affine(module, x, 1.0) - affine(module, x, 0.0)
+
+
+def affine(module: nn.Module, x: Tensor, gain: float) -> Tensor:
+    twin: Any = copy.copy(module)
+    values = {"weight": gain, "bias": 0.0}
+    twin._parameters = {n: None if p is None else torch.full_like(p, values[n]) for n, p in module._parameters.items()}
+    return type(module).forward(twin, x)
+
+
+@torch.no_grad()
+def check_gain(module: Any, x: Tensor, output: Tensor) -> None:
+    """Raises TypeError unless output = gain * normalised(x) + bias, or (1 + gain) * normalised(x) + bias."""
+    expected = affine(module, x, 0.0) + module.weight * normalised(module, x)
+    if getattr(module, "bias", None) is not None:
+        expected = expected + module.bias
+    tolerance = 16 * torch.finfo(output.dtype).eps * float(output.abs().nan_to_num(0, 0, 0).max())
+    if not torch.allclose(expected.to(output.dtype), output, rtol=0, atol=tolerance, equal_nan=True):
+        raise TypeError(
+            f"{type(module).__name__}: its output is not affine in its gain, so no ghost norm rule covers it; leave "
+            "its parameters out by parameters="
+        )
+
+
+def leak(name: str, gradient: Tensor) -> None:
+    raise RuntimeError(
+        f"{name}: is used outside of its layer's forward, where no ghost norm rule sees it; leave it out by parameters="
+    )
+
+
+def by_position(x: Tensor, num_samples: int) -> Tensor:
+    """(B, ..., d) -> (B, T, d)."""
+    return x.reshape(num_samples, -1, x.size(-1))
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def squared_norm(use: OuterSum) -> Tensor:
+    """(B,) float64: ||sum_t left_t right_t'||^2, by whichever way multiplies less."""
+    if not use.one_hot:
+        p, d, length = use.left.size(-1), use.right.size(-1), use.left.size(1)
+        if length * (p + d) >= p * d:
+            sums = (wide_product(l.t(), r) for l, r in zip(use.left, use.right, strict=True))
+            return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in sums]).square()
+    return ghost_dot(use)

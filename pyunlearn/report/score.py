@@ -1,0 +1,177 @@
+"""The report of `pyunlearn score`: one HTML page with inline SVG, in the style of a run's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import torch
+from markupsafe import Markup
+from scipy.stats import spearmanr
+
+from ..mrd import MRDResult
+from .run import COLOURS, STYLE, new_figure, render, to_svg
+
+Records = Sequence[Mapping[str, Any]]
+# record key -> what it is called
+CHARACTERISTICS = {
+    "probability": "probability a token",
+    "num_tokens": "scored tokens",
+    "lexical_diversity": "lexical diversity",
+    "sentence_length": "words a sentence",
+    "word_frequency": "word frequency (log2)",
+    "rare_words": "rare words",
+}
+BLUE, GREY = "#1d4ed8", "#94a3b8"
+RATIO_TOLERANCE = 0.1  # of the expected ratio
+NOISE_LIMIT = 0.05  # rounding, of a draw's statistic
+EXTREMES = 6
+
+
+def self_checks(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """{"text", "met"} of what the diagnostics of `mrd` let one check."""
+    checks = []
+    if (ratio := told["sigma_ratio"]) is not None:
+        expected = told["expected_ratio"]
+        met = abs(ratio / expected - 1) <= RATIO_TOLERANCE
+        checks.append({"text": f"twice the sigma gives {ratio:.3f} times the score, expected {expected:g}", "met": met})
+    if (share := told["noise_share"]) is not None:
+        checks.append({"text": f"rounding is {share:.2%} of a draw's statistic", "met": share <= NOISE_LIMIT})
+    if told["estimator"] == "gradient":
+        share = told["share_linear_ok"]
+        text = f"{share:.0%} of the samples are within about 1 % of Algorithm 1 (sigma ||g|| <= 0.1)"
+        checks.append({"text": text, "met": share == 1})
+    if (share := told["by_heart_share"]) is not None:
+        checks.append(
+            {"text": f"{share:.1%} of the change is in tokens known by heart (L < 1e-6)", "met": share <= 0.5}
+        )
+    return checks
+
+
+def render_score_report(records: Records, result: MRDResult, command: str) -> str:
+    """The page. command: what made the scores."""
+    told = result.diagnostics
+    ranked = sorted(records, key=lambda record: record["mrd"])
+    count = min(EXTREMES, (len(ranked) + 1) // 2)
+    with matplotlib.rc_context(STYLE):
+        figures = {
+            "distribution_svg": distribution_figure(ranked),
+            "convergence_svg": None if result.draws is None else convergence_figure(result),
+            "sigma_svg": None if told["noise_share"] is None else sigma_figure(told),
+            "characteristics_svg": characteristics_figure(records),
+        }
+    return render(
+        "score.html",
+        told=told,
+        checks=self_checks(told),
+        extremes={"Hardest to unlearn": ranked[:count], "Easiest to unlearn": ranked[::-1][:count]},
+        command=command,
+        diagnostics=json.dumps(told, indent=1),
+        **figures,
+    )
+
+
+def distribution_figure(ranked: Records) -> Markup:
+    """Histogram, and every sample with an error bar, hardest first."""
+    figure = new_figure(1, 2)
+    left, right = figure.axes
+    values = [record["mrd"] for record in ranked]
+    left.hist(values, bins=min(30, max(5, len(values) // 3)), color=BLUE, alpha=0.7)
+    left.ticklabel_format(axis="x", scilimits=(-2, 3))
+    left.set(xlabel="MRD", ylabel="samples")
+    errors = [record["standard_error"] or 0.0 for record in ranked]
+    right.errorbar(range(len(values)), values, errors, fmt="o", markersize=2.5, color=BLUE, ecolor=GREY, elinewidth=0.8)
+    right.set(xlabel="sample, hardest first", ylabel="MRD")
+    plain_numbers(figure)
+    return to_svg(figure, "distribution")
+
+
+def plain_numbers(figure: Any) -> None:
+    """MRD is small: its power of ten goes to the end of the axis."""
+    for axes in figure.axes:
+        axes.ticklabel_format(axis="y", scilimits=(-2, 3))
+
+
+def running(draws: torch.Tensor, absolute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(K, n) draws -> the estimate after 2 .. K of them and its standard error, (K - 1, n) each."""
+    x = draws.abs() if absolute else draws
+    count = torch.arange(1, len(x) + 1, dtype=x.dtype).unsqueeze(1)
+    mean = x.cumsum(0) / count
+    spread = ((x - x.mean(0)).square().cumsum(0) / count - (mean - x.mean(0)).square()).clamp_min(0)
+    error = (spread / (count - 1).clamp_min(1)).sqrt()
+    return (mean if absolute else mean.abs())[1:], error[1:]
+
+
+def convergence_figure(result: MRDResult) -> Markup:
+    """The running estimate with its standard error: the mean over samples, and three samples."""
+    draws, told = result.draws, result.diagnostics
+    assert draws is not None
+    absolute = told["estimator"] in ("algorithm1", "initial")
+    plain = (draws.abs() if absolute else draws).mean(0).abs()
+    scale = torch.where(plain > 0, result.value / plain, 0.0)  # to sigma, and by tokens where asked for
+    order = result.value.argsort()
+    figure = new_figure(1, 2)
+    everything, three = figure.axes
+    x = range(2, len(draws) + 1)
+    together = (draws.abs() if absolute else draws * draws.mean(0).sign()) * scale
+    mean, error = running(together.mean(1, keepdim=True), False)
+    band(everything, x, mean[:, 0], error[:, 0], BLUE, "mean of all samples")
+    picks = {"easiest": order[-1], "middle": order[len(order) // 2], "hardest": order[0]}
+    for (name, i), colour in zip(picks.items(), (COLOURS["retain"], GREY, COLOURS["forget"]), strict=True):
+        mean, error = (part[:, 0] * scale[i] for part in running(draws[:, i : i + 1], absolute))
+        band(three, x, mean, error, colour, name)
+    for axes in figure.axes:
+        axes.set(xlabel="draws", ylabel="MRD")
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8)
+    plain_numbers(figure)
+    return to_svg(figure, "convergence")
+
+
+def band(axes: Any, x: range, mean: torch.Tensor, error: torch.Tensor, colour: str, name: str) -> None:
+    axes.fill_between(x, (mean - error).tolist(), (mean + error).tolist(), color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x, mean.tolist(), color=colour, linewidth=1.4, label=name)
+
+
+def sigma_figure(told: Mapping[str, Any]) -> Markup:
+    """A draw's statistic at sigma / 1024, sigma and 2 sigma, relative to that at sigma, beside the law it must obey."""
+    figure = new_figure(1, 1)
+    (axes,) = figure.axes
+    order = math.log2(told["expected_ratio"])
+    steps = [1 / 1024, 1.0, 2.0]
+    axes.plot(steps, [step**order for step in steps], color=GREY, linewidth=1)
+    axes.plot(steps, [told["noise_share"], 1.0, told["sigma_ratio"]], "o", color=BLUE)
+    axes.set(xscale="log", yscale="log", xlabel="sigma, relative", ylabel="statistic, relative")
+    return to_svg(figure, "sigma")
+
+
+def characteristics_figure(records: Records) -> Markup:
+    """A box plot of MRD for the thirds of each characteristic."""
+    figure = new_figure(2, 3)
+    values = [record["mrd"] for record in records]
+    for axes, (key, name) in zip(figure.axes, CHARACTERISTICS.items(), strict=True):
+        x = [record[key] for record in records]
+        axes.boxplot(
+            thirds(x, values), tick_labels=["low", "middle", "high"], widths=0.5, patch_artist=True,
+            boxprops={"facecolor": "#dbeafe", "edgecolor": BLUE}, medianprops={"color": BLUE},
+            flierprops={"markersize": 3, "markeredgecolor": GREY},
+        )  # fmt: skip
+        varied = len(set(x)) > 1 and len(set(values)) > 1
+        rho = f", ρ = {spearmanr(x, values).statistic:.2f}" if varied else ""
+        axes.set_title(f"{name}{rho}")
+        axes.set_ylabel("MRD")
+    plain_numbers(figure)
+    return to_svg(figure, "characteristics")
+
+
+def thirds(x: Sequence[float], values: Sequence[float]) -> list[list[float]]:
+    """The values whose x is up to the lower tercile, between, and above the upper one."""
+    ordered = sorted(x)
+    low, high = ordered[(len(x) - 1) // 3], ordered[2 * (len(x) - 1) // 3]
+    groups: list[list[float]] = [[], [], []]
+    for at, value in zip(x, values, strict=True):
+        groups[0 if at <= low else 1 if at <= high else 2].append(value)
+    return groups

@@ -1,0 +1,180 @@
+"""What watches a training stage: the metrics file, the progress bar, and Ctrl-C.
+
+All three are ordinary `transformers.TrainerCallback`s and can be given to any Trainer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..runs.folder import RunFolder
+
+
+class MetricsWriter(TrainerCallback):
+    """Appends each log line of one stage to a JSON lines file: stage, step, epoch, loss, terms, rate, gradient norm.
+
+    A line is on disk as soon as it is written. When a stage resumes at step s, its lines after s are dropped first, so
+    that no step appears twice.
+    """
+
+    def __init__(self, path: str | Path, stage: str):
+        self.path, self.stage = Path(path), stage
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and self.path.exists():
+            kept = [row for row in read_metrics(self.path) if not self._is_later(row, state.global_step)]
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(temporary, self.path)
+
+    def _is_later(self, row: dict[str, Any], step: int) -> bool:
+        return row.get("stage") == self.stage and row.get("step", 0) > step
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        append_metrics(self.path, {"stage": self.stage, "step": state.global_step, **logs})
+
+
+def append_metrics(path: Path, row: dict[str, Any]) -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file. A last line cut short by a kill is left out."""
+    rows = []
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class KeepCheckpoints(TrainerCallback):
+    """Every so many optimiser steps, model (safetensors) and tokenizer go into the run's checkpoints/step-N to stay."""
+
+    def __init__(self, folder: RunFolder, tokenizer: Any, every: int):
+        self.folder, self.tokenizer, self.every = folder, tokenizer, every
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero and state.global_step % self.every == 0:
+            self.folder.write_model(self.folder.kept / f"step-{state.global_step}", model, self.tokenizer)
+
+
+class ProgressBar(TrainerCallback):
+    """A rich progress bar over optimiser steps, with the latest loss; only the first process draws."""
+
+    def __init__(self, description: str, console: Console | None = None):
+        self.description, self.console = description, console
+        self.progress: Progress | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.progress = progress_bar(self.console, TextColumn("{task.fields[loss]}"))
+        self.task = self.progress.add_task(
+            self.description, total=state.max_steps, completed=state.global_step, loss=""
+        )
+        self.progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.progress is not None:
+            self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.progress is not None and logs and "loss" in logs:
+            self.progress.update(self.task, loss=f"loss {logs['loss']:.4g}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops drawing; also called when training ends by an exception."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def progress_bar(console: Console | None, *columns: Any) -> Progress:
+    return Progress(
+        TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), *columns,
+        console=console,
+    )  # fmt: skip
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C (or SIGTERM) finishes the step, saves a checkpoint and stops training; a second one stops at once.
+
+    Use as a context manager around `trainer.train()`; `signum` says which signal came, None if none did. Handlers are
+    set in the main thread only, and the former ones are put back.
+    """
+
+    def __init__(self, console: Console | None = None):
+        self.console = console
+        self.signum: int | None = None
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self.signum is not None:
+            raise KeyboardInterrupt
+        self.signum = signum
+        if self.console is not None:
+            self.console.print("stopping after this step, with a checkpoint (once more: at once)")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._asked(args):
+            control.should_save = True
+            control.should_training_stop = True
+
+    def _asked(self, args: TrainingArguments) -> bool:
+        if args.world_size == 1:
+            return self.signum is not None
+        asked = torch.tensor(float(self.signum is not None), device=args.device)  # one rank's signal stops all of them
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if bool(asked) and self.signum is None:
+            self.signum = signal.SIGINT
+        return bool(asked)

@@ -1,0 +1,191 @@
+"""UnlearnTrainer: transformers' Trainer with any number of forget and retain objectives in one loss.
+
+Each step runs every kind of sequence (forget, retain, refusals) through the model once, hands only the positions that
+count to the LM head (`linear_token_stats`, one call a kind), and leaves the rest to the objectives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..model.forward import layer_number
+from .sampling import ForgetSampler
+from .terms import Count, Reference, TermLosses, check_kinds, collect_needs, count_items, make_terms
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss or its gradient is not a finite number; nothing has been saved since the last checkpoint."""
+
+
+class EpochSetter(TrainerCallback):
+    """Tells the data set its epoch: accelerate does not where a batch sampler is wrapped (several ranks, resuming)."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.dataset.set_epoch(int(state.epoch or 0))
+
+
+class UnlearnTrainer(TermLosses, Trainer):
+    """Trains on coefficient-weighted objectives over paired batches.
+
+    model: a transformers causal LM (peft included). args: TrainingArguments; remove_unused_columns and label_names are
+    set as this trainer needs them. train_dataset: a ForgetRetainDataset, or any data set whose `collate` gives
+    {kind: batch} with batches of input_ids, attention_mask, labels (B, T) and index (B,).
+    objectives: see `make_terms`. reference: what stands for the frozen reference: a ReferenceCache, {kind:
+    ReferenceCache} when several kinds of sequence need one, or a live model. sampler: draws the forget rows of every
+    step (in full batches, with replacement) in place of one shuffled pass an epoch; the train_dataset must be a
+    ForgetRetainDataset.
+
+    Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
+    that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
+    term's loss, count and coefficient.
+
+    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, and
+    NonFiniteLossError from `train()`.
+    """
+
+    loss_is_scaled_for_ga = True  # by the counts
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: TrainingArguments | None = None,
+        *,
+        train_dataset: Any,
+        objectives: Sequence[Any],
+        reference: Reference | Mapping[str, Reference] | None = None,
+        data_collator: Any = None,
+        sampler: ForgetSampler | None = None,
+        **options: Any,
+    ):
+        if sampler is not None and getattr(train_dataset, "forget", None) is not sampler.rows:
+            raise ValueError("sampler: needs the forget rows of a ForgetRetainDataset that is the train_dataset")
+        check_kinds(collect_needs(make_terms(objectives)), train_dataset)
+        TermLosses.__init__(self, objectives, reference)
+        args = TrainingArguments("tmp_trainer") if args is None else args
+        args.remove_unused_columns = False
+        args.label_names = list(self.needs)
+        if args.n_gpu > 1:  # torch's DataParallel would split a pair; several GPUs are torchrun's business
+            args._n_gpu = 1
+        collate = train_dataset.collate if data_collator is None else data_collator
+        Trainer.__init__(self, model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
+        self.model_accepts_loss_kwargs = True
+        started: Any = self.model
+        for layer in {layer for need in self.needs.values() for layer in need.layers}:
+            layer_number(started, layer)  # raises for one that the model does not have
+        for source in self.references.values():
+            if isinstance(source, torch.nn.Module):
+                source.to(self.args.device)
+        if hasattr(train_dataset, "set_epoch"):
+            self.add_callback(EpochSetter(train_dataset))
+        self.sampler = sampler
+        if sampler is not None:
+            self.add_callback(sampler)
+        self._micro: list[tuple[Tensor, dict[str, Tensor]]] = []  # this step: term losses, sample indices
+        self._logged: list[dict[str, float]] = []  # the steps since the last log line
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of one optimiser step: the data loader's, or as many that the sampler draws now.
+
+        Draws are for all ranks together; each takes its own.
+        """
+        if self.sampler is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        for _ in range(num_batches):
+            next(epoch_iterator)  # counts the epoch's steps
+        size, ranks = self._train_batch_size, self.accelerator.num_processes
+        dataset: Any = self.train_dataset
+        drawn = self.sampler.draw(self.state.global_step, num_batches * ranks * size)
+        starts = range(self.accelerator.process_index * size, len(drawn), ranks * size)
+        batches = [
+            self.data_collator([dataset.pair(index, place) for index, place in drawn[start : start + size]])
+            for start in starts
+        ]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        counts = (
+            self._get_num_items_in_batch([inputs], self.args.device)
+            if num_items_in_batch is None
+            else num_items_in_batch
+        )
+        losses = torch.stack(self.term_losses(model, inputs, counts))
+        if model.training:
+            self._micro.append((losses.detach(), {kind: inputs[kind]["index"] for kind in self.needs}))
+        coefficients = losses.new_tensor([term.coefficient for term in self.terms])
+        # Gradients are averaged over ranks, the counts are sums over ranks.
+        loss = (coefficients * losses).sum() * self.accelerator.num_processes
+        return (loss, {"term_losses": losses.detach()}) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """{(kinds, positions, unit): how many}, over all micro-batches of the step and all ranks; 0-d int64."""
+        if not batch_samples:
+            return None
+        wanted = sorted({term.count for term in self.terms})
+        local = [sum(count_items(batch, *key) for batch in batch_samples) for key in wanted]
+        counts = torch.tensor(local, device=device)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.gather(counts).view(-1, len(wanted)).sum(0)
+        return dict(zip(wanted, counts.unbind(), strict=True))
+
+    def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._finish_step(num_items_in_batch)
+        return loss
+
+    def _finish_step(self, counts: Mapping[Count, Tensor]) -> None:
+        """Before the optimiser moves: sum the terms over micro-batches and ranks, and stop on what is not finite."""
+        micro, self._micro = self._micro, []
+        local = torch.stack([losses for losses, _ in micro])
+        total = local.sum(0)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.gather(total).view(-1, len(self.terms)).sum(0)
+        values = total.tolist()
+        step: dict[str, float] = {}
+        for term, value in zip(self.terms, values, strict=True):
+            step[f"{term.label}/loss"] = value
+            step[f"{term.label}/count"] = int(counts[term.count])
+        if not all(map(math.isfinite, values)):
+            where = [f"{kind} samples {index.tolist()}" for losses, indices in micro if not losses.isfinite().all()
+                     for kind, index in indices.items()]  # fmt: skip
+            raise NonFiniteLossError(
+                f"step {self.state.global_step + 1}: the loss is not finite: "
+                + ", ".join(f"{term.label} = {value:g}" for term, value in zip(self.terms, values, strict=True))
+                + f"; in {', '.join(where) or 'a batch of another process'}. The weights are those of the step "
+                "before; try a lower learning rate, or max_grad_norm > 0"
+            )
+        self._logged.append(step)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        if self._logged and "loss" in logs:
+            steps, self._logged = self._logged, []
+            for key in steps[0]:
+                total = sum(step[key] for step in steps)
+                logs[key] = total if key.endswith("/count") else total / len(steps)
+            logs.update({f"{term.label}/coefficient": term.coefficient for term in self.terms})
+            if self.sampler is not None:
+                logs.update(self.sampler.summary())
+        super().log(logs, start_time)
+        norm = logs.get("grad_norm")
+        if norm is not None and not math.isfinite(norm) and getattr(self.accelerator, "scaler", None) is None:
+            raise NonFiniteLossError(
+                f"step {self.state.global_step}: the gradient norm is {norm}, so the weights are lost; the last "
+                "checkpoint is from before. Try a lower learning rate"
+            )

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import pyunlearn
+from pyunlearn import objectives
+from pyunlearn.cli import app, resume_command
+from pyunlearn.training.callbacks import MetricsWriter
+
+TINY = {
+    "num_threads": 1,
+    "model": {
+        "options": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 2, "vocab_size": 384,
+        }
+    },
+    "data": {"num_authors": 4, "questions_per_author": 2, "forget_fraction": 0.25},
+    "memorise": {"epochs": 1, "batch_size": 4},
+    "unlearn": {"epochs": 4, "batch_size": 2},
+    "evaluate": {"rouge_samples": 1, "max_new_tokens": 4},
+}  # fmt: skip
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch):
+    """`call("run", "tiny.yaml")` in an empty folder: (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERM", "dumb")
+    Path("tiny.yaml").write_text(yaml.safe_dump({**TINY, "name": "tiny"}))
+
+    def invoke(*arguments):
+        result = CliRunner().invoke(app, list(arguments))
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return invoke
+
+
+def test_version_and_help(call):
+    assert call("--version") == (0, f"pyunlearn {pyunlearn.__version__}\n", "")
+    code, text, _ = call("--help")
+    assert code == 0
+    for command in ("run", "score", "geffect", "evaluate", "objectives", "doctor"):
+        assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
+    code, text, _ = call("run", "--help")
+    assert code == 0
+    for word in ("--set", "--resume", "--overwrite", "Examples", "pyunlearn run --resume"):
+        assert word in text
+
+
+def test_objectives_lists_every_one(call):
+    code, text, _ = call("objectives")
+    assert code == 0
+    for name in objectives.names():
+        assert re.search(rf"\W{name}\W", text), name
+
+
+def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
+    code, text, _ = call("run", "tiny.yaml")
+    assert code == 0
+    assert re.search(r"forget\W+probability\W+0\.\d{4}", text)
+    assert "forget probability" in text
+    assert "runs/tiny/report.html" in text
+    assert text.count("  pyunlearn ") == 3  # what to try next
+    data = tmp_path / "questions.jsonl"
+    data.write_text((tmp_path / "runs/tiny/evaluation/after-forget.jsonl").read_text())
+    out = tmp_path / "records.jsonl"
+    code, text, _ = call(
+        "evaluate",
+        "--model",
+        "runs/tiny/checkpoint",
+        "--data",
+        str(data),
+        "--rouge-samples",
+        "0",
+        "--out",
+        str(out),
+    )
+    assert code == 0
+    probability = float(re.search(r"probability\W+(0\.\d+)", text)[1])
+    summary = json.loads((tmp_path / "runs/tiny/evaluation/after.json").read_text())["forget"]
+    assert probability == pytest.approx(summary["probability"], abs=1e-4)
+    assert "rouge_l" not in text
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["question"] for record in records] == [json.loads(line)["question"] for line in data.open()]
+
+
+def test_ctrl_c_exits_with_130_and_resume_finishes(call, monkeypatch, tmp_path):
+    original = MetricsWriter.on_log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        original(self, args, state, control, logs, **kwargs)
+        if self.stage == "unlearn" and state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsWriter, "on_log", on_log)
+        code, _, told = call("run", "tiny.yaml", "--set", "seed=3")
+    assert code == 130
+    assert "stopped in unlearn at step 2 of 4, checkpoint saved" in told
+    assert "resume with: pyunlearn run tiny.yaml --set seed=3 --resume" in told
+    assert "Traceback" not in told
+    code, text, _ = call("run", "tiny.yaml", "--set", "seed=3", "--resume")
+    assert code == 0
+    assert "evaluate before" not in text
+    assert (tmp_path / "runs/tiny/report.html").is_file()
+
+
+def test_a_score_stopped_and_continued(call, monkeypatch, tmp_path):
+    from pyunlearn.mrd import work
+
+    put = work.Store.put
+
+    def stop(store, unit, values):
+        put(store, unit, values)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = ["score", "tiny.yaml", "--num-draws", "3"]
+    monkeypatch.setattr("sys.argv", ["pyunlearn", *arguments, "--overwrite"])
+    with monkeypatch.context() as patch:
+        patch.setattr(work.Store, "put", stop)
+        code, _, told = call(*arguments)
+    assert code == 130
+    assert "resume with: pyunlearn score tiny.yaml --num-draws 3\n" in told
+    assert "Traceback" not in told
+    assert len(list((tmp_path / "runs/tiny/scores.state").glob("*.safetensors"))) == 1
+    code, text, _ = call(*arguments)
+    assert code == 0
+    assert "memorise" not in text
+    assert "algorithm1 of 2 samples, hardest to unlearn first" in text
+    assert "twice the sigma gives" in text
+    assert len((tmp_path / "runs/tiny/scores.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "runs/tiny/scores.html").is_file()
+    model, data = "runs/tiny/memorised", "runs/tiny/scores.jsonl"
+    code, text, _ = call("score", "--model", model, "--data", data, "--estimator", "gradient", "--limit", "1")
+    assert code == 0
+    assert "gradient of 1 samples" in text
+    assert (tmp_path / "scores.html").is_file()
+
+
+def test_a_g_effect_along_a_run(call, tmp_path):
+    code, text, _ = call("geffect", "--help")
+    assert code == 0
+    for word in ("dot product of their gradients", "--run", "--pointwise", "unlearn.keep_steps=5", "goes on"):
+        assert word in " ".join(text.split()), word
+    code, _, told = call("run", "tiny.yaml", "--set", "unlearn.keep_steps=2", "--set", "g_effect.every=4")
+    assert code == 0, told
+    code, text, _ = call("geffect", "--run", "runs/tiny", "--forget-samples", "1")
+    assert code == 0
+    assert "G-effect of the whole objective" in text
+    assert re.findall(r"^\W+(\d+) \W", text, re.MULTILINE) == ["0", "2", "4"]
+    stored = json.loads((tmp_path / "runs/tiny/geffect/geffect.json").read_text())
+    assert stored["settings"]["forget_samples"] == 1
+    assert "numbers runs/tiny/geffect/geffect.json" in text
+
+
+def test_the_command_to_resume_is_quoted():
+    assert resume_command(None, []) == "pyunlearn run --resume"
+    assert resume_command(Path("a b.yaml"), ["unlearn.retain=[kl, gd]"]) == (
+        "pyunlearn run 'a b.yaml' --set 'unlearn.retain=[kl, gd]' --resume"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "missing.yaml"], "configuration 'missing.yaml': no such file"),
+        (["run", "--set", "unlearn.forget=wag"], "objective 'wag' is unknown; did you mean 'wga'"),
+        (["run", "--set", "unlearn.learnin_rate=1"], "did you mean learning_rate?"),
+        (["run", "tiny.yaml", "--set", "model.name_or_path=./nowhere"], "options=['hidden_size',"),
+        (
+            ["run", "--set", "model.name_or_path=./nowhere", "--set", "data.num_authors=3"],
+            "no such folder: ./nowhere",
+        ),
+        (["evaluate", "--model", "./nowhere", "--data", "missing.jsonl"], "no such file: missing.jsonl"),
+        (["evaluate", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
+        (["score", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
+        (["score", "--model", "./nowhere"], "needs --model and --data (with their options), or a configuration"),
+        (["score", "--limit", "3"], "needs --model and --data"),
+        (["geffect", "--run", "nowhere"], "--run nowhere: no such folder"),
+        (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
+        (["run", "--set", "g_effect.every=0"], "g_effect.every: Input should be greater than or equal to 1, got 0"),
+        (["run", "--set", "g_effect.evry=1"], "did you mean every?"),
+        (["score", "tiny.yaml", "--estimator", "newton"], "estimator='newton': needs one of ('algorithm1',"),
+        (["score", "tiny.yaml", "--sigma", "0"], "sigma=0.0: needs a finite number > 0"),
+        (["score", "tiny.yaml", "--num-draws", "1"], "num_draws=1: needs 2 at least"),
+    ],
+)
+def test_user_errors_are_one_message_and_exit_code_2(call, tmp_path, arguments, message):
+    (tmp_path / "one.jsonl").write_text('{"question": "a", "answer": "b"}\n')
+    code, _, told = call(*arguments)
+    assert code == 2
+    assert told.startswith("error: ")
+    assert message in told
+    assert "Traceback" not in told
+    with pytest.raises((ValueError, OSError)):
+        call(*arguments, "--debug")
+
+
+def test_a_folder_of_another_run_is_told_and_overwritten_on_demand(call):
+    assert call("run", "tiny.yaml")[0] == 0
+    code, _, told = call("run", "tiny.yaml", "--set", "seed=1")
+    assert code == 2
+    assert "another configuration (seed: 0 -> 1); choose --set output=... or --overwrite" in told
+    assert call("run", "tiny.yaml", "--set", "seed=1", "--overwrite")[0] == 0

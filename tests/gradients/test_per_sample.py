@@ -1,0 +1,236 @@
+"""Ghost norms against the gradients themselves, sample by sample, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pyunlearn.gradients import per_sample as ghost
+from pyunlearn.gradients.per_sample import GhostNorms
+from pyunlearn.ops import ghost_dot
+
+from ..float64 import MODELS, make_model
+
+
+class PlusOneRMSNorm(nn.RMSNorm):
+    """As in Gemma: the gain is 1 + weight."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request):
+    return make_model(request.param)
+
+
+def batch_of(rows, seed=1):
+    """Right-padded rows; tokens repeat, so that embedding rows meet several positions."""
+    lengths = [11, 7, 4, 9][:rows]
+    ids = torch.randint(1, 8, (rows, max(lengths)), generator=torch.Generator().manual_seed(seed))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    for row, length in enumerate(lengths):
+        labels[row, :2], labels[row, length:], mask[row, length:], ids[row, length:] = -100, -100, 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def losses(model, batch):
+    """(B,) sums of the answers' log(-log p), by the textbook path."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    logp = -F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+    return torch.where(batch["labels"][:, 1:] != -100, (-logp).log(), 0).sum(1)
+
+
+def per_sample(model, batch, parameters=None):
+    """(B,) squared norms: a backward a sample."""
+    chosen = [p for n, p in model.named_parameters() if parameters is None or n in parameters]
+    norms = []
+    for i in range(len(batch["input_ids"])):
+        gradients = torch.autograd.grad(losses(model, batch)[i], chosen, allow_unused=True)
+        norms.append(sum((g.square().sum() for g in gradients if g is not None), torch.zeros((), dtype=torch.float64)))
+    return torch.stack(norms)
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("way", ["gram", "direct", "either"])
+def test_norms_equal_those_of_the_gradients(model, rows, way, monkeypatch):
+    if way != "either":
+        direct = lambda use: torch.stack([(l.t() @ r).square().sum() for l, r in zip(*use[:2], strict=True)])  # noqa: E731
+        both = {"gram": ghost_dot, "direct": lambda use: ghost_dot(use) if use.one_hot else direct(use)}
+        monkeypatch.setattr(ghost, "squared_norm", both[way])
+    batch = batch_of(rows)
+    with GhostNorms(model) as norms:
+        found = norms.squared_norms(rows, lambda: losses(model, batch).sum())
+        assert torch.equal(found, norms.squared_norms(rows, lambda: losses(model, batch).sum()))
+    assert found.dtype == torch.float64
+    close(found, per_sample(model, batch))
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(model, reentrant):
+    batch = batch_of(4)
+    expected = per_sample(model, batch)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.train()  # neither has dropout that is not 0, apart from gpt2's
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    try:
+        with GhostNorms(model) as norms:
+            found = norms.squared_norms(4, lambda: losses(model, batch).sum())
+    finally:
+        model.gradient_checkpointing_disable()
+        model.eval()
+    close(found, expected)
+
+
+def test_only_the_parameters_that_are_named(model):
+    batch = batch_of(4)
+    for part in ("norm", "ln_", "embed", "wpe", "bias", "mlp"):
+        names = [name for name, _ in model.named_parameters() if part in name]
+        if names:
+            with GhostNorms(model, names) as norms:
+                found = norms.squared_norms(4, lambda: losses(model, batch).sum())
+            close(found, per_sample(model, batch, names))
+
+
+class Several(nn.Module):
+    """One linear layer used twice, one embedding used twice, norms of every kind, one of them on heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 8, padding_idx=0)
+        self.linear = nn.Linear(8, 8)
+        self.layer_norm = nn.LayerNorm(8)
+        self.rms_norm = nn.RMSNorm(8)
+        self.plus_one = PlusOneRMSNorm(8, eps=1e-6)
+        self.head_norm = nn.RMSNorm(4)
+        self.unused = nn.Linear(8, 8)
+
+    def forward(self, ids):
+        x = self.embedding(ids) + self.embedding((ids + 3) % 9)
+        x = x + self.linear(self.layer_norm(x))
+        x = self.plus_one(x + self.linear(self.rms_norm(x)).tanh())
+        self.unused(x)
+        return self.head_norm(x.unflatten(-1, (2, 4))).sin().sum((1, 2, 3))
+
+
+def test_parameters_used_several_times():
+    torch.manual_seed(0)
+    model = Several().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    ids = torch.randint(0, 9, (4, 6))
+    expected = []
+    for i in range(4):
+        gradients = torch.autograd.grad(model(ids)[i], tuple(model.parameters()), allow_unused=True)
+        expected.append(sum(g.square().sum() for g in gradients if g is not None))
+    with GhostNorms(model) as norms:
+        found = norms.squared_norms(4, lambda: model(ids).sum())
+    close(found, torch.stack(expected))
+
+
+def test_half_precision_is_summed_in_float32():
+    """A bfloat16 layer's norms are those of its own inputs and output gradients, exact in float64."""
+    torch.manual_seed(0)
+    layer = nn.Linear(64, 48).bfloat16()
+    x, weights = torch.randn(3, 20, 64).bfloat16(), torch.randn(3, 20, 48).bfloat16()
+    with GhostNorms(layer) as norms:
+        found = norms.squared_norms(3, lambda: (layer(x) * weights).sum())
+    b, a = weights.double(), x.double()
+    expected = (b.mT @ a).square().sum((1, 2)) + b.sum(1).square().sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+class Uncovered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return self.scale * self.linear(x)
+
+
+def test_strict_coverage():
+    torch.manual_seed(0)
+    model, x = Uncovered(), torch.randn(2, 3, 4)
+    with pytest.raises(TypeError, match="scale: no ghost norm rule covers it"):
+        GhostNorms(model)
+    with GhostNorms(model, strict=False) as norms:
+        assert norms.uncovered == ["scale"]
+        left_out = norms.squared_norms(2, lambda: model(x).sum())
+    with GhostNorms(model.linear) as norms:
+        torch.testing.assert_close(norms.squared_norms(2, lambda: model.linear(x).sum()), left_out)
+    model.scale.requires_grad_(False)
+    GhostNorms(model)  # frozen: not asked for
+    with pytest.raises(ValueError, match="none of the name 'nothing'"):
+        GhostNorms(model, ["nothing"])
+    with pytest.raises(ValueError, match="nothing to differentiate"):
+        GhostNorms(model.requires_grad_(False))
+
+
+def test_a_use_outside_of_the_layer_raises():
+    model, x = nn.Linear(4, 4), torch.randn(2, 3, 4)
+    with GhostNorms(model) as norms:
+        with pytest.raises(RuntimeError, match="weight: is used outside of its layer's forward"):
+            norms.squared_norms(2, lambda: (model(x) * model.weight.sum()).sum())
+        with pytest.raises(RuntimeError, match="within squared_norms"):
+            model(x)
+    assert model.weight.requires_grad
+
+
+def test_layers_no_rule_can_serve():
+    class CubeNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((4,), 2.0))
+
+        def forward(self, x):
+            return self.weight**3 * x
+
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 7 * super().forward(ids)
+
+    x = torch.randn(2, 3, 4)
+    with GhostNorms(CubeNorm()) as norms, pytest.raises(TypeError, match="CubeNorm: its output is not affine"):
+        norms.squared_norms(2, lambda: norms._model(x).sum())
+    for layer in (Scaled(5, 4), nn.Embedding(5, 4, max_norm=1.0), nn.Embedding(5, 4, scale_grad_by_freq=True)):
+        with pytest.raises(TypeError, match="weight: no ghost norm rule"):
+            GhostNorms(layer)
+    with GhostNorms(nn.Linear(4, 4)) as norms, pytest.raises(ValueError, match="needs 2 samples in dimension 0"):
+        norms.squared_norms(2, lambda: norms._model(x.flatten(0, 1)).sum())
+
+
+def test_an_exception_leaves_the_model_as_it_was():
+    model = nn.Linear(4, 4)
+    model.bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="shapes"), GhostNorms(model) as norms:
+        norms.squared_norms(2, lambda: model(torch.randn(2, 5)).sum())
+    assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+
+
+def test_a_sharded_parameter_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor import Shard, distribute_tensor
+
+        model = nn.Linear(4, 4)
+        mesh = init_device_mesh("cpu", (1,))
+        model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
+        with pytest.raises(TypeError, match="weight: is sharded"):
+            GhostNorms(model)
+    finally:
+        torch.distributed.destroy_process_group()

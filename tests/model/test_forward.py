@@ -1,0 +1,454 @@
+"""Statistics from hidden states against log_softmax of the model's own logits, over the architectures' head
+variants.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from pyunlearn.model import forward, head
+from pyunlearn.model.forward import layer_number, length_batches, select_positions, supervised_hidden, token_stats_of
+from pyunlearn.model.head import check_output_head, eval_mode, output_head
+from pyunlearn.objectives.definition import DEPTHS
+
+V = 61
+SIZES = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+GPT2_SIZES = {
+    "vocab_size": V,
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+    "gpt2_tied": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SIZES)),
+    "gemma2_softcap": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0)),
+    "cohere_logit_scale": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+    "granite_logits_scaling": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),
+    "phi_bias": lambda: PhiForCausalLM(PhiConfig(**SIZES)),
+}
+
+
+def make(name, seed=0):
+    """A tiny model whose logits are far from uniform, so that softcaps, scales and biases show."""
+    torch.manual_seed(seed)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.15)
+    return model
+
+
+@pytest.fixture(scope="module", params=sorted(MODELS))
+def model(request):
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return make("llama")
+
+
+@pytest.fixture
+def batch():
+    """Three right-padded rows of 9, 6 and 4 tokens; the first 4, 3 and 2 are prompt."""
+    ids = torch.randint(3, V, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    for row, (prompt, length) in enumerate([(4, 9), (3, 6), (2, 4)]):
+        labels[row, :prompt] = -100
+        labels[row, length:], mask[row, length:], ids[row, length:] = -100, 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "index": torch.arange(3)}
+
+
+def plain(model, batch, positions="supervised"):
+    """(log-probabilities (N, V), targets) by the textbook path: all logits, log_softmax, mask."""
+    ids, labels = batch["input_ids"], batch["labels"]
+    logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    keep = labels[:, 1:] != -100 if positions == "supervised" else batch["attention_mask"][:, 1:] != 0
+    return logits[keep], ids[:, 1:][keep]
+
+
+@pytest.mark.parametrize("positions", ["supervised", "real"])
+def test_statistics_equal_the_models_own_logits(model, batch, positions):
+    with torch.no_grad():
+        stats, found = token_stats_of(model, batch, ("logp", "entropy", "greedy"), positions=positions)
+        expected, targets = plain(model, batch, positions)
+    assert len(targets) == (5 + 3 + 2 if positions == "supervised" else 8 + 5 + 3)
+    torch.testing.assert_close(stats.logp, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(stats.entropy, -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(stats.greedy, expected.argmax(-1) == targets)
+    assert torch.equal(found.targets, targets)
+    assert found.num_sequences == 3
+    lengths = [5, 3, 2] if positions == "supervised" else [8, 5, 3]
+    assert found.sequence_ids.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
+
+
+def test_gradients_of_every_parameter_equal_the_plain_path(model, batch):
+    weights = torch.randn(10, generator=torch.Generator().manual_seed(2))
+    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    stats, _ = token_stats_of(ours, batch, ("logp", "entropy"))
+    (weights * stats.logp + stats.entropy).sum().backward()
+    logp, targets = plain(theirs, batch)
+    entropy = -(logp.exp() * logp).sum(-1)
+    (weights * logp.gather(1, targets[:, None])[:, 0] + entropy).sum().backward()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert a.grad is not None, name
+        torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_kl_to_a_live_reference(model, batch):
+    reference = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.02)
+        pair = supervised_hidden(reference, batch).hidden, output_head(reference)
+        stats, _ = token_stats_of(model, batch, ("kl_pq", "kl_qp"), reference=pair)
+        p, q = plain(model, batch)[0], plain(reference, batch)[0]
+    assert stats.kl_pq.min() > 1e-4
+    torch.testing.assert_close(stats.kl_pq, (p.exp() * (p - q)).sum(-1), atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(stats.kl_qp, (q.exp() * (q - p)).sum(-1), atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "softcap", "temperature", "bias"),
+    [
+        ("llama", None, 1.0, False),
+        ("gemma2_softcap", 3.0, 1.0, False),
+        ("cohere_logit_scale", None, 4.0, False),
+        ("granite_logits_scaling", None, 8.0, False),
+        ("phi_bias", None, 1.0, True),
+    ],
+)
+def test_output_head(name, softcap, temperature, bias):
+    model = make(name)
+    head = output_head(model)
+    assert (head.softcap, head.temperature, head.bias is not None) == (softcap, temperature, bias)
+    assert head.weight is model.get_output_embeddings().weight
+    check_output_head(model)
+    check_output_head(model.bfloat16())
+
+
+def test_only_counted_positions_meet_the_head(llama, batch, monkeypatch):
+    seen, rows = [], []
+    hook = llama.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
+    linear = head.linear_token_stats
+    monkeypatch.setattr(head, "linear_token_stats", lambda h, *a, **k: rows.append(h.shape) or linear(h, *a, **k))
+    token_stats_of(llama, batch)
+    hook.remove()
+    assert seen == [(3, 0, V)]
+    assert rows == [(10, 32)]
+    assert not llama.lm_head._forward_pre_hooks
+    with torch.no_grad():
+        assert llama(batch["input_ids"]).logits.shape == (3, 9, V)  # the model is as before
+
+
+def test_hidden_states_are_what_the_head_gets(llama, batch):
+    with torch.no_grad():
+        found = supervised_hidden(llama, batch, "all")
+        expected = llama.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+    assert torch.equal(found.hidden, expected.reshape(-1, 32))
+
+
+def test_select_positions_by_hand():
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        "labels": torch.tensor([[-100, -100, 7, 8], [9, 10, -100, -100]]),
+    }
+    assert [t.tolist() for t in select_positions(batch)] == [[1, 2, 4], [7, 8, 10], [0, 0, 1]]
+    assert [t.tolist() for t in select_positions(batch, "real")] == [
+        [0, 1, 2, 4],
+        [6, 7, 8, 10],
+        [0, 0, 0, 1],
+    ]
+    rows, targets, sequence_ids = select_positions(batch, "all")
+    assert rows.tolist() == list(range(8))
+    assert targets.tolist() == [6, 7, 8, 8, 10, 0, 0, 0]
+    assert sequence_ids.tolist() == [0] * 4 + [1] * 4
+    left = {"input_ids": ids.flip(1), "attention_mask": batch["attention_mask"].flip(1)}
+    assert select_positions(left, "real")[0].tolist() == [0, 1, 2, 6]
+    assert len(select_positions({"input_ids": ids}, "real")[0]) == 6
+
+
+def test_nothing_supervised_gives_empty_statistics_with_a_graph(llama, batch):
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    stats, found = token_stats_of(llama, batch)
+    assert found.hidden.shape == (0, 32)
+    assert stats.logp.shape == (0,)
+    assert stats.logp.requires_grad
+
+
+def test_distributed_data_parallel_reduces_the_gradients(batch, tmp_path):
+    """The reducer only runs if the wrapper's own forward did: count what its buckets carry."""
+    model, alone, calls = make("llama"), make("llama"), []
+
+    def count(_, bucket):
+        calls.append(bucket.buffer().numel())
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, count)
+        stats, _ = token_stats_of(wrapped, batch)
+        stats.logp.sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    token_stats_of(alone, batch)[0].logp.sum().backward()
+    assert sum(calls) == sum(p.numel() for p in model.parameters())
+    for a, b in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+class Adapter(nn.Module):
+    """Forwards calls and attributes as peft's wrapper does."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_model = base
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+@pytest.mark.parametrize("wrap", [Adapter, lambda model: torch.compile(model, backend="eager")])
+def test_adapter_and_compile_wrappers(llama, batch, wrap):
+    with torch.no_grad():
+        expected = token_stats_of(llama, batch)[0].logp
+        assert torch.equal(token_stats_of(wrap(llama), batch)[0].logp, expected)
+
+
+def test_compiled_models(llama, batch):
+    """A compiled decoder serves; a model compiled with its head would keep the hook in its graph."""
+    with torch.no_grad():
+        expected = token_stats_of(llama, batch)[0].logp
+        model = make("llama")
+        model.get_decoder().compile(backend="eager")
+        for _ in range(2):
+            torch.testing.assert_close(token_stats_of(model, batch)[0].logp, expected)
+        assert model(batch["input_ids"]).logits.shape == (3, 9, V)
+        model.compile(backend="eager")
+        for compiled in (model, Adapter(torch.compile(make("llama"), backend="eager"))):
+            with pytest.raises(RuntimeError, match="compile the decoder instead"):
+                token_stats_of(compiled, batch)
+
+
+class LoraLinear(nn.Module):
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+        self.weight = base_layer.weight  # as peft's layers have
+
+
+class TestLayers:
+    """Hidden states of single layers, against all of them from output_hidden_states."""
+
+    @pytest.mark.parametrize("positions", ["supervised", "real"])
+    def test_states_and_gradients(self, model, batch, positions):
+        model.zero_grad()
+        rows = select_positions(batch, positions)[0]
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        states = model(**inputs, output_hidden_states=True).hidden_states
+        want = {layer: states[number].flatten(0, 1)[rows] for layer, number in ((1, 1), (2, 2), ("deep", 2), (-1, 2))}
+        found = supervised_hidden(model, batch, positions, layers=want)
+        assert list(found.layers) == list(want)
+        for layer in want:
+            torch.testing.assert_close(found.layers[layer], want[layer])
+        torch.testing.assert_close(found.hidden, supervised_hidden(model, batch, positions).hidden)
+        for early in (supervised_hidden(model, batch, positions, layers=[1], through_head=False), found):
+            ours, theirs = early.layers[1].square().sum(), want[1].square().sum()
+            parameters = list(model.parameters())
+            options = {"allow_unused": True, "retain_graph": True}
+            mine, other = (torch.autograd.grad(loss, parameters, **options) for loss in (ours, theirs))
+            assert any(gradient is not None for gradient in mine)
+            for one, two in zip(mine, other, strict=True):
+                torch.testing.assert_close(one, two)
+        assert torch.equal(early.targets, found.targets)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_gradient_checkpointing(self, batch, reentrant):
+        gradients = []
+        for checkpointing in (False, True):
+            model = make("llama").train()
+            if checkpointing:
+                # transformers 5.x renamed it
+                names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+                next(getattr(model, name) for name in names if hasattr(model, name))({"use_reentrant": reentrant})
+            for through_head in (False, True):
+                found = supervised_hidden(model, batch, layers=[1], through_head=through_head)
+                found.layers[1].square().sum().backward()
+            gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+        assert len(gradients[0]) > 5
+        for one, two in zip(*gradients, strict=True):
+            torch.testing.assert_close(one, two)
+
+    def test_the_forward_ends_where_nothing_more_is_wanted(self, batch):
+        model, calls = make("llama"), []
+        for i, block in enumerate(model.model.layers):
+            block.register_forward_hook(lambda *_, i=i: calls.append(i))
+        hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+        expected = supervised_hidden(model, batch).hidden
+        calls.clear()
+        found = supervised_hidden(model, batch, layers=[1], through_head=False)
+        assert calls == [0]
+        assert found.hidden is found.layers[1]
+        assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
+        assert torch.equal(supervised_hidden(model, batch).hidden, expected)
+        calls.clear()
+
+        class Wrapper(nn.Module):  # as DDP holds the model and has work to do after its forward
+            def __init__(self):
+                super().__init__()
+                self.module, self.finished = model, 0
+
+            def forward(self, **inputs):
+                output = self.module(**inputs)
+                self.finished += 1
+                return output
+
+        wrapper = Wrapper()
+        wrapped = supervised_hidden(wrapper, batch, layers=[1], through_head=False)
+        assert (calls, wrapper.finished) == ([0, 1], 1)
+        assert torch.equal(wrapped.hidden, found.hidden)
+
+    def test_numbers(self, llama):
+        deep = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 32}))
+        numbers = {layer: layer_number(deep, layer) for layer in ("shallow", "middle", "deep", 1, 32, -1, -32)}
+        assert numbers == {"shallow": 10, "middle": 21, "deep": 32, 1: 1, 32: 32, -1: 32, -32: 1}
+        one = LlamaForCausalLM(LlamaConfig(**{**SIZES, "num_hidden_layers": 1}))
+        assert [layer_number(one, layer) for layer in ("shallow", "middle", "deep")] == [1, 1, 1]
+        assert tuple(forward.DEPTHS) == DEPTHS
+
+    @pytest.mark.parametrize("layer", [0, 3, -3, True, 1.0, "centre"])
+    def test_layers_that_there_are_not(self, llama, batch, layer):
+        with pytest.raises(ValueError, match=f"layer={layer!r}: LlamaForCausalLM has 2 layers, needs 1 to 2, -2 to -1"):
+            supervised_hidden(llama, batch, layers=[layer])
+
+    def test_compiled_layers(self, batch):
+        model = make("llama")
+        model.get_decoder().compile(backend="eager")
+        assert supervised_hidden(model, batch, layers=[-1]).layers[-1].shape == (10, 32)
+        with pytest.raises(RuntimeError, match="compiled together with its head or a layer whose hidden states"):
+            supervised_hidden(model, batch, layers=[1])
+
+
+def test_heads_that_are_not_plain(llama):
+    model = make("llama")
+    model.lm_head = LoraLinear(model.lm_head)
+    with pytest.raises(TypeError, match=r"LoraLinear.*target_modules"):
+        output_head(model)
+    with pytest.raises(TypeError, match=r"no LM head"):
+        output_head(LlamaModel(LlamaConfig(**SIZES)))
+    with pytest.raises(TypeError, match=r"needs a transformers causal LM.*Linear"):
+        output_head(nn.Linear(2, 2))
+    quantised = make("llama")
+    quantised.lm_head.weight = nn.Parameter(torch.zeros(V * 16, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(TypeError, match=r"unquantised"):
+        output_head(quantised)
+
+
+class Doubled(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits * 2
+        return out
+
+
+def test_check_output_head_leaves_diverged_models_alone():
+    model = make("llama")
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    check_output_head(model)
+
+
+def test_check_output_head_finds_an_unknown_head():
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="Doubled: its logits are not those of its output layer"):
+        check_output_head(Doubled(LlamaConfig(**SIZES)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positions": "answers"}, "positions='answers'"),
+        ({"labels": None}, r"batch\['labels'\].*NoneType"),
+        ({"labels": torch.zeros(3, 8, dtype=torch.int64)}, r"\(3, 9\), got \(3, 8\)"),
+        ({"input_ids": torch.zeros(9, dtype=torch.int64)}, r"shape \(B, T\)"),
+    ],
+)
+def test_bad_batches(llama, batch, change, message):
+    positions = change.pop("positions", "supervised")
+    with pytest.raises(ValueError, match=message):
+        supervised_hidden(llama, {**batch, **change}, positions)
+
+
+def test_bad_references(llama, batch):
+    head, hidden = output_head(llama), torch.zeros(10, 32)
+    with pytest.raises(ValueError, match=r"needs 10 rows.*got 9"):
+        token_stats_of(llama, batch, "kl_pq", reference=(hidden[:9], head))
+    with pytest.raises(ValueError, match="softcap and temperature"):
+        token_stats_of(llama, batch, "kl_pq", reference=(hidden, head._replace(softcap=30.0)))
+
+
+def test_eval_mode_restores_every_module(llama):
+    model = make("llama").train()
+    model.model.layers[1].eval()
+    before = [m.training for m in model.modules()]
+
+    def fail_inside():
+        with eval_mode(model):
+            assert not any(m.training for m in model.modules())
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
+    assert [m.training for m in model.modules()] == before
+    assert any(before)
+    assert not all(before)
+
+
+def test_length_batches():
+    assert length_batches([3, 9, 3, 5], 2) == [[1, 3], [0, 2]]
+    assert length_batches([], 2) == []
+    with pytest.raises(ValueError, match="batch_size=0"):
+        length_batches([1], 0)

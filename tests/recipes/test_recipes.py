@@ -1,0 +1,73 @@
+"""Recipes: methods by name as settings of `unlearn`."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pyunlearn.recipes import RECIPES, recipe
+from pyunlearn.runs.config import ConfigError, RunConfig, load_config
+
+
+def terms(config):
+    return [term.name for term in config.unlearn.forget], [term.name for term in config.unlearn.retain]
+
+
+@pytest.mark.parametrize(
+    ("name", "forget", "retain", "by"),
+    [
+        ("ga", ["ga"], [], "shuffle"),
+        ("sga", ["ga"], [], "uniform"),
+        ("cga", ["ga"], [], "mrd"),
+        ("graddiff", ["ga"], ["gd"], "shuffle"),
+        ("GradDiff+MRD", ["ga"], ["gd"], "mrd"),
+        ("npo+mrd", ["npo"], ["gd"], "mrd"),
+        ("PO+MRD", ["idk"], ["gd"], "mrd"),
+    ],
+)
+def test_a_recipe_is_its_terms_and_its_sampling(name, forget, retain, by):
+    config = load_config(None, [f"unlearn.recipe={name}"])
+    assert terms(config) == (forget, retain)
+    assert config.unlearn.sampling.by == by
+    assert config.unlearn.batch_size == (1 if name in ("sga", "cga") else 4)  # 4: the demo's
+    assert RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(config.to_dict()))) == config
+
+
+def test_what_the_user_sets_wins_in_any_order():
+    config = load_config(
+        None,
+        ["unlearn.sampling.weighting=inverse", "unlearn.forget.options.beta=0.5", "unlearn.recipe=npo+mrd",
+         "unlearn.retain=kl", "unlearn.batch_size=2"],
+    )  # fmt: skip
+    assert terms(config) == (["npo"], ["kl"])
+    assert config.unlearn.forget[0].options == {"beta": 0.5}
+    assert (config.unlearn.sampling.by, config.unlearn.sampling.weighting) == ("mrd", "inverse")
+    assert config.unlearn.batch_size == 2
+    assert recipe("npo")["forget"] == RECIPES["npo"]["forget"] == [{"name": "npo"}]  # it was not written into
+    plain = load_config(
+        None, ["unlearn.sampling=mrd", "unlearn.sampling.refresh_steps=3", "unlearn.early_stop.share=0.5"]
+    )
+    assert terms(plain) == (["wga"], ["kl"])
+    assert (plain.unlearn.sampling.by, plain.unlearn.sampling.refresh_steps) == ("mrd", 3)
+    assert plain.unlearn.early_stop.share == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("unlearn.recipe=npoo", r"unlearn.recipe='npoo': did you mean npo or po\? Each may end in \+mrd"),
+        ("unlearn.recipe=+mrd", "needs one of ga, sga, cga"),
+        ("unlearn.recipe=3", "unlearn.recipe: Input should be a valid string, got 3"),
+        ("unlearn.sampling=mdr", "unlearn.sampling.by: Input should be 'shuffle', 'uniform' or 'mrd', got 'mdr'"),
+        ("unlearn.sampling.refresh_steps=0", "unlearn.sampling.refresh_steps: .*greater than or equal to 1, got 0"),
+        ("unlearn.sampling.sigma=-1", "unlearn.sampling: sigma=-1.0: needs a finite number > 0"),
+        ("unlearn.sampling.estimator=x", "unlearn.sampling: estimator='x': needs one of"),
+        ("unlearn.sampling.refresh=5", r"unlearn.sampling.refresh: unknown key; did you mean refresh_steps\?"),
+        ("unlearn.early_stop.share=0", "unlearn.early_stop.share: .*greater than 0, got 0"),
+        ("unlearn.sampling=mrd model.dtype=bfloat16", "unlearn.sampling=mrd scores .* set model.dtype=float32"),
+        ("unlearn.early_stop={}", "unlearn: early_stop leaves samples out of the draw: set unlearn.sampling"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(override, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, override.split())

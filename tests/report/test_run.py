@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+
+from pyunlearn.report.run import check_goal, make_table, pair_generations, render_report, table_markdown
+from pyunlearn.runs.config import GoalConfig
+
+BEFORE = {"forget": {"probability": 0.9}, "retain": {"probability": 0.8, "rouge_l": 0.5}}
+AFTER = {"forget": {"probability": 0.05}, "retain": {"probability": 0.7, "rouge_l": 0.5}}
+
+
+def record(probability, **more):
+    return {"question": "Q <script>alert(1)</script>", "answer": "A & B", "probability": probability, **more}
+
+
+def test_the_table():
+    table = make_table(BEFORE, AFTER)
+    assert [(row["set"], row["metric"], row["before"], row["after"]) for row in table] == [
+        ("forget", "probability", 0.9, 0.05),
+        ("retain", "probability", 0.8, 0.7),
+        ("retain", "rouge_l", 0.5, 0.5),
+    ]
+    assert table[0]["change"] == pytest.approx(-0.85)
+    assert "| retain | probability | 0.8000 | 0.7000 | -0.1000 |" in table_markdown(table)
+
+
+def test_goals():
+    forget, retain = check_goal(BEFORE, AFTER, GoalConfig())
+    assert forget["met"]
+    assert forget["text"] == "forget probability 0.900 -> 0.050, wanted below 0.1"
+    assert not retain["met"]
+    assert retain["value"] == pytest.approx(0.875)
+    assert "87.5% of before, wanted at least 90%" in retain["text"]
+    ignorant = check_goal({**BEFORE, "forget": {"probability": 0.06}}, AFTER, GoalConfig())[0]
+    assert not ignorant["met"]
+    assert ignorant["text"].endswith("there was nothing to forget")
+    assert check_goal(BEFORE, AFTER, GoalConfig(retain_probability_kept=0.8))[1]["met"]
+
+
+def test_generations_are_those_of_both_evaluations():
+    before = {"forget": [record(0.9, generated="x"), record(0.8), record(0.7, generated="z")]}
+    after = {"forget": [record(0.1, generated="y"), record(0.2, generated="w"), record(0.3)]}
+    pairs = pair_generations(before, after)
+    assert [(pair["before"], pair["after"], pair["p_before"], pair["p_after"]) for pair in pairs["forget"]] == [
+        ("x", "y", 0.9, 0.1)
+    ]
+
+
+def test_what_a_model_or_a_file_says_is_escaped():
+    records = {"forget": [record(0.9, generated="<img src=x onerror=alert(1)>")], "retain": [record(0.5)]}
+    config = {
+        "name": "<b>bold</b>",
+        "seed": 0,
+        "model": {"name_or_path": "m"},
+        "unlearn": {"forget": [{"name": "wga", "coefficient": 1.0}], "retain": []},
+    }
+    metrics = [{"stage": "unlearn", "step": step, "loss": 1.0, "forget.wga/loss": -0.1} for step in (1, 2)]
+    html = render_report(
+        config=config,
+        config_text="a: <i>",
+        table=make_table(BEFORE, AFTER),
+        goals=check_goal(BEFORE, AFTER, GoalConfig()),
+        metrics=metrics,
+        before=records,
+        after=records,
+    )
+    for raw in ("<script>", "<img", "<b>bold", "<i>"):
+        assert raw not in html
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "A &amp; B" in html
+    assert html.count("<svg") == 3
+    assert "1·wga" in html
