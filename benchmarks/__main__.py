@@ -17,6 +17,7 @@ import torch
 from .kernels import cpu, evidence, report
 from .kernels.run import PLANS, Session, run
 from .measure import machine
+from .results import RESULTS
 
 GPU_PARTS = (*PLANS, "step")
 PARTS = ("cpu", *GPU_PARTS, "report", "evidence")
@@ -53,10 +54,10 @@ def main() -> int:
 
     for part in parts:
         if part == "evidence":
-            evidence.write(args.out or report.RESULTS)
+            evidence.write(args.out or RESULTS)
             continue
         device = "cpu" if part == "cpu" else args.device
-        out = args.out or report.RESULTS / machine(device)["folder"]
+        out = args.out or RESULTS / machine(device)["folder"]
         if part == "cpu":
             status = cpu.run(out, args.k, args.rounds, args.small, args.threads, args.keep_memory)
         elif part == "report":
@@ -64,7 +65,7 @@ def main() -> int:
         else:
             session = Session(part, device, out, args.seconds, args.small, args.fresh)
             if part == "step":
-                from .kernels import step  # needs transformers
+                from .scale import step  # needs transformers
 
                 status = step.run(session)
             else:
