@@ -13,7 +13,7 @@ from markupsafe import Markup
 from scipy.stats import spearmanr
 
 from ..mrd import MRDResult
-from .run import COLOURS, STYLE, new_figure, render, to_svg
+from .figures import COLOURS, STYLE, new_figure, render, to_svg
 
 Records = Sequence[Mapping[str, Any]]
 # record key -> what it is called

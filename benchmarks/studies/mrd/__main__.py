@@ -27,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,8 @@ import matplotlib
 import torch
 
 from pyunlearn._files import write_text
-from pyunlearn.report.run import STYLE
+from pyunlearn.report.figures import STYLE
+from pyunlearn.training.stage import Interrupted
 
 from ...measure import commit, machine, versions
 from ...results import RESULTS
@@ -71,8 +73,17 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     out = args.out or RESULTS / machine()["folder"]
     out.mkdir(parents=True, exist_ok=True)
-    study = Study(args)
-    for name in args.figures or FIGURES:
+    try:
+        draw(Study(args), args.figures or list(FIGURES), out)
+    except Interrupted as interrupt:
+        print("stopped; the same command goes on with the unlearning that was under way", file=sys.stderr)
+        raise SystemExit(interrupt.exit_code) from None
+
+
+def draw(study: Study, names: list[str], out: Path) -> None:
+    """Each figure with its record, and the page of all that are there."""
+    args = study.args
+    for name in names:
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
             result, text, figure = FIGURES[name](study)
             figure.savefig(out / f"{args.name}_{name}.svg", metadata={"Date": None})

@@ -47,7 +47,7 @@ def difficulty(study: Study) -> tuple[Result, str, Figure]:
         result["methods"][method] = {
             "updates": [run["steps"] for run in runs],
             "unfinished": sum(run["samples"][0]["forgotten_at"] is None for run in runs),
-            "change": [run["change"] for run in runs],
+            "change": [run["mean_absolute_change"] for run in runs],
             "retain": [run["retain"] for run in runs],
         }
     for one in result["methods"].values():
@@ -105,7 +105,7 @@ def efficiency(study: Study) -> tuple[Result, str, Figure]:
             "forgotten_at": [[sample["forgotten_at"] for sample in run["samples"]] for run in runs],
             "scored": [len(run["refreshed_at"]) for run in runs],
             "retain": [run["retain"] for run in runs],
-            "change": [run["change"] for run in runs],
+            "change": [run["mean_absolute_change"] for run in runs],
         }
     base = result["arms"]["uniform"]["steps"]
     rows = []

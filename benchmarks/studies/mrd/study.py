@@ -4,30 +4,26 @@ from __future__ import annotations
 
 import argparse
 import copy
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
-from transformers import PrinterCallback, TrainingArguments
-
 import pyunlearn as pu
-from pyunlearn.data import QA, ForgetRetainDataset, QADataset, collate, context_length, load_qa
+from pyunlearn.data import QA, QADataset, collate, context_length, load_qa
 from pyunlearn.metrics import teacher_forced
-from pyunlearn.model.load import load_model, process_state
-from pyunlearn.recipes import recipe
-from pyunlearn.runs.config import ModelConfig, RunConfig, TermConfig
-from pyunlearn.runs.folder import RunFolder
-from pyunlearn.runs.run import first_model, load_data, quiet_libraries
-from pyunlearn.store import Store
-from pyunlearn.training.sampling import ForgetSampler, Forgotten
-from pyunlearn.training.terms import collect_needs, make_terms
-from pyunlearn.training.trainer import UnlearnTrainer
-from pyunlearn.training.unlearn import mean_absolute_change, trainable
+from pyunlearn.model.load import load_model
+from pyunlearn.runs.config import ModelConfig, RunConfig
+from pyunlearn.runs.job import Job, first_model, quiet_libraries
+from pyunlearn.store import Store, digest_json
+from pyunlearn.training.folder import TrainingFolder
+from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.stage import Stage
+from pyunlearn.training.unlearn import UnlearnData, unlearn
 
 Result = dict[str, Any]
+EVALUATED = 100  # retain samples looked at after an unlearning
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,11 @@ class Start:
 
 def embedded(seed: int, work: Path) -> Start:
     """The embedded world of this seed, learnt by heart by a model of this seed (kept in `work`)."""
-    quiet_libraries()
     config = RunConfig.model_validate({"seed": seed, "output": str(work / f"seed{seed}" / "run")})
-    folder, data = RunFolder(config.folder), load_data(config.data, seed)
-    folder.open(config, resume=True)
-    _, model, tokenizer = first_model(config, folder, data, Console(quiet=True), process_state())
+    job = Job.start(config, None, "the same command")
+    job.folder.open(config, resume=True)
+    model, tokenizer, _ = first_model(job)
+    data = job.data
     return Start(model.eval(), tokenizer, data.forget, data.retain, data.refusals, work / f"seed{seed}")
 
 
@@ -74,67 +70,35 @@ def pretrained(model: str, forget: str, retain: str, retain_limit: int | None, w
     return Start(loaded, tokenizer, load_qa(forget), load_qa(retain, limit=retain_limit), refusals, work / path.stem)
 
 
-def unlearn(
+def unlearn_copy(
     start: Start,
     method: str,
     forget: Sequence[QA],
     retain: Sequence[QA],
     *,
-    seed: int = 0,
+    seed: int,
     steps: int,
     rate: float,
     batch_size: int,
     by: str = "uniform",
-    refresh_steps: int = 10,
     forgotten: Mapping[str, Any] | None = None,
-    evaluated: int = 100,
 ) -> Result:
     """A copy of the model after `steps` AdamW steps, or when all is forgotten: how it went and what is left.
 
-    by: "shuffle" (the trainer's epochs), "uniform", "algorithm2" or "inverse". evaluated: retain samples looked at.
+    method: a recipe. by: "shuffle" (all in turn), "uniform", "algorithm2" or "inverse". forgotten: of `early_stop`.
     """
-    settings = recipe(method)
-    configs = [TermConfig.model_validate(term) for term in (*settings["forget"], *settings["retain"])]
-    terms = [(term.objective(), term.coefficient) for term in configs]
-    needs = collect_needs(make_terms(terms))
-    rows = start.rows(forget)
-    pairs = ForgetRetainDataset(
-        rows,
-        start.rows(retain) if "retain" in needs else None,
-        refusals=start.refusals,
-        refuse=["forget"] if "forget_refusal" in needs else [],
-        seed=seed,
-    )
-    sampler = None if by == "shuffle" else ForgetSampler(
-        rows,
-        None if by == "uniform" else by,
-        refresh_steps=refresh_steps,
-        seed=seed,
-        forgotten=None if forgotten is None else Forgotten(**forgotten),
+    sampling = {"by": by} if by in ("shuffle", "uniform") else {"by": "mrd", "weighting": by}
+    settings = UnlearnConfig.model_validate(
+        {"recipe": method, "sampling": sampling, "early_stop": forgotten, "max_steps": steps, "learning_rate": rate,
+         "batch_size": batch_size, "scheduler": "constant", "save_steps": steps}
     )  # fmt: skip
-    model = copy.deepcopy(start.model)
-    before = {name: weight.detach().clone() for name, weight in trainable(model)}
-    args = TrainingArguments(
-        output_dir=str(start.folder / "trainer"), max_steps=steps, learning_rate=rate, lr_scheduler_type="constant",
-        per_device_train_batch_size=batch_size, max_grad_norm=1.0, seed=seed, data_seed=seed, logging_steps=steps,
-        save_strategy="no", report_to=[], disable_tqdm=True, use_cpu=not torch.accelerator.is_available(),
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    reference = start.model if any(need.logp_reference for need in needs.values()) else None
-    trainer = UnlearnTrainer(
-        model=model, args=args, train_dataset=pairs, objectives=terms, reference=reference, sampler=sampler
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    return {
-        "steps": trainer.state.global_step,
-        "change": mean_absolute_change(before, model),
-        "limits": None if sampler is None else sampler.memory.limits,
-        "refreshed_at": [] if sampler is None else sampler.memory.refreshed_at,
-        "samples": [] if sampler is None else sampler.records(),
-        "forget": known(model, rows),
-        "retain": known(model, start.rows(retain[:evaluated])),
-    }
+    model, data = copy.deepcopy(start.model), UnlearnData([*forget], [*retain], start.refusals)
+    start.folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=start.folder) as folder:
+        stage = Stage(TrainingFolder(folder), seed, context_length(model))
+        unlearned = unlearn(stage, settings, model, start.tokenizer, data)
+    after = {"forget": forget, "retain": retain[:EVALUATED]}
+    return {**unlearned.as_dict(), **{name: known(model, start.rows(items)) for name, items in after.items()}}
 
 
 def known(model: Any, rows: QADataset) -> dict[str, float]:
@@ -165,13 +129,13 @@ class Study:
         return range(self.args.seeds)
 
     def run(self, name: str, seed: int, method: str, forget: Any, retain: Any, **options: Any) -> Result:
-        """`unlearn`, kept. A pretrained model is one and the same for all seeds."""
+        """What `unlearn_copy` gives, kept. A pretrained model is one and the same for all seeds."""
         start = self.start(seed if self.args.model is None else 0)
-        settings = {"method": method, "forget": [item.question for item in forget], "seed": seed, **options}
+        samples = {"forget": [qa.question for qa in forget], "retain": digest_json([qa.question for qa in retain])}
 
         def compute() -> Result:
-            result = unlearn(start, method, forget, retain, seed=seed, **options)
+            result = unlearn_copy(start, method, forget, retain, seed=seed, **options)
             print(f"{start.folder.name}/{name}", flush=True)
             return result
 
-        return start.store.compute(name, settings, compute)
+        return start.store.compute(name, {"method": method, "seed": seed, **samples, **options}, compute)
