@@ -58,9 +58,9 @@ def to_svg(figure: Figure, name: str) -> Markup:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     head, rest = svg.split(">", 1)
-    kept = [part for part in head.split() if not part.startswith(("width=", "height="))]
+    attributes = [part for part in head.split() if not part.startswith(("width=", "height="))]
     width = round(105 * figure.get_figwidth())
-    return Markup(" ".join(kept) + f' role="img" aria-label="{name}" style="max-width: {width}px">' + rest)
+    return Markup(" ".join(attributes) + f' role="img" aria-label="{name}" style="max-width: {width}px">' + rest)
 
 
 def as_file(svg: str) -> str:

@@ -57,19 +57,19 @@ def cost(rows: Rows) -> str | None:
 
 def figures(rows: Rows) -> list[dict[str, Any]]:
     """{"name", "svg", "caption"} of every figure that these rows, all finite, have numbers for."""
-    found: list[tuple[str, Figure, str]] = [
+    drawn: list[tuple[str, Figure, str]] = [
         ("total", total_figure(rows), "the whole objective's G-effects at three scales"),
         ("groups", groups_figure(rows), "by group of layers at three scales; dark: total"),
     ]
     if len(rows[0]["geffect"]["terms"]) > 1:
-        found.append(("terms", terms_figure(rows), "each term's own G-effect, before its coefficient"))
-    found.append(("dynamics", dynamics_figure(rows), "on the probe's samples"))
-    found += [
+        drawn.append(("terms", terms_figure(rows), "each term's own G-effect, before its coefficient"))
+    drawn.append(("dynamics", dynamics_figure(rows), "on the probe's samples"))
+    drawn += [
         (f"scatter-{label}", figure, f"each forget sample's own effect under gradient ascent, by its weight in {label}")
         for label, figure in scatter_figures(rows)
     ]
     with matplotlib.rc_context(STYLE):
-        return [{"name": n, "svg": to_svg(figure, f"geffect-{n}"), "caption": caption} for n, figure, caption in found]
+        return [{"name": n, "svg": to_svg(figure, f"geffect-{n}"), "caption": caption} for n, figure, caption in drawn]
 
 
 def values(rows: Rows, *keys: str) -> list[float]:
@@ -171,7 +171,7 @@ def heat(rows: Rows) -> list[dict[str, Any]]:
     if not rows:
         return []
     shown = [rows[i] for i in evenly(len(rows), LINES)]
-    found = []
+    texts = []
     for label in shown[0]["geffect"]["heat"][0]["weights"]:
         for k, text in enumerate(shown[0]["geffect"]["heat"]):
             weights = [row["geffect"]["heat"][k]["weights"][label] for row in shown]
@@ -185,8 +185,8 @@ def heat(rows: Rows) -> list[dict[str, Any]]:
                 }
                 for row, each in zip(shown, weights, strict=True)
             ]
-            found.append({"label": label, "question": text["question"], "lines": lines})
-    return found
+            texts.append({"label": label, "question": text["question"], "lines": lines})
+    return texts
 
 
 def evenly(count: int, most: int) -> list[int]:

@@ -84,11 +84,11 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def sources_fit(self) -> DataConfig:
-        given = [key for key in ("forget", "retain") if getattr(self, key) is not None]
-        if self.source == EMBEDDED and given:
-            raise ValueError(f"source=embedded generates its own authors, got {given}; set data.source=files")
-        if self.source != EMBEDDED and len(given) < 2:
-            missing = sorted({"forget", "retain"} - set(given))
+        named = [key for key in ("forget", "retain") if getattr(self, key) is not None]
+        if self.source == EMBEDDED and named:
+            raise ValueError(f"source=embedded generates its own authors, got {named}; set data.source=files")
+        if self.source != EMBEDDED and len(named) < 2:
+            missing = sorted({"forget", "retain"} - set(named))
             raise ValueError(f"source={self.source} needs data.forget and data.retain, missing: {missing}")
         return self
 
@@ -141,17 +141,17 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def demo_defaults(cls, given: Any) -> Any:
-        if not isinstance(given, Mapping):
-            return given
-        model = given.get("model") or {}
+    def demo_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        model = values.get("model") or {}
         pretrained = isinstance(model, Mapping) and (
             model.get("name_or_path", EMBEDDED) != EMBEDDED or model.get("gguf_file") is not None
         )
         if pretrained:
-            return given
-        unlearn = given.get("unlearn")
-        return merge(DEMO, {**given, "unlearn": with_recipe(unlearn)} if unlearn is not None else given)
+            return values
+        unlearn = values.get("unlearn")
+        return merge(DEMO, {**values, "unlearn": with_recipe(unlearn)} if unlearn is not None else values)
 
     @model_validator(mode="after")
     def scores_are_possible(self) -> RunConfig:

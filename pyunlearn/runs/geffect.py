@@ -54,11 +54,11 @@ def measure_run(
     if job.processes.count > 1:
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
     models = saved_models(job)
-    kept = job.folder.geffect / "rows"
+    place = job.folder.geffect / "rows"
     if overwrite:
-        shutil.rmtree(kept, ignore_errors=True)
+        shutil.rmtree(place, ignore_errors=True)
     try:
-        store = Store(kept, {"format": "pyunlearn-geffect-1", "settings": compared(probing)}, "--run")
+        store = Store(place, {"format": "pyunlearn-geffect-1", "settings": compared(probing)}, "--run")
     except ValueError as error:
         raise ValueError(f"{error}, or --overwrite") from None
     with job.interruptible():

@@ -20,27 +20,27 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Raises FileNotFoundError when `path` is missing and ConfigError with one line per problem.
     """
-    given: Any = {}
+    values: Any = {}
     if path is not None:
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"configuration {str(path)!r}: no such file; needs a YAML file (see examples/)")
         try:
-            given = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ConfigError(f"configuration {str(path)!r}: not valid YAML: {error}") from None
-        if not isinstance(given, dict):
-            raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(given).__name__}")
-        given.pop("versions", None)  # a run folder's config.yaml records them
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(values).__name__}")
+        values.pop("versions", None)  # a run folder's config.yaml records them
     for override in sorted(overrides, key=lambda override: not override.startswith("unlearn.recipe=")):
         for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
-            if override.startswith(f"unlearn.{role}.") and isinstance(given.setdefault("unlearn", {}), dict):
-                named = given["unlearn"].get("recipe")
+            if override.startswith(f"unlearn.{role}.") and isinstance(values.setdefault("unlearn", {}), dict):
+                named = values["unlearn"].get("recipe")
                 terms = recipe(named)[role] if isinstance(named, str) else [{"name": name}]
-                given["unlearn"].setdefault(role, terms)
-        set_value(given, override)
+                values["unlearn"].setdefault(role, terms)
+        set_value(values, override)
     try:
-        return RunConfig.model_validate(given)
+        return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
 

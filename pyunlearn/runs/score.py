@@ -96,10 +96,10 @@ def make_records(
 
 def tell(scored: ScoreResult, console: Console) -> None:
     """The hardest and the easiest samples, the self-check, and where everything is."""
-    told = scored.diagnostics
+    diagnostics = scored.diagnostics
     ranked = sorted(scored.records, key=lambda record: record["mrd"])
     shown = ranked if len(ranked) <= 2 * SHOWN else [*ranked[:SHOWN], *ranked[-SHOWN:]]
-    title = f"{told['estimator']} of {len(ranked)} samples, hardest to unlearn first"
+    title = f"{diagnostics['estimator']} of {len(ranked)} samples, hardest to unlearn first"
     table = Table("question", title=title, title_justify="left")
     for column in ("MRD", "standard error", "tokens"):
         table.add_column(column, justify="right")
@@ -109,7 +109,7 @@ def tell(scored: ScoreResult, console: Console) -> None:
         gap = len(shown) < len(ranked) and place == SHOWN - 1
         table.add_row(escape(record["question"]), *numbers, end_section=gap)
     console.print(table)
-    for check in self_checks(told):
+    for check in self_checks(diagnostics):
         mark = "[bold green]ok[/]   " if check["met"] else "[bold yellow]check[/]"
         console.print(f"{mark} {escape(check['text'])}", highlight=False, soft_wrap=True)
     lines = [f"report  {scored.report}", f"scores  {scored.out}"]

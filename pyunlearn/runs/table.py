@@ -35,7 +35,7 @@ def check_goal(before: Summaries, after: Summaries, goal: GoalConfig) -> list[di
     (forget_before, forget), (retain_before, retain) = (
         (before[name]["probability"], after[name]["probability"]) for name in ("forget", "retain")
     )
-    kept, limit = retain / max(retain_before, 1e-12), goal.forget_probability_below
+    share, limit = retain / max(retain_before, 1e-12), goal.forget_probability_below
     nothing = "; there was nothing to forget" if forget_before < limit else ""
     return [
         {
@@ -44,9 +44,9 @@ def check_goal(before: Summaries, after: Summaries, goal: GoalConfig) -> list[di
             "met": forget < limit <= forget_before,
         },
         {
-            "text": f"retain probability {retain_before:.3f} -> {retain:.3f}, {kept:.1%} of before, wanted at least "
+            "text": f"retain probability {retain_before:.3f} -> {retain:.3f}, {share:.1%} of before, wanted at least "
             f"{goal.retain_probability_kept:.0%}",
-            "value": kept,
-            "met": kept >= goal.retain_probability_kept,
+            "value": share,
+            "met": share >= goal.retain_probability_kept,
         },
     ]

@@ -239,10 +239,10 @@ class GEffectCallback(TrainerCallback):
 
     def _write(self, state: TrainerState, model: Any, step_seconds: float | None) -> None:
         start = clock(model)
-        found = self.probe.measure(model)
+        effect = self.probe.measure(model)
         seconds = {"probe_seconds": clock(model) - start, "step_seconds": step_seconds}
         if state.is_world_process_zero and not self._written(state.global_step):
-            append_metrics(self.path, {"stage": self.stage, "step": state.global_step, "geffect": found, **seconds})
+            append_metrics(self.path, {"stage": self.stage, "step": state.global_step, "geffect": effect, **seconds})
 
     def _written(self, step: int) -> bool:
         """The row of step 0 is there already where a run starts again before its first checkpoint."""
@@ -304,8 +304,8 @@ def token_weights(
     push = []
     for each in (objective, registry.get("ga", reduction=objective.reduction)):
         leaf = logp.double().requires_grad_()
-        given = None if ref_logp is None else ref_logp.double()
-        inputs = TokenInputs({"logp": leaf}, given, sequence_ids, num_sequences)
+        reference = None if ref_logp is None else ref_logp.double()
+        inputs = TokenInputs({"logp": leaf}, reference, sequence_ids, num_sequences)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(each({"answer": inputs}, count=1), leaf)
         push.append(gradient)

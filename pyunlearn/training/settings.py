@@ -29,8 +29,8 @@ class TermConfig(Section):
 
     def objective(self) -> objectives.Objective:
         """The registered objective with these options. Raises ValueError naming the nearest names."""
-        given = {"preset": self.preset, "reduction": self.reduction}
-        return objectives.get(self.name, **{key: v for key, v in given.items() if v is not None}, **self.options)
+        chosen = {"preset": self.preset, "reduction": self.reduction}
+        return objectives.get(self.name, **{key: v for key, v in chosen.items() if v is not None}, **self.options)
 
     @model_validator(mode="after")
     def exists(self) -> TermConfig:
@@ -112,8 +112,8 @@ class UnlearnConfig(TrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def recipe_below(cls, given: Any) -> Any:
-        return with_recipe(given)
+    def recipe_below(cls, settings: Any) -> Any:
+        return with_recipe(settings)
 
     @field_validator("forget", "retain")
     @classmethod

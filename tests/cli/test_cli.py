@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import pyunlearn
 from pyunlearn import objectives
-from pyunlearn.cli import app
+from pyunlearn.cli import app, command_line
 from pyunlearn.training.callbacks import MetricsWriter
 
 TINY = {

@@ -97,9 +97,8 @@ def test_files_and_other_estimators(scored, tmp_path, estimator, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text(whole.out.read_text())  # its records have question and answer
     options = {"estimator": estimator, "num_draws": DRAWS, "normalize": "tokens", "console": Console()}
-    result = score(
-        FilesConfig.of(str(config.folder / "memorised"), str(data)), out=tmp_path / "x" / "y.jsonl", **options
-    )
+    files = FilesConfig.of(str(config.folder / "memorised"), str(data))
+    result = score(files, out=tmp_path / "x" / "y.jsonl", **options)
     records = read(tmp_path / "x" / "y.jsonl")
     assert [record["index"] for record in records] == list(range(len(whole.records)))
     told = capsys.readouterr().out
