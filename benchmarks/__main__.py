@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from pyunlearn._hints import hint
+
 from .kernels import cpu, evidence, report
 from .kernels.run import PLANS, Session, run
 from .measure import machine
@@ -50,7 +52,7 @@ def main() -> int:
     args = parser.parse_args()
     parts = args.parts or ["cpu", *(GPU_PARTS if gpu else ())]
     if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"unknown part {unknown[0]!r}: needs one of {', '.join(PARTS)}")
+        parser.error(f"part={unknown[0]!r}: {hint(unknown[0], PARTS)}")
 
     for part in parts:
         if part == "evidence":

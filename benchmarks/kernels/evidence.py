@@ -55,7 +55,7 @@ def write(folder: Path) -> Path:
     """Compiles csrc/cuda for every architecture this nvcc knows and writes the page into `folder`."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise SystemExit("nvcc was not found: the evidence is its report; install the CUDA toolkit")
+        raise SystemExit("evidence: needs nvcc, whose report it is, and none is on the PATH; install the CUDA toolkit")
     archs = known_archs(nvcc)
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     kernels = [kernel for source in sources for kernel in compiled(nvcc, source, archs)]

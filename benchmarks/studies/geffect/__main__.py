@@ -17,6 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from pyunlearn._hints import hint
 from pyunlearn.runs import load_config
 
 from ...measure import machine
@@ -41,7 +42,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, help="where the runs go on (default runs/geffect-<name of the base>)")
     args = parser.parse_args(words)
     if unknown := [name for name in args.figures if name not in FIGURES]:
-        parser.error(f"unknown figure {unknown[0]!r}: needs one of {', '.join(FIGURES)}")
+        parser.error(f"figure={unknown[0]!r}: {hint(unknown[0], FIGURES)}")
     base, out = load_config(args.base, args.set), args.out or RESULTS / machine()["folder"] / "geffect"
     work, console = args.work or Path("runs") / f"geffect-{base.name}", Console(stderr=True)
     records: dict[str, Record] = {}

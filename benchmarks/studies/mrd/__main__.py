@@ -36,6 +36,7 @@ import matplotlib
 import torch
 
 from pyunlearn._files import write_text
+from pyunlearn._hints import hint
 from pyunlearn.report.figures import STYLE
 from pyunlearn.training.stage import Interrupted
 
@@ -67,7 +68,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/<device>)")
     args = parser.parse_args(words)
     if unknown := [name for name in args.figures if name not in FIGURES]:
-        parser.error(f"unknown figure {unknown[0]!r}: needs some of {', '.join(FIGURES)}")
+        parser.error(f"figure={unknown[0]!r}: {hint(unknown[0], FIGURES)}")
     if (args.model is None) != (args.forget is None) or (args.model is None) != (args.retain is None):
         parser.error("--model, --forget and --retain belong together")
     torch.set_num_threads(args.threads)

@@ -85,7 +85,9 @@ def test_records_of_terms_and_samples(study):
 def test_unknown_figures_are_named(capsys):
     with pytest.raises(SystemExit):
         main(["fig99"])
-    assert "unknown figure 'fig99': needs one of fig03, fig04" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "figure='fig99': did you mean fig09" in error
+    assert "needs one of fig03, fig04" in error
 
 
 def made_up(name, removal=-1.0, ratio=0.5, weight=0.01, inverse=1.0, above=()):

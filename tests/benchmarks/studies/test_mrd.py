@@ -87,7 +87,7 @@ def test_intervals():
 
 def test_bad_input_is_named(capsys):
     for words, message in (
-        (["dificulty"], "unknown figure 'dificulty': needs some of sensitivity"),
+        (["dificulty"], "figure='dificulty': did you mean difficulty? needs one of sensitivity"),
         (["choice", "--model", "m"], "--model, --forget and --retain belong together"),
     ):
         with pytest.raises(SystemExit):
