@@ -176,7 +176,7 @@ def test_the_command_to_resume_is_quoted():
     ("arguments", "message"),
     [
         (["run", "missing.yaml"], "configuration 'missing.yaml': no such file"),
-        (["run", "--set", "unlearn.forget=wag"], "objective 'wag' is unknown; did you mean 'wga'"),
+        (["run", "--set", "unlearn.forget=wag"], "objective='wag': did you mean wga? needs one of ga,"),
         (["run", "--set", "unlearn.learnin_rate=1"], "did you mean learning_rate?"),
         (["run", "tiny.yaml", "--set", "model.name_or_path=./nowhere"], "options=['hidden_size',"),
         (

@@ -347,7 +347,7 @@ def test_what_is_missing_is_named(tiny, arguments, caches):
         train(tiny, arguments(), ["rmu", objectives.get("rr", layer="deep")], reference=caches)
     with pytest.raises(ValueError, match="layer=3: LlamaForCausalLM has 2 layers"):
         train(tiny, arguments(), [objectives.get("rmu", layer=3)])
-    with pytest.raises(ValueError, match="did you mean 'wga'"):
+    with pytest.raises(ValueError, match=r"objective='wgaa': did you mean wga or ga\?"):
         train(tiny, arguments(), ["wgaa"])
     with pytest.raises(ValueError, match="objectives is empty"):
         train(tiny, arguments(), [])
