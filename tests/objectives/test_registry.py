@@ -166,9 +166,9 @@ class TestDocumentation:
     @pytest.mark.parametrize("name", NAMES)
     def test_signature_has_the_defaults(self, name):
         parameters = inspect.signature(getattr(o, name)).parameters
-        given = {key: parameter.default for key, parameter in parameters.items()}
-        assert given | o.table()[NAMES.index(name)].defaults == given
-        assert list(given)[: len(o.get(name).variant.tensors)] == list(o.get(name).variant.tensors)
+        defaults = {key: parameter.default for key, parameter in parameters.items()}
+        assert defaults | o.table()[NAMES.index(name)].defaults == defaults
+        assert list(defaults)[: len(o.get(name).variant.tensors)] == list(o.get(name).variant.tensors)
 
     def test_editors_see_the_signatures(self):
         """`__init__.pyi` is as the registry has it; mypy reads it in `typed.py`."""

@@ -1,0 +1,54 @@
+"""`pyunlearn evaluate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .shared import BatchSize, Data, Debug, GgufFile, Limit, Model, Name, Tokenizer, clean_errors
+
+EXAMPLES = """[bold]Example[/bold]
+
+  pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl --out records.jsonl
+"""
+
+
+def evaluate(
+    model: Model[str],
+    data: Data[str],
+    name: Name = None,
+    gguf_file: GgufFile = None,
+    tokenizer: Tokenizer = None,
+    limit: Limit = None,
+    rouge_samples: Annotated[int, typer.Option(min=0, help="Samples to generate for; 0 is none.")] = 20,
+    batch_size: BatchSize = 16,
+    out: Annotated[Path | None, typer.Option(help="Write one JSON line per sample here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how well a model knows a set of answers."""
+    with clean_errors(debug):
+        from ..runs.evaluate import evaluate_files
+
+        console = Console()
+        summary = evaluate_files(
+            model,
+            data,
+            name=name,
+            gguf_file=gguf_file,
+            tokenizer=tokenizer,
+            limit=limit,
+            rouge_samples=rouge_samples,
+            batch_size=batch_size,
+            out=out,
+        )
+        table = Table("metric", "value")
+        for metric, value in summary.items():
+            table.add_row(metric, f"{value:.4f}")
+        console.print(table)
+        if out is not None:
+            console.print(f"records: {escape(str(out))}", soft_wrap=True)
