@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from .shared import BatchSize, Data, Debug, GgufFile, Limit, Model, Name, Tokenizer, clean_errors
+from .shared import BatchSize, Data, Debug, GgufFile, Limit, Model, Name, Tokenizer, clean_errors, command_line
 
 EXAMPLES = """[bold]Example[/bold]
 
@@ -32,23 +30,11 @@ def evaluate(
 ) -> None:
     """Measure how well a model knows a set of answers."""
     with clean_errors(debug):
+        from ..runs.config import FilesConfig
         from ..runs.evaluate import evaluate_files
 
-        console = Console()
-        summary = evaluate_files(
-            model,
-            data,
-            name=name,
-            gguf_file=gguf_file,
-            tokenizer=tokenizer,
-            limit=limit,
+        files = FilesConfig.of(
+            model, data, name=name, gguf_file=gguf_file, tokenizer=tokenizer, limit=limit, batch_size=batch_size,
             rouge_samples=rouge_samples,
-            batch_size=batch_size,
-            out=out,
-        )
-        table = Table("metric", "value")
-        for metric, value in summary.items():
-            table.add_row(metric, f"{value:.4f}")
-        console.print(table)
-        if out is not None:
-            console.print(f"records: {escape(str(out))}", soft_wrap=True)
+        )  # fmt: skip
+        evaluate_files(files, out=out, console=Console(), command=command_line())

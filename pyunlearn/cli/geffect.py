@@ -18,7 +18,7 @@ EXAMPLES = """[bold]Examples[/bold]
 
   pyunlearn geffect --run runs/demo --pointwise --overwrite          each sample's own too
 
-  pyunlearn run --set g_effect.every=5                   while training instead, into the run's report
+  pyunlearn run --set geffect.every=5                    while training instead, into the run's report
 """
 
 

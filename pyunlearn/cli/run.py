@@ -37,10 +37,5 @@ def run(
         from ..runs import load_config
         from ..runs.run import run as run_job
 
-        run_job(
-            load_config(config, set_ or []),
-            resume=resume,
-            overwrite=overwrite,
-            console=Console(),
-            resume_command=command_line("--resume"),
-        )
+        loaded = load_config(config, set_ or [])
+        run_job(loaded, resume=resume, overwrite=overwrite, console=Console(), command=command_line())

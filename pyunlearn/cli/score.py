@@ -67,7 +67,8 @@ def score(
     """
     with clean_errors(debug):
         from ..runs import load_config
-        from ..runs.score import score_files, score_run
+        from ..runs.config import FilesConfig
+        from ..runs.score import score as score_job
 
         job: dict[str, Any] = {
             "overwrite": overwrite,
@@ -82,8 +83,8 @@ def score(
         }
         source: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "tokenizer": tokenizer, "limit": limit}
         if model is not None and data is not None and config is None and not set_:
-            score_files(model, data, out=out or Path("scores.jsonl"), **source, **job)
+            score_job(FilesConfig.of(model, data, **source), out=out, **job)
         elif model is None and data is None and all(value is None for value in source.values()):
-            score_run(load_config(config, set_ or []), out=out, **job)
+            score_job(load_config(config, set_ or []), out=out, **job)
         else:
             raise ValueError("needs --model and --data (with their options), or a configuration (with --set), not both")

@@ -59,7 +59,6 @@ def clean_errors(debug: bool) -> Iterator[None]:
         raise typer.Exit(getattr(interrupt, "exit_code", 130)) from None
 
 
-def command_line(*more: str) -> str:
-    """The command as it was typed, without --overwrite and with `more`: it goes on where this one stops."""
-    words = [word for word in sys.argv[1:] if word not in ("--overwrite", *more)]
-    return shlex.join(["pyunlearn", *words, *more])
+def command_line() -> str:
+    """What was typed, without the words that throw earlier work away or take it up."""
+    return shlex.join(["pyunlearn", *(word for word in sys.argv[1:] if word not in ("--overwrite", "--resume"))])

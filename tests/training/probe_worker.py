@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
-from pyunlearn.runs.config import GEffectConfig
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe
+from pyunlearn.training.settings import GEffectConfig
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer
 from tests.tiny import Tiny
