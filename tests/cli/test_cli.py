@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner
 
 import pyunlearn
-from pyunlearn import objectives
+from pyunlearn import objectives, recipes
 from pyunlearn.cli import app
 from pyunlearn.cli.shared import command_line
 from pyunlearn.training.callbacks import MetricsWriter
@@ -63,11 +63,12 @@ def test_version_and_help(call):
         assert word in text
 
 
-def test_objectives_lists_every_one(call):
+def test_objectives_lists_every_one_and_every_recipe(call):
     code, text, _ = call("objectives")
     assert code == 0
-    for name in objectives.names():
+    for name in (*objectives.names(), *recipes.names()):
         assert re.search(rf"\W{name}\W", text), name
+    assert re.search(r"\Wcga\W+ga\W+mrd, one an update\W", text)
 
 
 def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
