@@ -105,12 +105,12 @@ def self_test() -> tuple[Table, bool]:
                 try:
                     got = run(*size, torch.float32, device, backend)
                 except Exception as failure:  # whatever it is, the report says it and goes on
-                    error, found = math.inf, f"{type(failure).__name__}: {failure}"
+                    error, outcome = math.inf, f"{type(failure).__name__}: {failure}"
                 else:
                     error = largest_error(got, run(*size, torch.float64, "cpu", "eager"))
-                    found = f"{error:.1e}"
+                    outcome = f"{error:.1e}"
                 right &= error < 1e-4
-                table.add_row(op, device, backend, found, "[green]right[/]" if error < 1e-4 else "[red]wrong[/]")
+                table.add_row(op, device, backend, outcome, "[green]right[/]" if error < 1e-4 else "[red]wrong[/]")
     return table, right
 
 

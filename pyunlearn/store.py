@@ -154,14 +154,14 @@ class Store:
 def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
     """`key.sub: old -> new` for every value that differs, in the order of `here` and then of `there`."""
     there, here = (value if isinstance(value, Mapping) else {} for value in (there, here))
-    told = []
+    changes = []
     for key in {**here, **there}:
         old, new = there.get(key), here.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            told += differences(old, new, f"{prefix}{key}.")
+            changes += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            told.append(f"{prefix}{key}: {old!r} -> {new!r}")
-    return told
+            changes.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return changes
 
 
 def plain(identity: Identity | None) -> dict[str, Any]:

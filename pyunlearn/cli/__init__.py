@@ -111,17 +111,13 @@ def run(
         from ..runs import load_config
         from ..runs.run import run as run_job
 
-        command = resume_command(config, set_ or [])
         loaded = load_config(config, set_ or [])
-        run_job(loaded, resume=resume, overwrite=overwrite, console=Console(), resume_command=command)
+        run_job(loaded, resume=resume, overwrite=overwrite, console=Console(), command=command_line())
 
 
-def resume_command(config: Path | None, overrides: list[str]) -> str:
-    """The command line that continues this run."""
-    words = ["pyunlearn", "run", *([str(config)] if config else [])]
-    for override in overrides:
-        words += ["--set", override]
-    return shlex.join([*words, "--resume"])
+def command_line() -> str:
+    """What was typed, without the words that throw earlier work away or take it up."""
+    return shlex.join(["pyunlearn", *(word for word in sys.argv[1:] if word not in ("--overwrite", "--resume"))])
 
 
 @app.command(
@@ -173,12 +169,13 @@ def score(
     command, goes on where it stopped."""
     with clean_errors(debug):
         from ..runs import load_config
-        from ..runs.score import score_files, score_run
+        from ..runs.config import FilesConfig
+        from ..runs.score import score as score_job
 
         job: dict[str, Any] = {
             "overwrite": overwrite,
             "console": Console(),
-            "command": shlex.join(["pyunlearn", *(word for word in sys.argv[1:] if word != "--overwrite")]),
+            "command": command_line(),
             "estimator": estimator,
             "num_draws": num_draws,
             "sigma": sigma,
@@ -188,9 +185,9 @@ def score(
         }
         source: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "tokenizer": tokenizer, "limit": limit}
         if model is not None and data is not None and config is None and not set_:
-            score_files(model, data, out=out or Path("scores.jsonl"), **source, **job)
+            score_job(FilesConfig.of(model, data, **source), out=out, **job)
         elif model is None and data is None and all(value is None for value in source.values()):
-            score_run(load_config(config, set_ or []), out=out, **job)
+            score_job(load_config(config, set_ or []), out=out, **job)
         else:
             raise ValueError("needs --model and --data (with their options), or a configuration (with --set), not both")
 
@@ -204,7 +201,7 @@ def score(
 
   pyunlearn geffect --run runs/demo --pointwise --overwrite          each sample's own too
 
-  pyunlearn run --set g_effect.every=5                   while training instead, into the run's report
+  pyunlearn run --set geffect.every=5                    while training instead, into the run's report
 """
 )
 def geffect(
@@ -238,7 +235,7 @@ def geffect(
             run,
             overwrite=overwrite,
             console=Console(),
-            command=shlex.join(["pyunlearn", *(word for word in sys.argv[1:] if word != "--overwrite")]),
+            command=command_line(),
             **{key: value for key, value in given.items() if value is not None},
         )
 
@@ -263,26 +260,14 @@ def evaluate(
 ) -> None:
     """Measure how well a model knows a set of answers."""
     with clean_errors(debug):
+        from ..runs.config import FilesConfig
         from ..runs.evaluate import evaluate_files
 
-        console = Console()
-        summary = evaluate_files(
-            model,
-            data,
-            name=name,
-            gguf_file=gguf_file,
-            tokenizer=tokenizer,
-            limit=limit,
+        files = FilesConfig.of(
+            model, data, name=name, gguf_file=gguf_file, tokenizer=tokenizer, limit=limit, batch_size=batch_size,
             rouge_samples=rouge_samples,
-            batch_size=batch_size,
-            out=out,
-        )
-        table = Table("metric", "value")
-        for metric, value in summary.items():
-            table.add_row(metric, f"{value:.4f}")
-        console.print(table)
-        if out is not None:
-            console.print(f"records: {escape(str(out))}", soft_wrap=True)
+        )  # fmt: skip
+        evaluate_files(files, out=out, console=Console(), command=command_line())
 
 
 @app.command()

@@ -93,8 +93,8 @@ def load_refusals(path: str | Path) -> list[str]:
 
 def check_disjoint(forget: Iterable[QA], retain: Iterable[QA]) -> None:
     """Raise ValueError if a pair of `forget` is in `retain` too, case and white space aside: one cannot do both."""
-    kept = {_normalised(item) for item in retain}
-    overlap = [item for item in forget if _normalised(item) in kept]
+    retained = {_normalised(item) for item in retain}
+    overlap = [item for item in forget if _normalised(item) in retained]
     if overlap:
         raise ValueError(
             f"{len(overlap)} forget pair(s) are in the retain set too; the first question is {overlap[0].question!r}"
@@ -137,8 +137,8 @@ def _load_hub(source: str, name: str | None, split: str, limit: int | None) -> l
 def _read_lines(path: Path) -> list[str]:
     """Lines of a UTF-8 file. Split at \\n alone, as JSON lines are: text may hold U+2028 and the like."""
     if path.is_dir():
-        found = ", ".join(sorted(child.name for child in path.iterdir() if child.is_file())[:20])
-        raise ValueError(f"{path} is a folder; name one of its files ({found or 'it has none'})")
+        names = ", ".join(sorted(child.name for child in path.iterdir() if child.is_file())[:20])
+        raise ValueError(f"{path} is a folder; name one of its files ({names or 'it has none'})")
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}{_near(path)}")
     lines = []

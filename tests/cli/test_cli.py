@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import pyunlearn
 from pyunlearn import objectives
-from pyunlearn.cli import app, resume_command
+from pyunlearn.cli import app, command_line
 from pyunlearn.training.callbacks import MetricsWriter
 
 TINY = {
@@ -154,7 +154,7 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     assert code == 0
     for word in ("dot product of their gradients", "--run", "--pointwise", "unlearn.keep_steps=5", "goes on"):
         assert word in " ".join(text.split()), word
-    code, _, told = call("run", "tiny.yaml", "--set", "unlearn.keep_steps=2", "--set", "g_effect.every=4")
+    code, _, told = call("run", "tiny.yaml", "--set", "unlearn.keep_steps=2", "--set", "geffect.every=4")
     assert code == 0, told
     code, text, _ = call("geffect", "--run", "runs/tiny", "--forget-samples", "1")
     assert code == 0
@@ -165,11 +165,10 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     assert "numbers runs/tiny/geffect/geffect.json" in text
 
 
-def test_the_command_to_resume_is_quoted():
-    assert resume_command(None, []) == "pyunlearn run --resume"
-    assert resume_command(Path("a b.yaml"), ["unlearn.retain=[kl, gd]"]) == (
-        "pyunlearn run 'a b.yaml' --set 'unlearn.retain=[kl, gd]' --resume"
-    )
+def test_the_command_is_quoted_and_leaves_out_what_throws_work_away(monkeypatch):
+    typed = ["pyunlearn", "run", "a b.yaml", "--overwrite", "--set", "unlearn.retain=[kl, gd]", "--resume"]
+    monkeypatch.setattr("sys.argv", typed)
+    assert command_line() == "pyunlearn run 'a b.yaml' --set 'unlearn.retain=[kl, gd]'"
 
 
 @pytest.mark.parametrize(
@@ -190,8 +189,8 @@ def test_the_command_to_resume_is_quoted():
         (["score", "--limit", "3"], "needs --model and --data"),
         (["geffect", "--run", "nowhere"], "--run nowhere: no such folder"),
         (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
-        (["run", "--set", "g_effect.every=0"], "g_effect.every: Input should be greater than or equal to 1, got 0"),
-        (["run", "--set", "g_effect.evry=1"], "did you mean every?"),
+        (["run", "--set", "geffect.every=0"], "geffect.every: Input should be greater than or equal to 1, got 0"),
+        (["run", "--set", "geffect.evry=1"], "did you mean every?"),
         (["score", "tiny.yaml", "--estimator", "newton"], "estimator='newton': needs one of ('algorithm1',"),
         (["score", "tiny.yaml", "--sigma", "0"], "sigma=0.0: needs a finite number > 0"),
         (["score", "tiny.yaml", "--num-draws", "1"], "num_draws=1: needs 2 at least"),

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from pyunlearn.runs.config import GEffectConfig
 from pyunlearn.training.probe import Probe
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
+from pyunlearn.training.settings import GEffectConfig
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer
 
@@ -48,7 +48,7 @@ def test_two_processes_probe_as_one(tiny, tmp_path):
     settings = GEffectConfig(forget_samples=8, retain_samples=12, batch_size=4)
     alone = Probe(losses, rows, settings).measure(tiny.model())
     for rank in ranks:
-        assert rank["rows"][0]["g_effect"] == alone  # bit by bit
+        assert rank["rows"][0]["geffect"] == alone  # bit by bit
         for key in ("total", "norm", "nll", "weights"):
             assert rank["sharded"][key] == pytest.approx(alone[key], rel=1e-4)
         assert rank["sharded"]["terms"]["forget.npo"]["groups"]["retain"] == pytest.approx(

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from pyunlearn.recipes import RECIPES, recipe
-from pyunlearn.runs.config import ConfigError, RunConfig, load_config
+from pyunlearn.runs import ConfigError, RunConfig, load_config
 
 
 def terms(config):

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from pyunlearn.metrics import METRICS
-from pyunlearn.runs.config import ALL_METRICS, ConfigError, RunConfig, load_config
-from pyunlearn.runs.folder import differences
+from pyunlearn.runs import ConfigError, RunConfig, load_config
+from pyunlearn.runs.config import ALL_METRICS
+from pyunlearn.store import differences
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

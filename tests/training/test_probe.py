@@ -12,18 +12,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-import pyunlearn as pu
 from pyunlearn import objectives
 from pyunlearn.data import collate
 from pyunlearn.data.tiny import tiny_llama
-from pyunlearn.model.forward import token_stats_of
-from pyunlearn.runs.config import GEffectConfig
+from pyunlearn.model.forward import supervised_hidden, token_stats_of
+from pyunlearn.model.head import output_head
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import append_metrics, read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe, as_found, token_weights
+from pyunlearn.training.settings import GEffectConfig
+from pyunlearn.training.stage import Interrupted
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer
-from pyunlearn.training.unlearn import Interrupted
 
 from ..geffect.common import LiveBytes
 from ..runs.test_run import press_at
@@ -69,7 +69,7 @@ def test_it_is_the_dot_of_the_runs_gradients(tiny, probed):
     batch = batch_of(tiny.forget)
     with torch.no_grad():
         ref_logp = token_stats_of(reference, batch)[0].logp
-        pair = pu.forward.supervised_hidden(reference, batch_of(tiny.retain)).hidden, pu.forward.output_head(reference)
+        pair = supervised_hidden(reference, batch_of(tiny.retain)).hidden, output_head(reference)
     stats, where = token_stats_of(model, batch)
     by_sequence = {"sequence_ids": where.sequence_ids, "num_sequences": 8}
     losses = {
@@ -177,12 +177,12 @@ def test_dropout_is_off_and_checkpointing_on(tiny):
 def test_refusals_have_rows_of_their_own(tiny_config):
     found = {}
     for forget, retain in (("dpo", "ap"), ("idk", "gd")):
-        changes = {"unlearn": {"forget": forget, "retain": retain, "epochs": 1}, "g_effect": {}}
+        changes = {"unlearn": {"forget": forget, "retain": retain, "epochs": 1}, "geffect": {}}
         config = tiny_config({**changes, "output": str(tiny_config().folder / forget)})
         run(config)
         rows = g_effects(config)
         assert [row["step"] for row in rows] == [0, 1]
-        found[forget] = rows[0]["g_effect"]
+        found[forget] = rows[0]["geffect"]
         assert set(found[forget]["terms"]) == {f"forget.{forget}", f"retain.{retain}"}
         assert found[forget]["total"]["unlearn"] != 0
     assert found["dpo"]["nll"] == pytest.approx(found["idk"]["nll"], rel=1e-6)  # the same samples, the same model
@@ -209,7 +209,7 @@ def test_of_a_model_under_peft_the_adapters_count(tiny, target):
 
 
 def g_effects(config):
-    return [row for row in read_metrics(config.folder / "metrics.jsonl") if "g_effect" in row]
+    return [row for row in read_metrics(config.folder / "metrics.jsonl") if "geffect" in row]
 
 
 class Randomness(TrainerCallback):
@@ -286,7 +286,7 @@ def test_a_probe_keeps_two_gradients(tiny):
     assert 2 * one < probing.peak < working.peak + 2 * one + layer
 
 
-PROBING = {"unlearn": {"batch_size": 1, "keep_steps": 2}, "g_effect": {"every": 2, "forget_samples": 1}}
+PROBING = {"unlearn": {"batch_size": 1, "keep_steps": 2}, "geffect": {"every": 2, "forget_samples": 1}}
 
 
 def test_a_run_with_probes_is_the_run_without(tiny_config, tmp_path):
@@ -299,7 +299,7 @@ def test_a_run_with_probes_is_the_run_without(tiny_config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = g_effects(probing)
     assert [(row["stage"], row["step"]) for row in rows] == [("unlearn", step) for step in (0, 2, 4, 6)]
-    assert rows[0]["g_effect"]["samples"] == {"forget": 1, "retain": 6}
+    assert rows[0]["geffect"]["samples"] == {"forget": 1, "retain": 6}
     kept = sorted(path.name for path in (probing.folder / "checkpoints").iterdir())
     assert kept == ["step-2", "step-4", "step-6"]
     last = load_file(probing.folder / "checkpoints" / "step-6" / "model.safetensors")
@@ -319,13 +319,13 @@ def test_stopped_and_resumed_no_row_is_lost_or_written_twice(tiny_config, tmp_pa
     ours, theirs = g_effects(config), g_effects(whole)
     assert [row["step"] for row in ours] == [0, 2, 4, 6]
     for row, other in zip(ours, theirs, strict=True):
-        assert row["g_effect"]["total"] == pytest.approx(other["g_effect"]["total"], rel=1e-4)
+        assert row["geffect"]["total"] == pytest.approx(other["geffect"]["total"], rel=1e-4)
 
 
 def test_started_again_before_the_first_checkpoint(tiny, tmp_path):
     """The row of step 0 stays the only one."""
     callback = GEffectCallback(make_probe(tiny, None, ["ga"]), tmp_path / "metrics.jsonl", "unlearn", 1)
-    append_metrics(tmp_path / "metrics.jsonl", {"stage": "unlearn", "step": 0, "g_effect": {}})
+    append_metrics(tmp_path / "metrics.jsonl", {"stage": "unlearn", "step": 0, "geffect": {}})
     assert callback._written(0)
     assert not callback._written(1)
 
@@ -339,7 +339,7 @@ def test_what_is_not_finite_is_told_and_does_not_stop(tiny):
 
 
 def test_a_mistake_is_told_before_the_first_step(tiny_config):
-    config = tiny_config({"g_effect": {"groups": {"mine": ["nothing.*"]}}})
+    config = tiny_config({"geffect": {"groups": {"mine": ["nothing.*"]}}})
     with pytest.raises(ValueError, match=r"groups\['mine'\]=\['nothing.\*'\]: matches no trainable parameter"):
         run(config)
     assert not [row for row in read_metrics(config.folder / "metrics.jsonl") if row["stage"] == "unlearn"]
@@ -349,5 +349,5 @@ def test_deepspeed_is_refused(tiny, arguments):
     args = arguments()
     args.deepspeed = {}
     callback = GEffectCallback(make_probe(tiny, None, ["ga"]), "metrics.jsonl", "unlearn", 1)
-    with pytest.raises(ValueError, match="g_effect: DeepSpeed takes gradients over; probe by `pyunlearn geffect`"):
+    with pytest.raises(ValueError, match="geffect: DeepSpeed takes gradients over; probe by `pyunlearn geffect`"):
         callback.on_train_begin(args, None, None, model=tiny.model())

@@ -18,8 +18,9 @@ from pyunlearn.metrics import extraction_likelihood, teacher_forced
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import Interrupt, read_metrics
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
+from pyunlearn.training.stage import Interrupted
 from pyunlearn.training.trainer import UnlearnTrainer
-from pyunlearn.training.unlearn import Interrupted, mean_absolute_change, trainable
+from pyunlearn.training.unlearn import mean_absolute_change, trainable
 
 from ..runs.test_run import press_at
 

@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback, TrainingArguments
 
-from pyunlearn.runs.config import GEffectConfig
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
+from pyunlearn.training.settings import GEffectConfig
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
 from tests.tiny import Tiny
