@@ -5,7 +5,7 @@ import doctest
 import pytest
 
 from pyunlearn import _hints
-from pyunlearn._hints import check_known, hint, path_hint
+from pyunlearn._hints import check_known, hint, near, path_hint
 
 
 def test_docstring_examples():
@@ -13,14 +13,26 @@ def test_docstring_examples():
     assert (result.attempted > 0, result.failed) == (True, 0)
 
 
-def test_words():
-    check_known("preset", "paper", ["paper", "standard"])
+def test_near_names_the_nearest_first():
+    known = ["paper", "standard", "Papers", "none"]
+    assert near("papr", known) == ["paper", "Papers"]
+    assert near("PAPER", known)[0] == "paper"
+    assert near("xyz", known) == []
+    assert near(None, [None, 1]) == ["None"]
+
+
+def test_a_hint_names_all_there_is():
+    assert hint("xyz", ["b", "a"]) == "needs one of b, a"
+    assert hint("Paper", []) == "there is none to choose from"
+
+
+def test_what_is_known_passes_and_the_rest_is_named():
+    check_known("preset", "paper", iter(["paper", "standard"]))
     check_known("role", None, ("forget", None))
     with pytest.raises(ValueError, match=r"^preset='Papr': did you mean paper\? needs one of paper, standard$"):
         check_known("preset", "Papr", iter(["paper", "standard"]))
     with pytest.raises(ValueError, match=r"^option=\['x'\]: needs one of alpha$"):
         check_known("option", ["x"], {"alpha": 1.0})
-    assert hint("Paper", []) == "there is none to choose from"
 
 
 def test_paths(tmp_path):
