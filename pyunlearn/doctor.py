@@ -13,8 +13,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, gaussian_noise, ghost_dot, linear_token_stats, segment_dot, token_stats
-from .ops import OUTPUTS, OuterSum, TokenStats, backends
+from . import __version__
+from .ops import (
+    OUTPUTS,
+    OuterSum,
+    TokenStats,
+    backends,
+    gaussian_noise,
+    ghost_dot,
+    linear_token_stats,
+    segment_dot,
+    token_stats,
+)
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy")
 OPTIONAL = {

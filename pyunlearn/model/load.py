@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import PartialState
 
+from .._hints import path_hint
 from ..data import check_vocabulary, padding_id
 from ..runs.config import EMBEDDED, ModelConfig
 
@@ -106,7 +106,7 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
         if path.is_file():
             return str(path.parent), path.name
         if source == EMBEDDED or Path(source).is_dir():
-            raise FileNotFoundError(f"model.gguf_file: no such file: {path}{near(path)}")
+            raise FileNotFoundError(f"model.gguf_file: no such file: {path}{path_hint(path)}")
     folder = Path(source)
     if gguf is None and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -122,7 +122,7 @@ def locate(config: ModelConfig) -> tuple[str, str | None]:
             f"model.name_or_path={source!r}: is a file; needs a folder or a Hub id (GGUF: model.gguf_file)"
         )
     elif source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model.name_or_path: no such folder: {source}{near(folder)}")
+        raise FileNotFoundError(f"model.name_or_path: no such folder: {source}{path_hint(folder)}")
     return source, gguf
 
 
@@ -133,9 +133,3 @@ def missing(source: str, error: OSError) -> FileNotFoundError:
         f"model or tokenizer {source!r}: not a folder here and not available from the Hub ({reason}); "
         "check the name and the connection (HF_HUB_OFFLINE unset), or give the path of a downloaded folder"
     )
-
-
-def near(path: Path) -> str:
-    names = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
-    return f" (there: {', '.join(close)})" if close else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -10,6 +9,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from .._hints import hint
 from ..recipes import recipe
 from ..training.settings import DEFAULT_TERMS
 from .config import ConfigError, RunConfig
@@ -102,17 +102,11 @@ def explain(problem: Any) -> str:
     key = ".".join(location) or "configuration"
     if problem["type"] == "extra_forbidden":
         known = list(fields_at(location[:-1]))
-        return f"{key}: unknown key; {nearest(location[-1], known)}"
+        return f"{key}: unknown key; {hint(location[-1], known)}"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("value_error", "missing"):
         return f"{key}: {message}"
     return f"{key}: {message}, got {problem['input']!r}"
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"known keys: {', '.join(known)}"
 
 
 def fields_at(location: Sequence[str]) -> Iterable[str]:

@@ -340,7 +340,7 @@ def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_pat
 
     told(
         FileNotFoundError,
-        r"no such file: .*forgot.jsonl \(near names there: forget.jsonl",
+        r"no such file: .*forgot.jsonl; did you mean forget.jsonl",
         forget=str(tmp_path / "forgot.jsonl"),
     )
     broken = tmp_path / "broken.jsonl"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from pathlib import Path
 
 import peft
 import pytest
@@ -29,7 +28,6 @@ from pyunlearn.training.trainer import UnlearnTrainer
 from ..geffect.common import LiveBytes
 from ..runs.test_run import press_at
 from ..tiny import SIZES
-from ..two_processes import run_on_two
 
 TERMS = ["npo", ("wga", 0.5), ("kl", 2.0), "gd"]
 SETTINGS = {"forget_samples": 8, "retain_samples": 12, "batch_size": 8}
@@ -345,22 +343,6 @@ def test_a_mistake_is_told_before_the_first_step(tiny_config):
     with pytest.raises(ValueError, match=r"groups\['mine'\]=\['nothing.\*'\]: matches no trainable parameter"):
         run(config)
     assert not [row for row in read_metrics(config.folder / "metrics.jsonl") if row["stage"] == "unlearn"]
-
-
-def test_two_processes_equal_one(tiny, tmp_path):
-    """DDP: both processes measure the same samples, one writes. FSDP2: both hold a half of every gradient."""
-    ranks = run_on_two(Path(__file__).parent / "probe_worker.py", tmp_path)
-    for told in ranks:
-        assert torch.equal(told["plain"], told["probed"])
-        assert [row["step"] for row in told["rows"]] == [0, 1, 2]
-    alone = make_probe(tiny, tiny.model(seed=1).eval(), ["npo", "gd"], batch_size=4).measure(tiny.model())
-    assert told["rows"][0]["geffect"] == alone  # bit by bit
-    for told in ranks:
-        for key in ("total", "norm", "nll", "weights"):
-            assert told["sharded"][key] == pytest.approx(alone[key], rel=1e-4)
-        assert told["sharded"]["terms"]["forget.npo"]["groups"]["retain"] == pytest.approx(
-            alone["terms"]["forget.npo"]["groups"]["retain"], rel=1e-3
-        )
 
 
 def test_deepspeed_is_refused(tiny, arguments):

@@ -1,9 +1,9 @@
-"""Run by torchrun in test_sharded_model.py: models under FSDP2 and tensor parallelism on two processes."""
+"""Models under FSDP2 and tensor parallelism on two processes."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyunlearn.model.forward import supervised_hidden
 from pyunlearn.model.head import check_output_head, head_stats, output_head
-from tests.two_processes import save_and_leave
 
 V = 61  # odd: shards are uneven
 
@@ -100,8 +99,7 @@ def tensor_parallel(mesh: Any) -> dict[str, Any]:
     return {"gradients": found | {"lm_head.weight": found["lm_head.weight"].full_tensor()}, "layout": layout}
 
 
-def main(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
+def sharded(_: Path) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,))
     results: dict[str, Any] = {name: fsdp(*how, mesh) for name, how in FSDP.items()}
     results["tensor parallel"] = tensor_parallel(mesh)
@@ -109,8 +107,4 @@ def main(folder: str) -> None:
         fsdp(head_alone, False, mesh)
     except TypeError as error:
         results["refused"] = str(error)
-    save_and_leave(results, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return results
