@@ -229,7 +229,7 @@ def test_a_kill_leaves_whole_files_and_goes_on(tiny_config, monkeypatch):
 
     def killed(path, model, tokenizer):
         if path.name == "checkpoint":
-            model.save_pretrained(path.with_name(".checkpoint.1.tmp"))
+            model.save_pretrained(path.with_name(".checkpoint.tmp"))
             raise SystemExit(9)
         original(path, model, tokenizer)
 
