@@ -1,7 +1,7 @@
 // Compiled once per instruction set, and without contraction of a * b + c: all of them give the same bits. No std::
 // templates here: the linker could hand an AVX-512 instance of one to the portable build.
 #include "../math/philox.h"
-#include "perturb.h"
+#include "lane_functions.h"
 #include "storage_lanes.h"
 
 namespace pu {
@@ -124,9 +124,4 @@ void perturb_chunk(const Perturb& p, const Chunk& c) {
 }
 
 }  // namespace PU_ISA
-
-#define PU_JOIN2(a, b) a##b
-#define PU_JOIN(a, b) PU_JOIN2(a, b)
-PerturbChunk PU_JOIN(PU_ISA, _perturb)() { return perturb_chunk; }
-
 }  // namespace pu

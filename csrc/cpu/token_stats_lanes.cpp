@@ -1,11 +1,8 @@
 // Compiled once per instruction set: PU_ISA names it, PU_LANES is its float lanes. No std:: templates here: the linker
 // could hand an AVX-512 instance of one to the portable build.
-#include "token_stats_lanes.h"
-
-#include <cstring>
-
 #include "../math/row_state.h"
 #include "../math/token_gradient.h"
+#include "lane_functions.h"
 #include "storage_lanes.h"
 
 namespace pu {
@@ -256,6 +253,6 @@ void largest(const Transform& t, const Piece& p, int64_t k, int32_t* index, void
 #define PU_JOIN(a, b) PU_JOIN2(a, b)
 #define PU_TEXT2(a) #a
 #define PU_TEXT(a) PU_TEXT2(a)
-LaneFunctions PU_JOIN(PU_ISA, _lanes)() { return {PU_TEXT(PU_ISA), accumulate, gradient, largest}; }
+LaneFunctions PU_JOIN(PU_ISA, _lanes)() { return {PU_TEXT(PU_ISA), accumulate, gradient, largest, perturb_chunk, pair_sums}; }
 
 }  // namespace pu

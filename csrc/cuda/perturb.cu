@@ -1,6 +1,6 @@
 // One launch for all chunks of the table, a block each; a thread takes eight elements at a time: 16-byte accesses, two
 // Philox calls. Nothing depends on the grid: a chunk says which elements of which parameter it holds.
-#include "perturb.cuh"
+#include "perturb.h"
 
 #include <cuda_runtime.h>
 
@@ -102,24 +102,24 @@ template <class S, class T> __global__ void __launch_bounds__(kThreads) perturb_
   }
 }
 
-template <class S, class T> void launch(const Perturb& p, const Matrix& table, void* stream) {
+template <class S, class T> void launch(const Perturb& p) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(table.rows)), config.blockDim = dim3(kThreads), config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, perturb_kernel<S, T>, table.as<const Chunk>(), p);
+  config.gridDim = dim3(unsigned(p.table.rows)), config.blockDim = dim3(kThreads), config.stream = static_cast<cudaStream_t>(p.stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, perturb_kernel<S, T>, p.table.as<const Chunk>(), p);
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
 }  // namespace
 
-void perturb(const Perturb& p, const Matrix& table, void* stream) {
-  check(p);
-  if (table.rows == 0) return;
+void perturb(const Perturb& p) {
+  p.check();
+  if (p.table.rows == 0) return;
   const bool widen = p.source != p.target;
-  if (!p.has_source) p.target == DType::kInt32 ? launch<Nothing, uint32_t>(p, table, stream) : launch<Nothing, float>(p, table, stream);
-  else if (p.source == DType::kBFloat16) widen ? launch<__nv_bfloat16, float>(p, table, stream) : launch<__nv_bfloat16, __nv_bfloat16>(p, table, stream);
-  else if (p.source == DType::kFloat16) widen ? launch<__half, float>(p, table, stream) : launch<__half, __half>(p, table, stream);
-  else if (p.source == DType::kFloat64) launch<double, double>(p, table, stream);
-  else launch<float, float>(p, table, stream);
+  if (!p.has_source) p.target == DType::kInt32 ? launch<Nothing, uint32_t>(p) : launch<Nothing, float>(p);
+  else if (p.source == DType::kBFloat16) widen ? launch<__nv_bfloat16, float>(p) : launch<__nv_bfloat16, __nv_bfloat16>(p);
+  else if (p.source == DType::kFloat16) widen ? launch<__half, float>(p) : launch<__half, __half>(p);
+  else if (p.source == DType::kFloat64) launch<double, double>(p);
+  else launch<float, float>(p);
 }
 
 }  // namespace pu::cuda

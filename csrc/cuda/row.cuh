@@ -11,7 +11,7 @@
 #include "../math/row_state.h"
 #include "../math/token_gradient.h"
 #include "storage.cuh"
-#include "token_stats.cuh"
+#include "token_stats.h"
 
 #if !defined(PU_DYNAMIC_SHARED)
 #define PU_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -35,6 +35,7 @@ struct Rows {  // Matrix as a kernel argument
   }
 };
 inline Rows rows_of(const Matrix& m) { return {m.data, m.inner_rows, m.inner_stride, m.outer_stride}; }
+template <class T = float> T* data_of(const Matrix& m) { return reinterpret_cast<T*>(m.data); }
 
 struct Arguments {
   Rows logits, targets, reference;
@@ -50,11 +51,11 @@ struct Arguments {
   }
 };
 
-inline Arguments arguments_of(const cpu::Call& call, const Matrix& logits, const Matrix& targets, const Matrix& reference) {
+inline Arguments arguments_of(const Call& call) {
   const double softcap = call.transform.softcap, temperature = call.transform.temperature;
-  return {rows_of(logits), rows_of(targets), rows_of(reference), targets.rows, logits.columns, call.first_column, call.vocabulary,
-          call.ignore_index, float(1 / temperature), float(softcap), float(softcap > 0 ? 1 / softcap : 0),
-          float(softcap > 0 ? temperature / softcap : 0), call.outputs, targets.dtype == DType::kInt64};
+  return {rows_of(call.logits), rows_of(call.targets), rows_of(call.reference), call.targets.rows, call.logits.columns, call.first_column,
+          call.vocabulary, call.ignore_index, float(1 / temperature), float(softcap), float(softcap > 0 ? 1 / softcap : 0),
+          float(softcap > 0 ? temperature / softcap : 0), call.outputs, call.targets.dtype == DType::kInt64};
 }
 
 // The columns [begin, end) that part `part` of `parts` of a row covers; parts begin on 16-byte packs.

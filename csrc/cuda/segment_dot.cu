@@ -3,8 +3,9 @@
 // Every element is widened to double: two conversions and three DFMA. At 4.3 TB/s a bf16 pair (4 bytes) asks an SM of an
 // H200 for 9 conversions and 14 DFMA lanes a cycle, which does 16 and 64; an fp32 pair (8 bytes) for half of that. A
 // product in fp32 first would not save any: it is exact for bf16, but needs a conversion of its own (three a pair).
-#include "segment_dot.cuh"
+#include "segment_dot.h"
 
+#include "../math/segments.h"
 #include "row.cuh"
 
 namespace pu::cuda {
@@ -102,11 +103,11 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Segment* table, 
 
 }  // namespace
 
-void segment_dot(const Matrix& table, int64_t chunk, const Matrix& partials, const Matrix& sums, void* stream) {
-  const Segment* segments = table.as<Segment>();
-  Sums* partial = reinterpret_cast<Sums*>(partials.data);
-  Launch{partials.rows, 1, stream}(chunk_kernel, segments, table.rows, chunk, partial);
-  Launch{table.rows, 1, stream}(finish_kernel, segments, table.rows, chunk, partial, sums.as<double>());
+void segment_dot(const SegmentDot& d) {
+  const Segment* segments = d.table.as<Segment>();
+  Sums* partial = reinterpret_cast<Sums*>(d.partials.data);
+  Launch{d.partials.rows, 1, d.stream}(chunk_kernel, segments, d.table.rows, d.chunk, partial);
+  Launch{d.table.rows, 1, d.stream}(finish_kernel, segments, d.table.rows, d.chunk, partial, d.sums.as<double>());
 }
 
 }  // namespace pu::cuda
