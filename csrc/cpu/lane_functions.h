@@ -44,8 +44,9 @@ void pair_sums(DType a_type, const void* a, DType b_type, const void* b, int64_t
 
 namespace cpu {
 
-const LaneFunctions& lanes();                // the instruction set in use
-const char* choose_lanes(const char* name);  // "auto" or a name; what is in use afterwards. Throws on one this CPU lacks
+const LaneFunctions& lanes();  // the instruction set in use
+// "auto" or a name; returns what is in use afterwards. Throws on one this CPU lacks.
+const char* choose_lanes(const char* name);
 
 }  // namespace cpu
 }  // namespace pu

@@ -45,7 +45,8 @@ __global__ void __launch_bounds__(kThreads, 3) value_and_grad_kernel(Arguments a
         if (a.outputs >> o & 1) stats[line++ * a.rows + row] = 0;
     return;
   }
-  T* at = onchip + int32_t(reinterpret_cast<uintptr_t>(x + span.begin) % 16 / sizeof(T)) - span.begin;  // same phase as x
+  const int32_t phase = int32_t(reinterpret_cast<uintptr_t>(x + span.begin) % 16 / sizeof(T));
+  T* at = onchip + phase - span.begin;  // the phase of x
 
   RowState<float> s = RowState<float>::empty(0.0f);
   if (span.begin < span.end) {
@@ -126,7 +127,8 @@ const char* value_and_grad(const Call& call) {
   const Matrix& logits = call.logits;
   const int64_t row_bytes = logits.columns * size_of(logits.dtype);
   while (cluster < kLargestCluster && row_bytes > cluster * kPieceBytes) cluster *= 2;
-  const int64_t piece = (span_of(logits.columns, 0, cluster).end * size_of(logits.dtype) + 15) / 16 * 16 + 16;  // and its phase
+  const int64_t most = span_of(logits.columns, 0, cluster).end * size_of(logits.dtype);
+  const int64_t piece = (most + 15) / 16 * 16 + 16;  // and its phase
   if (piece > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024) return "a row is too long for the shared memory of a cluster";
   const Arguments a = arguments_of(call);
   const Launch launch = {logits.rows, cluster, call.stream, size_t(piece), cluster};

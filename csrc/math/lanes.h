@@ -94,10 +94,12 @@ struct Exponent {
     x = _mm512_max_ps(_mm512_set1_ps(-104), __m512(from));
     n = _mm512_roundscale_ps(__m512(x * 1.44269502f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  PU_FN Floats remainder() const { return _mm512_fmsub_ps(__m512(x), _mm512_set1_ps(1.44269502f), __m512(n)); }  // rounded once
+  // rounded once
+  PU_FN Floats remainder() const { return _mm512_fmsub_ps(__m512(x), _mm512_set1_ps(1.44269502f), __m512(n)); }
   PU_FN Floats times_power(Floats p) const { return _mm512_scalef_ps(__m512(p), __m512(n)); }
 #else
-    const float magic = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to an integer, and 127 is the exponent's bias
+    // 1.5 * 2^23: adding it rounds to an integer, and 127 is the exponent's bias
+    const float magic = 12582912.0f + 127;
     x = from, shifted = x * 1.44269502f + magic, n = shifted - magic;
   }
   PU_FN Floats remainder() const { return x * 1.44269502f - n; }

@@ -15,7 +15,8 @@ inline namespace PU_ISA {
 template <class A> struct RowCoefficients {
   A max, log_sum, log_scale;            // P_j = exp(z_j - max - log_sum - log_scale)
   A ref_max, ref_log_sum;
-  A constant, on_p, on_logp, on_logq, on_q;  // dz_j = P_j (on_p + on_logp logp_j + on_logq logq_j) + on_q q_j + constant
+  // dz_j = P_j (on_p + on_logp logp_j + on_logq logq_j) + on_q q_j + constant
+  A constant, on_p, on_logp, on_logq, on_q;
   A on_belief;                          // times b_j, on the top-k lanes
   A at_target, at_target_p;             // dz_t = at_target + p_t (at_target_p + on_logp logp_t + on_logq logq_t) + ...
   A target_p, target_logp;
