@@ -50,7 +50,8 @@ class Borrowed {
   }
   int cuda_device() const {  // -1: the CPU
     if (device_.type != kCpu && device_.type != kCuda)
-      throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_.type) + " are not supported");
+      throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_.type) +
+                                  " are not supported");
 #if defined(PU_CUDA_ON_CPU)  // the tests' build: the CUDA kernels run on the CPU's tensors
     return 0;
 #else
@@ -75,7 +76,8 @@ using Step = std::optional<std::pair<uint32_t, double>>;  // (draw, scale)
 pu::Noise noise_of(const Step& step) { return step ? pu::Noise{true, step->first, step->second} : pu::Noise{}; }
 
 // The kernel of one side or the other, without the interpreter's lock.
-template <class Kernel, class... Arguments> auto run(int device, Kernel on_gpu, Kernel on_cpu, const Arguments&... arguments) {
+template <class Kernel, class... Arguments>
+auto run(int device, Kernel on_gpu, Kernel on_cpu, const Arguments&... arguments) {
   const py::gil_scoped_release release;
   if (device < 0) return on_cpu(arguments...);
 #if defined(PU_CUDA)
@@ -92,8 +94,8 @@ template <class Kernel, class... Arguments> auto run(int device, Kernel on_gpu, 
 #define PU_BOTH(kernel) pu::cpu::kernel, pu::cpu::kernel
 #endif
 
-pu::Call make_call(uint32_t outputs, double temperature, double softcap, int64_t ignore_index, int64_t first_column, int64_t vocabulary, int threads,
-                   uintptr_t stream) {
+pu::Call make_call(uint32_t outputs, double temperature, double softcap, int64_t ignore_index, int64_t first_column,
+                   int64_t vocabulary, int threads, uintptr_t stream) {
   pu::Call call;
   call.transform = {temperature, softcap}, call.ignore_index = ignore_index, call.outputs = outputs;
   call.first_column = first_column, call.vocabulary = vocabulary;
@@ -101,37 +103,53 @@ pu::Call make_call(uint32_t outputs, double temperature, double softcap, int64_t
   return call;
 }
 
-void accumulate(pu::Call call, py::handle logits, py::handle targets, py::handle reference, py::handle state, bool fresh) {
-  const Borrowed tensors[] = {{call.logits, logits, "logits"}, {call.targets, targets, "targets", true},
-                              {call.reference, reference, "reference"}, {call.state, state, "state"}};
+void accumulate(pu::Call call, py::handle logits, py::handle targets, py::handle reference, py::handle state,
+                bool fresh) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"},
+                              {call.targets, targets, "targets", true},
+                              {call.reference, reference, "reference"},
+                              {call.state, state, "state"}};
   call.fresh = fresh;
   run(tensors[0].cuda_device(), PU_BOTH(accumulate), call);
 }
 
-void finish(pu::Call call, py::handle state, py::handle targets, bool has_reference, py::handle stats, py::handle saved) {
-  const Borrowed tensors[] = {{call.state, state, "state"}, {call.targets, targets, "targets", true}, {call.stats, stats, "stats"}, {call.saved, saved, "saved"}};
+void finish(pu::Call call, py::handle state, py::handle targets, bool has_reference, py::handle stats,
+            py::handle saved) {
+  const Borrowed tensors[] = {{call.state, state, "state"},
+                              {call.targets, targets, "targets", true},
+                              {call.stats, stats, "stats"},
+                              {call.saved, saved, "saved"}};
   call.has_reference = has_reference;
   run(tensors[0].cuda_device(), PU_BOTH(finish), call);
 }
 
-void topk(pu::Call call, py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index, py::handle belief) {
-  const Borrowed tensors[] = {{call.logits, logits, "logits"}, {call.targets, targets, "targets", true}, {call.stats, stats, "stats"},
-                              {call.saved, saved, "saved"}, {call.index, index, "index"}, {call.belief, belief, "belief"}};
+void topk(pu::Call call, py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index,
+          py::handle belief) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"}, {call.targets, targets, "targets", true},
+                              {call.stats, stats, "stats"},    {call.saved, saved, "saved"},
+                              {call.index, index, "index"},    {call.belief, belief, "belief"}};
   run(tensors[0].cuda_device(), PU_BOTH(topk), call);
 }
 
-void backward(pu::Call call, py::handle grad_stats, py::handle stats, py::handle saved, py::handle logits, py::handle targets, py::handle reference,
-              py::handle index, py::handle belief, py::handle grad_logits) {
-  const Borrowed tensors[] = {{call.logits, logits, "logits"}, {call.targets, targets, "targets", true}, {call.reference, reference, "reference"},
-                              {call.grad_stats, grad_stats, "grad_stats"}, {call.stats, stats, "stats"}, {call.saved, saved, "saved"},
-                              {call.index, index, "index"}, {call.belief, belief, "belief"}, {call.grad_logits, grad_logits, "grad_logits"}};
+void backward(pu::Call call, py::handle grad_stats, py::handle stats, py::handle saved, py::handle logits,
+              py::handle targets, py::handle reference, py::handle index, py::handle belief, py::handle grad_logits) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"},
+                              {call.targets, targets, "targets", true},
+                              {call.reference, reference, "reference"},
+                              {call.grad_stats, grad_stats, "grad_stats"},
+                              {call.stats, stats, "stats"},
+                              {call.saved, saved, "saved"},
+                              {call.index, index, "index"},
+                              {call.belief, belief, "belief"},
+                              {call.grad_logits, grad_logits, "grad_logits"}};
   run(tensors[0].cuda_device(), PU_BOTH(backward), call);
 }
 
-const char* value_and_grad(pu::Call call, py::handle logits, py::handle targets, py::handle weights, double alpha, double gamma, double beta, py::handle floor,
-                           py::handle stats, py::handle grad_logits) {
-  const Borrowed tensors[] = {{call.logits, logits, "logits"}, {call.targets, targets, "targets", true}, {call.grad_stats, weights, "weights"},
-                              {call.floor, floor, "floor", true}, {call.stats, stats, "stats"}, {call.grad_logits, grad_logits, "grad_logits"}};
+const char* value_and_grad(pu::Call call, py::handle logits, py::handle targets, py::handle weights, double alpha,
+                           double gamma, double beta, py::handle floor, py::handle stats, py::handle grad_logits) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"},       {call.targets, targets, "targets", true},
+                              {call.grad_stats, weights, "weights"}, {call.floor, floor, "floor", true},
+                              {call.stats, stats, "stats"},          {call.grad_logits, grad_logits, "grad_logits"}};
   call.rule = {alpha, gamma, beta};
   return run(tensors[0].cuda_device(), PU_BOTH(value_and_grad), call);
 }
@@ -143,7 +161,8 @@ int64_t parts(int cuda_device, int64_t rows, int64_t columns) {
   return run(cuda_device, PU_BOTH(parts_of), rows, columns);
 }
 
-void perturb(py::handle table, py::handle source, py::handle target, uint64_t seed, const Step& remove, const Step& add, int threads, uintptr_t stream) {
+void perturb(py::handle table, py::handle source, py::handle target, uint64_t seed, const Step& remove, const Step& add,
+             int threads, uintptr_t stream) {
   pu::Perturb p;
   p.seed = seed, p.has_source = !source.is_none(), p.source = dtype_like(source), p.target = dtype_like(target);
   p.remove = noise_of(remove), p.add = noise_of(add);
@@ -182,18 +201,22 @@ PYBIND11_MODULE(_C, m) {
   m.def("choose_instruction_set", &pu::cpu::choose_lanes, "name"_a);
 
   py::class_<pu::Call>(m, "Call", py::module_local(), "What the token statistics take besides tensors.")
-      .def(py::init(&make_call), py::kw_only(), "outputs"_a, "temperature"_a, "softcap"_a, "ignore_index"_a, "first_column"_a, "vocabulary"_a, "threads"_a,
-           "stream"_a);
+      .def(py::init(&make_call), py::kw_only(), "outputs"_a, "temperature"_a, "softcap"_a, "ignore_index"_a,
+           "first_column"_a, "vocabulary"_a, "threads"_a, "stream"_a);
   m.def("parts", &parts, "cuda_device"_a, "rows"_a, "columns"_a);
-  m.def("accumulate", &accumulate, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "reference"_a, "state"_a, "fresh"_a);
+  m.def("accumulate", &accumulate, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "reference"_a, "state"_a,
+        "fresh"_a);
   m.def("finish", &finish, "call"_a, py::kw_only(), "state"_a, "targets"_a, "has_reference"_a, "stats"_a, "saved"_a);
   m.def("topk", &topk, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "stats"_a, "saved"_a, "index"_a, "belief"_a);
-  m.def("backward", &backward, "call"_a, py::kw_only(), "grad_stats"_a, "stats"_a, "saved"_a, "logits"_a, "targets"_a, "reference"_a, "index"_a, "belief"_a,
-        "grad_logits"_a);
-  m.def("value_and_grad", &value_and_grad, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "weights"_a, "alpha"_a, "gamma"_a, "beta"_a, "floor"_a, "stats"_a,
-        "grad_logits"_a, "Returns why two passes serve better, with nothing done, or None.");
+  m.def("backward", &backward, "call"_a, py::kw_only(), "grad_stats"_a, "stats"_a, "saved"_a, "logits"_a, "targets"_a,
+        "reference"_a, "index"_a, "belief"_a, "grad_logits"_a);
+  m.def("value_and_grad", &value_and_grad, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "weights"_a, "alpha"_a,
+        "gamma"_a, "beta"_a, "floor"_a, "stats"_a, "grad_logits"_a,
+        "Returns why two passes serve better, with nothing done, or None.");
 
   m.def("philox", &philox, "counter"_a, "key"_a);
-  m.def("perturb", &perturb, py::kw_only(), "table"_a, "source"_a, "target"_a, "seed"_a, "remove"_a, "add"_a, "threads"_a, "stream"_a);
-  m.def("segment_dot", &segment_dot, py::kw_only(), "table"_a, "chunk"_a, "partials"_a, "sums"_a, "threads"_a, "stream"_a);
+  m.def("perturb", &perturb, py::kw_only(), "table"_a, "source"_a, "target"_a, "seed"_a, "remove"_a, "add"_a,
+        "threads"_a, "stream"_a);
+  m.def("segment_dot", &segment_dot, py::kw_only(), "table"_a, "chunk"_a, "partials"_a, "sums"_a, "threads"_a,
+        "stream"_a);
 }

@@ -29,10 +29,12 @@ const char* choose_lanes(const char* name) {
   LaneFunctions functions = best_lanes();
   if (wanted == "portable") functions = portable_lanes();
 #if defined(PU_X86)
-  else if (wanted == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) functions = avx2_lanes();
+  else if (wanted == "avx2" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    functions = avx2_lanes();
 #endif
   else if (wanted != "auto" && wanted != functions.name)
-    throw std::invalid_argument("instruction set '" + wanted + "': this CPU has " + functions.name + "; choose auto, portable or avx2");
+    throw std::invalid_argument("instruction set '" + wanted + "': this CPU has " + functions.name +
+                                "; choose auto, portable or avx2");
   chosen() = functions;
   return chosen().name;
 }

@@ -19,11 +19,14 @@ PU_FN void transpose(Floats (&v)[4]) {
 #define PU_MM(op) _mm256_##op
 #endif
 #if defined(PU_MM)
-  const V a = reinterpret_cast<V>(v[0]), b = reinterpret_cast<V>(v[1]), c = reinterpret_cast<V>(v[2]), d = reinterpret_cast<V>(v[3]);
+  const V a = reinterpret_cast<V>(v[0]), b = reinterpret_cast<V>(v[1]), c = reinterpret_cast<V>(v[2]),
+          d = reinterpret_cast<V>(v[3]);
   const auto ab = PU_MM(castps_pd)(PU_MM(unpacklo_ps)(a, b)), AB = PU_MM(castps_pd)(PU_MM(unpackhi_ps)(a, b));
   const auto cd = PU_MM(castps_pd)(PU_MM(unpacklo_ps)(c, d)), CD = PU_MM(castps_pd)(PU_MM(unpackhi_ps)(c, d));
-  v[0] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(ab, cd)), v[1] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(ab, cd));
-  v[2] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(AB, CD)), v[3] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(AB, CD));
+  v[0] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(ab, cd)),
+  v[1] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(ab, cd));
+  v[2] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(AB, CD)),
+  v[3] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(AB, CD));
 #undef PU_MM
 #else
   for (int q = 0; q < kLanes; q += 4)

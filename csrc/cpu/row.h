@@ -22,8 +22,9 @@ inline void check_range(const Call& call) {
   for (int64_t row = 0; row < call.targets.rows; ++row) {
     const int64_t target = target_of(call, row);
     if ((target < 0 || target >= call.vocabulary) && target != call.ignore_index)
-      throw std::out_of_range("targets: row " + std::to_string(row) + " holds " + std::to_string(target) + ", needs 0 <= target < " +
-                              std::to_string(call.vocabulary) + " or ignore_index=" + std::to_string(call.ignore_index));
+      throw std::out_of_range("targets: row " + std::to_string(row) + " holds " + std::to_string(target) +
+                              ", needs 0 <= target < " + std::to_string(call.vocabulary) +
+                              " or ignore_index=" + std::to_string(call.ignore_index));
   }
 }
 
@@ -56,9 +57,11 @@ template <class A> RowState<A> read_piece(const Call& call, int64_t row, int64_t
 
 // d(logits) of piece p of a row, into grad_logits.
 template <class A>
-void write_piece(const Call& call, int64_t row, int64_t p, int64_t target, const RowCoefficients<A>& c, const Belief& belief) {
+void write_piece(const Call& call, int64_t row, int64_t p, int64_t target, const RowCoefficients<A>& c,
+                 const Belief& belief) {
   const int kind = c.on_logq != 0 || c.on_q != 0 ? 2 : c.on_logp != 0 ? 1 : 0;
-  lanes().gradient(call.transform, piece_of(call, row, p * kPiece, target), &c, kind, belief, call.grad_logits.row(row, p * kPiece));
+  lanes().gradient(call.transform, piece_of(call, row, p * kPiece, target), &c, kind, belief,
+                   call.grad_logits.row(row, p * kPiece));
 }
 
 // The gradients of a row's statistics, by Output; whether there is any.

@@ -16,7 +16,8 @@ void segment_dot(const SegmentDot& d) {
     const int64_t begin = (i - s.first_chunk) * d.chunk;
     const DType a = DType(s.a_type), b = DType(s.b_type);
     lanes().pair_sums(a, reinterpret_cast<const char*>(s.a) + begin * size_of(a), b,
-                      reinterpret_cast<const char*>(s.b) + begin * size_of(b), std::min(d.chunk, s.count - begin), partial + 3 * i);
+                      reinterpret_cast<const char*>(s.b) + begin * size_of(b), std::min(d.chunk, s.count - begin),
+                      partial + 3 * i);
   });
   parallel(d.table.rows, d.threads, [&](int64_t j) {
     const double* first = partial + 3 * segments[j].first_chunk;

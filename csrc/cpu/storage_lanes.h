@@ -13,7 +13,11 @@ template <> struct LaneOf<double> { using type = double; };
 
 PU_FN double load(const double* p) { return *p; }
 PU_FN void store(double* p, double v) { *p = v; }
-PU_FN Floats load(const float* p) { Floats v; __builtin_memcpy(&v, p, sizeof v); return v; }
+PU_FN Floats load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 PU_FN void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
 PU_FN Words load_words(const void* p) {  // GCC makes several instructions of __builtin_convertvector

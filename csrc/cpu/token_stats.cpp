@@ -26,7 +26,9 @@ template <class A> void accumulate_as(const Call& call) {
     });
   } else {
     std::unique_ptr<RowState<A>[]> parts(new RowState<A>[rows * pieces]);
-    parallel(rows * pieces, call.threads, [&](int64_t i) { if (!ignored(i / pieces)) parts[i] = piece(i / pieces, i % pieces); });
+    parallel(rows * pieces, call.threads, [&](int64_t i) {
+      if (!ignored(i / pieces)) parts[i] = piece(i / pieces, i % pieces);
+    });
     for (int64_t row = 0; row < rows; ++row)
       if (!ignored(row)) join(row, [&](int64_t p) { return parts[row * pieces + p]; });
   }
@@ -65,9 +67,10 @@ template <class A> void backward_as(const Call& call) {
     write_piece(call, row, p, target, row_coefficients(up, value, keep, call.vocabulary), b);
   };
   if (rows >= 4 * call.threads || pieces == 1)
-    parallel(rows, call.threads, [&](int64_t row) { for (int64_t p = 0; p < pieces; ++p) piece(row, p); });
-  else
-    parallel(rows * pieces, call.threads, [&](int64_t i) { piece(i / pieces, i % pieces); });
+    parallel(rows, call.threads, [&](int64_t row) {
+      for (int64_t p = 0; p < pieces; ++p) piece(row, p);
+    });
+  else parallel(rows * pieces, call.threads, [&](int64_t i) { piece(i / pieces, i % pieces); });
 }
 
 }  // namespace
@@ -78,7 +81,9 @@ void accumulate(const Call& call) {
   if (call.fresh) check_range(call);
   call.logits.dtype == DType::kFloat64 ? accumulate_as<double>(call) : accumulate_as<float>(call);
 }
-void finish(const Call& call) { call.state.dtype == DType::kFloat64 ? finish_as<double>(call) : finish_as<float>(call); }
+void finish(const Call& call) {
+  call.state.dtype == DType::kFloat64 ? finish_as<double>(call) : finish_as<float>(call);
+}
 void backward(const Call& call) {
   if (call.grad_logits.data != call.logits.data) advise(call.grad_logits);
   call.logits.dtype == DType::kFloat64 ? backward_as<double>(call) : backward_as<float>(call);

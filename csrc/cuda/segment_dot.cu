@@ -79,7 +79,8 @@ __device__ inline Sums over_threads(Sums s) {
   return s;
 }
 
-__global__ void __launch_bounds__(kThreads, 3) chunk_kernel(const Segment* table, int64_t segments, int64_t chunk, Sums* partials) {
+__global__ void __launch_bounds__(kThreads, 3)
+    chunk_kernel(const Segment* table, int64_t segments, int64_t chunk, Sums* partials) {
   const int64_t i = blockIdx.x;
   const Segment segment = table[segment_of(table, segments, i)];
   const int64_t begin = (i - segment.first_chunk) * chunk, left = segment.count - begin;
@@ -91,11 +92,13 @@ __global__ void __launch_bounds__(kThreads, 3) chunk_kernel(const Segment* table
   if (threadIdx.x == 0) partials[i] = whole;
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(const Segment* table, int64_t segments, int64_t chunk, const Sums* partials, double* sums) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const Segment* table, int64_t segments, int64_t chunk, const Sums* partials, double* sums) {
   const Segment segment = table[blockIdx.x];
   const int64_t end = segment.first_chunk + (segment.count + chunk - 1) / chunk;
   Sums s;
-  for (int64_t i = segment.first_chunk + threadIdx.x; i < end; i += kThreads) s.ab += partials[i].ab, s.aa += partials[i].aa, s.bb += partials[i].bb;
+  for (int64_t i = segment.first_chunk + threadIdx.x; i < end; i += kThreads)
+    s.ab += partials[i].ab, s.aa += partials[i].aa, s.bb += partials[i].bb;
   s = over_threads(s);
   if (threadIdx.x != 0) return;
   sums[blockIdx.x] = s.ab, sums[segments + blockIdx.x] = s.aa, sums[2 * segments + blockIdx.x] = s.bb;

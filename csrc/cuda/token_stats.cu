@@ -10,7 +10,8 @@ namespace pu::cuda {
 namespace {
 
 template <class T, unsigned kWants, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, blocks_of(kWants & kReferenceSums)) accumulate_kernel(Arguments a, RowState<float>* state, bool fresh) {
+__global__ void __launch_bounds__(kThreads, blocks_of(kWants& kReferenceSums))
+    accumulate_kernel(Arguments a, RowState<float>* state, bool fresh) {
   __shared__ float room[kWarps + 2];
   const int64_t row = blockIdx.x, column = a.target(row);
   const int part = blockIdx.y, parts = gridDim.y;
@@ -50,7 +51,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kWants & kReferenceSums)) 
 }
 
 // One warp a row: its lanes merge the row's parts in turn, then each other by a fixed tree.
-__global__ void __launch_bounds__(128) finish_kernel(Arguments a, const RowState<float>* state, int parts, bool has_reference, float* stats, float* saved) {
+__global__ void __launch_bounds__(128) finish_kernel(Arguments a, const RowState<float>* state, int parts,
+                                                     bool has_reference, float* stats, float* saved) {
   const int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= a.rows) return;
@@ -194,8 +196,8 @@ void accumulate(const Call& call) {
   with_dtype(logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
       with_wants(wants_of(call.outputs), bool(call.reference), [&](auto wants) {
-        launch(accumulate_kernel<decltype(like), decltype(wants)::value, decltype(softcap)::value>, a, data_of<RowState<float>>(call.state),
-               call.fresh);
+        launch(accumulate_kernel<decltype(like), decltype(wants)::value, decltype(softcap)::value>, a,
+               data_of<RowState<float>>(call.state), call.fresh);
       });
     });
   });
@@ -205,8 +207,8 @@ void finish(const Call& call) {
   const int64_t rows = call.targets.rows;
   if (rows == 0) return;
   const Launch launch = {(rows + 3) / 4, 1, call.stream, 0, 1, 128};
-  launch(finish_kernel, arguments_of(call), data_of<const RowState<float>>(call.state), int(call.state.rows / rows), call.has_reference,
-         data_of(call.stats), data_of(call.saved));
+  launch(finish_kernel, arguments_of(call), data_of<const RowState<float>>(call.state), int(call.state.rows / rows),
+         call.has_reference, data_of(call.stats), data_of(call.saved));
 }
 
 void backward(const Call& call) {
@@ -218,8 +220,11 @@ void backward(const Call& call) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
       using T = decltype(like);
       constexpr bool S = decltype(softcap)::value;
-      auto kernel = call.reference ? backward_kernel<T, true, true, S> : logs ? backward_kernel<T, true, false, S> : backward_kernel<T, false, false, S>;
-      launch(kernel, a, data_of(call.grad_stats), data_of(call.stats), data_of(call.saved), belief, rows_of(call.grad_logits));
+      auto kernel = call.reference ? backward_kernel<T, true, true, S>
+                    : logs         ? backward_kernel<T, true, false, S>
+                                   : backward_kernel<T, false, false, S>;
+      launch(kernel, a, data_of(call.grad_stats), data_of(call.stats), data_of(call.saved), belief,
+             rows_of(call.grad_logits));
     });
   });
 }

@@ -37,7 +37,8 @@ __device__ int rank_in_block(bool flag, int* room, int& total) {
 }
 
 template <class T, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads) topk_kernel(Arguments a, const float* saved, float* value, int32_t* index, float* belief, int k) {
+__global__ void __launch_bounds__(kThreads)
+    topk_kernel(Arguments a, const float* saved, float* value, int32_t* index, float* belief, int k) {
   __shared__ int counts[kWarps][256], room[kWarps];
   __shared__ uint32_t keys[kThreads], sorted[kThreads];
   __shared__ int32_t column[kThreads], sorted_column[kThreads];
@@ -117,8 +118,9 @@ void topk(const Call& call) {
   const Launch launch = {call.logits.rows, 1, call.stream};
   with_dtype(call.logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
-      launch(topk_kernel<decltype(like), decltype(softcap)::value>, a, data_of(call.saved), data_of(call.stats) + line * a.rows,
-             data_of<int32_t>(call.index), data_of(call.belief), int(call.index.columns));
+      launch(topk_kernel<decltype(like), decltype(softcap)::value>, a, data_of(call.saved),
+             data_of(call.stats) + line * a.rows, data_of<int32_t>(call.index), data_of(call.belief),
+             int(call.index.columns));
     });
   });
 }

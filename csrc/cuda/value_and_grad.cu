@@ -19,7 +19,8 @@ struct Weights {
 };
 
 template <class T, unsigned kWants, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, 3) value_and_grad_kernel(Arguments a, Weights weights, float* stats, Rows out) {
+__global__ void __launch_bounds__(kThreads, 3)
+    value_and_grad_kernel(Arguments a, Weights weights, float* stats, Rows out) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   PU_DYNAMIC_SHARED(memory);
@@ -129,10 +130,13 @@ const char* value_and_grad(const Call& call) {
   while (cluster < kLargestCluster && row_bytes > cluster * kPieceBytes) cluster *= 2;
   const int64_t most = span_of(logits.columns, 0, cluster).end * size_of(logits.dtype);
   const int64_t piece = (most + 15) / 16 * 16 + 16;  // and its phase
-  if (piece > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024) return "a row is too long for the shared memory of a cluster";
+  if (piece > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024)
+    return "a row is too long for the shared memory of a cluster";
   const Arguments a = arguments_of(call);
   const Launch launch = {logits.rows, cluster, call.stream, size_t(piece), cluster};
-  const Weights weights = {data_of(call.grad_stats), data_of(call.floor), {float(call.rule.alpha), float(call.rule.gamma), float(call.rule.beta)}};
+  const Weights weights = {data_of(call.grad_stats),
+                           data_of(call.floor),
+                           {float(call.rule.alpha), float(call.rule.gamma), float(call.rule.beta)}};
   with_dtype(logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
       using T = decltype(like);

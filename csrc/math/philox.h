@@ -64,8 +64,16 @@ template <class W> PU_FN void philox(W (&c)[4], uint32_t key_low, uint32_t key_h
 
 // One CUDA thread: the special function units where they are good enough. Elsewhere the C library stands in for them.
 #if defined(__CUDA_ARCH__)
-PU_FN float log2_unit(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-PU_FN float sqrt_unit(float x) { float y; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+PU_FN float log2_unit(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+PU_FN float sqrt_unit(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 PU_FN void cos_sin_unit(float x, float& cosine, float& sine) { __sincosf(x, &sine, &cosine); }
 #else
 PU_FN float log2_unit(float x) { return log2f(x); }

@@ -12,9 +12,7 @@ struct Transform {  // z = softcap * tanh(x / softcap) / temperature; softcap 0 
 };
 
 // The coefficients of math/token_rule.h.
-template <class A> struct Rule {
-  A alpha = 0, gamma = 0, beta = 0;
-};
+template <class A> struct Rule { A alpha = 0, gamma = 0, beta = 0; };
 
 // Of the token statistics; a kernel reads the fields that its declaration names. Shapes were checked, an empty Matrix is
 // none. A row is one target; per-row arrays lie with the rows last: (outputs, rows).
@@ -27,8 +25,8 @@ struct Call {
   Matrix logits, targets, reference;
   Matrix state;  // (rows * parts, state_fields()): a row's states lie one after another, parts of its columns in order
   bool fresh = false, has_reference = false;
-  Matrix stats, saved;  // (outputs, rows), (kSavedCount, rows)
-  Matrix index, belief;  // (rows, k): the top k lanes and their beliefs, float (double for float64 logits)
+  Matrix stats, saved;             // (outputs, rows), (kSavedCount, rows)
+  Matrix index, belief;            // (rows, k): the top k lanes and their beliefs, float (double for float64 logits)
   Matrix grad_stats, grad_logits;  // (outputs, rows); like logits, and may be logits
   Rule<double> rule;
   Matrix floor;  // (rows, 1), of the rule's sigmoid; none: no sigmoid
@@ -96,7 +94,7 @@ struct Segment {
 };
 
 struct SegmentDot {
-  Matrix table;     // (segments, 6) int64, rows of Segment
+  Matrix table;  // (segments, 6) int64, rows of Segment
   int64_t chunk = 0;
   Matrix partials;  // (chunks, 3) float64, room to work in
   Matrix sums;      // (3, segments) float64
