@@ -65,14 +65,14 @@ def fsdp(mesh) -> dict[str, bool]:
 def refusals(mesh) -> dict[str, str]:
     holder = nn.ParameterDict({"w": nn.Parameter(distribute_tensor(torch.ones(4, 4).bfloat16(), mesh, [Shard(0)]))})
     assert isinstance(holder["w"], DTensor)
-    told = {}
+    messages = {}
     for mode in ("auto", "overlay", "streamed", "snap"):
         try:
             with pu.perturbed(holder, mode=mode):
-                told[mode] = "entered"
+                messages[mode] = "entered"
         except ValueError as error:
-            told[mode] = str(error)
-    return told
+            messages[mode] = str(error)
+    return messages
 
 
 def main(folder: str) -> None:

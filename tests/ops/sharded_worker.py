@@ -86,11 +86,11 @@ def run(
         upstream[:zero_rows] = 0
         loss = loss + (stats[name].double() * upstream).sum() if name in stats else loss
     loss.backward()
-    found = {name: value.detach().double() for name, value in stats.items()}
+    values = {name: value.detach().double() for name, value in stats.items()}
     for name, tensor in tensors.items():
         if tensor.grad is not None:
-            found["d" + name] = tensor.grad
-    return found
+            values["d" + name] = tensor.grad
+    return values
 
 
 def case(how: dict[str, Any], shard: bool) -> dict[str, Tensor]:
@@ -113,8 +113,8 @@ def case(how: dict[str, Any], shard: bool) -> dict[str, Tensor]:
     return run(tensors, **options)
 
 
-def whole(found: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+def whole(values: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in values.items()}
 
 
 def refusals() -> dict[str, str]:
@@ -167,11 +167,11 @@ def gathered() -> Tensor:
 
 def main(folder: str) -> None:
     torch.distributed.init_process_group("gloo")
-    found = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
+    cases = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     again = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     local = case(CASES["within"], shard=True)
     layouts = {name: str(local["d" + name].placements) for name in ("weight", "bias", "b")}
-    results = {"found": found, "again": again, "layouts": layouts, "refusals": refusals(), "gathered": gathered()}
+    results = {"cases": cases, "again": again, "layouts": layouts, "refusals": refusals(), "gathered": gathered()}
     save_and_leave(results, folder)
 
 

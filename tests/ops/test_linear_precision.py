@@ -56,9 +56,9 @@ def test_half_precision_gradients_are_rounded_once(path, monkeypatch):
         add(self, d, rows, columns)
 
     monkeypatch.setattr(projection.Gradients, "add", watch)
-    found = gradients(*problem(), **PATHS[path])
+    ours = gradients(*problem(), **PATHS[path])
     assert len(tiles) == {"within": 1, "slices": 6}.get(path, 7)
-    for name, gradient in found.items():
+    for name, gradient in ours.items():
         assert gradient.dtype == torch.bfloat16
         error, scale = (gradient.double() - exact[name]).abs(), exact[name].abs()
         assert bool((error <= scale * 2**-8 + 2e-6 * scale.max()).all()), name
@@ -186,11 +186,11 @@ def test_an_adapter_equals_the_merged_head(budget, backend):
     h, w, bias, x, b = (tensor.requires_grad_() for tensor in tensors.values())
     reference = (h.detach() + 0.1, w.detach())
     rest = dict(outputs=("logp", "entropy", "kl_pq"), reference=reference, budget_bytes=budget, backend=backend)
-    found = pu.linear_token_stats(h, w, targets, bias, adapter=(x, b), **rest)
+    apart = pu.linear_token_stats(h, w, targets, bias, adapter=(x, b), **rest)
     joined = pu.linear_token_stats(torch.cat([h, x], 1), torch.cat([w, b], 1), targets, bias, **rest)
-    for name, value in found.as_dict().items():
+    for name, value in apart.as_dict().items():
         torch.testing.assert_close(value, joined.as_dict()[name], atol=1e-11, rtol=1e-11)
-    both = [sum(v.sum() for v in stats.as_dict().values()) for stats in (found, joined)]
+    both = [sum(v.sum() for v in stats.as_dict().values()) for stats in (apart, joined)]
     for a, c in zip(*(torch.autograd.grad(loss, (h, w, bias, x, b)) for loss in both), strict=True):
         torch.testing.assert_close(a, c, atol=1e-11, rtol=1e-11)
 

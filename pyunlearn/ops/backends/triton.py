@@ -20,6 +20,7 @@ from ...triton_kernels import lanes
 from ...triton_kernels import perturb as perturb_kernels
 from ...triton_kernels import segment_dot as segment_kernels
 from ...triton_kernels import token_stats as kernels
+from ...triton_kernels import topk as topk_kernels
 from ..contract import NEEDS_REFERENCE, OUTPUTS, SAVED, Options, check_range, statistics_dtype
 from ..outer_sum import OuterSum, packed
 from . import tables
@@ -160,7 +161,7 @@ def topk(logits: Tensor, targets: Tensor, stats: Tensor, saved: Tensor, options:
     if k and rows:
         line = stats[options.outputs.index("topk")]
         with torch.cuda.device_of(logits):
-            kernels.topk_kernel[(rows,)](
+            topk_kernels.topk_kernel[(rows,)](
                 *place(logits), *place(targets, columns=False), line, saved, index, belief, k, rows,
                 inner_rows(targets), columns, options.ignore_index, *transform(options),
                 K=max(16, triton.next_power_of_2(k)), **compiled_for(options, [logits], columns), **LAUNCH,
