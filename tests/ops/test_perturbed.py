@@ -608,7 +608,7 @@ def test_bad_models():
     with pu.perturbed(integers, sigma=1.0, parameters=["a"]):
         assert integers["q"].tolist() == [1, 1]
         assert integers["a"].tolist() != [1, 1]
-    with pytest.raises(ValueError, match="weight: is on the meta device"):
+    with pytest.raises(ValueError, match="weight: needs loaded weights, is on the meta device"):
         pu.perturbed(nn.Linear(2, 2, device="meta")).__enter__()
     with pytest.raises(TypeError, match="parameters='weight': needs a collection"):
         pu.perturbed(nn.Linear(2, 2), parameters="weight").__enter__()
