@@ -7,6 +7,8 @@ to torch's current stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,15 +34,22 @@ def capsule(tensor: Tensor | None) -> Any:
 
 
 def _call(like: Tensor, options: Options, vocabulary: int, first_column: int = 0) -> _C.Call:
-    return _C.Call(
+    return _make_call(_C, options, vocabulary, first_column, torch.get_num_threads(), _stream(like))
+
+
+@lru_cache(maxsize=256)  # a microsecond to make, and a training step asks for the same ones
+def _make_call(
+    module: ModuleType, options: Options, vocabulary: int, first_column: int, threads: int, stream: int
+) -> _C.Call:
+    return module.Call(
         outputs=options.bits,
         temperature=options.temperature,
         softcap=options.softcap or 0.0,
         ignore_index=options.ignore_index,
         first_column=first_column,
         vocabulary=vocabulary,
-        threads=torch.get_num_threads(),
-        stream=_stream(like),
+        threads=threads,
+        stream=stream,
     )
 
 
