@@ -165,13 +165,22 @@ def gathered() -> Tensor:
     return Columns.of(weight).gather(state + 1000 * torch.distributed.get_rank())
 
 
+def declined() -> dict[str, dict[str, str]]:
+    """What a sharded head says of each output that it was asked for."""
+    tensors = problem(without=("x", "b", "ref_weight"))
+    weight = distribute_tensor(tensors["weight"], init_device_mesh("cpu", (2,)), [Shard(0)])
+    inputs = tensors["hidden"], weight, tensors["targets"]
+    return {name: pu.linear_token_stats(*inputs, outputs=name).declined for name in ("logp", "topk")}
+
+
 def main(folder: str) -> None:
     torch.distributed.init_process_group("gloo")
     cases = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     again = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     local = case(CASES["within"], shard=True)
     layouts = {name: str(local["d" + name].placements) for name in ("weight", "bias", "b")}
-    results = {"cases": cases, "again": again, "layouts": layouts, "refusals": refusals(), "gathered": gathered()}
+    results = {"cases": cases, "again": again, "layouts": layouts}
+    results |= {"refusals": refusals(), "gathered": gathered(), "declined": declined()}
     save_and_leave(results, folder)
 
 

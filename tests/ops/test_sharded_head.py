@@ -68,6 +68,12 @@ def test_gradients_are_laid_out_as_their_tensors(ranks):
     assert ranks[0]["layouts"] == dict.fromkeys(("weight", "bias", "b"), "(Shard(dim=0),)")
 
 
+def test_a_head_that_is_gathered_says_so(ranks):
+    for rank in ranks:
+        assert rank["declined"]["logp"] == {}
+        assert "the head is gathered" in rank["declined"]["topk"]["vocabulary parallel"]
+
+
 REFUSED = {
     "by hidden columns": r"weight: needs Shard\(0\) on one mesh dimension.*got \(Shard\(dim=1\),\)",
     "replicated": r"weight: needs Shard\(0\) on one mesh dimension.*got \(Replicate\(\),\)",
