@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.parameters import canonical
-from ..ops.projection import wide_product
+from ..ops.products import wide_product
 from ..ops.segment_dot import segment_dot
 from .per_sample import GhostNorms
 

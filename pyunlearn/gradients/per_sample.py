@@ -35,7 +35,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops.ghost import OuterSum, ghost_dot
 from ..ops.parameters import canonical
-from ..ops.projection import wide_product
+from ..ops.products import wide_product
 
 
 class GhostNorms:
