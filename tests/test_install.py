@@ -63,7 +63,7 @@ class Environment:
     """A virtual environment of its own, without even pip."""
 
     def __init__(self, folder: Path, requirements: Path):
-        venv.create(folder / "venv")
+        venv.create(folder / "venv", symlinks=True)
         self.folder, self.python = folder, folder / "venv/bin/python"
         compiler = folder / "c++"  # what is tested is the way there, not the speed of the code
         compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
