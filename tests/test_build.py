@@ -1,16 +1,55 @@
 """The native build: no framework headers, and CUDA code that compiles without spills wherever nvcc is."""
 
+import json
+import os
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from benchmarks.kernels import evidence
 from pyunlearn import _C
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_module_is_what_was_asked_for():
+    """`make` says PYUNLEARN_CUDA, and builds anew when that changes."""
+    setting = os.environ.get("PYUNLEARN_CUDA", "auto")
+    if setting == "on":
+        archs = os.environ.get("PYUNLEARN_CUDA_ARCHS")
+        nvcc = os.environ.get("CUDACXX", "nvcc")
+        assert _C.cuda_archs.split() == (archs.split(";") if archs else evidence.known_archs(nvcc))
+    elif setting == "off":
+        assert not _C.cuda_archs
+        assert "PYUNLEARN_CUDA=off" in _C.cuda_reason
+    else:
+        assert _C.cuda_archs or _C.cuda_reason
+
+
+def test_every_requirement_is_pinned():
+    """By constraints.txt, within the range that pyproject.toml promises."""
+    text = (ROOT / "pyproject.toml").read_text()
+    lists = [re.search(rf"^{name} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)[1]
+             for name in ("requires", "dependencies", "gguf", "test", "lint")]  # fmt: skip
+    ranges = [Requirement(line) for body in lists for line in json.loads(f"[{body.strip().rstrip(',')}]")]
+    pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
+    assert len(ranges) > 20
+    for python in ("3.10", "3.11", "3.12", "3.13"):
+        machine = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux"}
+        exact = {}
+        for pin in pins:
+            if pin.marker is None or pin.marker.evaluate(machine):
+                (version,) = pin.specifier
+                assert version.operator == "=="
+                assert exact.setdefault(canonicalize_name(pin.name), version.version) == version.version
+        for requirement in ranges:
+            assert requirement.specifier, requirement
+            assert exact[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
 def test_csrc_knows_nothing_of_torch():
