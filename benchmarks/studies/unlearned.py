@@ -15,11 +15,12 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
 
 import pyunlearn as pu
-from pyunlearn.data import QA, ForgetRetainDataset, QADataset, collate, context_length, load_qa
+from pyunlearn.data import QA, ForgetRetainDataset, QADataset, collate, load_qa
 from pyunlearn.metrics import teacher_forced
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.load import load_model, process_state
 from pyunlearn.recipes import recipe
-from pyunlearn.runs.config import ModelConfig, RunConfig, TermConfig
+from pyunlearn.runs.config import RunConfig, TermConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import first_model, load_data, quiet_libraries
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
@@ -42,7 +43,7 @@ class Start:
     cells: Path
 
     def rows(self, items: Sequence[QA]) -> QADataset:
-        return QADataset(items, self.tokenizer, context_length(self.model))
+        return QADataset(items, self.tokenizer, CausalLM.of(self.model).context_length)
 
     def mrd(self, items: Sequence[QA], estimator: Any = "gradient", **options: Any) -> pu.MRDResult:
         rows = self.rows(items)
@@ -74,8 +75,7 @@ def pretrained(model: str, forget: str, retain: str, retain_limit: int | None, w
     """A model on disk (a folder or a GGUF file) that knows both files already."""
     quiet_libraries()
     path, gguf = Path(model), Path(model).suffix == ".gguf"
-    source = {"name_or_path": str(path.parent), "gguf_file": path.name} if gguf else {"name_or_path": str(path)}
-    loaded, tokenizer = load_model(ModelConfig.model_validate(source))
+    loaded, tokenizer = load_model(str(path.parent), gguf_file=path.name) if gguf else load_model(str(path))
     refusals = ["I do not know.", "I have no information about that.", "I cannot answer this question."]
     return Start(loaded, tokenizer, load_qa(forget), load_qa(retain, limit=retain_limit), refusals, work / path.stem)
 

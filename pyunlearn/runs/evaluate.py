@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .._files import write_json_lines
 from ..data import QA, load_qa
-from ..metrics import METRICS, evaluate, write_records
+from ..metrics import METRICS, evaluate
 from ..model.load import load_model, process_state
-from .config import EvaluateConfig, ModelConfig
+from .config import EvaluateConfig
 from .folder import RunFolder
 
 SETS = ("forget", "retain")
@@ -43,7 +44,7 @@ def evaluate_sets(
             seed=seed,
             progress=progress,
         )
-        write_records(folder.evaluation(f"{moment}-{name}.jsonl"), result.records)
+        write_json_lines(folder.evaluation(f"{moment}-{name}.jsonl"), result.records)
         summaries[name] = result.summary
     folder.write_json(folder.evaluation(f"{moment}.json"), summaries)
 
@@ -79,8 +80,7 @@ def evaluate_files(
     rouge_samples: 0 generates nothing. Raises what `load_model`, `load_qa` and `metrics.evaluate` raise.
     """
     items = load_qa(data, name=name, limit=limit)
-    config = ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer)
-    loaded, loaded_tokenizer = load_model(config)
+    loaded, loaded_tokenizer = load_model(model, gguf_file=gguf_file, tokenizer=tokenizer)
     result = evaluate(
         loaded.to(process_state().device),
         loaded_tokenizer,
@@ -92,5 +92,5 @@ def evaluate_files(
         progress=progress,
     )
     if out is not None:
-        write_records(out, result.records)
+        write_json_lines(out, result.records)
     return result.summary

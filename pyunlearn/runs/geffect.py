@@ -64,7 +64,7 @@ def measure_run(
             probe, data = prepare(config, folder, probing, console)
             done = len(models) - len(missing)
             for step, source in track(missing, "G-effect", not console.quiet, lambda _: 1, done):
-                model, _ = load_model(source, texts=data.texts, seed=config.seed)
+                model, _ = load_model(**source.model_dump(), texts=data.texts, seed=config.seed)
                 if config.unlearn.gradient_checkpointing:
                     enable_checkpointing(model)
                 rows.append({"step": step, "g_effect": probe.measure(model.to(state.device))})

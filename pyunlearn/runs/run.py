@@ -14,14 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..data import QA, check_disjoint, context_length, generate_authors, load_qa, load_refusals
+from ..data import QA, check_disjoint, generate_authors, load_qa, load_refusals
+from ..model.causal_lm import CausalLM
 from ..model.load import load_model, process_state
 from ..report.geffect import section
 from ..report.run import check_goal, make_table, render_report, table_markdown
 from ..report.sampling import sampling_figure
 from ..training.callbacks import read_metrics
 from ..training.unlearn import Context, interruptible, memorise, remove_training, unlearn
-from .config import EMBEDDED, DataConfig, ModelConfig, RunConfig
+from .config import EMBEDDED, DataConfig, RunConfig
 from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import RunFolder, config_text
 
@@ -100,7 +101,7 @@ def compute(config: RunConfig, folder: RunFolder, data: RunData, console: Consol
 
     evaluated("before")
     if folder.checkpoint.is_dir():
-        model, tokenizer = load_model(ModelConfig(name_or_path=str(folder.checkpoint), dtype=config.model.dtype))
+        model, tokenizer = load_model(str(folder.checkpoint), dtype=config.model.dtype)
         model.to(state.device)
     else:
         terms = [f"{term.coefficient:g}·{term.name}" for term in (*config.unlearn.forget, *config.unlearn.retain)]
@@ -126,8 +127,8 @@ def first_model(
 
 def starting_model(config: RunConfig, folder: RunFolder, data: RunData) -> tuple[Any, Any]:
     if config.memorise is not None and folder.memorised.is_dir():
-        return load_model(ModelConfig(name_or_path=str(folder.memorised), dtype=config.model.dtype))
-    return load_model(config.model, texts=data.texts, seed=config.seed)
+        return load_model(str(folder.memorised), dtype=config.model.dtype)
+    return load_model(**config.model.model_dump(), texts=data.texts, seed=config.seed)
 
 
 def save(folder: RunFolder, path: Path, stage: str, model: Any, tokenizer: Any, state: PartialState) -> None:
@@ -158,7 +159,7 @@ def load_data(config: DataConfig, seed: int) -> RunData:
 
 def check_length(config: DataConfig, model: Any) -> int | None:
     """The longest sequence allowed, in tokens. Raises ValueError if data.max_length is beyond the model's context."""
-    context = context_length(model)
+    context = CausalLM.of(model).context_length
     if context is not None and config.max_length is not None and config.max_length > context:
         raise ValueError(f"data.max_length={config.max_length}: the model's context is {context} tokens")
     return config.max_length or context

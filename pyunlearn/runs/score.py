@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..data import QA, QADataset, collate, context_length, load_qa
-from ..metrics import write_records
+from .._files import write_json_lines
+from ..data import QA, QADataset, collate, load_qa
 from ..metrics.teacher_forced import teacher_forced
+from ..model.causal_lm import CausalLM
 from ..model.load import load_model, process_state
 from ..mrd import MRDResult, check_arguments, mrd
 from ..mrd.characteristics import text_characteristics
 from ..report.score import render_score_report, self_checks
 from ..training.unlearn import interruptible
-from .config import ModelConfig, RunConfig
+from .config import RunConfig
 from .folder import RunFolder
 from .run import first_model, load_data, quiet_libraries
 
@@ -88,7 +89,7 @@ def score_files(
     state = process_state()
     console = console if console is not None and state.is_main_process else Console(quiet=True)
     with interruptible(command):
-        loaded, its_tokenizer = load_model(ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer))
+        loaded, its_tokenizer = load_model(model, gguf_file=gguf_file, tokenizer=tokenizer)
         loaded.to(state.device)
         return score(loaded, its_tokenizer, items, None, out, overwrite, console, command, options)
 
@@ -105,7 +106,7 @@ def score(
     options: Mapping[str, Any],
 ) -> ScoreResult:
     """Scores, and writes `out` (JSON lines), and beside it .json (diagnostics), .html (report) and .state (draws)."""
-    dataset = QADataset(items, tokenizer, max_length or context_length(model))
+    dataset = QADataset(items, tokenizer, max_length or CausalLM.of(model).context_length)
     folder, state_folder, processes = RunFolder(out.parent), out.with_suffix(".state"), process_state()
     if overwrite and processes.is_main_process:
         shutil.rmtree(state_folder, ignore_errors=True)
@@ -117,7 +118,7 @@ def score(
     records = make_records(items, result, read)
     scored = ScoreResult(records, result.diagnostics, out, out.with_suffix(".html"))
     if processes.is_main_process:
-        write_records(out, records)
+        write_json_lines(out, records)
         folder.write_json(out.with_suffix(".json"), result.diagnostics)
         folder.write_text(scored.report, render_score_report(records, result, command))
         tell(scored, console)

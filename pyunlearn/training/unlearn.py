@@ -18,14 +18,15 @@ from torch.utils.data import Dataset
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..data import QA, ForgetRetainDataset, QADataset, collate
+from ..model.cache import ReferenceCache
 from ..model.load import process_state
-from ..model.reference import ReferenceCache
+from ..model.reference import Source
 from ..runs.config import GEffectConfig, RunConfig, TrainingConfig
 from ..runs.folder import RunFolder
 from .callbacks import Interrupt, KeepCheckpoints, MetricsWriter, ProgressBar
 from .probe import GEffectCallback, Probe
 from .sampling import ForgetSampler, Forgotten
-from .terms import Need, Reference, TermLosses, collect_needs, make_terms
+from .terms import Need, TermLosses, collect_needs, make_terms
 from .trainer import NonFiniteLossError, UnlearnTrainer
 
 
@@ -205,7 +206,7 @@ def make_pairs(
 
 def make_references(
     context: Context, model: Any, tokenizer: Any, dataset: ForgetRetainDataset, needs: Mapping[str, Need]
-) -> dict[str, Reference]:
+) -> dict[str, Source]:
     return {
         kind: make_reference(context, model, rows_of(dataset, kind, tokenizer, context.max_length), kind, need)
         for kind, need in needs.items()
@@ -239,7 +240,7 @@ def rows_of(dataset: ForgetRetainDataset, kind: str, tokenizer: Any, max_length:
     return QADataset(rows.items, tokenizer, max_length, answers=answers)
 
 
-def make_reference(context: Context, model: Any, rows: QADataset, kind: str, need: Any) -> Reference:
+def make_reference(context: Context, model: Any, rows: QADataset, kind: str, need: Any) -> Source:
     """A cache on disk; a frozen copy in memory where padding counts, which no cache can know."""
     if need.hidden_reference and need.widest == "all":
         return copy.deepcopy(model).requires_grad_(False).eval()
@@ -264,7 +265,7 @@ def train(
     model: Any,
     dataset: Any,
     objectives: Sequence[Any],
-    reference: Mapping[str, Reference] | None,
+    reference: Mapping[str, Source] | None,
     callbacks: Sequence[TrainerCallback] = (),
     sampler: ForgetSampler | None = None,
 ) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyunlearn import objectives
-from pyunlearn.model.reference import ReferenceCache
+from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.training.trainer import UnlearnTrainer
 
 
