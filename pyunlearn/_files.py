@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several processes may write at once
     try:
         write(temporary)
         sync(temporary)
@@ -44,11 +46,15 @@ def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, A
 
 
 def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], Any]) -> None:
-    """`fill(temporary)`, all of it synced; then the folder appears under its name, in the place of what was there."""
+    """`fill(temporary)`, all of it synced; then the folder appears under its name, in the place of what was there.
+
+    One process at a time. Whatever happens, `path` holds the old folder or the new one. Where the system cannot
+    exchange names (all but Linux), a crash between two renames leaves neither: `restore` brings the old one back.
+    """
     path = Path(path)
-    temporary, aside = (path.with_name(f".{path.name}.{os.getpid()}.{word}") for word in ("tmp", "old"))
-    for rest in (temporary, aside):
-        shutil.rmtree(rest, ignore_errors=True)
+    restore(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
@@ -56,13 +62,35 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], Any]) -> N
             for name in names:
                 sync(Path(folder) / name)
             sync(Path(folder))
-        if path.exists():
-            os.replace(path, aside)
-        os.replace(temporary, path)
+        if not path.exists():
+            os.replace(temporary, path)
+        elif not exchange(temporary, path):
+            shutil.rmtree(aside_of(path), ignore_errors=True)
+            os.replace(path, aside_of(path))
+            os.replace(temporary, path)
         sync(path.parent)
     finally:
+        restore(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside_of(path), ignore_errors=True)
+
+
+def restore(path: str | os.PathLike[str]) -> None:
+    """Puts back the folder that an interrupted `write_folder` has moved aside; for who reads where there is none."""
+    path = Path(path)
+    if not path.exists() and aside_of(path).exists():
+        os.replace(aside_of(path), path)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps what the two names hold, at one stroke; False where the system does not offer that."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
+def aside_of(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def sync(path: Path) -> None:

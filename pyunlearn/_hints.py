@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 
@@ -24,9 +25,11 @@ def hint(word: Any, known: Iterable[Any]) -> str:
     'did you mean npo? needs one of ga, npo'
     """
     known = [str(name) for name in known]
+    if not known:
+        return "there is none to choose from"
     close = near(word, known)
     meant = f"did you mean {' or '.join(close)}? " if close else ""
-    return f"{meant}needs one of {', '.join(known)}" if known else f"{meant}there is none to choose from"
+    return f"{meant}needs one of {', '.join(known)}"
 
 
 def check_known(what: str, word: Any, known: Iterable[Any]) -> None:
@@ -34,3 +37,11 @@ def check_known(what: str, word: Any, known: Iterable[Any]) -> None:
     known = list(known)
     if word not in known:
         raise ValueError(f"{what}={word!r}: {hint(word, known)}")
+
+
+def path_hint(path: Path) -> str:
+    """What to tell after a path where nothing is: names like it in its folder, or that there is no such folder."""
+    if not path.parent.is_dir():
+        return f"; the folder {path.parent} does not exist"
+    close = near(path.name, (child.name for child in path.parent.iterdir()))
+    return f"; did you mean {' or '.join(close)}?" if close else ""

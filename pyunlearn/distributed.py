@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -44,20 +45,28 @@ class Processes:
             torch.distributed.barrier()
 
     def in_turn(self, make: Callable[[], T]) -> T:
-        """What `make` gives; the first process's before the others begin."""
+        """What `make` gives; the first process's before the others begin. See first_first."""
         with self.first_first():
             return make()
 
     @contextmanager
     def first_first(self) -> Iterator[None]:
-        """The first process runs the block before the others do."""
-        if not self.first:
-            self.wait()
-        try:
-            yield
-        finally:
-            if self.first:
-                self.wait()
+        """The first process runs the block before the others do.
+
+        Where the block raises there, the others do not begin: the same exception is raised in their place.
+        """
+        if self.first:
+            try:
+                yield
+            except BaseException as error:
+                self.agree(portable(error))
+                raise
+            self.agree(None)
+            return
+        failure: BaseException | None = self.agree(None)
+        if failure is not None:
+            raise failure
+        yield
 
     def share(self, items: Sequence[T]) -> list[T]:
         """This process's part of the items."""
@@ -67,7 +76,7 @@ class Processes:
         """The sum over processes of which all but one have 0 at any place: the same bits for any number of them."""
         if self.count == 1:
             return values
-        shared = values.to(self.device)
+        shared = values.to(self.device, copy=True)
         torch.distributed.all_reduce(shared)
         return shared.cpu()
 
@@ -78,6 +87,14 @@ class Processes:
         values = [value]
         torch.distributed.broadcast_object_list(values, 0)
         return values[0]
+
+
+def portable(error: BaseException) -> BaseException:
+    """The exception as another process gets it: itself, or a RuntimeError that names it if it cannot be pickled."""
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"on the first process: {type(error).__name__}: {error}")
 
 
 # ---- parts of tensors ------------------------------------------------------------------------------------------------

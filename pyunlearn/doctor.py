@@ -13,8 +13,18 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, gaussian_noise, ghost_dot, linear_token_stats, segment_dot, token_stats
-from .ops import OUTPUTS, OuterSum, TokenStats, backends
+from . import __version__
+from .ops import (
+    OUTPUTS,
+    OuterSum,
+    TokenStats,
+    backends,
+    gaussian_noise,
+    ghost_dot,
+    linear_token_stats,
+    segment_dot,
+    token_stats,
+)
 
 REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "tokenizers", "numpy", "scipy")
 OPTIONAL = {
@@ -105,12 +115,12 @@ def self_test() -> tuple[Table, bool]:
                 try:
                     got = run(*size, torch.float32, device, backend)
                 except Exception as failure:  # whatever it is, the report says it and goes on
-                    error, found = math.inf, f"{type(failure).__name__}: {failure}"
+                    error, outcome = math.inf, f"{type(failure).__name__}: {failure}"
                 else:
                     error = largest_error(got, run(*size, torch.float64, "cpu", "eager"))
-                    found = f"{error:.1e}"
+                    outcome = f"{error:.1e}"
                 right &= error < 1e-4
-                table.add_row(op, device, backend, found, "[green]right[/]" if error < 1e-4 else "[red]wrong[/]")
+                table.add_row(op, device, backend, outcome, "[green]right[/]" if error < 1e-4 else "[red]wrong[/]")
     return table, right
 
 

@@ -1,14 +1,15 @@
 """Finished units of work, kept so that nothing is computed twice and nothing stale or damaged is used.
 
 A unit is a name, the identity of what made it (settings and fingerprints, JSON values), and a value: anything that JSON
-holds, or tensors by name. It is kept with a digest of its value and read back only if both still hold: another identity
-means not there (it is computed again and replaced), another digest is an error that names the file.
+holds but None, or tensors by name. It is kept with a digest of all three and read back only if it still holds: another
+identity means not there (it is computed again and replaced), another digest is an error that names the file.
+A value comes back as it was kept, lists for tuples and tensors on the CPU, from where it was just made too.
 
 Where units are kept:
 
     Store(None)                 in memory
     Store(folder)               a file a unit, NAME.json or NAME.safetensors: several processes may write at once
-    Store("results.json")       all units in one file of JSON, one a line, for what people read and keep
+    Store("results.json")       all units but tensors in one file of JSON, one a line, for what people read: one process
 
 Files appear whole or not at all. A folder may belong to one job, `Store(folder, owner=identity)`: then it holds that
 job's units only, and another job's folder, or a folder of other files, is refused.
@@ -34,14 +35,20 @@ from .distributed import Processes
 T = TypeVar("T")
 Identity = Mapping[str, Any]
 OWNER = "job.json"
+JSON, TENSORS = ".json", ".safetensors"
 HEADER = "pyunlearn"  # key of a safetensors file's metadata
+UNREADABLE = (SafetensorError, KeyError, ValueError)  # what safetensors raises for a file that it cannot read
 
 
 class Damaged(ValueError):
     """A kept file is not what was written."""
 
     def __init__(self, path: Path, why: str):
-        super().__init__(f"{path}: is damaged ({why}); delete it, and it will be made again")
+        super().__init__(path, why)
+
+    def __str__(self) -> str:
+        path, why = self.args
+        return f"{path}: is damaged ({why}); delete it, and it will be made again"
 
 
 class Store:
@@ -67,44 +74,53 @@ class Store:
         if self.place is None or self.in_one_file:
             unit = self.memory.get(name)
             return unit["value"] if unit and unit["identity"] == plain(identity) else None
-        path = self.place / f"{name}.safetensors"
-        if path.is_file():
-            return get_tensors(path, identity)
-        path = self.place / f"{name}.json"
-        if not path.is_file():
-            return None
-        unit = read_unit(path)
-        return unit["value"] if unit["identity"] == plain(identity) else None
+        for path, read in ((self.file(name, TENSORS), get_tensors), (self.file(name, JSON), get_json)):
+            value = read(path, identity) if path.is_file() else None
+            if value is not None:
+                return value
+        return None
 
-    def put(self, name: str, value: Any, identity: Identity | None = None) -> None:
-        """Keeps the value, in the place of one of another identity."""
-        tensors = is_tensors(value)
+    def put(self, name: str, value: Any, identity: Identity | None = None) -> Any:
+        """Keeps the value, in the place of one of another identity; returns it as `get` does.
+
+        Raises ValueError for None, and in a folder for a name that no file of its own can have.
+        """
+        value, identity = as_kept(name, value), plain(identity)
         if self.place is None:
-            self.memory[name] = {"identity": plain(identity), "value": value}
+            self.memory[name] = {"identity": identity, "value": value}
         elif self.in_one_file:
+            if is_tensors(value):
+                raise ValueError(f"{name}: tensors are kept in a folder, {self.place} is one file of JSON")
             self.memory[name] = make_unit(name, value, identity)
             lines = ",\n".join(json.dumps(unit, ensure_ascii=False) for unit in self.memory.values())
             write_text(self.place, f"[\n{lines}\n]\n")
-        elif tensors:
-            put_tensors(self.place / f"{name}.safetensors", value, identity)
+        elif is_tensors(value):
+            put_tensors(self.file(name, TENSORS), value, identity)
+            self.file(name, JSON).unlink(missing_ok=True)
         else:
             text = json.dumps(make_unit(name, value, identity), ensure_ascii=False, indent=1)
-            write_text(self.place / f"{name}.json", text + "\n")
+            write_text(self.file(name, JSON), text + "\n")
+            self.file(name, TENSORS).unlink(missing_ok=True)
+        return value
+
+    def file(self, name: str, suffix: str) -> Path:
+        """Of a unit in a folder. Raises ValueError for a name that is no file's, hidden, or the owner's."""
+        if not name or name.startswith(".") or set(name) & set("/\\\0") or name + JSON == OWNER:
+            raise ValueError(f"name={name!r}: needs a file's name, not hidden, without slashes and other than 'job'")
+        assert self.place is not None
+        return self.place / f"{name}{suffix}"
 
     def names(self) -> list[str]:
         """Of all units, of whatever identity."""
         if self.place is None or self.in_one_file:
             return list(self.memory)
-        kept = (path for path in self.place.glob("*") if path.suffix in (".json", ".safetensors"))
-        return sorted(path.stem for path in kept if path.name != OWNER and not path.name.startswith("."))
+        paths = [path for path in self.place.glob("[!.]*") if path.suffix in (JSON, TENSORS) and path.name != OWNER]
+        return sorted({path.stem for path in paths})
 
     def compute(self, name: str, identity: Identity | None, make: Callable[[], T]) -> T:
         """The kept value, or what `make` gives, kept."""
         value = self.get(name, identity)
-        if value is None:
-            value = make()
-            self.put(name, value, identity)
-        return value
+        return self.put(name, make(), identity) if value is None else value
 
     def finish(
         self,
@@ -127,23 +143,25 @@ class Store:
         missing = [item for item in units if item not in values]
         show = progress and processes.first
         for item in track(missing, description, show, size=lambda _: 1, done=len(values)):
-            values[item] = make(item)
+            value = make(item)
             if processes.writes:
-                self.put(units[item], values[item], identity_of(item))
+                values[item] = self.put(units[item], value, identity_of(item))
+            else:
+                values[item] = as_kept(units[item], value)
         return {item: values[item] for item in units}
 
 
 def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
     """`key.sub: old -> new` for every value that differs, in the order of `here` and then of `there`."""
     there, here = (value if isinstance(value, Mapping) else {} for value in (there, here))
-    told = []
+    changes = []
     for key in {**here, **there}:
         old, new = there.get(key), here.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            told += differences(old, new, f"{prefix}{key}.")
+            changes += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            told.append(f"{prefix}{key}: {old!r} -> {new!r}")
-    return told
+            changes.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return changes
 
 
 def plain(identity: Identity | None) -> dict[str, Any]:
@@ -151,42 +169,53 @@ def plain(identity: Identity | None) -> dict[str, Any]:
     return json.loads(json.dumps(dict(identity or {})))
 
 
+def as_kept(name: str, value: Any) -> Any:
+    """What `get` will give for the value. Raises ValueError for None."""
+    if value is None:
+        raise ValueError(f"{name}: value=None: needs another value, None says that there is none")
+    if isinstance(value, Tensor):
+        return value.detach().cpu().contiguous()
+    if is_tensors(value):
+        return {key: as_kept(name, tensor) for key, tensor in value.items()}
+    return json.loads(json.dumps(value))
+
+
 def own(folder: Path, owner: dict[str, Any], what: str) -> None:
     """Marks a folder as this job's. Raises ValueError if it is another's."""
     manifest = folder / OWNER
-    if manifest.is_file():
-        try:
-            there = json.loads(manifest.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise Damaged(manifest, f"no JSON: {error}") from None
-        if changed := differences(there, owner):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{what}: {folder} is a file, needs a folder")
+    others = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())  # looked at first:
+    if manifest.is_file():  # another process may be marking it for the same job, and units come after the mark
+        if changed := differences(read_unit(manifest)["value"], owner):
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(
                 f"{what}: {folder} belongs to another job ({changed[0]}{more}); delete it or choose another folder"
             )
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    elif others:
         raise ValueError(f"{what}: {folder} holds other files; choose a new or an empty folder")
     else:
-        write_text(manifest, json.dumps(owner, indent=1) + "\n")
+        write_text(manifest, json.dumps(make_unit(manifest.stem, owner, None), indent=1) + "\n")
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
 def make_unit(name: str, value: Any, identity: Identity | None) -> dict[str, Any]:
-    value = json.loads(json.dumps(value))
-    return {"name": name, "identity": plain(identity), "digest": digest_json(value), "value": value}
+    unit = {"name": name, "identity": plain(identity), "value": json.loads(json.dumps(value))}
+    return {"name": name, "identity": unit["identity"], "digest": digest_json(unit), "value": unit["value"]}
 
 
 def digest_json(value: Any) -> str:
+    """BLAKE2b (32 hex digits) over the value as JSON with sorted keys."""
     return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def check_unit(path: Path, unit: Any) -> dict[str, Any]:
-    if not isinstance(unit, dict) or not {"identity", "digest", "value"} <= unit.keys():
+    if not isinstance(unit, dict) or unit.keys() != {"name", "identity", "digest", "value"}:
         raise Damaged(path, "no kept unit")
-    if digest_json(unit["value"]) != unit["digest"]:
-        raise Damaged(path, "its value does not have its digest")
+    if digest_json({key: value for key, value in unit.items() if key != "digest"}) != unit["digest"]:
+        raise Damaged(path, "its content does not have its digest")
     return unit
 
 
@@ -198,7 +227,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_unit(path: Path) -> dict[str, Any]:
-    """{"name", "identity", "digest", "value"} of one file. Raises Damaged."""
+    """{"name", "identity", "digest", "value"} of the file of one unit. Raises Damaged."""
     return check_unit(path, read_json(path))
 
 
@@ -208,6 +237,11 @@ def read_units(path: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(units, list):
         raise Damaged(path, "no list of kept units")
     return {check_unit(path, unit)["name"]: unit for unit in units}
+
+
+def get_json(path: Path, identity: Identity | None) -> Any | None:
+    unit = read_unit(path)
+    return unit["value"] if unit["identity"] == plain(identity) else None
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------
@@ -220,38 +254,54 @@ def is_tensors(value: Any) -> bool:
 
 
 def put_tensors(path: Path, value: Tensor | Mapping[str, Tensor], identity: Identity | None) -> None:
-    tensors = {"": value} if isinstance(value, Tensor) else dict(value)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, tensor in ({"": value} if isinstance(value, Tensor) else value).items():
+        storage = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if storage in storages else tensor  # safetensors takes none that share memory
+        storages.add(storage)
     header = header_of(plain(identity), digest_tensors(tensors))
     write_file(path, lambda temporary: save_file(tensors, temporary, header))
 
 
 def get_tensors(path: Path, identity: Identity | None) -> Any | None:
-    there, digest = read_header(path)
-    if there != plain(identity):
-        return None
+    before = path.stat()
+    try:
+        there, digest = read_header(path)
+        tensors = load_tensors(path, digest) if there == plain(identity) else None
+    except Damaged:
+        after = path.stat()
+        if (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns):
+            raise
+        return get_tensors(path, identity)  # safetensors opens a file twice: another process has replaced it meanwhile
+    return tensors[""] if tensors is not None and tensors.keys() == {""} else tensors
+
+
+def load_tensors(path: Path, digest: str) -> dict[str, Tensor]:
+    """Those of a safetensors file. Raises Damaged."""
     try:
         tensors = load_file(path)
-    except SafetensorError as error:
+    except UNREADABLE as error:
         raise Damaged(path, str(error)) from None
     if digest_tensors(tensors) != digest:
         raise Damaged(path, "its tensors do not have their digest")
-    return tensors[""] if tensors.keys() == {""} else tensors
+    return tensors
 
 
 def header_of(identity: Identity, digest: str) -> dict[str, str]:
-    """The metadata of a safetensors file."""
-    return {HEADER: json.dumps(identity), "digest": digest}
+    """The metadata of a safetensors file: a unit whose value is the digest of its tensors."""
+    return {HEADER: json.dumps(make_unit("", digest, identity))}
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], str | None]:
-    """(identity, digest) of a safetensors file of ours. Raises Damaged."""
+def read_header(path: Path) -> tuple[dict[str, Any], str]:
+    """(identity, digest of the tensors) of a safetensors file of ours. Raises Damaged."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-        return json.loads(metadata[HEADER]), metadata.get("digest")
-    except (SafetensorError, KeyError, ValueError) as error:
+            unit = json.loads((file.metadata() or {})[HEADER])
+    except UNREADABLE as error:
         raise Damaged(path, f"no kept tensors: {error}") from None
+    unit = check_unit(path, unit)
+    return unit["identity"], unit["value"]
 
 
 def digest_tensors(tensors: Mapping[str, Tensor]) -> str:

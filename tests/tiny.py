@@ -93,7 +93,8 @@ def tiny_settings() -> dict[str, Any]:
 @pytest.fixture
 def tiny_config(tmp_path: Path) -> Callable[..., Any]:
     """A whole run's configuration, in a folder of its own."""
-    from pyunlearn.runs.config import RunConfig, merge
+    from pyunlearn.runs.config import RunConfig
+    from pyunlearn.training.settings import merge
 
     def make(changes: dict[str, Any] | None = None) -> RunConfig:
         return RunConfig.model_validate(merge({**TINY, "output": str(tmp_path / "run")}, changes or {}))

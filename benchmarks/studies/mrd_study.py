@@ -14,7 +14,9 @@ leaves one in runs/smollm2_tofu/memorised):
 
     python -m benchmarks.studies.mrd_study difficulty sensitivity --samples 8 --seeds 2 --steps 20 \\
         --name mrd_study_smollm2 --model runs/smollm2_tofu/memorised --forget tofu/forget01.jsonl \\
-        --retain tofu/retain99.jsonl --retain-limit 40 --threads 2        (methods, efficiency: --samples 4; choice: --samples 5 --steps 10)
+        --retain tofu/retain99.jsonl --retain-limit 40 --threads 2
+
+(methods, efficiency: --samples 4; choice: --samples 5 --steps 10).
 
 Every unlearning is kept in --work as soon as it is done: the same command goes on where it stopped. Intervals are 95 %:
 Student's t over seeds, Fisher's z with the variance of Bonett and Wright for rank correlations.
@@ -32,7 +34,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from pyunlearn.report.run import STYLE
+from pyunlearn.report.figures import STYLE
 
 from ..measure import commit, machine, versions
 from ..scale.mrd import RESULTS

@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
 
 import pyunlearn as pu
+from pyunlearn._files import write_json
 from pyunlearn.data import QA, ForgetRetainDataset, QADataset, collate, load_qa
 from pyunlearn.metrics import teacher_forced
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.load import load_model, process_state
+from pyunlearn.model.load import load_model
 from pyunlearn.recipes import recipe
-from pyunlearn.runs.config import RunConfig, TermConfig
-from pyunlearn.runs.folder import RunFolder
-from pyunlearn.runs.run import first_model, load_data, quiet_libraries
+from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.job import Job, first_model, quiet_libraries
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
+from pyunlearn.training.settings import TermConfig
 from pyunlearn.training.terms import collect_needs, make_terms
 from pyunlearn.training.trainer import UnlearnTrainer
 from pyunlearn.training.unlearn import mean_absolute_change, trainable
@@ -56,18 +56,18 @@ class Start:
         if path.is_file() and (there := json.loads(path.read_text()))["settings"] == wanted:
             return there["result"]
         result = compute()
-        RunFolder(self.cells).write_json(path, {"settings": wanted, "result": result})
+        write_json(path, {"settings": wanted, "result": result})
         print(f"{self.cells.name}/{name}", flush=True)
         return result
 
 
 def embedded(seed: int, work: Path) -> Start:
     """The embedded world of this seed, learnt by heart by a model of this seed (kept in `work`)."""
-    quiet_libraries()
     config = RunConfig.model_validate({"seed": seed, "output": str(work / f"seed{seed}" / "run")})
-    folder, data = RunFolder(config.folder), load_data(config.data, seed)
-    folder.open(config, resume=True)
-    _, model, tokenizer = first_model(config, folder, data, Console(quiet=True), process_state())
+    job = Job.start(config, None, "the same command")
+    job.folder.open(config, resume=True)
+    model, tokenizer, _ = first_model(job)
+    data = job.data
     return Start(model.eval(), tokenizer, data.forget, data.retain, data.refusals, work / f"seed{seed}")
 
 

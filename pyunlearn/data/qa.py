@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .._hints import path_hint
 
 FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
 
@@ -93,8 +94,8 @@ def load_refusals(path: str | Path) -> list[str]:
 
 def check_disjoint(forget: Iterable[QA], retain: Iterable[QA]) -> None:
     """Raise ValueError if a pair of `forget` is in `retain` too, case and white space aside: one cannot do both."""
-    kept = {_normalised(item) for item in retain}
-    overlap = [item for item in forget if _normalised(item) in kept]
+    retained = {_normalised(item) for item in retain}
+    overlap = [item for item in forget if _normalised(item) in retained]
     if overlap:
         raise ValueError(
             f"{len(overlap)} forget pair(s) are in the retain set too; the first question is {overlap[0].question!r}"
@@ -137,10 +138,10 @@ def _load_hub(source: str, name: str | None, split: str, limit: int | None) -> l
 def _read_lines(path: Path) -> list[str]:
     """Lines of a UTF-8 file. Split at \\n alone, as JSON lines are: text may hold U+2028 and the like."""
     if path.is_dir():
-        found = ", ".join(sorted(child.name for child in path.iterdir() if child.is_file())[:20])
-        raise ValueError(f"{path} is a folder; name one of its files ({found or 'it has none'})")
+        names = ", ".join(sorted(child.name for child in path.iterdir() if child.is_file())[:20])
+        raise ValueError(f"{path} is a folder; name one of its files ({names or 'it has none'})")
     if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}{_near(path)}")
+        raise FileNotFoundError(f"no such file: {path}{path_hint(path)}")
     lines = []
     for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         try:
@@ -148,14 +149,6 @@ def _read_lines(path: Path) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
     return lines
-
-
-def _near(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f" (the folder {path.parent} does not exist)"
-    names = {child.name.lower(): child.name for child in path.parent.iterdir() if child.is_file()}
-    near = difflib.get_close_matches(path.name.lower(), names, n=3, cutoff=0.5)
-    return f" (near names there: {', '.join(names[key] for key in near)})" if near else ""
 
 
 def _to_qa(row: object, where: str) -> QA:

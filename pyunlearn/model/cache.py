@@ -3,31 +3,29 @@
 The file is plain safetensors, readable by anything: per row of the data set the log-probabilities of its
 supervised tokens and, for KL, the last hidden states (H numbers a token instead of V) with the head that
 turns them into logits, or hidden states of other layers. It is filled batch by batch without ever being held
-in memory, and read through a memory map. Its header holds a digest of the whole file, which is checked when it is
+in memory, and read through a memory map. Its header holds a digest of the tensors, which is checked when it is
 opened: what is not as it was written is never used.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from .._files import write_file
 from .._progress import track
-from ..store import HEADER, Damaged, header_of, tensor_bytes
+from ..store import HEADER, UNREADABLE, Damaged, digest_tensors, header_of, read_header, tensor_bytes
 from .causal_lm import CausalLM, eval_mode
 from .fingerprint import dataset_fingerprint, model_fingerprint
 from .forward import Layer, Positions, layer_number, length_batches, number_of, select_positions, supervised_hidden
@@ -35,7 +33,7 @@ from .head import Head, head_stats
 
 FORMAT = "pyunlearn-reference-2"
 UNKNOWN = 32 * "0"  # in the place of a digest
-CHUNK = 1 << 24  # bytes read at once
+OLDER = '{"format": "pyunlearn-reference-1"'  # how the header of files from before there were digests begins
 SAFETENSORS_DTYPES = {
     torch.int64: "I64",
     torch.float64: "F64",
@@ -65,18 +63,17 @@ class ReferenceCache:
             raise FileNotFoundError(f"no reference cache at {self.path}; make one with ReferenceCache.build")
         try:
             self._file = safe_open(str(self.path), framework="pt")
-        except SafetensorError as error:
+            header = (self._file.metadata() or {}).get(HEADER, "")
+        except UNREADABLE as error:
             raise ValueError(f"{self.path} is not a reference cache: no safetensors file ({error})") from error
-        header = self._file.metadata() or {}
-        try:
-            self.metadata: dict[str, Any] = json.loads(header.get(HEADER, "{}"))
-        except ValueError as error:
-            raise Damaged(self.path, f"its header is no JSON: {error}") from None
+        if header.startswith(OLDER):
+            self.metadata: dict[str, Any] = json.loads(header)
+            return
+        self.metadata, digest = read_header(self.path) if header else ({}, "")
         if not str(self.metadata.get("format")).startswith("pyunlearn-reference-"):
             raise ValueError(f"{self.path} is not a reference cache but another safetensors file")
-        older = "digest" not in header and self.metadata["format"] != FORMAT  # before there were digests
-        if not older and header.get("digest") != digest_file(self.path):
-            raise Damaged(self.path, "it does not have its digest")
+        if digest_file(self._file) != digest:
+            raise Damaged(self.path, "its tensors do not have their digest")
 
     @classmethod
     def build(
@@ -295,8 +292,10 @@ def _fill(
         "temperature": head.temperature,
     }
     positions: Positions = identity["positions"] if wide else "supervised"
+    header, starts = _make_header(layout, metadata, UNKNOWN)
     with path.open("wb") as file, eval_mode(lm.given):
-        starts = _write_header(file, layout, metadata)
+        _make_room(path, len(header) + sum(prod(shape) * dtype.itemsize for dtype, shape in layout.values()))
+        file.write(header)
 
         def write(name: str, tensor: Tensor, row: int = 0) -> None:
             dtype, shape = layout[name]
@@ -313,7 +312,10 @@ def _fill(
                 kind = name.partition(".")[0]  # row after row, as many of each kind as were counted
                 for i, part in zip(batch, values[name].split([counts[kind][i] for i in batch]), strict=True):
                     write(name, part, int(offsets[kind][i]))
-    _seal(path)
+    with safe_open(str(path), framework="pt") as filled:
+        digest = digest_file(filled)
+    with path.open("r+b") as sealed:
+        sealed.write(_make_header(layout, metadata, digest)[0])
 
 
 def _read_batch(
@@ -330,9 +332,9 @@ def _read_batch(
     return {"logp": logp, "hidden": hidden} | {f"hidden.{layer}": states.layers[layer] for layer in layers}
 
 
-def _write_header(file: BinaryIO, layout: Layout, metadata: Mapping[str, Any]) -> dict[str, int]:
-    """Writes a safetensors header (8 bytes of length, JSON), makes room; returns where each tensor starts."""
-    header: dict[str, Any] = {"__metadata__": header_of(metadata, UNKNOWN)}
+def _make_header(layout: Layout, metadata: Mapping[str, Any], digest: str) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header (8 bytes of length, JSON), as long for every digest; and where each tensor starts."""
+    header: dict[str, Any] = {"__metadata__": header_of(metadata, digest)}
     end = 0
     for name in sorted(layout, key=lambda name: -layout[name][0].itemsize):  # so that all are aligned
         dtype, shape = layout[name]
@@ -340,38 +342,22 @@ def _write_header(file: BinaryIO, layout: Layout, metadata: Mapping[str, Any]) -
         header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    size = 8 + len(text) + end
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(file.name))).free
+    return len(text).to_bytes(8, "little") + text, {
+        name: 8 + len(text) + header[name]["data_offsets"][0] for name in layout
+    }
+
+
+def _make_room(path: Path, size: int) -> None:
+    """Raises OSError if there is less than `size` bytes of it."""
+    free = shutil.disk_usage(path.absolute().parent).free
     if size > free:
-        raise OSError(errno.ENOSPC, f"the reference cache needs {size:,} bytes, {free:,} are free", file.name)
-    file.write(len(text).to_bytes(8, "little") + text)
-    file.truncate(size)
-    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in layout}
+        raise OSError(errno.ENOSPC, f"the reference cache needs {size:,} bytes, {free:,} are free", str(path))
+    os.truncate(path, size)
 
 
-def _seal(path: Path) -> None:
-    """Puts the digest of a complete file into its header."""
-    digest = digest_file(path)
-    with path.open("r+b") as file:
-        place = _read_start(file).index(UNKNOWN.encode())
-        file.seek(place)
-        file.write(digest.encode())
-
-
-def digest_file(path: Path) -> str:
-    """BLAKE2b (32 hex digits) over every byte of a cache, those of its digest counted as 0."""
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        digest.update(re.sub(rb'"digest": "[0-9a-f]{32}"', f'"digest": "{UNKNOWN}"'.encode(), _read_start(file)))
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _read_start(file: BinaryIO) -> bytes:
-    """A safetensors file up to where its tensors begin."""
-    size = file.read(8)
-    return size + file.read(int.from_bytes(size, "little"))
+def digest_file(file: Any) -> str:
+    """`digest_tensors` of an open safetensors file, through its memory map."""
+    return digest_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 (no mapping)
 
 
 def _pad(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

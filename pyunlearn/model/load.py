@@ -5,19 +5,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from accelerate import PartialState
 
-from .. import _hints
+from .._hints import path_hint
 from ..data import padding_id
 from .causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-EMBEDDED = "embedded"
+EMBEDDED: Final = "embedded"
 
 
 def load_model(
@@ -51,11 +50,6 @@ def load_model(
         its_tokenizer.pad_token = its_tokenizer.convert_ids_to_tokens(padding_id(its_tokenizer))
     CausalLM.of(model).check_tokenizer(its_tokenizer)
     return model.eval(), its_tokenizer
-
-
-def process_state() -> PartialState:
-    """This process among those of torchrun (if any) and its device; without an accelerator they speak by gloo."""
-    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def build_embedded(
@@ -120,7 +114,7 @@ def locate(source: str, gguf: str | None) -> tuple[str, str | None]:
         if path.is_file():
             return str(path.parent), path.name
         if source == EMBEDDED or Path(source).is_dir():
-            raise FileNotFoundError(f"model.gguf_file: no such file: {path}{near(path)}")
+            raise FileNotFoundError(f"model.gguf_file: no such file: {path}{path_hint(path)}")
     folder = Path(source)
     if gguf is None and folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -136,7 +130,7 @@ def locate(source: str, gguf: str | None) -> tuple[str, str | None]:
             f"model.name_or_path={source!r}: is a file; needs a folder or a Hub id (GGUF: model.gguf_file)"
         )
     elif source.count("/") > 1 or source.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model.name_or_path: no such folder: {source}{near(folder)}")
+        raise FileNotFoundError(f"model.name_or_path: no such folder: {source}{path_hint(folder)}")
     return source, gguf
 
 
@@ -147,9 +141,3 @@ def missing(source: str, error: OSError) -> FileNotFoundError:
         f"model or tokenizer {source!r}: not a folder here and not available from the Hub ({reason}); "
         "check the name and the connection (HF_HUB_OFFLINE unset), or give the path of a downloaded folder"
     )
-
-
-def near(path: Path) -> str:
-    names = [child.name for child in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = _hints.near(path.name, names)
-    return f" (there: {', '.join(close)})" if close else ""

@@ -26,6 +26,15 @@ It then has masks, reductions, checks and a name, like the built-in ones:
     tensor(-1.)
     >>> get("focal_ga", gamma=1.0).outputs
     ('logp',)
+
+Where d(loss of a token)/d(statistic) is a constant, or a constant times a `pyunlearn.ops.TokenRule`, say so, and
+`pyunlearn.value_and_grad` takes it in one pass over the logits. Of `focal_ga` it is (1 - p)^gamma:
+
+    >>> @register("focal_ga", source="mine", slope=1.0, rule=lambda options: TokenRule(gamma=options["gamma"]))
+    ... def focal_ga(logp, *, gamma=2.0):
+    ...     return (1 - logp.exp()).detach() ** gamma * logp
+    >>> one_pass(get("focal_ga"), torch.tensor([[True, False]]))["rule"]
+    TokenRule(alpha=0.0, gamma=2.0, beta=0.0)
 """
 
 from .definition import Layer, NonNegative, Positive, Seed

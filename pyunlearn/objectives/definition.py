@@ -6,51 +6,58 @@ Positional parameters name the statistics it works on, keyword-only parameters w
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
-import operator
 import textwrap
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 from torch import Tensor
 
-from .reduction import REDUCTIONS
+from .._hints import check_known
+from ..ops.one_pass import TokenRule
+from .reduction import REDUCTIONS, Count
 
 
-class Bound(NamedTuple):
-    """A limit on an option, as it is told (`> 0`) and as it is checked."""
-
-    text: str
-    holds: Callable[[float, float], bool]
-    limit: float
-
-
-class Rule(NamedTuple):
-    """What an option may be that is not just a number in a range."""
+class Domain(NamedTuple):
+    """What an option may be, as it is told and as it is checked."""
 
     text: str
     holds: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def is_finite(value: Any) -> bool:
+    return is_number(value) and math.isfinite(value)
 
 
 def is_whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-Positive = Annotated[float, Bound("> 0", operator.gt, 0.0)]
-NonNegative = Annotated[float, Bound(">= 0", operator.ge, 0.0)]
+FINITE = Domain("a finite number", is_finite)
+POSITIVE = Domain("a finite number > 0", lambda value: is_finite(value) and value > 0)
+NON_NEGATIVE = Domain("a finite number >= 0", lambda value: is_finite(value) and value >= 0)
+NUMBERS = (FINITE, POSITIVE, NON_NEGATIVE)  # stored as float
 DEPTHS = ("shallow", "middle", "deep")
+
+Positive = Annotated[float, POSITIVE]
+NonNegative = Annotated[float, NON_NEGATIVE]
 Layer = Annotated[
     int | str,
-    Rule(
+    Domain(
         f"one of {DEPTHS}, or a whole number other than 0: 1 is the first block's output, -1 what the head gets",
         lambda value: value in DEPTHS if isinstance(value, str) else is_whole(value) and value != 0,
     ),
 ]
-Seed = Annotated[int, Rule("a whole number from 0 to 2**63 - 1", lambda value: is_whole(value) and 0 <= value < 2**63)]
+Seed = Annotated[
+    int, Domain("a whole number from 0 to 2**63 - 1", lambda value: is_whole(value) and 0 <= value < 2**63)
+]
 
 BATCHES = ("refusal", "answer")
 CONTEXT = ("vocab_size", "num_tokens")
@@ -78,46 +85,40 @@ class Statistic(NamedTuple):
     name: str
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
 @dataclass(frozen=True)
 class Option:
     name: str
     default: Any
-    bounds: tuple[Bound, ...] = ()
-    rule: Rule | None = None
+    domain: Domain
+    kind: Any
 
-    @property
-    def needs(self) -> str:
-        """What may be given: `a finite number > 0`, what its rule says, or another type like the default's."""
-        if self.rule is not None:
-            return self.rule.text
-        if not is_number(self.default):
-            return f"a {type(self.default).__name__}"
-        return " ".join(["a finite number", *(bound.text for bound in self.bounds)])
+    @classmethod
+    def of(cls, name: str, default: Any, hint: Any) -> Option:
+        """The option as annotated; without a `Domain` it is a finite number, or of the default's type."""
+        domain = next((extra for extra in get_args(hint) if isinstance(extra, Domain)), None)
+        if domain is not None:
+            return cls(name, default, domain, get_args(hint)[0])
+        if is_number(default):
+            return cls(name, default, FINITE, float)
+        kind = type(default)
+        return cls(name, default, Domain(f"a {kind.__name__}", lambda value: isinstance(value, kind)), kind)
 
     def check(self, objective: str, value: Any) -> Any:
-        """The value, a number without a rule as float. Raises ValueError."""
-        if self.rule is not None:
-            fits = self.rule.holds(value)
-        elif is_number(self.default):
-            fits = is_number(value) and math.isfinite(value)
-            fits = fits and all(bound.holds(value, bound.limit) for bound in self.bounds)
-        else:
-            fits = isinstance(value, type(self.default))
-        if not fits:
-            raise ValueError(f"{objective}: {self.name}={value!r}: needs {self.needs}")
-        return float(value) if is_number(value) and self.rule is None else value
+        """The value, of a number's domain as float. Raises ValueError."""
+        if not self.domain.holds(value):
+            raise ValueError(f"{objective}: {self.name}={value!r}: needs {self.domain.text}")
+        return float(value) if self.domain in NUMBERS else value
 
     def __str__(self) -> str:
         return f"{self.name} = {self.default}"
 
 
-@dataclass(frozen=True)
+Options = Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Variant:
-    """One preset: a formula and its defaults."""
+    """One preset: a formula, its defaults, and its gradient per token where that is known in closed form."""
 
     function: Callable[..., Tensor]
     statistics: tuple[Statistic, ...]
@@ -126,6 +127,8 @@ class Variant:
     formula: str
     positions: str
     changes: str = ""
+    slope: float | None = None
+    rule: Callable[[Options], TokenRule] | None = None
 
     @property
     def batches(self) -> tuple[str, ...]:
@@ -153,9 +156,13 @@ class Variant:
     def sequence_ids(self) -> tuple[str, ...]:
         return tuple(prefix + "sequence_ids" for prefix in self.prefixes.values())
 
+    def token_rule(self, options: Options) -> TokenRule:
+        """What the slope is multiplied by at each token."""
+        return self.rule(options) if self.rule else TokenRule()
+
     @property
-    def given(self) -> tuple[str, ...]:
-        """What the caller has to tell besides tensors."""
+    def sizes(self) -> tuple[str, ...]:
+        """Arguments that are needed besides tensors."""
         return tuple(name for name in self.context if name == "vocab_size")
 
 
@@ -181,7 +188,13 @@ class Definition:
 
 
 def read_variant(
-    function: Callable[..., Tensor], batch: str, formula: str, positions: str, changes: str = ""
+    function: Callable[..., Tensor],
+    batch: str,
+    formula: str,
+    positions: str,
+    changes: str,
+    slope: float | None,
+    rule: Callable[[Options], TokenRule] | None,
 ) -> Variant:
     """Reads a signature. Raises ValueError on a parameter that is neither statistic nor option."""
     statistics, options, context = [], {}, []
@@ -192,10 +205,7 @@ def read_variant(
         elif parameter.kind is parameter.KEYWORD_ONLY and name in CONTEXT:
             context.append(name)
         elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
-            extras = get_args(hints.get(name))
-            bounds = tuple(extra for extra in extras if isinstance(extra, Bound))
-            rule = next((extra for extra in extras if isinstance(extra, Rule)), None)
-            options[name] = Option(name, parameter.default, bounds, rule)
+            options[name] = Option.of(name, parameter.default, hints.get(name))
         else:
             raise ValueError(
                 f"{function.__name__}: parameter {name!r} needs to be a statistic (positional, no default), "
@@ -203,7 +213,9 @@ def read_variant(
             )
     if not statistics:
         raise ValueError(f"{function.__name__}: needs a positional parameter named after a statistic, such as logp")
-    return Variant(function, tuple(statistics), options, tuple(context), formula, positions, changes)
+    if rule is not None and slope is None:
+        raise ValueError(f"{function.__name__}: rule needs a slope, d(loss of a token)/d(statistic) apart from it")
+    return Variant(function, tuple(statistics), options, tuple(context), formula, positions, changes, slope, rule)
 
 
 def read_statistic(name: str, batch: str) -> Statistic:
@@ -213,26 +225,16 @@ def read_statistic(name: str, batch: str) -> Statistic:
     return statistic
 
 
-def check_known(what: str, word: Any, known: Iterable[Any]) -> None:
-    """Raises ValueError, `preset 'papr' is unknown; did you mean 'paper'? known: paper, standard`."""
-    known = list(known)
-    if word not in known:
-        near = difflib.get_close_matches(str(word), map(str, known), n=2, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"{what} {word!r} is unknown; {hint}known: {', '.join(map(str, known)) or 'none'}")
-
-
-def signature(definition: Definition) -> inspect.Signature:
+def signature(variant: Variant, preset: str, reduction: str) -> inspect.Signature:
     """The signature of the public function: statistics, masks, options, then what all objectives take."""
-    variant = definition.variant(None)[1]
     either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    given: dict[str, Any] = {option.name: option.default for option in variant.options.values()}
-    given |= {"preset": definition.default_preset, "reduction": definition.reduction, "count": None}
-    given |= dict.fromkeys((*variant.sequence_ids, "num_sequences"))
-    parameters = [inspect.Parameter(name, either) for name in variant.tensors]
-    parameters += [inspect.Parameter(name, either, default=None) for name in variant.masks]
-    parameters += [inspect.Parameter(name, keyword) for name in variant.given]
-    parameters += [inspect.Parameter(name, keyword, default=default) for name, default in given.items()]
+    keywords: list[Any] = [(option.name, option.default, option.kind) for option in variant.options.values()]
+    keywords += [("preset", preset, str), ("reduction", reduction, str), ("count", None, Count | None)]
+    keywords += [*((name, None, Tensor | None) for name in variant.sequence_ids), ("num_sequences", None, int | None)]
+    parameters = [inspect.Parameter(name, either, annotation=Tensor) for name in variant.tensors]
+    parameters += [inspect.Parameter(name, either, default=None, annotation=Tensor | None) for name in variant.masks]
+    parameters += [inspect.Parameter(name, keyword, annotation=int) for name in variant.sizes]
+    parameters += [inspect.Parameter(name, keyword, default=value, annotation=kind) for name, value, kind in keywords]
     return inspect.Signature(parameters, return_annotation=Tensor)
 
 
@@ -244,8 +246,8 @@ def docstring(definition: Definition) -> str:
         shape = "(B, T, H) or flat (N, H)" if statistic in WIDE else "(B, T) or flat (N,)"
         arguments[name] = f"{shape}, float32 or float64: {STATISTICS[statistic]}"
     arguments |= dict.fromkeys(variant.masks, "bool, (B, T) or (N,): the tokens that count; None: all")
-    arguments |= dict.fromkeys(variant.given, "V, the number of tokens of the vocabulary")
-    arguments |= {name: option.needs for name, option in variant.options.items()}
+    arguments |= dict.fromkeys(variant.sizes, "V, the number of tokens of the vocabulary")
+    arguments |= {name: option.domain.text for name, option in variant.options.items()}
     arguments |= {
         "preset": "which formula and defaults, see below",
         "reduction": " or ".join(variant.reductions),

@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.one_pass import TokenRule
 from .definition import NonNegative, Positive
+from .one_pass import sigmoid_floor
 from .registry import register, register_preset
 
 G_EFFECT = "Wang et al., Rethinking LLM Unlearning Objectives: A Gradient Perspective, ICLR 2025"
@@ -24,6 +26,7 @@ CLOSER_LOOK = "Yuan et al., A Closer Look at Machine Unlearning for LLMs, ICLR 2
     formula="mean of -l_t",
     source=f"{CLOSER_LOOK}, Eq. 1; {G_EFFECT}, Section 4.1",
     presets={"g_effect_code": {}, "closer_look_code": {}, "open_unlearning": {}},
+    slope=1.0,
 )
 def ga(logp: Tensor) -> Tensor:
     """Gradient ascent: maximise the loss on the forget set. Unbounded below.
@@ -39,6 +42,8 @@ def ga(logp: Tensor) -> Tensor:
     formula="mean of -sg(p_t^alpha) l_t",
     source=f"{G_EFFECT}, Eq. 2 and Appendix D.1",
     presets={"g_effect_code": {"alpha": 5.0}, "open_unlearning": {}},
+    slope=1.0,
+    rule=lambda o: TokenRule(alpha=o["alpha"]),
 )
 def wga(logp: Tensor, *, alpha: NonNegative = 1.0) -> Tensor:
     """Weighted gradient ascent: each token counts by its own confidence, and stops once forgotten.
@@ -70,11 +75,8 @@ def npo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 0.1) -> Tensor:
 
 
 def npo_weight(logp: Tensor, ref_logp: Tensor, beta: float, epsilon: float) -> Tensor:
-    """2 p^beta / (p^beta + p°^beta + epsilon), detached, without ever leaving log space."""
-    floor = beta * ref_logp
-    if epsilon > 0:
-        floor = torch.logaddexp(floor, torch.full_like(floor, math.log(epsilon)))
-    return 2.0 * torch.sigmoid(beta * logp.detach() - floor)
+    """2 p^beta / (p^beta + p°^beta + epsilon), detached."""
+    return 2.0 * torch.sigmoid(beta * logp.detach() - sigmoid_floor(ref_logp, beta, epsilon))
 
 
 @register(
@@ -82,6 +84,8 @@ def npo_weight(logp: Tensor, ref_logp: Tensor, beta: float, epsilon: float) -> T
     formula="mean of -sg(w_t) l_t, w_t = 2 p_t^beta / (p_t^beta + p°_t^beta + epsilon)",
     source=f"{G_EFFECT}, Eq. 6 and Appendix D.2",
     presets={"g_effect_code": {"epsilon": 1e-5}},
+    slope=1.0,
+    rule=lambda o: TokenRule(beta=o["beta"]),
 )
 def tnpo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 4.0, epsilon: NonNegative = 0.0) -> Tensor:
     """Token-wise NPO: the NPO weight at every token instead of every sequence.
@@ -100,6 +104,8 @@ def tnpo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 4.0, epsilon: NonNe
     formula="mean of -sg(w_t) l_t, w_t = 2 p_t^(beta+alpha) / (p_t^beta + p°_t^beta + epsilon)",
     source=f"{G_EFFECT}, Appendix D.2",
     presets={"g_effect_code": {"epsilon": 1e-5}},
+    slope=1.0,
+    rule=lambda o: TokenRule(alpha=o["alpha"], beta=o["beta"]),
 )
 def wtnpo(
     logp: Tensor,
@@ -147,6 +153,8 @@ def simnpo_paper(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, marg
     formula="mean of -sg(p_t^beta1 (1 - p_t)^beta2) l_t",
     source="Yang et al., Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning, ICML 2025",
     presets={"open_unlearning": {"beta2": 1.0}},
+    slope=1.0,
+    rule=lambda o: TokenRule(alpha=o["beta1"], gamma=o["beta2"]),
 )
 def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) -> Tensor:
     """Saturation and importance: tokens that are well known, but not certain, count most.
@@ -166,6 +174,7 @@ def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) 
     positions="real",
     formula="mean over all tokens, the question's too, of KL(p_t || U) = log V - H_t",
     source=f"{CLOSER_LOOK}, Eq. 6",
+    slope=-1.0,
 )
 def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
     """Maximising entropy: towards the uniform distribution at every position. Bounded: 0 <= loss <= log V.
@@ -179,6 +188,8 @@ def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
     return math.log(vocab_size) - entropy
 
 
-@register_preset("me", "closer_look_code", formula="mean over all tokens of KL(U || p_t) = uniform_ce_t - log V")
+@register_preset(
+    "me", "closer_look_code", formula="mean over all tokens of KL(U || p_t) = uniform_ce_t - log V", slope=1.0
+)
 def me_closer_look_code(uniform_ce: Tensor, *, vocab_size: int) -> Tensor:
     return uniform_ce - math.log(vocab_size)

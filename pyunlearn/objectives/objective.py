@@ -101,23 +101,23 @@ class Objective:
         variant = self.variant
         layouts: dict[str, Layout] = {}
         tensors = [self._masked(stats, statistic, layouts) for statistic in variant.statistics]
-        given: dict[str, Any] = dict(self.options)
+        keywords: dict[str, Any] = dict(self.options)
         if "vocab_size" in variant.context:
-            given["vocab_size"] = self._vocab_size(stats[variant.batches[0]].vocab_size)
+            keywords["vocab_size"] = self._vocab_size(stats[variant.batches[0]].vocab_size)
         if self.definition.level == "token":
             (layout,) = layouts.values()
-            return reduce_tokens(variant.function(*tensors, **given), layout, self.reduction, count)
+            return reduce_tokens(variant.function(*tensors, **keywords), layout, self.reduction, count)
 
         size = common_size(list(layouts.values()))
         layouts = {batch: layout.with_size(size) for batch, layout in layouts.items()}
         tokens = [layout.tokens_by_sequence() for layout in layouts.values()]
         if "num_tokens" in variant.context:
-            given["num_tokens"] = tokens[0].clamp_min(1)
+            keywords["num_tokens"] = tokens[0].clamp_min(1)
         sums = [
             layouts[statistic.batch].sum_by_sequence(tensor)
             for statistic, tensor in zip(variant.statistics, tensors, strict=True)
         ]
-        return reduce_sequences(variant.function(*sums, **given), tokens, self.reduction, count)
+        return reduce_sequences(variant.function(*sums, **keywords), tokens, self.reduction, count)
 
     def _masked(self, stats: Mapping[str, TokenInputs], wanted: Statistic, layouts: dict[str, Layout]) -> Tensor:
         """One statistic, at least float32, 0 where not supervised. A batch's first sets its layout."""
@@ -130,10 +130,10 @@ class Objective:
         reference = wanted.name in REFERENCE
         tensor = getattr(inputs, wanted.name) if reference else inputs.values.get(wanted.name)
         if tensor is None:
-            told = "hidden states of one layer" if wide else f"token_stats' {wanted.name!r}"
+            what = "hidden states of one layer" if wide else f"token_stats' {wanted.name!r}"
             if reference:
-                told = f"the frozen reference's {wanted.name.removeprefix('ref_')} per token"
-            raise ValueError(f"{self.name} (preset {self.preset}) needs {name}, {told}; got None")
+                what = f"the frozen reference's {wanted.name.removeprefix('ref_')} per token"
+            raise ValueError(f"{self.name} (preset {self.preset}) needs {name}, {what}; got None")
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: needs a tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():

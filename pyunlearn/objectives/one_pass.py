@@ -1,36 +1,23 @@
 """What `pyunlearn.value_and_grad` needs of a token-separable objective: its gradient per token in closed form.
 
 A token's gradient is its share of the reduction (1/n for token_mean, ...) times the slope of the objective at the
-token, which is a constant, or depends on the token's own logp by a `TokenRule`.
+token, a constant, times a `TokenRule` where it depends on the token's own logp. Both are given to `register`, or to
+`register_preset` for another formula.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.one_pass import TokenRule
-from .objective import Objective
+from .definition import Variant
+from .objective import DEFINITIONS, Objective
 from .reduction import Count, Layout, TokenInputs, reduce_tokens
-
-Options = Mapping[str, Any]
-
-# objective -> (d(loss of a token) / d(statistic) apart from the rule, the rule)
-SLOPES: dict[str, tuple[float, Callable[[Options], TokenRule]]] = {
-    "ga": (1.0, lambda o: TokenRule()),
-    "wga": (1.0, lambda o: TokenRule(alpha=o["alpha"])),
-    "satimp": (1.0, lambda o: TokenRule(alpha=o["beta1"], gamma=o["beta2"])),
-    "tnpo": (1.0, lambda o: TokenRule(beta=o["beta"])),
-    "wtnpo": (1.0, lambda o: TokenRule(alpha=o["alpha"], beta=o["beta"])),
-    "gd": (-1.0, lambda o: TokenRule()),
-    "idk": (-1.0, lambda o: TokenRule()),
-    "kl": (1.0, lambda o: TokenRule()),
-    "me": (1.0, lambda o: TokenRule()),
-}
 
 
 def one_pass(
@@ -44,12 +31,13 @@ def one_pass(
     """weights, rule and floor for `pyunlearn.value_and_grad`: its d(logits) is then that of the objective's loss.
 
     Args:
-        objective: one of those in `SLOPES`, as `get` gives it.
+        objective: as `get` gives it, one that is registered with a slope (and a rule).
         mask: (B, T) or flat (N,) bool, the tokens that count; shaped like the targets.
         ref_logp: the same shape, the frozen reference's logp, for `tnpo` and `wtnpo`.
         sequence_ids, num_sequences, count: as in the objective itself.
 
-    Raises: ValueError or TypeError naming what does not fit, or that the objective is not token-separable.
+    Raises: ValueError or TypeError naming what does not fit, that the objective (or its preset) has no slope, or that
+        slope and rule are not its gradient: they are compared with autograd's the first time.
 
     >>> from pyunlearn import objectives, value_and_grad
     >>> logits, targets = torch.zeros(1, 2, 4), torch.tensor([[1, 2]])
@@ -58,12 +46,15 @@ def one_pass(
     >>> d_logits[0, 0].tolist()  # p / 2 at the target's lane, times 1 - p
     [-0.03125, 0.09375, -0.03125, -0.03125]
     """
-    if objective.name not in SLOPES:
-        raise ValueError(f"{objective.name}: needs a token-separable objective, one of {tuple(SLOPES)}")
-    slope, rule_of = SLOPES[objective.name]
+    variant = objective.variant
+    if variant.slope is None:
+        able = ", ".join(name for name in DEFINITIONS if DEFINITIONS[name].variant(None)[1].slope is not None)
+        raise ValueError(
+            f"{objective.name}, preset={objective.preset!r}: needs a token-separable objective such as {able}; one of "
+            "your own becomes one by slope=, d(loss of a token)/d(statistic), and rule= where it is registered"
+        )
+    check_gradient(objective, variant, variant.slope)
     (name,) = objective.outputs
-    if name == "entropy":  # `me` falls with it
-        slope = -slope
     needs_reference = objective.reference == "logp"
     if needs_reference and ref_logp is None:
         raise ValueError(f"{objective.name} needs ref_logp, the frozen reference's logp per token; got None")
@@ -73,10 +64,41 @@ def one_pass(
     with torch.enable_grad():
         total = reduce_tokens(share, layout, objective.reduction, count)
     (weights,) = torch.autograd.grad(total, share)
-    rule = rule_of(objective.options)
+    rule = variant.token_rule(objective.options)
     floor = None
     if needs_reference and ref_logp is not None:
-        floor = rule.beta * layout.fill(ref_logp.detach().float())
-        if objective.options["epsilon"] > 0:
-            floor = torch.logaddexp(floor, torch.full_like(floor, math.log(objective.options["epsilon"])))
-    return {"weights": {name: slope * weights}, "rule": rule, "floor": floor}
+        floor = sigmoid_floor(layout.fill(ref_logp.detach().float()), rule.beta, objective.options.get("epsilon", 0.0))
+    return {"weights": {name: variant.slope * weights}, "rule": rule, "floor": floor}
+
+
+def sigmoid_floor(ref_logp: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
+    """log(p°^beta + epsilon), without ever leaving log space."""
+    floor = beta * ref_logp
+    return torch.logaddexp(floor, torch.full_like(floor, math.log(epsilon))) if epsilon > 0 else floor
+
+
+@lru_cache(maxsize=256)
+def check_gradient(objective: Objective, variant: Variant, slope: float) -> None:
+    """Raises ValueError unless slope times rule is autograd's d(loss of a token)/d(statistic), on a few tokens.
+
+    Not where the objective is registered: that may be before a process forks, and autograd's engine must not be.
+    """
+    logp = torch.tensor([-0.01, -0.4, -2.0, -7.0], dtype=torch.float64, device="cpu")
+    ref_logp, upstream = logp.flip(0) - 0.3, torch.arange(1.0, 5.0, dtype=torch.float64, device="cpu")
+    is_logp = objective.outputs == ("logp",)
+    x = (logp if is_logp else -logp).requires_grad_()
+    tensors = [ref_logp if statistic.name == "ref_logp" else x for statistic in variant.statistics]
+    with torch.enable_grad():
+        loss = variant.function(*tensors, **objective.options, **dict.fromkeys(variant.sizes, 50))
+        (autograds,) = torch.autograd.grad((upstream * loss).sum(), x)
+    rule = variant.token_rule(objective.options)
+    epsilon = objective.options.get("epsilon", 0.0)
+    floor = sigmoid_floor(ref_logp, rule.beta, epsilon) if objective.reference == "logp" else None
+    factor = rule(logp.detach(), floor) if is_logp else torch.ones_like(upstream)
+    closed_form = upstream * slope * factor
+    if not torch.allclose(closed_form, autograds, rtol=1e-6, atol=1e-12) or (not is_logp and rule != TokenRule()):
+        raise ValueError(
+            f"{objective.name}, preset={objective.preset!r}: slope={slope} and rule={rule} need to be "
+            f"d(loss of a token)/d({objective.outputs[0]}), for {dict(objective.options)}: "
+            f"{autograds.tolist()} by autograd, got {closed_form.tolist()}"
+        )

@@ -156,8 +156,8 @@ def common_size(layouts: list[Layout]) -> int:
     """The number of sequences all batches share, sequence i of one paired with sequence i of the other."""
     known = {layout.prefix: layout.num_sequences for layout in layouts if layout.num_sequences is not None}
     if len(set(known.values())) > 1:
-        told = ", ".join(f"{prefix.rstrip('_')} has {size}" for prefix, size in known.items())
-        raise ValueError(f"needs as many sequences in each batch, sequence i paired with sequence i: {told}")
+        counts = ", ".join(f"{prefix.rstrip('_')} has {size}" for prefix, size in known.items())
+        raise ValueError(f"needs as many sequences in each batch, sequence i paired with sequence i: {counts}")
     sizes = [size for size in known.values() if size is not None]
     return sizes[0] if sizes else max(layout.largest_id() for layout in layouts)
 

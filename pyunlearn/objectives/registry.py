@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import Tensor
 
-from .definition import BATCHES, Definition, check_known, docstring, read_variant, signature
+from .._hints import check_known
+from ..ops.one_pass import TokenRule
+from .definition import BATCHES, REFERENCE, WIDE, Definition, Options, Variant, docstring, read_variant, signature
 from .objective import DEFINITIONS, Objective
 from .reduction import TokenInputs
 
@@ -82,6 +84,8 @@ def register(
     source: str = "",
     preset: str = "paper",
     presets: Mapping[str, Mapping[str, Any]] | None = None,
+    slope: float | None = None,
+    rule: Callable[[Options], TokenRule] | None = None,
 ) -> Callable[[Function], Function]:
     """Decorator: makes an objective of a function of per-token statistics.
 
@@ -101,6 +105,9 @@ def register(
         formula, source: for the documentation.
         preset: the name of the function's own defaults.
         presets: name -> option values, for other defaults of the same function.
+        slope, rule: d(loss of a token)/d(its statistic) is slope * rule(options), for `pyunlearn.value_and_grad`; slope
+            alone where that is a constant, neither where it is of another form. A rule is for `logp`; its sigmoid's
+            floor is log(p°^beta + epsilon), by the option `epsilon` where there is one. See `one_pass`.
 
     Returns: the public function `(statistics..., mask=None, *, options..., preset, reduction, count,
         sequence_ids, num_sequences) -> loss`.
@@ -116,7 +123,8 @@ def register(
         check_known(f"{name}: level", level, LEVELS)
         check_known(f"{name}: batch", batch, BATCHES)
         check_known(f"{name}: positions", positions, POSITIONS)
-        variant = read_variant(function, batch, formula, positions, "as above")
+        variant = read_variant(function, batch, formula, positions, "as above", slope, rule)
+        check_separable(name, level, variant)
         if level == "token" and len(variant.batches) > 1:
             raise ValueError(f"{name}: statistics of {variant.batches} together need level='sequence'")
         if "num_tokens" in variant.context and (level == "token" or len(variant.batches) > 1):
@@ -128,8 +136,8 @@ def register(
             for key, value in changed.items():
                 check_known(f"{name}: option of preset {other!r}", key, options)
                 options[key] = replace(options[key], default=options[key].check(name, value))
-            told = ", ".join(f"{key} = {value}" for key, value in changed.items()) or f"as {preset}"
-            variants[other] = replace(variant, options=options, changes=told)
+            changes = ", ".join(f"{key} = {value}" for key, value in changed.items()) or f"as {preset}"
+            variants[other] = replace(variant, options=options, changes=changes)
         summary, _, body = inspect.cleandoc(function.__doc__ or name).partition("\n")
         DEFINITIONS[name] = Definition(name, role, level, usual, source, summary, body.strip(), preset, variants)
 
@@ -146,9 +154,16 @@ def register(
 
 
 def register_preset(
-    name: str, *presets: str, formula: str, positions: str | None = None
+    name: str,
+    *presets: str,
+    formula: str,
+    positions: str | None = None,
+    slope: float | None = None,
+    rule: Callable[[Options], TokenRule] | None = None,
 ) -> Callable[[Function], Function]:
     """Decorator: another formula for the objective `name`, under its own presets. Returns the function.
+
+    slope, rule: of this formula, as in `register`; those of the other presets are not taken over.
 
     Raises: ValueError on an unknown objective or a signature that cannot be read.
     """
@@ -158,7 +173,8 @@ def register_preset(
         definition = DEFINITIONS[name]
         usual = definition.variant(None)[1]
         changes = f"loss = {formula}" + (f"; positions = {positions}" if positions else "")
-        variant = read_variant(function, usual.batches[0], formula, positions or usual.positions, changes)
+        variant = read_variant(function, usual.batches[0], formula, positions or usual.positions, changes, slope, rule)
+        check_separable(name, definition.level, variant)
         definition.variants.update(dict.fromkeys(presets, variant))
         _document(name)
         return function
@@ -166,11 +182,19 @@ def register_preset(
     return decorate
 
 
+def check_separable(name: str, level: str, variant: Variant) -> None:
+    """Raises ValueError for a slope where no token's gradient depends on that token's statistic alone."""
+    statistics = [statistic.name for statistic in variant.statistics if statistic.name not in REFERENCE]
+    if variant.slope is not None and (level != "token" or len(statistics) != 1 or statistics[0] in WIDE):
+        raise ValueError(f"{name}: slope needs level='token' and one statistic a token, got {level}, {statistics}")
+
+
 def _document(name: str) -> None:
     """Writes signature and docstring of the public function, with the presets known so far."""
-    function: Any = _PUBLIC[name]
-    function.__signature__ = signature(DEFINITIONS[name])
-    function.__doc__ = docstring(DEFINITIONS[name])
+    function, definition = cast(Any, _PUBLIC[name]), DEFINITIONS[name]
+    preset, variant = definition.variant(None)
+    function.__signature__ = signature(variant, preset, definition.reduction)
+    function.__doc__ = docstring(definition)
 
 
 def _call(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
@@ -179,7 +203,7 @@ def _call(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     by_position = (*variant.tensors, *variant.masks)
     tensors: dict[str, Any] = dict.fromkeys((*by_position, *variant.sequence_ids))
     for key in named:
-        check_known(f"{name}: argument", key, (*tensors, *variant.given, *variant.options, *SHARED_ARGUMENTS))
+        check_known(f"{name}: argument", key, (*tensors, *variant.sizes, *variant.options, *SHARED_ARGUMENTS))
     if len(args) > len(by_position):
         raise ValueError(f"{name}: only {by_position} go by position, got {len(args)} arguments")
     for key, value in zip(by_position, args, strict=False):

@@ -16,6 +16,7 @@ from .registry import register, register_preset
     formula="mean of l_t",
     source=f"{CLOSER_LOOK}, Eq. 4; {G_EFFECT}, Eq. 17",
     presets={"g_effect_code": {}, "closer_look_code": {}, "open_unlearning": {}},
+    slope=-1.0,
 )
 def gd(logp: Tensor) -> Tensor:
     """Gradient descent: the usual loss, on the retain set.
@@ -31,6 +32,7 @@ def gd(logp: Tensor) -> Tensor:
     role="retain",
     formula="mean over supervised tokens of KL(p_t || p°_t)",
     source=f"{CLOSER_LOOK}, Eq. 5; {G_EFFECT}, Eq. 18",
+    slope=1.0,
 )
 def kl(kl_pq: Tensor) -> Tensor:
     """Stay close to the reference's distributions on the retain set.
@@ -50,6 +52,7 @@ def kl(kl_pq: Tensor) -> Tensor:
     "g_effect_code",
     formula="mean over all positions, prompt and padding too, of KL(p°_t || p_t)",
     positions="all",
+    slope=1.0,
 )
 def kl_open_unlearning(kl_qp: Tensor) -> Tensor:
     return kl_qp

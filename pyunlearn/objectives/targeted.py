@@ -16,6 +16,7 @@ from .registry import register
     formula="mean of l_t over the refusals' tokens",
     source=f"Maini et al., TOFU, COLM 2024 (as PO); {CLOSER_LOOK}, Eq. 3",
     presets={"g_effect_code": {}, "closer_look_code": {}},
+    slope=-1.0,
 )
 def idk(logp: Tensor) -> Tensor:
     """Fine-tune on refusals ("I don't know.") to the forget questions.

@@ -1,25 +1,40 @@
-"""Unlearning methods by the names papers give them: settings of `unlearn`, laid under what the user sets.
+"""Unlearning methods by the names papers give them: a file NAME.yaml each, with a summary, its source, and settings of
+`unlearn` in the words of a run's configuration, which are laid under what the user sets.
 
-sga and cga update on one sample at a time, as Algorithm 2 of arXiv:2504.06658; graddiff, npo and po retain by `gd`.
-Any of them, followed by +mrd, draws its forget samples by Memory Removal Difficulty (Section 3.4).
+Any of them, followed by +mrd, draws its forget samples by Memory Removal Difficulty (arXiv:2504.06658, Section 3.4).
 """
 
 from __future__ import annotations
 
-import copy
-import difflib
-from typing import Any
+from functools import cache
+from importlib.resources import files
+from typing import Any, NamedTuple
 
-ONE_BY_ONE = {"forget": [{"name": "ga"}], "retain": [], "batch_size": 1, "gradient_accumulation_steps": 1}
-RECIPES: dict[str, dict[str, Any]] = {
-    "ga": {"forget": [{"name": "ga"}], "retain": []},
-    "sga": {**ONE_BY_ONE, "sampling": {"by": "uniform"}},
-    "cga": {**ONE_BY_ONE, "sampling": {"by": "mrd"}},
-    "graddiff": {"forget": [{"name": "ga"}], "retain": [{"name": "gd"}]},
-    "npo": {"forget": [{"name": "npo"}], "retain": [{"name": "gd"}]},
-    "po": {"forget": [{"name": "idk"}], "retain": [{"name": "gd"}]},
-}
+import yaml
+
+from .._hints import hint
+
 SUFFIX = "+mrd"
+
+
+class Recipe(NamedTuple):
+    """One file."""
+
+    summary: str
+    source: str
+    unlearn: dict[str, Any]
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """Every recipe, in alphabetical order."""
+    there = (file.name for file in files(__name__).iterdir())
+    return tuple(sorted(name.removesuffix(".yaml") for name in there if name.endswith(".yaml")))
+
+
+def read(name: str) -> Recipe:
+    """The file of a recipe, anew. Raises FileNotFoundError, and TypeError for a key too many or too few."""
+    return Recipe(**yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")))
 
 
 def recipe(name: str) -> dict[str, Any]:
@@ -28,11 +43,7 @@ def recipe(name: str) -> dict[str, Any]:
     Raises ValueError naming the nearest recipes.
     """
     base = name.lower().removesuffix(SUFFIX)
-    if base not in RECIPES:
-        near = difflib.get_close_matches(base, RECIPES, n=3, cutoff=0.5)
-        told = f"did you mean {' or '.join(near)}?" if near else f"needs one of {', '.join(RECIPES)}"
-        raise ValueError(f"unlearn.recipe={name!r}: {told} Each may end in {SUFFIX}")
-    settings = copy.deepcopy(RECIPES[base])
-    if name.lower().endswith(SUFFIX):
-        settings["sampling"] = {"by": "mrd"}
-    return settings
+    if base not in names():
+        raise ValueError(f"unlearn.recipe={name!r}: {hint(base, names())}; each may end in {SUFFIX}")
+    settings = read(base).unlearn
+    return settings | {"sampling": {"by": "mrd"}} if name.lower().endswith(SUFFIX) else settings

@@ -11,9 +11,9 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .run import COLOURS, STYLE, new_figure, render, to_svg
+from .figures import COLOURS, STYLE, new_figure, render, to_svg
 
-Rows = Sequence[Mapping[str, Any]]  # {"step", "g_effect": what `Probe.measure` gives, "probe_seconds", "step_seconds"}
+Rows = Sequence[Mapping[str, Any]]  # {"step", "geffect": what `Probe.measure` gives, "probe_seconds", "step_seconds"}
 TITLES = {"unlearn": "unlearning G-effect", "retain": "retaining G-effect"}
 METRIC_COLOURS = {"unlearn": COLOURS["forget"], "retain": COLOURS["retain"]}
 # the paper's groups, or any others in their order
@@ -27,19 +27,19 @@ LINES = 5  # steps of the texts
 
 def render_geffect(name: str, rows: Rows, command: str) -> str:
     """The page of `pyunlearn geffect`."""
-    return render("geffect.html", name=name, g_effect=section(rows), num_models=len(rows), command=command)
+    return render("geffect.html", name=name, geffect=section(rows), num_models=len(rows), command=command)
 
 
 def section(rows: Rows) -> dict[str, Any] | None:
     """What a page shows of the probes: {"cost", "samples", "not_finite", "figures", "heat"}; None without any probe."""
     if not rows:
         return None
-    finite = [row for row in rows if "not_finite" not in row["g_effect"]]
-    lost = [row for row in rows if "not_finite" in row["g_effect"]]
+    finite = [row for row in rows if "not_finite" not in row["geffect"]]
+    lost = [row for row in rows if "not_finite" in row["geffect"]]
     return {
         "cost": cost(rows),
-        "samples": finite[0]["g_effect"]["samples"] if finite else None,
-        "not_finite": f"step {lost[0]['step']}: {lost[0]['g_effect']['not_finite']}" if lost else None,
+        "samples": finite[0]["geffect"]["samples"] if finite else None,
+        "not_finite": f"step {lost[0]['step']}: {lost[0]['geffect']['not_finite']}" if lost else None,
         "figures": figures(finite) if finite else [],
         "heat": heat(finite),
     }
@@ -57,26 +57,26 @@ def cost(rows: Rows) -> str | None:
 
 def figures(rows: Rows) -> list[dict[str, Any]]:
     """{"name", "svg", "caption"} of every figure that these rows, all finite, have numbers for."""
-    found: list[tuple[str, Figure, str]] = [
+    drawn: list[tuple[str, Figure, str]] = [
         ("total", total_figure(rows), "the whole objective's G-effects at three scales"),
         ("groups", groups_figure(rows), "by group of layers at three scales; dark: total"),
     ]
-    if len(rows[0]["g_effect"]["terms"]) > 1:
-        found.append(("terms", terms_figure(rows), "each term's own G-effect, before its coefficient"))
-    found.append(("dynamics", dynamics_figure(rows), "on the probe's samples"))
-    found += [
+    if len(rows[0]["geffect"]["terms"]) > 1:
+        drawn.append(("terms", terms_figure(rows), "each term's own G-effect, before its coefficient"))
+    drawn.append(("dynamics", dynamics_figure(rows), "on the probe's samples"))
+    drawn += [
         (f"scatter-{label}", figure, f"each forget sample's own effect under gradient ascent, by its weight in {label}")
         for label, figure in scatter_figures(rows)
     ]
     with matplotlib.rc_context(STYLE):
-        return [{"name": n, "svg": to_svg(figure, f"g-effect-{n}"), "caption": caption} for n, figure, caption in found]
+        return [{"name": n, "svg": to_svg(figure, f"geffect-{n}"), "caption": caption} for n, figure, caption in drawn]
 
 
 def values(rows: Rows, *keys: str) -> list[float]:
     """One number a row, at the end of `keys`."""
     column = []
     for row in rows:
-        at = row["g_effect"]
+        at = row["geffect"]
         for key in keys:
             at = at[key]
         column.append(at)
@@ -92,7 +92,7 @@ def total_figure(rows: Rows) -> Figure:
 
 def groups_figure(rows: Rows) -> Figure:
     figure = styled(2, len(SCALES))
-    groups = list(rows[0]["g_effect"]["groups"]["unlearn"])
+    groups = list(rows[0]["geffect"]["groups"]["unlearn"])
     for i, metric in enumerate(TITLES):
         curves = {"total": (values(rows, "total", metric), "#0f172a", 1.6)}
         for k, group in enumerate(groups):
@@ -106,7 +106,7 @@ def groups_figure(rows: Rows) -> Figure:
 def terms_figure(rows: Rows) -> Figure:
     figure = styled(1, 2)
     for axes, metric in zip(figure.axes, TITLES, strict=True):
-        for k, label in enumerate(rows[0]["g_effect"]["terms"]):
+        for k, label in enumerate(rows[0]["geffect"]["terms"]):
             line(axes, rows, values(rows, "terms", label, "total", metric), PALETTE[1 + k % (len(PALETTE) - 1)], label)
         axes.set_title(TITLES[metric])
         finish(axes)
@@ -115,7 +115,7 @@ def terms_figure(rows: Rows) -> Figure:
 
 def dynamics_figure(rows: Rows) -> Figure:
     """Risk, inverse confidence, and the mean weight of each objective that has one."""
-    weights = list(rows[0]["g_effect"]["weights"])
+    weights = list(rows[0]["geffect"]["weights"])
     figure = styled(1, 3 if weights else 2)
     for metric, colour in METRIC_COLOURS.items():
         line(figure.axes[0], rows, values(rows, "nll", metric), colour, "forget" if metric == "unlearn" else metric)
@@ -138,14 +138,14 @@ def scatter_figures(rows: Rows) -> Iterable[tuple[str, Figure]]:
 
     Step 0 is left out: every weight against the reference is 1 there.
     """
-    rows = [row for row in rows if "pointwise" in row["g_effect"] and row["step"] > 0]
+    rows = [row for row in rows if "pointwise" in row["geffect"] and row["step"] > 0]
     if not rows:
         return
     shown = [rows[i] for i in evenly(len(rows), PANELS)]
-    for label in shown[0]["g_effect"]["pointwise"]["weights"]:
+    for label in shown[0]["geffect"]["pointwise"]["weights"]:
         figure = styled(1, len(shown))
         for axes, row in zip(figure.axes, shown, strict=True):
-            points = row["g_effect"]["pointwise"]
+            points = row["geffect"]["pointwise"]
             for k, (low, high) in enumerate(pairwise(RANGES)):
                 inside = [
                     (u, r)
@@ -167,14 +167,14 @@ def heat(rows: Rows) -> list[dict[str, Any]]:
 
     For terms that weigh the tokens of an answer differently, such as WGA, TNPO and WTNPO (the paper's Appendix D).
     """
-    rows = [row for row in rows if row["g_effect"].get("heat")]
+    rows = [row for row in rows if row["geffect"].get("heat")]
     if not rows:
         return []
     shown = [rows[i] for i in evenly(len(rows), LINES)]
-    found = []
-    for label in shown[0]["g_effect"]["heat"][0]["weights"]:
-        for k, text in enumerate(shown[0]["g_effect"]["heat"]):
-            weights = [row["g_effect"]["heat"][k]["weights"][label] for row in shown]
+    texts = []
+    for label in shown[0]["geffect"]["heat"][0]["weights"]:
+        for k, text in enumerate(shown[0]["geffect"]["heat"]):
+            weights = [row["geffect"]["heat"][k]["weights"][label] for row in shown]
             top = max(map(max, weights))
             if top <= 0 or all(max(each) - min(each) <= 1e-6 * top for each in weights):
                 continue
@@ -185,8 +185,8 @@ def heat(rows: Rows) -> list[dict[str, Any]]:
                 }
                 for row, each in zip(shown, weights, strict=True)
             ]
-            found.append({"label": label, "question": text["question"], "lines": lines})
-    return found
+            texts.append({"label": label, "question": text["question"], "lines": lines})
+    return texts
 
 
 def evenly(count: int, most: int) -> list[int]:

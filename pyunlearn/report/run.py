@@ -1,81 +1,17 @@
-"""The before/after table and the self-contained HTML report of a run (inline SVG, no script, no outside resource)."""
+"""The self-contained HTML report of a run (inline SVG, no script, no outside resource)."""
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
-from ..runs.config import GoalConfig
+from .figures import COLOURS, STYLE, new_figure, render, to_svg
 
-Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record per sample
-COLOURS = {"forget": "#c2410c", "retain": "#0f766e"}
-STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#94a3b8",
-    "axes.labelcolor": "#334155",
-    "xtick.color": "#64748b",
-    "ytick.color": "#64748b",
-    "axes.grid": True,
-    "grid.color": "#e2e8f0",
-    "grid.linewidth": 0.6,
-}
-
-
-def make_table(before: Summaries, after: Summaries) -> list[dict[str, Any]]:
-    """One row per set and metric: {"set", "metric", "before", "after", "change"}."""
-    return [
-        {"set": name, "metric": metric, "before": value, "after": after[name][metric],
-         "change": after[name][metric] - value}
-        for name, values in before.items()
-        for metric, value in values.items()
-        if metric in after.get(name, {})
-    ]  # fmt: skip
-
-
-def table_markdown(table: Sequence[Mapping[str, Any]]) -> str:
-    lines = ["| set | metric | before | after | change |", "|---|---|---:|---:|---:|"]
-    lines += [
-        f"| {row['set']} | {row['metric']} | {row['before']:.4f} | {row['after']:.4f} | {row['change']:+.4f} |"
-        for row in table
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def check_goal(before: Summaries, after: Summaries, goal: GoalConfig) -> list[dict[str, Any]]:
-    """What the run had to reach: {"text", "value", "met"} for the forget and the retain probability."""
-    (forget_before, forget), (retain_before, retain) = (
-        (before[name]["probability"], after[name]["probability"]) for name in ("forget", "retain")
-    )
-    kept, limit = retain / max(retain_before, 1e-12), goal.forget_probability_below
-    nothing = "; there was nothing to forget" if forget_before < limit else ""
-    return [
-        {
-            "text": f"forget probability {forget_before:.3f} -> {forget:.3f}, wanted below {limit:g}{nothing}",
-            "value": forget,
-            "met": forget < limit <= forget_before,
-        },
-        {
-            "text": f"retain probability {retain_before:.3f} -> {retain:.3f}, {kept:.1%} of before, wanted at least "
-            f"{goal.retain_probability_kept:.0%}",
-            "value": kept,
-            "met": kept >= goal.retain_probability_kept,
-        },
-    ]
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
@@ -126,39 +62,6 @@ def probability_figure(before: Records, after: Records) -> Markup:
     return to_svg(figure, "probability")
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from a template of this folder; what comes from data or a model is escaped."""
-    environment = Environment(
-        loader=PackageLoader("pyunlearn.report", "templates"),
-        autoescape=select_autoescape(default=True, default_for_string=True),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template(template).render(**values)
-
-
-def new_figure(rows: int, columns: int, height: float = 2.3) -> Figure:
-    figure = Figure(figsize=(3.6 * columns, height * rows), layout="constrained")
-    axes: Axes
-    for axes in figure.subplots(rows, columns, squeeze=False).flat:
-        axes.set_axisbelow(True)
-    return figure
-
-
-def to_svg(figure: Figure, name: str) -> Markup:
-    """The figure as an <svg> element that takes the width of its box. Element ids are unique to `name`."""
-    out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
-    svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
-    head, rest = svg.split(">", 1)
-    kept = [part for part in head.split() if not part.startswith(("width=", "height="))]
-    width = round(105 * figure.get_figwidth())
-    return Markup(" ".join(kept) + f' role="img" aria-label="{name}" style="max-width: {width}px">' + rest)
-
-
 def pair_generations(before: Records, after: Records, limit: int = 6) -> dict[str, list[dict[str, Any]]]:
     """For each set, the first samples that were generated in both evaluations: question, answer, before, after."""
     pairs: dict[str, list[dict[str, Any]]] = {}
@@ -183,10 +86,10 @@ def render_report(
     before: Records,
     after: Records,
     unlearning: Mapping[str, Any] | None = None,
-    g_effect: Mapping[str, Any] | None = None,
+    geffect: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report as one HTML page. unlearning: what unlearning.json holds, and its figure or None as "svg"; g_effect:
-    `geffect_report.section` of the metrics' probes."""
+    """The report as one HTML page. unlearning: what unlearning.json holds, and its figure or None as "svg"; geffect:
+    `report.geffect.section` of the metrics' probes."""
     stages = list(dict.fromkeys(row["stage"] for row in metrics))
     with matplotlib.rc_context(STYLE):
         figures = {
@@ -202,6 +105,6 @@ def render_report(
         goals=goals,
         generations=pair_generations(before, after),
         unlearning=unlearning,
-        g_effect=g_effect,
+        geffect=geffect,
         **figures,
     )

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 
-from .run import COLOURS, STYLE, new_figure, to_svg
+from .figures import COLOURS, STYLE, new_figure, to_svg
 
 GREY = "#94a3b8"
 

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from scipy.stats import spearmanr
 
 from ..mrd import MRDResult
-from .run import COLOURS, STYLE, new_figure, render, to_svg
+from .figures import COLOURS, STYLE, new_figure, render, to_svg
 
 Records = Sequence[Mapping[str, Any]]
 # record key -> what it is called
@@ -31,20 +31,20 @@ NOISE_LIMIT = 0.05  # rounding, of a draw's statistic
 EXTREMES = 6
 
 
-def self_checks(told: Mapping[str, Any]) -> list[dict[str, Any]]:
+def self_checks(diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """{"text", "met"} of what the diagnostics of `mrd` let one check."""
     checks = []
-    if (ratio := told["sigma_ratio"]) is not None:
-        expected = told["expected_ratio"]
+    if (ratio := diagnostics["sigma_ratio"]) is not None:
+        expected = diagnostics["expected_ratio"]
         met = abs(ratio / expected - 1) <= RATIO_TOLERANCE
         checks.append({"text": f"twice the sigma gives {ratio:.3f} times the score, expected {expected:g}", "met": met})
-    if (share := told["noise_share"]) is not None:
+    if (share := diagnostics["noise_share"]) is not None:
         checks.append({"text": f"rounding is {share:.2%} of a draw's statistic", "met": share <= NOISE_LIMIT})
-    if told["estimator"] == "gradient":
-        share = told["share_linear_ok"]
+    if diagnostics["estimator"] == "gradient":
+        share = diagnostics["share_linear_ok"]
         text = f"{share:.0%} of the samples are within about 1 % of Algorithm 1 (sigma ||g|| <= 0.1)"
         checks.append({"text": text, "met": share == 1})
-    if (share := told["by_heart_share"]) is not None:
+    if (share := diagnostics["by_heart_share"]) is not None:
         checks.append(
             {"text": f"{share:.1%} of the change is in tokens known by heart (L < 1e-6)", "met": share <= 0.5}
         )
@@ -53,23 +53,23 @@ def self_checks(told: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def render_score_report(records: Records, result: MRDResult, command: str) -> str:
     """The page. command: what made the scores."""
-    told = result.diagnostics
+    diagnostics = result.diagnostics
     ranked = sorted(records, key=lambda record: record["mrd"])
     count = min(EXTREMES, (len(ranked) + 1) // 2)
     with matplotlib.rc_context(STYLE):
         figures = {
             "distribution_svg": distribution_figure(ranked),
             "convergence_svg": None if result.draws is None else convergence_figure(result),
-            "sigma_svg": None if told["noise_share"] is None else sigma_figure(told),
+            "sigma_svg": None if diagnostics["noise_share"] is None else sigma_figure(diagnostics),
             "characteristics_svg": characteristics_figure(records),
         }
     return render(
         "score.html",
-        told=told,
-        checks=self_checks(told),
+        diagnostics=diagnostics,
+        checks=self_checks(diagnostics),
         extremes={"Hardest to unlearn": ranked[:count], "Easiest to unlearn": ranked[::-1][:count]},
         command=command,
-        diagnostics=json.dumps(told, indent=1),
+        diagnostics_text=json.dumps(diagnostics, indent=1),
         **figures,
     )
 
@@ -107,9 +107,9 @@ def running(draws: torch.Tensor, absolute: bool) -> tuple[torch.Tensor, torch.Te
 
 def convergence_figure(result: MRDResult) -> Markup:
     """The running estimate with its standard error: the mean over samples, and three samples."""
-    draws, told = result.draws, result.diagnostics
+    draws, diagnostics = result.draws, result.diagnostics
     assert draws is not None
-    absolute = told["estimator"] in ("algorithm1", "initial")
+    absolute = diagnostics["estimator"] in ("algorithm1", "initial")
     plain = (draws.abs() if absolute else draws).mean(0).abs()
     scale = torch.where(plain > 0, result.value / plain, 0.0)  # to sigma, and by tokens where asked for
     order = result.value.argsort()
@@ -136,14 +136,14 @@ def band(axes: Any, x: range, mean: torch.Tensor, error: torch.Tensor, colour: s
     axes.plot(x, mean.tolist(), color=colour, linewidth=1.4, label=name)
 
 
-def sigma_figure(told: Mapping[str, Any]) -> Markup:
+def sigma_figure(diagnostics: Mapping[str, Any]) -> Markup:
     """A draw's statistic at sigma / 1024, sigma and 2 sigma, relative to that at sigma, beside the law it must obey."""
     figure = new_figure(1, 1)
     (axes,) = figure.axes
-    order = math.log2(told["expected_ratio"])
+    order = math.log2(diagnostics["expected_ratio"])
     steps = [1 / 1024, 1.0, 2.0]
     axes.plot(steps, [step**order for step in steps], color=GREY, linewidth=1)
-    axes.plot(steps, [told["noise_share"], 1.0, told["sigma_ratio"]], "o", color=BLUE)
+    axes.plot(steps, [diagnostics["noise_share"], 1.0, diagnostics["sigma_ratio"]], "o", color=BLUE)
     axes.set(xscale="log", yscale="log", xlabel="sigma, relative", ylabel="statistic, relative")
     return to_svg(figure, "sigma")
 

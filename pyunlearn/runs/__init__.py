@@ -1,5 +1,6 @@
-"""Whole runs: configuration, trainer, the main job, and its report."""
+"""Whole runs: configuration, the jobs of the commands, and their folders."""
 
-from .config import ConfigError, RunConfig, load_config
+from .config import ConfigError, RunConfig
+from .overrides import load_config
 
 __all__ = ["ConfigError", "RunConfig", "load_config"]

@@ -1,4 +1,4 @@
-"""Evaluations of a run: before and after, forget and retain, each record on disk before the means are."""
+"""Evaluations: of a run, before and after, and of any model on any set. Records are on disk before the means are."""
 
 from __future__ import annotations
 
@@ -7,27 +7,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._files import write_json_lines
-from ..data import QA, load_qa
-from ..metrics import METRICS, evaluate
-from ..model.load import load_model, process_state
-from .config import EvaluateConfig
+from rich.console import Console
+from rich.table import Table
+
+from .._files import write_json, write_json_lines
+from ..data import QA
+from ..metrics import evaluate
+from ..training.stage import Stage
+from .config import EvaluateConfig, FilesConfig
 from .folder import RunFolder
+from .job import Job, first_model
 
 SETS = ("forget", "retain")
 
 
 def evaluate_sets(
-    model: Any,
-    tokenizer: Any,
-    sets: Mapping[str, Sequence[QA]],
-    config: EvaluateConfig,
+    stage: Stage,
+    settings: EvaluateConfig,
     folder: RunFolder,
     moment: str,
-    *,
-    max_length: int | None,
-    seed: int,
-    progress: bool,
+    sets: Mapping[str, Sequence[QA]],
+    model: Any,
+    tokenizer: Any,
 ) -> None:
     """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last."""
     summaries = {}
@@ -36,17 +37,17 @@ def evaluate_sets(
             model,
             tokenizer,
             items,
-            metrics=config.metrics,
-            batch_size=config.batch_size,
-            max_length=max_length,
-            rouge_samples=config.rouge_samples,
-            max_new_tokens=config.max_new_tokens,
-            seed=seed,
-            progress=progress,
+            metrics=settings.metrics,
+            batch_size=settings.batch_size,
+            max_length=stage.max_length,
+            rouge_samples=settings.rouge_samples,
+            max_new_tokens=settings.max_new_tokens,
+            seed=stage.seed,
+            progress=stage.progress,
         )
         write_json_lines(folder.evaluation(f"{moment}-{name}.jsonl"), result.records)
         summaries[name] = result.summary
-    folder.write_json(folder.evaluation(f"{moment}.json"), summaries)
+    write_json(folder.evaluation(f"{moment}.json"), summaries)
 
 
 def read_summaries(folder: RunFolder, moment: str) -> dict[str, dict[str, float]]:
@@ -62,35 +63,36 @@ def read_records(folder: RunFolder, moment: str) -> dict[str, list[dict[str, Any
 
 
 def evaluate_files(
-    model: str,
-    data: str,
+    config: FilesConfig,
     *,
-    name: str | None = None,
-    gguf_file: str | None = None,
-    tokenizer: str | None = None,
-    limit: int | None = None,
-    rouge_samples: int = 20,
-    max_new_tokens: int = 64,
-    batch_size: int = 16,
     out: str | Path | None = None,
-    progress: bool = True,
+    console: Console | None = None,
+    command: str = "pyunlearn evaluate",
 ) -> dict[str, float]:
     """Metric means of a model on disk or on the Hub over a file or Hub data set; records go to `out`.
 
-    rouge_samples: 0 generates nothing. Raises what `load_model`, `load_qa` and `metrics.evaluate` raise.
+    Raises what `load_model`, `load_qa` and `metrics.evaluate` raise.
     """
-    items = load_qa(data, name=name, limit=limit)
-    loaded, loaded_tokenizer = load_model(model, gguf_file=gguf_file, tokenizer=tokenizer)
-    result = evaluate(
-        loaded.to(process_state().device),
-        loaded_tokenizer,
-        items,
-        metrics=[metric for metric in METRICS if rouge_samples or metric != "rouge_l"],
-        batch_size=batch_size,
-        rouge_samples=rouge_samples or None,
-        max_new_tokens=max_new_tokens,
-        progress=progress,
-    )
+    job, settings = Job.start(config, console, command), config.evaluate
+    with job.interruptible():
+        model, tokenizer, stage = first_model(job)
+        result = evaluate(
+            model,
+            tokenizer,
+            job.data.forget,
+            metrics=settings.metrics,
+            batch_size=settings.batch_size,
+            max_length=stage.max_length,
+            rouge_samples=settings.rouge_samples,
+            max_new_tokens=settings.max_new_tokens,
+            progress=stage.progress,
+        )
+        if out is not None:
+            write_json_lines(out, result.records)
+    table = Table("metric", "value")
+    for metric, value in result.summary.items():
+        table.add_row(metric, f"{value:.4f}")
+    job.console.print(table)
     if out is not None:
-        write_json_lines(out, result.records)
+        job.console.print(f"records: {out}", soft_wrap=True, markup=False)
     return result.summary

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from .._progress import track
-from ..model.load import load_model, process_state
+from .._files import write_json, write_text
+from ..report.figures import as_file
 from ..report.geffect import figures, render_geffect
+from ..store import Store
 from ..training.callbacks import read_metrics
 from ..training.probe import Probe
-from ..training.unlearn import Context, interruptible, make_probe
-from .config import GEffectConfig, ModelConfig, RunConfig, load_config
-from .folder import RunFolder, differences
-from .run import RunData, check_length, load_data, quiet_libraries, starting_model
+from ..training.settings import GEffectConfig
+from ..training.unlearn import make_probe
+from .config import ModelConfig, RunConfig
+from .folder import RunFolder
+from .job import Job, loaded, starting_model
+from .overrides import load_config
 
 
 @dataclass(frozen=True)
 class GEffectResult:
-    """rows: {"step", "g_effect": what `Probe.measure` gives}, by step. Files: geffect.json, .html and SVG figures."""
+    """rows: {"step", "geffect": what `Probe.measure` gives}, by step. Files: geffect.json, .html and SVG figures."""
 
     rows: list[dict[str, Any]]
     folder: Path
@@ -40,77 +43,92 @@ def measure_run(
 ) -> GEffectResult:
     """Probes every saved model of the run in `path`, and writes its folder geffect/. What is done is kept.
 
-    changes: of the run's own `g_effect` settings (`GEffectConfig`). overwrite: measure everything again.
+    changes: of the run's own `geffect` settings (`GEffectConfig`). overwrite: measure everything again.
 
     Raises FileNotFoundError for no such folder or no saved model, ValueError for a folder that is not a run's, results
     of other settings, several processes, and what `g_effect` raises; Interrupted after Ctrl-C.
     """
-    folder = RunFolder(path)
-    config = run_config(folder)
-    state = process_state()
-    if state.num_processes > 1:
-        raise ValueError(f"geffect works in one process, got {state.num_processes}; start it without torchrun")
-    settings = (config.g_effect or GEffectConfig()).model_dump() | changes
-    probing = GEffectConfig.model_validate(settings)
-    models = saved_models(folder, config)
-    rows = [] if overwrite else earlier_rows(folder, probing)
-    console = console or Console(quiet=True)
-    quiet_libraries()
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    missing = [(step, source) for step, source in models.items() if step not in {row["step"] for row in rows}]
-    with interruptible(command):
-        if missing:
-            probe, data = prepare(config, folder, probing, console)
-            done = len(models) - len(missing)
-            for step, source in track(missing, "G-effect", not console.quiet, lambda _: 1, done):
-                model, _ = load_model(**source.model_dump(), texts=data.texts, seed=config.seed)
-                if config.unlearn.gradient_checkpointing:
-                    enable_checkpointing(model)
-                rows.append({"step": step, "g_effect": probe.measure(model.to(state.device))})
-                del model  # before the next one is loaded
-                rows.sort(key=lambda row: row["step"])
-                folder.write_json(result_file(folder), {"settings": compared(probing), "rows": rows})
-        write_figures(folder, config, rows, command)
-    tell(rows, folder, console)
-    return GEffectResult(rows, folder.geffect)
+    config = run_config(Path(path))
+    probing = GEffectConfig.model_validate((config.geffect or GEffectConfig()).model_dump() | changes)
+    job = Job.start(config.model_copy(update={"output": str(path)}), console, command)
+    if job.processes.count > 1:
+        raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
+    models = saved_models(job)
+    place = job.folder.geffect / "rows"
+    if overwrite:
+        shutil.rmtree(place, ignore_errors=True)
+    try:
+        store = Store(place, {"format": "pyunlearn-geffect-1", "settings": compared(probing)}, "--run")
+    except ValueError as error:
+        raise ValueError(f"{error}, or --overwrite") from None
+    with job.interruptible():
+        identities = {step: {"model": fingerprint(job, source)} for step, source in models.items()}
+        probe: list[Probe] = []
+
+        def measure(step: int) -> dict[str, Any]:
+            if not probe:
+                probe.append(prepare(job, probing))
+            model, _ = loaded(job, models[step])
+            if config.unlearn.gradient_checkpointing:
+                enable_checkpointing(model)
+            return {"step": step, "geffect": probe[0].measure(model)}
+
+        units = {step: f"step-{step:07d}" for step in models}
+        measured = store.finish(
+            units, measure, "G-effect", job.processes, identity=identities.__getitem__, progress=not job.console.quiet
+        )
+        rows = list(measured.values())
+        write_json(result_file(job.folder), {"settings": compared(probing), "rows": rows})
+        write_figures(job, rows)
+    tell(job, rows)
+    return GEffectResult(rows, job.folder.geffect)
 
 
-def run_config(folder: RunFolder) -> RunConfig:
-    if not folder.path.is_dir():
-        raise FileNotFoundError(f"--run {folder.path}: no such folder")
-    if not folder.config.is_file():
-        raise ValueError(f"--run {folder.path}: is not a run folder (no config.yaml); make one with pyunlearn run")
-    return load_config(folder.config)
+def run_config(path: Path) -> RunConfig:
+    if not path.is_dir():
+        raise FileNotFoundError(f"--run {path}: no such folder")
+    file = RunFolder(path).config
+    if not file.is_file():
+        raise ValueError(f"--run {path}: is not a run folder (no config.yaml); make one with pyunlearn run")
+    return load_config(file)
 
 
-def saved_models(folder: RunFolder, config: RunConfig) -> dict[int, ModelConfig]:
+def saved_models(job: Job[RunConfig]) -> dict[int, ModelConfig]:
     """Optimiser step -> the model there: the one unlearning starts from, those kept on the way, and the last one.
 
     Raises FileNotFoundError where unlearning has saved none, or the memorised one is missing.
     """
-    kept = {
-        int(number): path
-        for path in folder.kept.glob("step-*")
-        if (number := path.name.removeprefix("step-")).isdigit()
-    }
+    folder, config = job.folder, job.config
+    paths = folder.kept_models()
     if folder.checkpoint.is_dir():
         steps = [row["step"] for row in read_metrics(folder.metrics) if row["stage"] == "unlearn"]
-        kept.setdefault(max(steps), folder.checkpoint)
-    if not kept:
+        paths.setdefault(max(steps), folder.checkpoint)
+    if not paths:
         raise FileNotFoundError(
             f"--run {folder.path}: unlearning has saved no model yet; finish it (pyunlearn run ... --resume), or keep "
             "some on the way with --set unlearn.keep_steps=N"
         )
     if config.memorise is not None and not folder.memorised.is_dir():
         raise FileNotFoundError(f"--run {folder.path}: memorised/, the model that unlearning started from, is gone")
-    first = {0: folder.memorised} if config.memorise is not None else {}
-    found = {step: as_model(path, config) for step, path in sorted((first | kept).items())}
-    return found if first else {0: config.model, **found}
+    if config.memorise is not None:
+        paths[0] = folder.memorised
+    models = {
+        step: ModelConfig(name_or_path=str(path), dtype=config.model.dtype) for step, path in sorted(paths.items())
+    }
+    return models if config.memorise is not None else {0: config.model, **models}
 
 
-def as_model(path: Path, config: RunConfig) -> ModelConfig:
-    return ModelConfig(name_or_path=str(path), dtype=config.model.dtype)
+def fingerprint(job: Job[RunConfig], source: ModelConfig) -> str:
+    """BLAKE2b (32 hex digits) over the weights' files of a folder; the name of a model that is none."""
+    files = sorted(Path(source.name_or_path).glob("*.safetensors"))
+    if not files:
+        return f"{source.name_or_path} {source.gguf_file}"
+    digest = hashlib.blake2b(digest_size=16)
+    for file in files:
+        with open(file, "rb") as content:
+            while block := content.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def result_file(folder: RunFolder) -> Path:
@@ -122,24 +140,10 @@ def compared(settings: GEffectConfig) -> dict[str, Any]:
     return settings.model_dump(mode="json", exclude={"every", "batch_size"})
 
 
-def earlier_rows(folder: RunFolder, settings: GEffectConfig) -> list[dict[str, Any]]:
-    """What an earlier call has measured. Raises ValueError if it had other settings."""
-    file = result_file(folder)
-    if not file.is_file():
-        return []
-    stored = json.loads(file.read_text(encoding="utf-8"))
-    if changed := differences(stored["settings"], compared(settings)):
-        raise ValueError(f"{file} holds results of other settings ({'; '.join(changed)}); choose --overwrite")
-    return stored["rows"]
-
-
-def prepare(config: RunConfig, folder: RunFolder, settings: GEffectConfig, console: Console) -> tuple[Probe, RunData]:
+def prepare(job: Job[RunConfig], probing: GEffectConfig) -> Probe:
     """The probe, whose reference is the model that unlearning started from."""
-    data = load_data(config.data, config.seed)
-    model, tokenizer = starting_model(config, folder, data)
-    model.to(process_state().device)
-    context = Context(config, folder, console, check_length(config.data, model))
-    return make_probe(context, settings, model, tokenizer, data.forget, data.retain, data.refusals), data
+    model, tokenizer = starting_model(job)
+    return make_probe(job.stage(model), job.config.unlearn, probing, model, tokenizer, job.data)
 
 
 def enable_checkpointing(model: Any) -> None:
@@ -150,32 +154,27 @@ def enable_checkpointing(model: Any) -> None:
     model.train()
 
 
-def write_figures(folder: RunFolder, config: RunConfig, rows: list[dict[str, Any]], command: str) -> None:
-    folder.write_text(folder.geffect / "geffect.html", render_geffect(config.name, rows, command))
-    finite = [row for row in rows if "not_finite" not in row["g_effect"]]
+def write_figures(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
+    folder = job.folder.geffect
+    write_text(folder / "geffect.html", render_geffect(job.config.name, rows, job.command))
+    finite = [row for row in rows if "not_finite" not in row["geffect"]]
     for figure in figures(finite) if finite else []:
-        folder.write_text(folder.geffect / f"{figure['name']}.svg", as_file(figure["svg"]))
+        write_text(folder / f"{figure['name']}.svg", as_file(figure["svg"]))
 
 
-def as_file(svg: str) -> str:
-    """An <svg> element of a page as a file of its own, on white."""
-    head, rest = svg.split(">", 1)
-    return f'{head}>\n<rect width="100%" height="100%" fill="white"/>{rest}'
-
-
-def tell(rows: list[dict[str, Any]], folder: RunFolder, console: Console) -> None:
+def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
     table = Table("step", title="G-effect of the whole objective", title_justify="left")
     for column in ("unlearning", "retaining", "forget NLL", "retain NLL"):
         table.add_column(column, justify="right")
     for row in rows:
-        found = row["g_effect"]
-        if "not_finite" in found:
-            table.add_row(str(row["step"]), found["not_finite"])
+        effect = row["geffect"]
+        if "not_finite" in effect:
+            table.add_row(str(row["step"]), effect["not_finite"])
         else:
-            numbers = [found[key][metric] for key in ("total", "nll") for metric in ("unlearn", "retain")]
+            numbers = [effect[key][metric] for key in ("total", "nll") for metric in ("unlearn", "retain")]
             table.add_row(str(row["step"]), *(f"{number:.4g}" for number in numbers))
-    console.print(table)
+    job.console.print(table)
     if len(rows) <= 2:
-        console.print("only the ends: --set unlearn.keep_steps=N makes pyunlearn run keep models on the way")
-    lines = [f"report  {folder.geffect / 'geffect.html'}", f"numbers {result_file(folder)}"]
-    console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+        job.console.print("only the ends: --set unlearn.keep_steps=N makes pyunlearn run keep models on the way")
+    lines = [f"report  {job.folder.geffect / 'geffect.html'}", f"numbers {result_file(job.folder)}"]
+    job.console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)

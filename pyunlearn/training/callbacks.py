@@ -6,7 +6,6 @@ All three are ordinary `transformers.TrainerCallback`s and can be given to any T
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from pathlib import Path
@@ -18,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..runs.folder import RunFolder
+from .._files import write_json_lines
+from .folder import TrainingFolder, write_model
 
 
 class MetricsWriter(TrainerCallback):
@@ -35,10 +35,9 @@ class MetricsWriter(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and self.path.exists():
-            kept = [row for row in read_metrics(self.path) if not self._is_later(row, state.global_step)]
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-            os.replace(temporary, self.path)
+            write_json_lines(
+                self.path, (r for r in read_metrics(self.path) if not self._is_later(r, state.global_step))
+            )
 
     def _is_later(self, row: dict[str, Any], step: int) -> bool:
         return row.get("stage") == self.stage and row.get("step", 0) > step
@@ -73,16 +72,16 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Every so many optimiser steps, model (safetensors) and tokenizer go into the run's checkpoints/step-N to stay."""
+    """Every so many optimiser steps, model (safetensors) and tokenizer go into checkpoints/step-N to stay."""
 
-    def __init__(self, folder: RunFolder, tokenizer: Any, every: int):
+    def __init__(self, folder: TrainingFolder, tokenizer: Any, every: int):
         self.folder, self.tokenizer, self.every = folder, tokenizer, every
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and state.global_step % self.every == 0:
-            self.folder.write_model(self.folder.kept / f"step-{state.global_step}", model, self.tokenizer)
+            write_model(self.folder.kept / f"step-{state.global_step}", model, self.tokenizer)
 
 
 class ProgressBar(TrainerCallback):

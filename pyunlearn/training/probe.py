@@ -22,8 +22,8 @@ from ..model.causal_lm import CausalLM
 from ..model.forward import IGNORE_INDEX, length_batches, token_stats_of
 from ..objectives import TokenInputs
 from ..ops import token_stats
-from ..runs.config import GEffectConfig
 from .callbacks import append_metrics, read_metrics
+from .settings import GEffectConfig
 from .terms import Term, TermLosses, count_items
 
 ROLES = {"unlearn": "forget", "retain": "retain"}  # G-effect -> the samples of its negative log-likelihood
@@ -205,7 +205,7 @@ class _Seen:
 class GEffectCallback(TrainerCallback):
     """Writes a probe's row into the metrics file before the first step, every `every` steps, and after the last one.
 
-    The row: {"stage", "step", "g_effect": what `Probe.measure` gives, "probe_seconds", "step_seconds"}; the last is the
+    The row: {"stage", "step", "geffect": what `Probe.measure` gives, "probe_seconds", "step_seconds"}; the last is the
     training step just before it, None for the first row. The training goes on in the same bits as without. Every
     process measures the same samples (a sharded model needs all of them; DDP's others would wait), the first writes.
 
@@ -220,7 +220,7 @@ class GEffectCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if args.deepspeed is not None:
-            raise ValueError("g_effect: DeepSpeed takes gradients over; probe by `pyunlearn geffect` after the run")
+            raise ValueError("geffect: DeepSpeed takes gradients over; probe by `pyunlearn geffect` after the run")
         if state.global_step == 0:
             self._write(state, model, None)
 
@@ -241,15 +241,15 @@ class GEffectCallback(TrainerCallback):
 
     def _write(self, state: TrainerState, model: Any, step_seconds: float | None) -> None:
         start = clock(model)
-        found = self.probe.measure(model)
+        effect = self.probe.measure(model)
         seconds = {"probe_seconds": clock(model) - start, "step_seconds": step_seconds}
         if state.is_world_process_zero and not self._written(state.global_step):
-            append_metrics(self.path, {"stage": self.stage, "step": state.global_step, "g_effect": found, **seconds})
+            append_metrics(self.path, {"stage": self.stage, "step": state.global_step, "geffect": effect, **seconds})
 
     def _written(self, step: int) -> bool:
         """The row of step 0 is there already where a run starts again before its first checkpoint."""
         rows = read_metrics(self.path) if self.path.exists() else []
-        return any("g_effect" in row and (row["stage"], row["step"]) == (self.stage, step) for row in rows)
+        return any("geffect" in row and (row["stage"], row["step"]) == (self.stage, step) for row in rows)
 
 
 def clock(model: torch.nn.Module) -> float:
@@ -306,8 +306,8 @@ def token_weights(
     push = []
     for each in (objective, registry.get("ga", reduction=objective.reduction)):
         leaf = logp.double().requires_grad_()
-        given = None if ref_logp is None else ref_logp.double()
-        inputs = TokenInputs({"logp": leaf}, given, sequence_ids, num_sequences)
+        reference = None if ref_logp is None else ref_logp.double()
+        inputs = TokenInputs({"logp": leaf}, reference, sequence_ids, num_sequences)
         with torch.enable_grad():
             (gradient,) = torch.autograd.grad(each({"answer": inputs}, count=1), leaf)
         push.append(gradient)

@@ -30,7 +30,7 @@ class Forgotten:
 
     def __init__(self, ngram: int = 10, share: float = 1.0, every_steps: int = 5):
         if ngram < 1 or every_steps < 1:
-            raise ValueError(f"ngram={ngram}, every_steps={every_steps}: need whole numbers >= 1")
+            raise ValueError(f"ngram={ngram}, every_steps={every_steps}: needs whole numbers >= 1")
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: needs a number above 0, up to 1")
         self.ngram, self.share, self.every_steps = ngram, share, every_steps
@@ -157,10 +157,10 @@ class ForgetSampler(TrainerCallback, ExportableState):
     ) -> None:
         if state.global_step > 0:
             stored: Any = state.stateful_callbacks or {}
-            kept = stored.get(type(self).__name__)
-            if kept is None:
+            memory = stored.get(type(self).__name__)
+            if memory is None:
                 raise ValueError("the checkpoint has no state of the sampler: it is from a run with another sampling")
-            self.memory = SamplerState(**kept["attributes"])
+            self.memory = SamplerState(**memory["attributes"])
             return
         if self.forgotten is not None:
             self.memory.limits = broadcast_object_list([self.forgotten.limits(model, self.rows)])[0]
@@ -183,10 +183,10 @@ class ForgetSampler(TrainerCallback, ExportableState):
 
     def summary(self) -> dict[str, float]:
         """For the log of a step."""
-        told: dict[str, float] = {"sampling/draws": self.memory.draws}
+        summary: dict[str, float] = {"sampling/draws": self.memory.draws}
         if self.memory.limits is not None:
-            told["sampling/forgotten"] = len(self.rows) - len(self.active)
-        return told
+            summary["sampling/forgotten"] = len(self.rows) - len(self.active)
+        return summary
 
     def records(self) -> list[dict[str, Any]]:
         """One a sample: index, updates, forgotten_at, and with weights mrd_before and mrd_last."""

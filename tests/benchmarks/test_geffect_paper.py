@@ -13,7 +13,7 @@ from benchmarks.studies.geffect_paper.__main__ import HERE, main
 from benchmarks.studies.geffect_paper.figures import FIGURES, write
 from benchmarks.studies.geffect_paper.observations import OBSERVATIONS
 from benchmarks.studies.geffect_paper.page import write as write_page
-from pyunlearn.runs.config import load_config
+from pyunlearn.runs import load_config
 
 TINY = {
     "model.options": "{tie_word_embeddings: false, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, "
@@ -21,7 +21,7 @@ TINY = {
     "data": "{num_authors: 4, questions_per_author: 2, forget_fraction: 0.25}",
     "memorise": "{epochs: 3, batch_size: 4}",
     "unlearn": "{epochs: 20, batch_size: 2, learning_rate: 1e-3}",
-    "g_effect": "{every: 4, forget_samples: 2, retain_samples: 2, batch_size: 2}",
+    "geffect": "{every: 4, forget_samples: 2, retain_samples: 2, batch_size: 2}",
     "evaluate.retain_limit": 2,
 }
 

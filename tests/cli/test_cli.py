@@ -4,6 +4,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,9 @@ import yaml
 from typer.testing import CliRunner
 
 import pyunlearn
-from pyunlearn import objectives
-from pyunlearn.cli import app, resume_command
+from pyunlearn import objectives, recipes
+from pyunlearn.cli import app
+from pyunlearn.cli.shared import command_line
 from pyunlearn.training.callbacks import MetricsWriter
 
 TINY = {
@@ -39,6 +42,7 @@ def call(tmp_path, monkeypatch):
     Path("tiny.yaml").write_text(yaml.safe_dump({**TINY, "name": "tiny"}))
 
     def invoke(*arguments):
+        monkeypatch.setattr("sys.argv", ["pyunlearn", *arguments])
         result = CliRunner().invoke(app, list(arguments))
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -59,11 +63,12 @@ def test_version_and_help(call):
         assert word in text
 
 
-def test_objectives_lists_every_one(call):
+def test_objectives_lists_every_one_and_every_recipe(call):
     code, text, _ = call("objectives")
     assert code == 0
-    for name in objectives.names():
+    for name in (*objectives.names(), *recipes.names()):
         assert re.search(rf"\W{name}\W", text), name
+    assert re.search(r"\Wcga\W+ga\W+mrd, one an update\W", text)
 
 
 def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
@@ -106,11 +111,11 @@ def test_ctrl_c_exits_with_130_and_resume_finishes(call, monkeypatch, tmp_path):
 
     with monkeypatch.context() as patch:
         patch.setattr(MetricsWriter, "on_log", on_log)
-        code, _, told = call("run", "tiny.yaml", "--set", "seed=3")
+        code, _, errors = call("run", "tiny.yaml", "--set", "seed=3")
     assert code == 130
-    assert "stopped in unlearn at step 2 of 4, checkpoint saved" in told
-    assert "resume with: pyunlearn run tiny.yaml --set seed=3 --resume" in told
-    assert "Traceback" not in told
+    assert "stopped in unlearn at step 2 of 4, checkpoint saved" in errors
+    assert "resume with: pyunlearn run tiny.yaml --set seed=3 --resume\n" in errors
+    assert "Traceback" not in errors
     code, text, _ = call("run", "tiny.yaml", "--set", "seed=3", "--resume")
     assert code == 0
     assert "evaluate before" not in text
@@ -127,13 +132,12 @@ def test_a_score_stopped_and_continued(call, monkeypatch, tmp_path):
         os.kill(os.getpid(), signal.SIGINT)
 
     arguments = ["score", "tiny.yaml", "--num-draws", "3"]
-    monkeypatch.setattr("sys.argv", ["pyunlearn", *arguments, "--overwrite"])
     with monkeypatch.context() as patch:
         patch.setattr(work.Store, "put", stop)
-        code, _, told = call(*arguments)
+        code, _, errors = call(*arguments, "--overwrite")
     assert code == 130
-    assert "resume with: pyunlearn score tiny.yaml --num-draws 3\n" in told
-    assert "Traceback" not in told
+    assert "resume with: pyunlearn score tiny.yaml --num-draws 3\n" in errors
+    assert "Traceback" not in errors
     assert len(list((tmp_path / "runs/tiny/scores.state").glob("*.safetensors"))) == 1
     code, text, _ = call(*arguments)
     assert code == 0
@@ -154,8 +158,8 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     assert code == 0
     for word in ("dot product of their gradients", "--run", "--pointwise", "unlearn.keep_steps=5", "goes on"):
         assert word in " ".join(text.split()), word
-    code, _, told = call("run", "tiny.yaml", "--set", "unlearn.keep_steps=2", "--set", "g_effect.every=4")
-    assert code == 0, told
+    code, _, errors = call("run", "tiny.yaml", "--set", "unlearn.keep_steps=2", "--set", "geffect.every=4")
+    assert code == 0, errors
     code, text, _ = call("geffect", "--run", "runs/tiny", "--forget-samples", "1")
     assert code == 0
     assert "G-effect of the whole objective" in text
@@ -165,18 +169,31 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     assert "numbers runs/tiny/geffect/geffect.json" in text
 
 
-def test_the_command_to_resume_is_quoted():
-    assert resume_command(None, []) == "pyunlearn run --resume"
-    assert resume_command(Path("a b.yaml"), ["unlearn.retain=[kl, gd]"]) == (
-        "pyunlearn run 'a b.yaml' --set 'unlearn.retain=[kl, gd]' --resume"
-    )
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (["run"], "pyunlearn run"),
+        (["run", "--overwrite", "a b.yaml", "-s", "unlearn.retain=[kl, gd]", "--resume"],
+         "pyunlearn run 'a b.yaml' -s 'unlearn.retain=[kl, gd]'"),
+        (["score", "--limit", "3", "--overwrite"], "pyunlearn score --limit 3"),
+    ],
+)  # fmt: skip
+def test_the_command_is_as_typed_and_quoted_and_leaves_out_what_throws_work_away(monkeypatch, typed, line):
+    monkeypatch.setattr("sys.argv", ["/anywhere/pyunlearn", *typed])
+    assert command_line() == line
+
+
+@pytest.mark.parametrize("module", ["pyunlearn", "pyunlearn.cli"])
+def test_as_a_module(module):
+    result = subprocess.run([sys.executable, "-m", module, "--version"], capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, f"pyunlearn {pyunlearn.__version__}\n"), result.stderr
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "missing.yaml"], "configuration 'missing.yaml': no such file"),
-        (["run", "--set", "unlearn.forget=wag"], "objective 'wag' is unknown; did you mean 'wga'"),
+        (["run", "--set", "unlearn.forget=wag"], "objective='wag': did you mean wga? needs one of ga,"),
         (["run", "--set", "unlearn.learnin_rate=1"], "did you mean learning_rate?"),
         (["run", "tiny.yaml", "--set", "model.name_or_path=./nowhere"], "options=['hidden_size',"),
         (
@@ -190,8 +207,8 @@ def test_the_command_to_resume_is_quoted():
         (["score", "--limit", "3"], "needs --model and --data"),
         (["geffect", "--run", "nowhere"], "--run nowhere: no such folder"),
         (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
-        (["run", "--set", "g_effect.every=0"], "g_effect.every: Input should be greater than or equal to 1, got 0"),
-        (["run", "--set", "g_effect.evry=1"], "did you mean every?"),
+        (["run", "--set", "geffect.every=0"], "geffect.every: Input should be greater than or equal to 1, got 0"),
+        (["run", "--set", "geffect.evry=1"], "did you mean every?"),
         (["score", "tiny.yaml", "--estimator", "newton"], "estimator='newton': needs one of ('algorithm1',"),
         (["score", "tiny.yaml", "--sigma", "0"], "sigma=0.0: needs a finite number > 0"),
         (["score", "tiny.yaml", "--num-draws", "1"], "num_draws=1: needs 2 at least"),
@@ -199,18 +216,18 @@ def test_the_command_to_resume_is_quoted():
 )
 def test_user_errors_are_one_message_and_exit_code_2(call, tmp_path, arguments, message):
     (tmp_path / "one.jsonl").write_text('{"question": "a", "answer": "b"}\n')
-    code, _, told = call(*arguments)
+    code, _, errors = call(*arguments)
     assert code == 2
-    assert told.startswith("error: ")
-    assert message in told
-    assert "Traceback" not in told
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert "Traceback" not in errors
     with pytest.raises((ValueError, OSError)):
         call(*arguments, "--debug")
 
 
 def test_a_folder_of_another_run_is_told_and_overwritten_on_demand(call):
     assert call("run", "tiny.yaml")[0] == 0
-    code, _, told = call("run", "tiny.yaml", "--set", "seed=1")
+    code, _, errors = call("run", "tiny.yaml", "--set", "seed=1")
     assert code == 2
-    assert "another configuration (seed: 0 -> 1); choose --set output=... or --overwrite" in told
+    assert "another configuration (seed: 0 -> 1); choose --set output=... or --overwrite" in errors
     assert call("run", "tiny.yaml", "--set", "seed=1", "--overwrite")[0] == 0

@@ -6,7 +6,6 @@ import copy
 import doctest
 import importlib
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from torch.utils._pytree import tree_iter
 import pyunlearn as pu
 from pyunlearn.gradients.groups import PAPER, assign_groups, layer_of
 from tests.float64 import MODELS, make_model
-from tests.two_processes import run_on_two
 
 from .common import LiveBytes, full_gradient, ids_of, in_parts, nll, straight
 
@@ -422,25 +420,6 @@ def test_models_that_cannot_be_probed():
         pu.g_effect(model, OBJECTIVE, METRICS)
     with pytest.raises(ValueError, match=r"groups='paper': needs one list of blocks.*no numbered blocks"):
         pu.g_effect(nn.Linear(2, 2), lambda m: m(torch.ones(2)).sum(), {"m": lambda m: m(torch.ones(2)).sum()})
-
-
-# ---- sharded ---------------------------------------------------------------------------------------------------------
-
-
-def test_fsdp2_equals_one_process(tmp_path):
-    """Two processes with half of the data each, FSDP2 over blocks and root, against the whole on one."""
-    told = run_on_two(Path(__file__).parent / "worker.py", tmp_path)
-    assert told[0] == told[1]
-    model = make_model("llama")
-    assert_is(pu.g_effect(model, OBJECTIVE, METRICS), told[0]["plain"])
-    assert_is(pu.g_effect(model, OBJECTIVE, METRICS), told[0]["parts"])
-    single = pu.g_effect(model, OBJECTIVE, METRICS)
-    assert told[0]["cosine"] == pytest.approx(single.cosine, rel=1e-12)
-    assert told[0]["shared"] == told[0]["plain"]
-    for layout in ("replicas", "shards"):  # HSDP: two replicas of the whole, one replica in two shards
-        assert_is(single, told[0][layout])
-    assert "is sharded, needs whole parameters" in told[0]["pointwise"]
-    assert told[0]["not_finite"] == "loss: the gradient of 'lm_head.weight' is not finite"  # found on either rank
 
 
 @pytest.mark.parametrize("name", ["effect", "pointwise"])

@@ -18,7 +18,7 @@ from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.fingerprint import dataset_fingerprint, model_fingerprint
 from pyunlearn.model.forward import select_positions, supervised_hidden, token_stats_of
-from pyunlearn.store import Damaged
+from pyunlearn.store import Damaged, digest_tensors, header_of
 
 V, H = 53, 16
 SIZES = {
@@ -319,7 +319,10 @@ def test_files_without_a_digest_are_rebuilt(path, model, rows, caplog):
     assert "its format differ(s)" in caplog.text
     assert torch.equal(cache.logp(range(5)), tensors["logp"])
     save_file(tensors, path, {"pyunlearn": json.dumps(metadata)})
-    with pytest.raises(Damaged, match="does not have its digest"):
+    with pytest.raises(Damaged, match="no kept unit"):
+        ReferenceCache.open(path)
+    save_file({**tensors, "logp": tensors["logp"] + 1}, path, header_of(metadata, digest_tensors(tensors)))
+    with pytest.raises(Damaged, match="its tensors do not have their digest"):
         ReferenceCache.open(path)
 
 

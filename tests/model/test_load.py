@@ -68,7 +68,7 @@ def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
         with pytest.raises(error, match=message):
             load_model(**config)
 
-    told(FileNotFoundError, r"no such folder: .*modle \(there: model\)", name_or_path=str(tmp_path / "modle"))
+    told(FileNotFoundError, r"no such folder: .*modle; did you mean model\?", name_or_path=str(tmp_path / "modle"))
     told(FileNotFoundError, "no config.json there; for a GGUF file in it", name_or_path=str(tmp_path))
     told(ValueError, "is a file; needs a folder", name_or_path=str(saved / "config.json"))
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
@@ -88,7 +88,7 @@ def test_gguf_errors(tmp_path, monkeypatch):
         load_model(gguf_file="m.gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     (tmp_path / "model-q4.gguf").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"no such file: .*model-q8.gguf \(there: model-q4.gguf\)"):
+    with pytest.raises(FileNotFoundError, match=r"no such file: .*model-q8.gguf; did you mean model-q4.gguf\?"):
         load_model(gguf_file=str(tmp_path / "model-q8.gguf"))
     with pytest.raises(FileNotFoundError, match=r"no such file: .*other.gguf"):
         load_model(str(tmp_path), gguf_file="other.gguf")

@@ -15,12 +15,9 @@ import torch
 import pyunlearn as pu
 from pyunlearn.store import Damaged, Store, get_tensors
 
+from ..distributed.launch import REPOSITORY
 from ..float64 import make_model
-from ..two_processes import REPOSITORY, run_on_two
 from .conftest import LENGTHS, make_rows, pad
-
-CASES = [("algorithm1", "draws"), ("algorithm1", "data"), ("definition", "data"), ("gradient", "draws"),
-         ("hutchinson", "draws")]  # fmt: skip
 
 
 def float32_model():
@@ -53,10 +50,11 @@ def test_what_is_finished_is_not_done_again(estimator, tmp_path, monkeypatch):
 
     def stop_after_three(store, unit, values, identity=None):
         nonlocal left
-        put(store, unit, values, identity)
+        values = put(store, unit, values, identity)
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
+        return values
 
     monkeypatch.setattr(Store, "put", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
@@ -136,32 +134,3 @@ def test_a_changed_byte_is_an_error(tmp_path):
             score()
         path.write_bytes(data)
     score()
-
-
-def test_two_processes_give_the_bits_of_one(tmp_path):
-    first, second = run_on_two(Path(__file__).with_name("worker.py"), tmp_path)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for estimator, split in CASES:
-            alone = pu.mrd(float32_model(), six(), estimator, 5, batch_size=2, progress=False)
-            for result in (first[f"{estimator} {split}"], second[f"{estimator} {split}"]):
-                assert torch.equal(result["value"], alone.value), (estimator, split)
-                assert torch.equal(result["standard_error"], alone.standard_error), (estimator, split)
-                assert result["sigma_ratio"] == alone.diagnostics["sigma_ratio"], (estimator, split)
-        alone = pu.mrd(float32_model(), six(), num_draws=5, batch_size=2, mode="copy", progress=False)
-        assert alone.diagnostics["shared_prefix"] == 3
-        for result in (first["sharded"], second["sharded"]):
-            assert torch.equal(result["value"], alone.value)
-            assert result["sigma_ratio"] == alone.diagnostics["sigma_ratio"]
-    finally:
-        torch.set_num_threads(threads)
-    # Draws are taken up by any number of processes, a share of the data by as many.
-    state = tmp_path / "state-algorithm1-draws"
-    before = files(state)
-    pu.mrd(float32_model(), six(), "algorithm1", 5, batch_size=2, state=state, progress=False)
-    assert files(state) == before
-    assert {name.split("-")[-1] for name in files(tmp_path / "state-algorithm1-data") if "of" in name} == {
-        "0of2.safetensors",
-        "1of2.safetensors",
-    }

@@ -32,7 +32,7 @@ class Raw:
         """(B, T) statistics by torch alone, differentiable in logits; NaN where ignored, as a trap."""
         log_p, log_q = self.logits.log_softmax(-1), self.reference.log_softmax(-1)
         at = self.targets.clamp_min(0)[..., None]
-        found = {
+        values = {
             "logp": log_p.gather(-1, at)[..., 0],
             "ref_logp": log_q.gather(-1, at)[..., 0],
             "entropy": -(log_p.exp() * log_p).sum(-1),
@@ -43,18 +43,18 @@ class Raw:
             "ref_hidden": log_q.exp()[..., :4],
         }
         ignored = {2: ~self.mask, 3: ~self.mask[..., None]}
-        return {name: value.masked_fill(ignored[value.dim()], float("nan")) for name, value in found.items()}
+        return {name: value.masked_fill(ignored[value.dim()], float("nan")) for name, value in values.items()}
 
     def inputs(self, flat: bool) -> objectives.TokenInputs:
         """As the objectives take them, (B, T) with a mask or flat with sequence ids."""
-        found = self.statistics()
+        values = self.statistics()
         layout = {"mask": self.mask}
         if flat:
-            found = {name: value[self.mask] for name, value in found.items()}
+            values = {name: value[self.mask] for name, value in values.items()}
             layout = {"sequence_ids": self.mask.nonzero()[:, 0]}
-        reference = {name: found.pop(name) for name in ("ref_logp", "ref_hidden")}
+        reference = {name: values.pop(name) for name in ("ref_logp", "ref_hidden")}
         layout |= {"vocab_size": self.logits.size(-1), "num_sequences": len(self.targets)}
-        return objectives.TokenInputs(found, **reference, **layout)
+        return objectives.TokenInputs(values, **reference, **layout)
 
     def part(self, rows: slice) -> Raw:
         return Raw(self.logits[rows], self.reference[rows], self.targets[rows])

@@ -5,17 +5,23 @@ import pytest
 import torch
 
 import pyunlearn as pu
-from pyunlearn.objectives import TokenInputs, get, names, one_pass
+from pyunlearn.objectives import REDUCTIONS, TokenInputs, get, one_pass, register, register_preset
+from pyunlearn.ops import TokenRule
+
+from .straight import PRESETS
 
 module = importlib.import_module("pyunlearn.objectives.one_pass")
-CASES = [(name, preset) for name in module.SLOPES for preset in get(name).definition.variants]
+CASES = [(name, preset) for name, preset in PRESETS if get(name, preset=preset).variant.slope is not None]
+OPTIONS = {  # other than the defaults
+    "wga": {"alpha": 0.3},
+    "satimp": {"beta1": 0.5, "beta2": 2.0},
+    "tnpo": {"beta": 1.5, "epsilon": 0.02},
+    "wtnpo": {"alpha": 0.5, "beta": 2.0, "epsilon": 0.02},
+}
 
 
-@pytest.mark.parametrize(("name", "preset"), CASES)
-@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean", "sequence_token_mean", "sum"])
-@pytest.mark.parametrize("count", [None, 17])
-def test_gradient_is_the_objectives(name, preset, reduction, count):
-    objective = get(name, preset=preset, reduction=reduction)
+def problem(objective, count=None, flat=False):
+    """d(logits) of the objective's loss by autograd, and by one pass."""
     g = torch.Generator().manual_seed(1)
     logits = torch.randn(3, 5, 40, generator=g, dtype=torch.float64)
     reference = logits + torch.randn(3, 5, 40, generator=g, dtype=torch.float64)
@@ -23,26 +29,115 @@ def test_gradient_is_the_objectives(name, preset, reduction, count):
     mask = torch.rand(3, 5, generator=g) < 0.7
     mask[1] = False
     targets = targets.masked_fill(~mask, -100)
+    layout = {}
+    if flat:
+        layout = {"sequence_ids": torch.arange(3).repeat_interleave(5), "num_sequences": 3}
+        logits, reference, targets, mask = (tensor.flatten(0, 1) for tensor in (logits, reference, targets, mask))
     ref_logp = pu.token_stats(reference, targets).logp
     x = logits.clone().requires_grad_()
     stats = pu.token_stats(x, targets, objective.outputs, reference=reference)
-    inputs = TokenInputs(stats.as_dict(), ref_logp=ref_logp, mask=mask, vocab_size=40)
-    batch = objective.batches[0]
-    (expected,) = torch.autograd.grad(objective({batch: inputs}, count), x)
-    kwargs = one_pass(objective, mask, ref_logp, count=count)
-    _, got = pu.value_and_grad(logits, targets, reference=reference, **kwargs)
-    torch.testing.assert_close(got, expected, atol=1e-7, rtol=1e-5)
-    assert expected.abs().max() > 0
+    inputs = TokenInputs(stats.as_dict(), ref_logp=ref_logp, mask=mask, vocab_size=40, **layout)
+    (by_autograd,) = torch.autograd.grad(objective({objective.batches[0]: inputs}, count), x)
+    arguments = one_pass(objective, mask, ref_logp, count=count, **layout)
+    return by_autograd, pu.value_and_grad(logits, targets, reference=reference, **arguments)[1]
+
+
+@pytest.mark.parametrize(("name", "preset"), CASES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("count", [None, 17])
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
+def test_gradient_is_the_objectives(name, preset, reduction, count, flat):
+    for options in ({}, OPTIONS.get(name, {})):
+        by_autograd, ours = problem(get(name, preset=preset, reduction=reduction, **options), count, flat)
+        torch.testing.assert_close(ours, by_autograd, atol=1e-7, rtol=1e-5)
+        assert by_autograd.abs().max() > 0
 
 
 def test_every_token_separable_objective_has_its_slope():
-    token_level = {n for n in names() if get(n).definition.level == "token" and get(n).layer is None}
-    assert set(module.SLOPES) == token_level
+    separable = [
+        (name, preset)
+        for name, preset in PRESETS
+        if get(name).definition.level == "token" and get(name, preset=preset).layer is None
+    ]
+    assert separable == CASES
+    assert set(OPTIONS) == {name for name, preset in CASES if get(name, preset=preset).options}
+
+
+class TestOwn:
+    @pytest.fixture(autouse=True)
+    def _own(self, own_registry):
+        pass
+
+    @pytest.mark.parametrize("reduction", REDUCTIONS)
+    def test_takes_the_fast_path(self, reduction):
+        @register("focal_tnpo", slope=-0.5, rule=lambda o: TokenRule(alpha=o["alpha"], gamma=1.0, beta=o["beta"]))
+        def focal_tnpo(logp, ref_logp, *, alpha=0.5, beta=2.0):
+            p, q = logp.detach().exp(), ref_logp.exp()
+            return -(p ** (alpha + beta)) * (1 - p) / (p**beta + q**beta) * logp
+
+        @register("hide", slope=3.0)
+        def hide(uniform_ce, *, vocab_size):
+            return 3 * uniform_ce / 1.0 - vocab_size
+
+        for name in ("focal_tnpo", "hide"):
+            by_autograd, ours = problem(get(name, reduction=reduction))
+            torch.testing.assert_close(ours, by_autograd, atol=1e-7, rtol=1e-5)
+            assert by_autograd.abs().max() > 0
+
+    def test_a_presets_own_formula_has_its_own_slope_or_none(self):
+        register_preset("ga", "half", formula="mean of -l_t / 2", slope=0.5)(lambda logp: logp / 2)
+        register_preset("ga", "squared", formula="mean of -l_t^2")(lambda logp: -logp.square())
+        by_autograd, ours = problem(get("ga", preset="half"))
+        torch.testing.assert_close(ours, by_autograd, atol=1e-7, rtol=1e-5)
+        with pytest.raises(ValueError, match="ga, preset='squared': needs a token-separable objective such as ga, wga"):
+            problem(get("ga", preset="squared"))
+
+    @pytest.mark.parametrize(
+        ("how", "function"),
+        [
+            ({"slope": -1.0}, lambda logp, *, alpha=1.0: logp),  # the wrong sign
+            ({"slope": 1.0}, lambda logp, *, alpha=1.0: (alpha * logp.detach()).exp() * logp),  # no rule
+            ({"slope": 1.0, "rule": lambda o: TokenRule(alpha=1.0)}, lambda logp, *, alpha=2.0: logp.exp() ** alpha),
+            ({"slope": 1.0}, lambda logp, *, alpha=1.0: logp.roll(1)),  # another token's
+            ({"slope": 1.0, "rule": lambda o: TokenRule(alpha=1.0)}, lambda entropy, *, alpha=1.0: entropy),
+            ({"slope": 1.0, "rule": lambda o: TokenRule(beta=1.0)}, lambda logp, ref_logp, *, alpha=1.0: logp),
+        ],
+    )
+    def test_a_wrong_one_is_told_before_it_trains(self, how, function):
+        register("mine", **how)(function)
+        with pytest.raises(ValueError, match=r"^mine, preset='paper': slope=.* need to be d\(loss of a token\)/d\("):
+            problem(get("mine"))
+
+    def test_a_rule_that_forgets_an_option_is_told_where_it_matters(self):
+        def mine(logp, *, alpha=1.0):
+            return (alpha * logp.detach()).exp() * logp
+
+        register("mine", slope=1.0, rule=lambda o: TokenRule(alpha=1.0))(mine)
+        problem(get("mine"))
+        with pytest.raises(ValueError, match=r"mine.*for {'alpha': 2.0}: \["):
+            problem(get("mine", alpha=2))
+        register("mine", slope=1.0, rule=lambda o: TokenRule(alpha=o["alpha"]))(mine)
+        problem(get("mine", alpha=2))
+
+    @pytest.mark.parametrize(
+        ("how", "function", "message"),
+        [
+            ({"rule": lambda o: TokenRule()}, lambda logp: logp, "rule needs a slope"),
+            ({"slope": 1.0, "level": "sequence"}, lambda logp: logp, "mine: slope needs level='token'"),
+            ({"slope": 1.0}, lambda logp, entropy: logp, "mine: slope needs .* one statistic a token"),
+            ({"slope": 1.0}, lambda hidden: hidden.sum(-1), "mine: slope needs .* one statistic a token"),
+        ],
+    )
+    def test_what_cannot_have_a_slope(self, how, function, message):
+        with pytest.raises(ValueError, match=message):
+            register("mine", **how)(function)
 
 
 def test_bad_input():
     mask = torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="npo: needs a token-separable objective"):
+    with pytest.raises(
+        ValueError, match=r"npo, preset='paper': needs a token-separable objective such as .* by slope="
+    ):
         one_pass(get("npo"), mask)
     with pytest.raises(ValueError, match="tnpo needs ref_logp"):
         one_pass(get("tnpo"), mask)

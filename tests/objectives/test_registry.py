@@ -8,13 +8,16 @@ import inspect
 import math
 import pickle
 import re
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
 
 from pyunlearn import objectives as o
-from pyunlearn.objectives import TokenInputs, objective, registry
+from pyunlearn.objectives import TokenInputs
+from pyunlearn.objectives.stub import stub
+from pyunlearn.ops import TokenRule
 
 from .straight import NAMES, PRESETS
 
@@ -22,14 +25,6 @@ LOGP = -torch.rand(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
 FLAT = LOGP.flatten()
 IDS = torch.tensor([0, 0, 0, 1, 1, 1])
-
-
-@pytest.fixture
-def own_registry(monkeypatch):
-    """What a test registers is gone after it."""
-    monkeypatch.setattr(objective, "DEFINITIONS", dict(objective.DEFINITIONS))
-    monkeypatch.setattr(registry, "DEFINITIONS", objective.DEFINITIONS)
-    monkeypatch.setattr(registry, "_PUBLIC", dict(registry._PUBLIC))
 
 
 def test_names():
@@ -171,14 +166,25 @@ class TestDocumentation:
     @pytest.mark.parametrize("name", NAMES)
     def test_signature_has_the_defaults(self, name):
         parameters = inspect.signature(getattr(o, name)).parameters
-        given = {key: parameter.default for key, parameter in parameters.items()}
-        assert given | o.table()[NAMES.index(name)].defaults == given
-        assert list(given)[: len(o.get(name).variant.tensors)] == list(o.get(name).variant.tensors)
+        defaults = {key: parameter.default for key, parameter in parameters.items()}
+        assert defaults | o.table()[NAMES.index(name)].defaults == defaults
+        assert list(defaults)[: len(o.get(name).variant.tensors)] == list(o.get(name).variant.tensors)
+
+    def test_editors_see_the_signatures(self):
+        """`__init__.pyi` is as the registry has it; mypy reads it in `typed.py`."""
+        path = Path(o.__file__).with_name("__init__.pyi")
+        assert path.read_text(encoding="utf-8") == stub(), "run python -m pyunlearn.objectives.stub"
+        functions = path.read_text(encoding="utf-8").partition("]\n")[2]
+        exec("from __future__ import annotations\n" + functions, space := {"overload": lambda function: function})
+        for name in o.names():
+            assert list(inspect.signature(space[name]).parameters) == list(
+                inspect.signature(getattr(o, name)).parameters
+            )
 
     @pytest.mark.parametrize("where", [*NAMES, "get", "the package"])
     def test_examples(self, where, own_registry):
         text = o.__doc__ if where == "the package" else getattr(o, where).__doc__
-        names = {**vars(o), "torch": torch, "math": math, "__name__": "examples"}
+        names = {**vars(o), "torch": torch, "math": math, "TokenRule": TokenRule, "__name__": "examples"}
         test = doctest.DocTestParser().get_doctest(text, names, where, None, 0)
         assert test.examples
         assert doctest.DocTestRunner().run(test).failed == 0
@@ -256,17 +262,17 @@ class TestOwn:
         ("options", "function", "message"),
         [
             ({"name": "ga"}, lambda logp: 0.0, "name='ga' is taken by pyunlearn.objectives.forget.ga"),
-            ({"role": "forgett"}, lambda logp: 0.0, "role 'forgett' is unknown; did you mean 'forget'"),
-            ({"level": "word"}, lambda logp: 0.0, "level 'word' is unknown"),
-            ({"positions": "rael"}, lambda logp: 0.0, "did you mean 'real'"),
-            ({"batch": "refusals"}, lambda logp: 0.0, "did you mean 'refusal'"),
+            ({"role": "forgett"}, lambda logp: 0.0, "role='forgett': did you mean forget"),
+            ({"level": "word"}, lambda logp: 0.0, "level='word': needs one of token, sequence"),
+            ({"positions": "rael"}, lambda logp: 0.0, "did you mean real"),
+            ({"batch": "refusals"}, lambda logp: 0.0, "did you mean refusal"),
             (
                 {"reduction": "mean"},
                 lambda logp: 0.0,
-                "reduction 'mean' is unknown; did you mean 'token_mean'",
+                "reduction='mean': did you mean token_mean",
             ),
-            ({"presets": {"x": {"gama": 1}}}, lambda logp, *, gamma=1.0: 0.0, "did you mean 'gamma'"),
-            ({}, lambda logpp: 0.0, "parameter 'logpp' is unknown; did you mean 'logp'"),
+            ({"presets": {"x": {"gama": 1}}}, lambda logp, *, gamma=1.0: 0.0, "did you mean gamma"),
+            ({}, lambda logpp: 0.0, "parameter='logpp': did you mean logp"),
             ({}, lambda logp, gamma=2.0: 0.0, "parameter 'gamma' needs to be"),
             ({}, lambda *, gamma=2.0: 0.0, "needs a positional parameter named after a statistic"),
             ({}, lambda refusal_logp, answer_logp: 0.0, "need level='sequence'"),
@@ -279,7 +285,7 @@ class TestOwn:
         assert "mine" not in o.names()
 
     def test_preset_of_an_unknown_objective(self):
-        with pytest.raises(ValueError, match="objective 'gdd' is unknown; did you mean 'gd'"):
+        with pytest.raises(ValueError, match="objective='gdd': did you mean gd"):
             o.register_preset("gdd", "mine", formula="")(lambda logp: logp)
 
 
@@ -288,18 +294,18 @@ class TestOwn:
     [
         (
             lambda: o.get("wgaa"),
-            "objective 'wgaa' is unknown; did you mean 'wga' or 'ga'? known: ga, wga, npo",
+            "objective='wgaa': did you mean wga or ga? needs one of ga, wga, npo",
         ),
-        (lambda: o.get(["wga"]), "objective ['wga'] is unknown"),
-        (lambda: o.names("both"), "role 'both' is unknown"),
-        (lambda: o.get("wga", alhpa=1), "wga: option 'alhpa' is unknown; did you mean 'alpha'?"),
-        (lambda: o.get("wga", beta=1), "wga: option 'beta' is unknown; known: alpha, preset, reduction"),
+        (lambda: o.get(["wga"]), "objective=['wga']: did you mean wga"),
+        (lambda: o.names("both"), "role='both': needs one of forget, retain, None"),
+        (lambda: o.get("wga", alhpa=1), "wga: option='alhpa': did you mean alpha?"),
+        (lambda: o.get("wga", beta=1), "wga: option='beta': needs one of alpha, preset, reduction"),
         (
             lambda: o.get("wga", preset="g_effect"),
-            "wga: preset 'g_effect' is unknown; did you mean 'g_effect_code'",
+            "wga: preset='g_effect': did you mean g_effect_code",
         ),
-        (lambda: o.get("wga", reduction="mean"), "wga: reduction 'mean' is unknown"),
-        (lambda: o.get("dpo", reduction="token_mean"), "known: sequence_mean, sum"),
+        (lambda: o.get("wga", reduction="mean"), "wga: reduction='mean': did you mean token_mean"),
+        (lambda: o.get("dpo", reduction="token_mean"), "needs one of sequence_mean, sum"),
         (lambda: o.get("npo", beta=0), "npo: beta=0: needs a finite number > 0"),
         (lambda: o.get("npo", beta=math.inf), "npo: beta=inf: needs a finite number > 0"),
         (lambda: o.get("npo", beta=math.nan), "npo: beta=nan: needs a finite number > 0"),
@@ -339,8 +345,8 @@ class TestOwn:
         (lambda: o.ga(LOGP[None]), "logp: needs shape (B, T) or flat (N,), got (1, 2, 3)"),
         (lambda: o.ga(LOGP, LOGP > 0, LOGP), "only ('logp', 'mask') go by position, got 3 arguments"),
         (lambda: o.ga(LOGP, MASK, mask=MASK), "ga: mask is given twice"),
-        (lambda: o.wga(LOGP, msak=MASK), "wga: argument 'msak' is unknown; did you mean 'mask'?"),
-        (lambda: o.wga(LOGP, vocab_size=5), "wga: argument 'vocab_size' is unknown"),
+        (lambda: o.wga(LOGP, msak=MASK), "wga: argument='msak': did you mean mask?"),
+        (lambda: o.wga(LOGP, vocab_size=5), "wga: argument='vocab_size': "),
         (lambda: o.me(LOGP), "me: vocab_size=None: needs V, a whole number >= 1"),
         (lambda: o.me(LOGP, vocab_size=0), "me: vocab_size=0: needs V"),
         (lambda: o.ga(LOGP, count=-1), "count=-1: needs a finite number >= 0"),

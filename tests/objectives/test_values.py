@@ -26,8 +26,8 @@ OTHER_OPTIONS = {
 
 def gradients(loss, raw):
     leaves = [each.logits for each in raw.values()]
-    found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, found, strict=True)]
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, grads, strict=True)]
 
 
 def agree(ours, theirs, raw, **tolerance):

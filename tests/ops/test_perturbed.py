@@ -3,7 +3,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +12,6 @@ from torch import nn
 
 import pyunlearn as pu
 from pyunlearn.ops import modes, noise, parameters, perturbation
-
-from ..two_processes import run_on_two
 
 IN_MEMORY = ("overlay", "copy", "snap")  # modes whose parameters hold the perturbed weights inside the whole block
 EVERY = (*IN_MEMORY, "streamed")
@@ -530,17 +527,6 @@ def test_streamed_layers_in_lists_of_lists():
 
 
 # ---- shards ----------------------------------------------------------------------------------------------------------
-
-
-def test_two_processes_perturb_as_one_does(tmp_path):
-    """DTensors on two gloo processes: dim 0, dim 1, uneven, empty; FSDP2."""
-    for right, told in run_on_two(Path(__file__).parent / "sharded_noise_worker.py", tmp_path):
-        assert len(right) == 4 * 9 + 2
-        assert [case for case, same in right.items() if not same] == []
-        assert "'w' is in half precision" in told["auto"]
-        assert "mode='overlay': 'w' is sharded" in told["overlay"]
-        assert "mode='streamed': 'w' is sharded" in told["streamed"]
-        assert "mode='snap': needs float32" in told["snap"]
 
 
 @given(st.data())

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from pyunlearn.report.run import check_goal, make_table, pair_generations, render_report, table_markdown
+from pyunlearn.report.run import pair_generations, render_report
 from pyunlearn.runs.config import GoalConfig
+from pyunlearn.runs.table import check_goal, make_table, table_markdown
 
 BEFORE = {"forget": {"probability": 0.9}, "retain": {"probability": 0.8, "rouge_l": 0.5}}
 AFTER = {"forget": {"probability": 0.05}, "retain": {"probability": 0.7, "rouge_l": 0.5}}

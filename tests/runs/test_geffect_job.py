@@ -12,17 +12,19 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pyunlearn.report.geffect import cost, heat, render_geffect, section
 from pyunlearn.runs import geffect
-from pyunlearn.runs.config import RunConfig, merge
+from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.geffect import measure_run
 from pyunlearn.runs.run import run
+from pyunlearn.store import Store
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.probe import Probe
-from pyunlearn.training.unlearn import Interrupted
+from pyunlearn.training.settings import merge
+from pyunlearn.training.stage import Interrupted
 
 CHANGES = {
     "memorise": {"epochs": 30, "learning_rate": 1e-2},
     "unlearn": {"forget": "npo", "retain": ["kl", "gd"], "epochs": 6, "learning_rate": 3e-3, "keep_steps": 2},
-    "g_effect": {"every": 2, "forget_samples": 2, "retain_samples": 4, "batch_size": 3, "pointwise": True},
+    "geffect": {"every": 2, "forget_samples": 2, "retain_samples": 4, "batch_size": 3, "pointwise": True},
 }
 
 
@@ -44,11 +46,11 @@ def folder(finished, tmp_path):
 
 
 def test_saved_models_give_what_the_live_probe_gave(finished, folder):
-    live = [row for row in read_metrics(finished / "metrics.jsonl") if "g_effect" in row]
+    live = [row for row in read_metrics(finished / "metrics.jsonl") if "geffect" in row]
     result = measure_run(folder)
     assert [row["step"] for row in result.rows] == [row["step"] for row in live] == [0, 2, 4, 6]
     for row, other in zip(result.rows, live, strict=True):
-        assert row["g_effect"] == other["g_effect"]  # bit by bit
+        assert row["geffect"] == other["geffect"]  # bit by bit
     assert json.loads((folder / "geffect" / "geffect.json").read_text())["rows"] == result.rows
     shutil.rmtree(folder / "checkpoints" / "step-6")  # the run's last model is step 6, too
     assert measure_run(folder, overwrite=True).rows == result.rows
@@ -74,11 +76,11 @@ def test_figures_of_the_paper(finished, folder):
 
 
 def test_tokens_are_as_dark_as_they_weigh(finished):
-    rows = [row for row in read_metrics(finished / "metrics.jsonl") if "g_effect" in row]
+    rows = [row for row in read_metrics(finished / "metrics.jsonl") if "geffect" in row]
     assert heat(rows) == []  # NPO has one weight an answer
-    texts = rows[-1]["g_effect"]["heat"]
+    texts = rows[-1]["geffect"]["heat"]
     texts[0]["weights"]["forget.npo"][0] = 2.0
-    rows[0]["g_effect"]["heat"][0]["tokens"][0] = "<i>"
+    rows[0]["geffect"]["heat"][0]["tokens"][0] = "<i>"
     (text,) = heat(rows)
     assert (text["label"], text["question"]) == ("forget.npo", texts[0]["question"])
     assert [line["step"] for line in text["lines"]] == [0, 2, 4, 6]
@@ -98,7 +100,7 @@ def test_the_cost_is_a_median_of_ratios():
 
 
 def test_what_is_not_finite_is_told_in_the_report():
-    rows = [{"step": 4, "g_effect": {"not_finite": "objective: the gradient of 'w' is not finite"}}]
+    rows = [{"step": 4, "geffect": {"not_finite": "objective: the gradient of 'w' is not finite"}}]
     found = section(rows)
     assert found["not_finite"] == "step 4: objective: the gradient of 'w' is not finite"
     assert found["figures"] == []
@@ -118,15 +120,24 @@ def test_stopped_and_continued(folder, monkeypatch):
         patch.setattr(Probe, "measure", counted)
         with pytest.raises(Interrupted, match="kept\nresume with: again"):
             measure_run(folder, command="again")
-    assert [row["step"] for row in json.loads((folder / "geffect" / "geffect.json").read_text())["rows"]] == [0, 2]
+    assert Store(folder / "geffect" / "rows").names() == ["step-0000000", "step-0000002"]
     measured.clear()
     monkeypatch.setattr(Probe, "measure", counted)
     assert [row["step"] for row in measure_run(folder).rows] == [0, 2, 4, 6]
     assert len(measured) == 2
     monkeypatch.setattr(geffect, "prepare", None)  # everything is there
     assert len(measure_run(folder, batch_size=1).rows) == 4
-    with pytest.raises(ValueError, match=r"other settings \(forget_samples: 2 -> 1\); choose --overwrite"):
+    with pytest.raises(ValueError, match=r"another job \(settings.forget_samples: 2 -> 1\); .* or --overwrite"):
         measure_run(folder, forget_samples=1)
+
+
+def test_rows_of_another_model_are_measured_again(folder, monkeypatch):
+    first = measure_run(folder)
+    shutil.rmtree(folder / "checkpoints" / "step-2")
+    shutil.copytree(folder / "checkpoints" / "step-4", folder / "checkpoints" / "step-2")
+    second = measure_run(folder)
+    assert second.rows[1]["geffect"] == first.rows[2]["geffect"]
+    assert [second.rows[i] for i in (0, 2, 3)] == [first.rows[i] for i in (0, 2, 3)]
 
 
 def test_the_tokenizer_is_kept_too(folder):
@@ -156,9 +167,9 @@ def test_a_folder_without_what_is_needed_is_told(folder, tmp_path):
 def test_of_a_run_that_does_not_memorise(tiny_config, monkeypatch, checkpointing):
     """The first model is the configuration's; checkpointing is as in the training."""
     unlearning = {"epochs": 1, "retain": [], "gradient_checkpointing": checkpointing}
-    config = tiny_config({"memorise": None, "unlearn": unlearning, "g_effect": {}})
+    config = tiny_config({"memorise": None, "unlearn": unlearning, "geffect": {}})
     run(config)
-    live = [row["g_effect"] for row in read_metrics(config.folder / "metrics.jsonl") if "g_effect" in row]
+    live = [row["geffect"] for row in read_metrics(config.folder / "metrics.jsonl") if "geffect" in row]
     forward, calls = LlamaMLP.forward, []
 
     def counted(self, *args, **kwargs):
@@ -168,6 +179,6 @@ def test_of_a_run_that_does_not_memorise(tiny_config, monkeypatch, checkpointing
     monkeypatch.setattr(LlamaMLP, "forward", counted)
     result = measure_run(config.folder)
     assert [row["step"] for row in result.rows] == [0, 1]
-    assert [row["g_effect"] for row in result.rows] == live
+    assert [row["geffect"] for row in result.rows] == live
     passes, layers, models = 3, 2, 2  # metrics and a term
     assert len(calls) == passes * layers * models * (2 if checkpointing else 1)  # the backward runs them again

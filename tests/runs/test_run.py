@@ -10,14 +10,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pyunlearn.runs import job as job_module
 from pyunlearn.runs import run as run_module
-from pyunlearn.runs.config import RunConfig, merge
+from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result, run
-from pyunlearn.training import unlearn as stages
 from pyunlearn.training.callbacks import MetricsWriter, read_metrics
+from pyunlearn.training.settings import merge
+from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
-from pyunlearn.training.unlearn import Interrupted
+from pyunlearn.training.unlearn import retain_used
 
 FILES = {
     "config.yaml", "metrics.jsonl", "table.json", "table.md", "report.html", "memorised", "checkpoint", "evaluation",
@@ -109,10 +111,9 @@ def test_the_checkpoint_loads_and_is_the_model_evaluated_last(finished):
     from pyunlearn.data import load_qa
     from pyunlearn.metrics import evaluate
     from pyunlearn.model.load import load_model
-    from pyunlearn.runs.config import ModelConfig
 
     config, result = finished
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(result.folder / "checkpoint")))
+    model, tokenizer = load_model(str(result.folder / "checkpoint"))
     lines = (result.folder / "evaluation" / "after-forget.jsonl").read_text()
     (result.folder.parent / "again.jsonl").write_text(lines)
     again = evaluate(
@@ -195,9 +196,9 @@ def test_stopped_in_either_stage_and_resumed_it_ends_the_same(tiny_config, tmp_p
     with monkeypatch.context() as patch:
         press_at(patch, "memorise", 2)
         with pytest.raises(
-            Interrupted, match=r"stopped in memorise at step 3 of 6, checkpoint saved\nresume with: again"
+            Interrupted, match=r"stopped in memorise at step 3 of 6, checkpoint saved\nresume with: again --resume"
         ) as caught:
-            run(config, resume_command="again")
+            run(config, command="again")
     assert caught.value.exit_code == 130
     folder = RunFolder(config.folder)
     assert folder.last_checkpoint("memorise").name == "checkpoint-3"
@@ -225,14 +226,15 @@ def test_a_kill_leaves_whole_files_and_goes_on(tiny_config, monkeypatch):
     """Killed while the unlearned model is being written: no checkpoint/, and the next run does only what is left."""
     config = tiny_config()
 
-    def killed(self, folder, fill):
-        if folder.name == "checkpoint":
+    def killed(path, model, tokenizer):
+        if path.name == "checkpoint":
+            model.save_pretrained(path.with_name(".checkpoint.tmp"))
             raise SystemExit(9)
-        original(self, folder, fill)
+        original(path, model, tokenizer)
 
-    original = RunFolder.write_folder
+    original = job_module.write_model
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_folder", killed)
+        patch.setattr(job_module, "write_model", killed)
         with pytest.raises(SystemExit):
             run(config)
     folder = RunFolder(config.folder)
@@ -241,7 +243,7 @@ def test_a_kill_leaves_whole_files_and_goes_on(tiny_config, monkeypatch):
     (folder.training("unlearn") / "checkpoint-999").mkdir()  # one that was cut short
     with open(folder.metrics, "a") as file:
         file.write('{"stage": "unlearn", "st')
-    monkeypatch.setattr(run_module, "memorise", None)
+    monkeypatch.setattr(job_module, "memorise", None)
     assert {path.name for path in run(config, resume=True).folder.iterdir()} == FILES
     assert all("loss" in row for row in read_metrics(folder.metrics))
 
@@ -251,8 +253,8 @@ def test_ctrl_c_while_evaluating_is_told_too(tiny_config, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(run_module, "evaluate_sets", pressed)
-    with pytest.raises(Interrupted, match="everything finished so far is kept\nresume with: again") as caught:
-        run(tiny_config(), resume_command="again")
+    with pytest.raises(Interrupted, match="everything finished so far is kept\nresume with: again --resume") as caught:
+        run(tiny_config(), command="again")
     assert caught.value.exit_code == 130
 
 
@@ -319,14 +321,13 @@ def test_files_and_every_kind_of_term(tiny_config, files, tmp_path, terms):
 
 def test_only_retain_rows_that_are_used_get_a_reference(tiny_config, files):
     config = tiny_config({"data": files, "memorise": None, "unlearn": {"max_steps": 1, "batch_size": 2}})
-    context = stages.Context(config, RunFolder(config.folder), None, None)
-    data = run_module.load_data(config.data, 0)
-    used = stages.retain_used(context, 2, data.retain)
+    data, stage = job_module.load_data(config), Stage(RunFolder(config.folder))
+    used = retain_used(stage, config.unlearn, data)
     assert len(used) == 2
-    assert used == stages.retain_used(context, 2, data.retain)
+    assert used == retain_used(stage, config.unlearn, data)
     assert set(used) < set(data.retain)
-    more = config.model_copy(update={"unlearn": config.unlearn.model_copy(update={"max_steps": None})})
-    assert stages.retain_used(stages.Context(more, context.folder, None, None), 2, data.retain) == data.retain
+    more = config.unlearn.model_copy(update={"max_steps": None})
+    assert retain_used(stage, more, data) == data.retain
 
 
 def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_path):
@@ -338,7 +339,7 @@ def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_pat
 
     told(
         FileNotFoundError,
-        r"no such file: .*forgot.jsonl \(near names there: forget.jsonl",
+        r"no such file: .*forgot.jsonl; did you mean forget.jsonl",
         forget=str(tmp_path / "forgot.jsonl"),
     )
     broken = tmp_path / "broken.jsonl"

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from pyunlearn.metrics import METRICS
-from pyunlearn.runs.config import ALL_METRICS, ConfigError, RunConfig, load_config
-from pyunlearn.runs.folder import differences
+from pyunlearn.runs import ConfigError, RunConfig, load_config
+from pyunlearn.runs.config import ALL_METRICS
+from pyunlearn.store import differences
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -69,16 +70,16 @@ def test_overrides(override, read):
     ("override", "message"),
     [
         ("unlearn.learnin_rate=1", "unlearn.learnin_rate: unknown key; did you mean learning_rate?"),
-        ("colour=blue", "colour: unknown key; known keys: name, output, seed"),
-        ("unlearn.forget=wag", "unlearn.forget.0: objective 'wag' is unknown; did you mean 'wga'"),
+        ("colour=blue", "colour: unknown key; needs one of name, output, seed"),
+        ("unlearn.forget=wag", "unlearn.forget.0: objective='wag': did you mean wga? needs one of ga, wga"),
         (
             "unlearn.forget.options.alpa=1",
-            "unlearn.forget.0: wga: option 'alpa' is unknown; did you mean 'alpha'",
+            "unlearn.forget.0: wga: option='alpa': did you mean alpha? needs one of alpha, preset, reduction",
         ),
         ("unlearn.forget.options.alpha=-1", "unlearn.forget.0: wga: alpha=-1: needs a"),
         (
             "unlearn.forget.preset=papr",
-            "unlearn.forget.0: wga: preset 'papr' is unknown; did you mean 'paper'",
+            "unlearn.forget.0: wga: preset='papr': did you mean paper? needs one of paper, g_effect_code",
         ),
         ("unlearn.retain=wga", "unlearn.retain: wga is a forget objective; put it under unlearn.forget"),
         ("unlearn.forget=[]", "unlearn.forget: List should have at least 1 item"),

@@ -13,21 +13,24 @@ from rich.console import Console
 import pyunlearn as pu
 from pyunlearn.data import QADataset, collate
 from pyunlearn.model.load import load_model
-from pyunlearn.mrd import MRDResult, work
+from pyunlearn.mrd import MRDResult
 from pyunlearn.report.score import render_score_report, running, self_checks, thirds
-from pyunlearn.runs.config import ModelConfig
-from pyunlearn.runs.score import score_files, score_run
+from pyunlearn.runs.config import FilesConfig
+from pyunlearn.runs.job import load_data
+from pyunlearn.runs.score import score
+from pyunlearn.store import Store
 
 DRAWS = 6
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory, tiny_settings):
-    from pyunlearn.runs.config import RunConfig, merge
+    from pyunlearn.runs.config import RunConfig
+    from pyunlearn.training.settings import merge
 
     folder = tmp_path_factory.mktemp("score") / "run"
     config = RunConfig.model_validate(merge(tiny_settings, {"output": str(folder)}))
-    return config, score_run(config, num_draws=DRAWS, batch_size=2)
+    return config, score(config, num_draws=DRAWS, batch_size=2)
 
 
 def read(path):
@@ -43,10 +46,8 @@ def test_the_files_are_those_of_pu_mrd(scored):
     assert records == result.records
     assert json.loads(result.out.with_suffix(".json").read_text()) == result.diagnostics
 
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(config.folder / "memorised")))
-    from pyunlearn.runs.run import load_data
-
-    rows = QADataset(load_data(config.data, config.seed).forget, tokenizer, 256)
+    model, tokenizer = load_model(str(config.folder / "memorised"))
+    rows = QADataset(load_data(config).forget, tokenizer, 256)
     batch = collate([rows[i] for i in range(len(rows))], 0)
     direct = pu.mrd(model, [batch], num_draws=DRAWS, batch_size=2, progress=False)
     assert [record["mrd"] for record in records] == direct.value.tolist()
@@ -70,25 +71,25 @@ def test_the_report_stands_alone(scored):
 
 def test_stopped_and_called_again_it_ends_the_same(scored, tmp_path, monkeypatch):
     config, whole = scored
-    put, out = work.Store.put, tmp_path / "again.jsonl"
+    put, out = Store.put, tmp_path / "again.jsonl"
 
-    def stop(store, unit, values):
-        put(store, unit, values)
+    def stop(store, unit, values, identity):
+        put(store, unit, values, identity)
         raise KeyboardInterrupt
 
     options = {"out": out, "num_draws": DRAWS, "batch_size": 2}
-    monkeypatch.setattr(work.Store, "put", stop)
+    monkeypatch.setattr(Store, "put", stop)
     with pytest.raises(KeyboardInterrupt, match="resume with: pyunlearn score --here") as stopped:
-        score_run(config, command="pyunlearn score --here", **options)
+        score(config, command="pyunlearn score --here", **options)
     assert stopped.value.exit_code == 130
     assert {path.name for path in tmp_path.iterdir()} == {"again.state"}
-    monkeypatch.setattr(work.Store, "put", put)
-    again = score_run(config, **options)
+    monkeypatch.setattr(Store, "put", put)
+    again = score(config, **options)
     assert again.records == whole.records
     assert out.read_bytes() == whole.out.read_bytes()
     with pytest.raises(ValueError, match=r"again\.state belongs to another job, its seed differ"):
-        score_run(config, seed=1, **options)
-    assert score_run(config, seed=1, overwrite=True, **options).records != whole.records
+        score(config, seed=1, **options)
+    assert score(config, seed=1, overwrite=True, **options).records != whole.records
 
 
 @pytest.mark.parametrize("estimator", ["gradient", "definition"])
@@ -97,7 +98,8 @@ def test_files_and_other_estimators(scored, tmp_path, estimator, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text(whole.out.read_text())  # its records have question and answer
     options = {"estimator": estimator, "num_draws": DRAWS, "normalize": "tokens", "console": Console()}
-    result = score_files(str(config.folder / "memorised"), str(data), out=tmp_path / "x" / "y.jsonl", **options)
+    files = FilesConfig.of(str(config.folder / "memorised"), str(data))
+    result = score(files, out=tmp_path / "x" / "y.jsonl", **options)
     records = read(tmp_path / "x" / "y.jsonl")
     assert [record["index"] for record in records] == list(range(len(whole.records)))
     told = capsys.readouterr().out

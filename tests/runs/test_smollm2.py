@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pyunlearn.model.load import load_model
-from pyunlearn.runs.config import load_config
+from pyunlearn.runs import load_config
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import read_metrics
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from pathlib import Path
 
 import peft
 import pytest
@@ -18,18 +17,17 @@ from pyunlearn.data import collate
 from pyunlearn.data.tiny import tiny_llama
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden, token_stats_of
-from pyunlearn.runs.config import GEffectConfig
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import append_metrics, read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe, as_found, token_weights
+from pyunlearn.training.settings import GEffectConfig
+from pyunlearn.training.stage import Interrupted
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer
-from pyunlearn.training.unlearn import Interrupted
 
 from ..geffect.common import LiveBytes
 from ..runs.test_run import press_at
 from ..tiny import SIZES
-from ..two_processes import run_on_two
 
 TERMS = ["npo", ("wga", 0.5), ("kl", 2.0), "gd"]
 SETTINGS = {"forget_samples": 8, "retain_samples": 12, "batch_size": 8}
@@ -179,12 +177,12 @@ def test_dropout_is_off_and_checkpointing_on(tiny):
 def test_refusals_have_rows_of_their_own(tiny_config):
     found = {}
     for forget, retain in (("dpo", "ap"), ("idk", "gd")):
-        changes = {"unlearn": {"forget": forget, "retain": retain, "epochs": 1}, "g_effect": {}}
+        changes = {"unlearn": {"forget": forget, "retain": retain, "epochs": 1}, "geffect": {}}
         config = tiny_config({**changes, "output": str(tiny_config().folder / forget)})
         run(config)
         rows = g_effects(config)
         assert [row["step"] for row in rows] == [0, 1]
-        found[forget] = rows[0]["g_effect"]
+        found[forget] = rows[0]["geffect"]
         assert set(found[forget]["terms"]) == {f"forget.{forget}", f"retain.{retain}"}
         assert found[forget]["total"]["unlearn"] != 0
     assert found["dpo"]["nll"] == pytest.approx(found["idk"]["nll"], rel=1e-6)  # the same samples, the same model
@@ -211,7 +209,7 @@ def test_of_a_model_under_peft_the_adapters_count(tiny, target):
 
 
 def g_effects(config):
-    return [row for row in read_metrics(config.folder / "metrics.jsonl") if "g_effect" in row]
+    return [row for row in read_metrics(config.folder / "metrics.jsonl") if "geffect" in row]
 
 
 class Randomness(TrainerCallback):
@@ -288,7 +286,7 @@ def test_a_probe_keeps_two_gradients(tiny):
     assert 2 * one < probing.peak < working.peak + 2 * one + layer
 
 
-PROBING = {"unlearn": {"batch_size": 1, "keep_steps": 2}, "g_effect": {"every": 2, "forget_samples": 1}}
+PROBING = {"unlearn": {"batch_size": 1, "keep_steps": 2}, "geffect": {"every": 2, "forget_samples": 1}}
 
 
 def test_a_run_with_probes_is_the_run_without(tiny_config, tmp_path):
@@ -301,7 +299,7 @@ def test_a_run_with_probes_is_the_run_without(tiny_config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = g_effects(probing)
     assert [(row["stage"], row["step"]) for row in rows] == [("unlearn", step) for step in (0, 2, 4, 6)]
-    assert rows[0]["g_effect"]["samples"] == {"forget": 1, "retain": 6}
+    assert rows[0]["geffect"]["samples"] == {"forget": 1, "retain": 6}
     kept = sorted(path.name for path in (probing.folder / "checkpoints").iterdir())
     assert kept == ["step-2", "step-4", "step-6"]
     last = load_file(probing.folder / "checkpoints" / "step-6" / "model.safetensors")
@@ -321,13 +319,13 @@ def test_stopped_and_resumed_no_row_is_lost_or_written_twice(tiny_config, tmp_pa
     ours, theirs = g_effects(config), g_effects(whole)
     assert [row["step"] for row in ours] == [0, 2, 4, 6]
     for row, other in zip(ours, theirs, strict=True):
-        assert row["g_effect"]["total"] == pytest.approx(other["g_effect"]["total"], rel=1e-4)
+        assert row["geffect"]["total"] == pytest.approx(other["geffect"]["total"], rel=1e-4)
 
 
 def test_started_again_before_the_first_checkpoint(tiny, tmp_path):
     """The row of step 0 stays the only one."""
     callback = GEffectCallback(make_probe(tiny, None, ["ga"]), tmp_path / "metrics.jsonl", "unlearn", 1)
-    append_metrics(tmp_path / "metrics.jsonl", {"stage": "unlearn", "step": 0, "g_effect": {}})
+    append_metrics(tmp_path / "metrics.jsonl", {"stage": "unlearn", "step": 0, "geffect": {}})
     assert callback._written(0)
     assert not callback._written(1)
 
@@ -341,31 +339,15 @@ def test_what_is_not_finite_is_told_and_does_not_stop(tiny):
 
 
 def test_a_mistake_is_told_before_the_first_step(tiny_config):
-    config = tiny_config({"g_effect": {"groups": {"mine": ["nothing.*"]}}})
+    config = tiny_config({"geffect": {"groups": {"mine": ["nothing.*"]}}})
     with pytest.raises(ValueError, match=r"groups\['mine'\]=\['nothing.\*'\]: matches no trainable parameter"):
         run(config)
     assert not [row for row in read_metrics(config.folder / "metrics.jsonl") if row["stage"] == "unlearn"]
-
-
-def test_two_processes_equal_one(tiny, tmp_path):
-    """DDP: both processes measure the same samples, one writes. FSDP2: both hold a half of every gradient."""
-    ranks = run_on_two(Path(__file__).parent / "probe_worker.py", tmp_path)
-    for told in ranks:
-        assert torch.equal(told["plain"], told["probed"])
-        assert [row["step"] for row in told["rows"]] == [0, 1, 2]
-    alone = make_probe(tiny, tiny.model(seed=1).eval(), ["npo", "gd"], batch_size=4).measure(tiny.model())
-    assert told["rows"][0]["g_effect"] == alone  # bit by bit
-    for told in ranks:
-        for key in ("total", "norm", "nll", "weights"):
-            assert told["sharded"][key] == pytest.approx(alone[key], rel=1e-4)
-        assert told["sharded"]["terms"]["forget.npo"]["groups"]["retain"] == pytest.approx(
-            alone["terms"]["forget.npo"]["groups"]["retain"], rel=1e-3
-        )
 
 
 def test_deepspeed_is_refused(tiny, arguments):
     args = arguments()
     args.deepspeed = {}
     callback = GEffectCallback(make_probe(tiny, None, ["ga"]), "metrics.jsonl", "unlearn", 1)
-    with pytest.raises(ValueError, match="g_effect: DeepSpeed takes gradients over; probe by `pyunlearn geffect`"):
+    with pytest.raises(ValueError, match="geffect: DeepSpeed takes gradients over; probe by `pyunlearn geffect`"):
         callback.on_train_begin(args, None, None, model=tiny.model())

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +18,11 @@ from pyunlearn.metrics import extraction_likelihood, teacher_forced
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import Interrupt, read_metrics
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
+from pyunlearn.training.stage import Interrupted
 from pyunlearn.training.trainer import UnlearnTrainer
-from pyunlearn.training.unlearn import Interrupted, mean_absolute_change, trainable
+from pyunlearn.training.unlearn import mean_absolute_change, trainable
 
 from ..runs.test_run import press_at
-from ..two_processes import run_on_two
 
 
 def parameters(model):
@@ -206,21 +205,6 @@ def test_forgotten_samples_are_not_drawn_and_the_last_one_ends_it(tiny, argument
     assert memory.forgotten_at == expected
     assert trainer.state.log_history[-2]["sampling/draws"] == memory.draws == sum(memory.updates)
     assert len(set(expected)) > 1  # not all at once
-
-
-def test_two_processes_draw_as_one(tiny, arguments, tmp_path):
-    """2 processes x 1 sample x 2 micro-batches against 1 x 4, with refreshes and early stopping."""
-    ranks = run_on_two(Path(__file__).parent / "sampling_worker.py", tmp_path)
-    torch.testing.assert_close(ranks[0]["parameters"], ranks[1]["parameters"], rtol=0, atol=0)
-    assert ranks[0]["memory"] == ranks[1]["memory"]
-    rule = Forgotten(ngram=2, every_steps=2)
-    args = arguments(max_steps=4, per_device_train_batch_size=4)
-    _, sampler, after = train(tiny, args, ["ga", "gd"], refresh_steps=2, forgotten=rule)
-    torch.testing.assert_close(ranks[0]["parameters"], after, rtol=0, atol=1e-6)
-    memory = ranks[0]["memory"]
-    assert memory["updates"] == sampler.memory.updates
-    assert memory["forgotten_at"] == sampler.memory.forgotten_at
-    assert memory["scores"] == pytest.approx(sampler.memory.scores, rel=1e-4)
 
 
 def test_bad_input_is_named(tiny, arguments, tmp_path):

@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,6 @@ from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.forward import token_stats_of
 from pyunlearn.training.callbacks import Interrupt
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
-
-from ..two_processes import run_on_two
 
 
 def parameters(model):
@@ -228,22 +225,6 @@ def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches
     assert len(forwards) == 2
 
 
-def test_two_processes_equal_one(tiny, arguments, tmp_path):
-    """torchrun with gloo on the CPU: 2 x 2 x 2 against 1 x 8, tokens unevenly spread over the ranks."""
-    ranks = run_on_two(Path(__file__).parent / "ddp_worker.py", tmp_path)
-    torch.testing.assert_close(ranks[0]["parameters"], ranks[1]["parameters"], rtol=0, atol=0)
-    trainer, after = train(tiny, arguments(max_steps=2), ["wga", "npo", "gd"], reference=tiny.model(seed=1))
-    torch.testing.assert_close(ranks[0]["parameters"], after, rtol=0, atol=1e-6)
-    _, misdirected = train(tiny, arguments(max_steps=2), ["rmu", "rr"], reference=tiny.model(seed=1))
-    for rank in ranks:
-        torch.testing.assert_close(rank["misdirected"], misdirected, rtol=0, atol=1e-6)
-    for logged, expected in zip(ranks[0]["log"], trainer.state.log_history, strict=False):
-        for key in ("loss", "forget.wga/loss", "forget.npo/loss", "retain.gd/loss", "forget.wga/count"):
-            assert logged[key] == pytest.approx(expected[key], rel=1e-4), key
-    assert "another process" in ranks[0]["error"]  # the NaN was in rank 1's batch; both ranks stop
-    assert "forget samples" in ranks[1]["error"]
-
-
 class Poison(TrainerCallback):
     """Makes the model's weights NaN after a step."""
 
@@ -347,7 +328,7 @@ def test_what_is_missing_is_named(tiny, arguments, caches):
         train(tiny, arguments(), ["rmu", objectives.get("rr", layer="deep")], reference=caches)
     with pytest.raises(ValueError, match="layer=3: LlamaForCausalLM has 2 layers"):
         train(tiny, arguments(), [objectives.get("rmu", layer=3)])
-    with pytest.raises(ValueError, match="did you mean 'wga'"):
+    with pytest.raises(ValueError, match=r"objective='wgaa': did you mean wga or ga\?"):
         train(tiny, arguments(), ["wgaa"])
     with pytest.raises(ValueError, match="objectives is empty"):
         train(tiny, arguments(), [])

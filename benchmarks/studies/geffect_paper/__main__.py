@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from pyunlearn.runs.config import load_config
+from pyunlearn.runs import load_config
 
 from ...measure import machine
 from ...scale.mrd import RESULTS

@@ -23,7 +23,7 @@ def write(records: Records, out: Path) -> Path:
         first=first,
         records=records,
         unlearning=first["settings"]["unlearn"],
-        probe=first["settings"]["g_effect"],
+        probe=first["settings"]["geffect"],
         blocks=first["settings"]["model"]["options"].get("num_hidden_layers", 3),
         steps=finite(first)[-1]["step"],
         before=finite(first)[0]["nll"],

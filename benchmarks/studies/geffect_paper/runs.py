@@ -10,17 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from pyunlearn.model.load import process_state
 from pyunlearn.report.geffect import evenly
-from pyunlearn.runs.config import RunConfig, merge
+from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.folder import RunFolder
-from pyunlearn.runs.run import first_model, load_data, quiet_libraries, run
+from pyunlearn.runs.job import Job, first_model
+from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import read_metrics
+from pyunlearn.training.settings import merge
 from pyunlearn.training.trainer import NonFiniteLossError
-from pyunlearn.training.unlearn import interruptible
 
 from ...measure import commit, machine, versions
 
@@ -75,7 +74,7 @@ def settings_of(base: RunConfig, name: str) -> dict[str, Any]:
     chosen = RUNS[name]
     changes: dict[str, Any] = {key: value for key, value in chosen.items() if key != "rate"}
     changes["learning_rate"] = float(f"{base.unlearn.learning_rate * chosen.get('rate', 1.0):.4g}")
-    given = merge(base.to_dict(), {"unlearn": changes, "g_effect": {"pointwise": name in SCATTERED}})
+    given = merge(base.to_dict(), {"unlearn": changes, "geffect": {"pointwise": name in SCATTERED}})
     for section, key in (
         ("model", "name_or_path"),
         ("model", "gguf_file"),
@@ -85,7 +84,7 @@ def settings_of(base: RunConfig, name: str) -> dict[str, Any]:
         given[section][key] = given[section][key] and Path(given[section][key]).name  # not where this machine has it
     for source in filter(None, (given["data"]["forget"], given["data"]["retain"])):
         source["path"] = Path(source["path"]).name
-    known = ("seed", "model", "data", "memorise", "unlearn", "g_effect")
+    known = ("seed", "model", "data", "memorise", "unlearn", "geffect")
     return json.loads(json.dumps({key: given[key] for key in known}))
 
 
@@ -108,7 +107,6 @@ def measured(base: RunConfig, name: str, out: Path, work: Path, console: Console
 
 
 def compute(base: RunConfig, name: str, settings: Mapping[str, Any], work: Path) -> Record:
-    quiet_libraries()
     start = memorised(base, work)
     config = RunConfig.model_validate(
         {
@@ -118,7 +116,7 @@ def compute(base: RunConfig, name: str, settings: Mapping[str, Any], work: Path)
             "model": {"name_or_path": str(start), "dtype": base.model.dtype},
             "memorise": None,
             "unlearn": settings["unlearn"],
-            "g_effect": settings["g_effect"],
+            "geffect": settings["geffect"],
         }
     )
     folder, stopped = RunFolder(config.folder), None
@@ -126,7 +124,7 @@ def compute(base: RunConfig, name: str, settings: Mapping[str, Any], work: Path)
         run(config, resume=folder.path.exists())
     except NonFiniteLossError as error:
         stopped = str(error)
-    rows = [row for row in read_metrics(folder.metrics) if "g_effect" in row]
+    rows = [row for row in read_metrics(folder.metrics) if "geffect" in row]
     record: Record = {
         "name": name,
         "settings": settings,
@@ -140,7 +138,7 @@ def compute(base: RunConfig, name: str, settings: Mapping[str, Any], work: Path)
     if name in SCATTERED:
         record["points"] = {row["step"]: points_of(row) for row in rows if row["step"] in SCATTER_STEPS}
     if name in HEATED:
-        record["heat"] = heat([row for row in rows if "not_finite" not in row["g_effect"]])
+        record["heat"] = heat([row for row in rows if "not_finite" not in row["geffect"]])
     return record
 
 
@@ -152,20 +150,17 @@ def memorised(base: RunConfig, work: Path) -> Path:
     given = base.to_dict()
     known = {key: given[key] for key in ("seed", "num_threads", "model", "data", "memorise")}
     config = RunConfig.model_validate({**known, "name": "start", "output": str(work / "start")})
-    folder = RunFolder(config.folder)
-    folder.open(config, resume=True)
-    if config.num_threads is not None:
-        torch.set_num_threads(config.num_threads)
-    if not folder.memorised.is_dir():
-        data = load_data(config.data, config.seed)
-        with interruptible("the same command"):
-            first_model(config, folder, data, Console(quiet=True), process_state())
-    return folder.memorised
+    job = Job.start(config, None, "the same command")
+    job.folder.open(config, resume=True)
+    if not job.folder.memorised.is_dir():
+        with job.interruptible():
+            first_model(job)
+    return job.folder.memorised
 
 
 def row_of(row: Mapping[str, Any]) -> Record:
     """What is kept of a probe: totals, groups and what the paper draws beside them; the terms where there are two."""
-    found = row["g_effect"]
+    found = row["geffect"]
     if "not_finite" in found:
         return {"step": row["step"], "not_finite": found["not_finite"]}
     kept = {"step": row["step"], **{key: found[key] for key in KEPT}}
@@ -176,7 +171,7 @@ def row_of(row: Mapping[str, Any]) -> Record:
 
 def points_of(row: Mapping[str, Any]) -> Record:
     """By forget sample: PG-effects of GA on both metrics, and the weight."""
-    found = row["g_effect"]["pointwise"]
+    found = row["geffect"]["pointwise"]
     (weights,) = found["weights"].values()
     return {"unlearn": found["unlearn"], "retain": found["retain"], "weight": weights}
 
@@ -185,8 +180,8 @@ def heat(rows: list[dict[str, Any]]) -> list[Record]:
     """The weight of every token of a few answers, along the run."""
     shown = [rows[i] for i in evenly(len(rows), HEAT_LINES)]
     drawn = []
-    for i, text in enumerate(shown[0]["g_effect"]["heat"]):
-        weights = [next(iter(row["g_effect"]["heat"][i]["weights"].values())) for row in shown]
+    for i, text in enumerate(shown[0]["geffect"]["heat"]):
+        weights = [next(iter(row["geffect"]["heat"][i]["weights"].values())) for row in shown]
         steps = [row["step"] for row in shown]
         drawn.append({"question": text["question"], "tokens": text["tokens"], "steps": steps, "weights": weights})
     return drawn

@@ -1,9 +1,9 @@
-"""Run by torchrun in test_sharded_model.py: models under FSDP2 and tensor parallelism on two processes."""
+"""Models under FSDP2 and tensor parallelism on two processes."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden
 from pyunlearn.model.head import head_stats
-from tests.two_processes import save_and_leave
 
 V = 61  # odd: shards are uneven
 
@@ -101,8 +100,7 @@ def tensor_parallel(mesh: Any) -> dict[str, Any]:
     return {"gradients": found | {"lm_head.weight": found["lm_head.weight"].full_tensor()}, "layout": layout}
 
 
-def main(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
+def sharded(_: Path) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,))
     results: dict[str, Any] = {name: fsdp(*how, mesh) for name, how in FSDP.items()}
     results["tensor parallel"] = tensor_parallel(mesh)
@@ -110,8 +108,4 @@ def main(folder: str) -> None:
         fsdp(head_alone, False, mesh)
     except TypeError as error:
         results["refused"] = str(error)
-    save_and_leave(results, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return results

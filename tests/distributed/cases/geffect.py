@@ -1,10 +1,10 @@
-"""Run by torchrun in test_g_effect.py: two processes, half of the sequences each, the model sharded over both."""
+"""G-effects on two processes: half of the sequences each, the model sharded over both."""
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +16,9 @@ import pyunlearn as pu
 from pyunlearn.geffect import gradient_of
 from tests.float64 import make_model
 from tests.geffect.common import ids_of, in_parts, nll, sample_losses
-from tests.two_processes import save_and_leave
 
 
-def sharded(mesh: DeviceMesh) -> nn.Module:
+def sharded_model(mesh: DeviceMesh) -> nn.Module:
     model = make_model("llama")
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -27,7 +26,7 @@ def sharded(mesh: DeviceMesh) -> nn.Module:
     return model
 
 
-def told(error: type[Exception], call: Callable[[], Any]) -> str:
+def message(error: type[Exception], call: Callable[[], Any]) -> str:
     try:
         call()
     except error as caught:
@@ -35,12 +34,11 @@ def told(error: type[Exception], call: Callable[[], Any]) -> str:
     return ""
 
 
-def main(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
+def fsdp(_: Path) -> dict[str, Any]:
     rank = torch.distributed.get_rank()
     mesh = init_device_mesh("cpu", (2,))
     forget, retain = (ids_of(4, seed)[2 * rank : 2 * rank + 2] for seed in (1, 2))
-    model = sharded(mesh)
+    model = sharded_model(mesh)
     with torch.no_grad():
         nll(forget)(model)  # leaves the root unsharded
     plain = pu.g_effect(model, nll(forget, -1.0), {"unlearn": nll(forget), "retain": nll(retain)})
@@ -50,10 +48,10 @@ def main(folder: str) -> None:
     shared = {"unlearn": gradient_of(model, nll(forget)), "retain": gradient_of(model, nll(retain))}
     results["shared"] = pu.g_effect(model, nll(forget, -1.0), shared).per_parameter
     for name, shape in (("replicas", (2, 1)), ("shards", (1, 2))):
-        hybrid = sharded(init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
+        hybrid = sharded_model(init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")))
         metrics = {"unlearn": nll(forget), "retain": nll(retain)}
         results[name] = pu.g_effect(hybrid, nll(forget, -1.0), metrics).per_parameter
-    results["pointwise"] = told(
+    results["pointwise"] = message(
         TypeError, lambda: pu.pointwise_g_effect(model, {"ids": forget}, sample_losses, shared["retain"])
     )
 
@@ -61,9 +59,5 @@ def main(folder: str) -> None:
         """Not finite in the rows of the head that rank 1 holds."""
         return nll(forget)(model) + model.lm_head(torch.full((16,), math.inf).double())[-1]
 
-    results["not_finite"] = told(ArithmeticError, lambda: gradient_of(model, spoiled))
-    save_and_leave(results, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    results["not_finite"] = message(ArithmeticError, lambda: gradient_of(model, spoiled))
+    return results

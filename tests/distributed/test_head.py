@@ -1,7 +1,6 @@
 """linear_token_stats with a head sharded over two processes: the numbers of one process, the same bits on both."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +8,13 @@ import torch
 from pyunlearn.ops.backends import native
 from pyunlearn.ops.contract import Options
 
-from ..two_processes import run_on_two
-from .sharded_worker import CASES, PLAIN, V, case, problem
+from .cases.head import CASES, PLAIN, V, case, problem
+from .launch import run_case
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_on_two(Path(__file__).parent / "sharded_worker.py", tmp_path_factory.mktemp("sharded"))
+    return run_case("head.sharded", tmp_path_factory.mktemp("head"))
 
 
 @pytest.mark.parametrize("name", CASES)

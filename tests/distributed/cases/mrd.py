@@ -1,21 +1,20 @@
-"""Run by torchrun in test_work.py: draws, then data shared out over two processes; then a model sharded over them."""
+"""MRD by two processes: draws, then data shared out over them; then a model sharded over them."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch.distributed.fsdp import fully_shard
 
 import pyunlearn as pu
-from tests.mrd.test_work import CASES, float32_model, six
-from tests.two_processes import save_and_leave
+from tests.mrd.test_work import float32_model, six
+
+CASES = [("algorithm1", "draws"), ("algorithm1", "data"), ("definition", "data"), ("gradient", "draws"),
+         ("hutchinson", "draws")]  # fmt: skip
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
+def shared_out(folder: Path) -> dict[str, Any]:
     results = {}
     for estimator, split in CASES:
         result = pu.mrd(
@@ -30,8 +29,4 @@ def main(folder: Path) -> None:
     result = pu.mrd(fully_shard(model), six(), num_draws=5, batch_size=2, progress=False)
     kept = {"value": result.value, "standard_error": result.standard_error}
     results["sharded"] = {**kept, "sigma_ratio": result.diagnostics["sigma_ratio"]}
-    save_and_leave(results, folder)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    return results

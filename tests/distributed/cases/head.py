@@ -1,8 +1,8 @@
-"""Run by torchrun in test_sharded_head.py: linear_token_stats with its head sharded over two processes."""
+"""linear_token_stats with its head sharded over two processes."""
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 import pyunlearn as pu
 from pyunlearn.ops import OUTPUTS
 from pyunlearn.ops.sharded import Columns
-from tests.two_processes import save_and_leave
 
 N, H, R, V = 13, 24, 3, 1501  # the first rank holds 751 columns, the second 750
 SLICES = 300  # columns that a budget of SLICES * N * size of the dtype holds
@@ -165,15 +164,9 @@ def gathered() -> Tensor:
     return Columns.of(weight).gather(state + 1000 * torch.distributed.get_rank())
 
 
-def main(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
+def sharded(_: Path) -> dict[str, Any]:
     found = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     again = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     local = case(CASES["within"], shard=True)
     layouts = {name: str(local["d" + name].placements) for name in ("weight", "bias", "b")}
-    results = {"found": found, "again": again, "layouts": layouts, "refusals": refusals(), "gathered": gathered()}
-    save_and_leave(results, folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+    return {"found": found, "again": again, "layouts": layouts, "refusals": refusals(), "gathered": gathered()}

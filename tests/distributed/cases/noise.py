@@ -1,8 +1,8 @@
-"""Run by torchrun in test_perturbed.py: sharded parameters get the noise that whole ones get, and come back bitwise."""
+"""Sharded parameters get the noise that whole ones get, and come back bitwise."""
 
 from __future__ import annotations
 
-import sys
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,7 +11,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import pyunlearn as pu
-from tests.two_processes import save_and_leave
 
 NOISE = dict(sigma=0.1, seed=4, draw=2)
 CASES = {  # (shape, placements, bfloat16 numbers)
@@ -65,25 +64,20 @@ def fsdp(mesh) -> dict[str, bool]:
 def refusals(mesh) -> dict[str, str]:
     holder = nn.ParameterDict({"w": nn.Parameter(distribute_tensor(torch.ones(4, 4).bfloat16(), mesh, [Shard(0)]))})
     assert isinstance(holder["w"], DTensor)
-    told = {}
+    messages = {}
     for mode in ("auto", "overlay", "streamed", "snap"):
         try:
             with pu.perturbed(holder, mode=mode):
-                told[mode] = "entered"
+                messages[mode] = "entered"
         except ValueError as error:
-            told[mode] = str(error)
-    return told
+            messages[mode] = str(error)
+    return messages
 
 
-def main(folder: str) -> None:
-    torch.distributed.init_process_group("gloo")
+def sharded(_: Path) -> tuple[dict[str, bool], dict[str, str]]:
     mesh = init_device_mesh("cpu", (2,))
-    results: dict = {}
+    right: dict[str, bool] = {}
     for mode in ("auto", "copy", "snap"):
-        results |= sharded_parameters(mesh, mode, None)
-    results |= sharded_parameters(mesh, "copy", "eager") | fsdp(mesh)
-    save_and_leave((results, refusals(mesh)), folder)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        right |= sharded_parameters(mesh, mode, None)
+    right |= sharded_parameters(mesh, "copy", "eager") | fsdp(mesh)
+    return right, refusals(mesh)

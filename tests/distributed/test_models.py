@@ -1,17 +1,15 @@
 """Models sharded over two processes, FSDP2 and tensor parallel, against one process."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from .sharded_model_worker import FSDP, batch_of, loss_of, make
-from .two_processes import run_on_two
+from .cases.models import FSDP, batch_of, loss_of, make
+from .launch import run_case
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    return run_on_two(Path(__file__).parent / "sharded_model_worker.py", tmp_path_factory.mktemp("models"))
+    return run_case("models.sharded", tmp_path_factory.mktemp("models"))
 
 
 def gradients(batches, tied=False):

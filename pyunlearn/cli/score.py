@@ -1,0 +1,90 @@
+"""`pyunlearn score`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .shared import (
+    BatchSize,
+    Config,
+    Data,
+    Debug,
+    GgufFile,
+    Limit,
+    Model,
+    Name,
+    Overwrite,
+    Set,
+    Tokenizer,
+    clean_errors,
+    command_line,
+)
+
+EXAMPLES = """[bold]Examples[/bold]
+
+  pyunlearn score                                          the embedded demo: no network, a minute or two
+
+  pyunlearn score --estimator gradient                     the same in seconds, to leading order
+
+  pyunlearn score --model FOLDER --data forget.jsonl --out scores.jsonl
+
+  torchrun --nproc_per_node 8 -m pyunlearn.cli score --model FOLDER --data forget.jsonl     draws shared out
+"""
+
+
+def score(
+    config: Config = None,
+    set_: Set = None,
+    model: Model[str | None] = None,
+    data: Data[str | None] = None,
+    name: Name = None,
+    gguf_file: GgufFile = None,
+    tokenizer: Tokenizer = None,
+    limit: Limit = None,
+    estimator: Annotated[
+        str, typer.Option(help="algorithm1, gradient (its leading order), definition, hutchinson or initial.")
+    ] = "algorithm1",
+    num_draws: Annotated[int, typer.Option(help="Draws of noise; more may be asked for later.")] = 200,
+    sigma: Annotated[float, typer.Option(help="Standard deviation of the noise.")] = 1e-5,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    batch_size: BatchSize = 8,
+    per_token: Annotated[bool, typer.Option("--per-token", help="Divide by the number of scored tokens.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="One JSON line a sample; a report, diagnostics and finished draws go beside it."),
+    ] = None,
+    overwrite: Overwrite = False,
+    debug: Debug = False,
+) -> None:
+    """Measure how hard each sample is to unlearn (Memory Removal Difficulty), with a report.
+
+    Of the forget set of a run's configuration, by the model that the run starts from; or of --data, by --model. Ctrl-C,
+    then the same command, goes on where it stopped.
+    """
+    with clean_errors(debug):
+        from ..runs import load_config
+        from ..runs.config import FilesConfig
+        from ..runs.score import score as score_job
+
+        job: dict[str, Any] = {
+            "overwrite": overwrite,
+            "console": Console(),
+            "command": command_line(),
+            "estimator": estimator,
+            "num_draws": num_draws,
+            "sigma": sigma,
+            "seed": seed,
+            "batch_size": batch_size,
+            "normalize": "tokens" if per_token else None,
+        }
+        source: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "tokenizer": tokenizer, "limit": limit}
+        if model is not None and data is not None and config is None and not set_:
+            score_job(FilesConfig.of(model, data, **source), out=out, **job)
+        elif model is None and data is None and all(value is None for value in source.values()):
+            score_job(load_config(config, set_ or []), out=out, **job)
+        else:
+            raise ValueError("needs --model and --data (with their options), or a configuration (with --set), not both")

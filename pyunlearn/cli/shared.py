@@ -1,0 +1,64 @@
+"""What the commands share: options, how an error ends, and the command line that goes on."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+T = TypeVar("T")  # of an option that one command needs and another may leave out
+
+# What bad input raises anywhere in the package; anything else is a bug and keeps its traceback.
+USER_ERRORS = (ValueError, TypeError, IndexError, OSError, ImportError, ArithmeticError)
+
+Config = Annotated[
+    Path | None,
+    typer.Argument(help="YAML file of a run; none: the embedded demo.", show_default=False, metavar="[CONFIG]"),
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Override one key of the configuration, e.g. unlearn.learning_rate=1e-4 (repeatable).",
+    ),
+]
+Model = Annotated[T, typer.Option(help="Hub id or folder.")]
+Data = Annotated[T, typer.Option(help="JSON lines file, or Hub id of a data set.")]
+Name = Annotated[str | None, typer.Option(help="Configuration name of a Hub data set.")]
+GgufFile = Annotated[str | None, typer.Option(help="A GGUF file inside --model.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Hub id or folder, where it is not the model's.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Only the first samples of --data.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Samples of a forward.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what was finished earlier, and begin anew.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+@contextmanager
+def clean_errors(debug: bool) -> Iterator[None]:
+    console = Console(stderr=True)
+    try:
+        yield
+    except USER_ERRORS as error:
+        if debug:
+            raise
+        text = str(error) or type(error).__name__
+        console.print(f"[bold red]error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt as interrupt:
+        if str(interrupt):
+            console.print(escape(str(interrupt)), highlight=False, soft_wrap=True)
+        raise typer.Exit(getattr(interrupt, "exit_code", 130)) from None
+
+
+def command_line() -> str:
+    """What was typed, without the words that throw earlier work away or take it up."""
+    return shlex.join(["pyunlearn", *(word for word in sys.argv[1:] if word not in ("--overwrite", "--resume"))])

@@ -1,0 +1,145 @@
+"""What every command starts from, and the model that its work begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from rich.console import Console
+
+from ..data import check_disjoint, generate_authors, load_qa, load_refusals
+from ..distributed import Processes
+from ..model.causal_lm import CausalLM
+from ..model.load import EMBEDDED, load_model
+from ..training.folder import write_model
+from ..training.stage import Interrupted, Stage
+from ..training.unlearn import UnlearnData, memorise
+from .config import DataConfig, FilesConfig, ModelConfig, RunConfig
+from .folder import RunFolder
+
+C = TypeVar("C", bound="RunConfig | FilesConfig")
+
+
+@dataclass(frozen=True)
+class RunData(UnlearnData):
+    """Questions and answers of a job; `texts` trains the embedded tokenizer."""
+
+    texts: list[str]
+
+
+@dataclass(frozen=True)
+class Job(Generic[C]):
+    """One command at work. command: the words that started it, without those that throw earlier work away."""
+
+    config: C
+    folder: RunFolder
+    data: RunData
+    console: Console
+    processes: Processes
+    command: str
+
+    @classmethod
+    def start(cls, config: C, console: Console | None, command: str) -> Job[C]:
+        """Joins the processes of torchrun and loads the data; writes nothing. console: None is silent.
+
+        Raises what `load_data` raises.
+        """
+        quiet_libraries()
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+        processes = Processes.start()
+        if console is None or not processes.first:
+            console = Console(quiet=True)
+        return cls(config, RunFolder(config.folder), load_data(config), console, processes, command)
+
+    @contextmanager
+    def interruptible(self, again: str = "") -> Iterator[None]:
+        """Ctrl-C inside is told with the command that goes on from there: `command`, and `again` after it."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            what = str(interrupt) or "stopped; everything finished so far is kept"
+            signum = getattr(interrupt, "exit_code", 130) - 128
+            raise Interrupted(f"{what}\nresume with: {self.command}{again}", signum) from None
+
+    def stage(self, model: Any) -> Stage:
+        """What a training of this job gets. Raises ValueError if data.max_length is beyond the model's context."""
+        context, asked = CausalLM.of(model).context_length, self.config.max_length
+        if context is not None and asked is not None and asked > context:
+            raise ValueError(f"data.max_length={asked}: the model's context is {context} tokens")
+        return Stage(
+            self.folder,
+            self.config.seed,
+            asked or context,
+            self.console,
+            self.processes,
+            self.config.evaluate.batch_size,
+        )
+
+
+def starting_model(job: Job) -> tuple[Any, Any]:
+    """Model, on this process's device, and tokenizer: as memorised by an earlier attempt, or as configured."""
+    if job.config.memorise is not None and job.folder.memorised.is_dir():
+        return loaded(job, ModelConfig(name_or_path=str(job.folder.memorised), dtype=job.config.model.dtype))
+    return loaded(job, job.config.model)
+
+
+def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
+    model: Any
+    model, tokenizer = load_model(**config.model_dump(), texts=job.data.texts, seed=job.config.seed)
+    return model.to(job.processes.device), tokenizer
+
+
+def first_model(job: Job) -> tuple[Any, Any, Stage]:
+    """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so."""
+    model, tokenizer = starting_model(job)
+    stage = job.stage(model)
+    if job.config.memorise is not None and not job.folder.memorised.is_dir():
+        job.console.print("[bold]memorise[/] so that there is something to forget")
+        memorise(stage, job.config.memorise, model, tokenizer, job.data)
+        save(job, "memorise", model, tokenizer)
+    return model, tokenizer, stage
+
+
+def save(job: Job, stage: str, model: Any, tokenizer: Any) -> None:
+    """The model that a stage leaves, whole; then the stage's resumable checkpoints go."""
+    if job.processes.first:
+        write_model(job.folder.result(stage), model, tokenizer)
+        job.folder.remove_training(stage)
+    job.processes.wait()
+
+
+def load_data(config: RunConfig | FilesConfig) -> RunData:
+    """Raises what `load_qa` and `load_refusals` raise, and ValueError where forget and retain overlap."""
+    data = config.data
+    if not isinstance(data, DataConfig):
+        items = load_qa(data.path, name=data.name, split=data.split, limit=data.limit)
+        return RunData(items, [], [], texts_of(items))
+    if data.source == EMBEDDED:
+        world = generate_authors(data.num_authors, data.questions_per_author, config.seed, data.forget_fraction)
+        sets = RunData(world.forget, world.retain, list(world.refusals), world.texts)
+    else:
+        forget, retain = (
+            load_qa(source.path, name=source.name, split=source.split, limit=source.limit)
+            for source in (data.forget, data.retain)
+            if source is not None
+        )
+        refusals = [] if data.refusals is None else load_refusals(data.refusals)
+        sets = RunData(forget, retain, refusals, texts_of(forget + retain) + refusals)
+    check_disjoint(sets.forget, sets.retain)
+    return sets
+
+
+def texts_of(items: list[Any]) -> list[str]:
+    return [f"Question: {item.question}\nAnswer: {item.answer}" for item in items]
+
+
+def quiet_libraries() -> None:
+    """One progress bar at a time: ours."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

@@ -1,0 +1,127 @@
+"""A run's configuration from a YAML file and `--set key.sub=value`; what is wrong is told by key, with near names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .._hints import hint
+from ..recipes import recipe
+from ..training.settings import DEFAULT_TERMS
+from .config import ConfigError, RunConfig
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
+
+    Raises FileNotFoundError when `path` is missing and ConfigError with one line per problem.
+    """
+    values: Any = {}
+    if path is not None:
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"configuration {str(path)!r}: no such file; needs a YAML file (see examples/)")
+        try:
+            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ConfigError(f"configuration {str(path)!r}: not valid YAML: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(values).__name__}")
+        values.pop("versions", None)  # a run folder's config.yaml records them
+    for override in sorted(overrides, key=lambda override: not override.startswith("unlearn.recipe=")):
+        for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
+            if override.startswith(f"unlearn.{role}.") and isinstance(values.setdefault("unlearn", {}), dict):
+                named = values["unlearn"].get("recipe")
+                terms = recipe(named)[role] if isinstance(named, str) else [{"name": name}]
+                values["unlearn"].setdefault(role, terms)
+        set_value(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
+
+
+def set_value(config: dict[str, Any], override: str) -> None:
+    """Applies one `key.sub=value` in place; the value is YAML. A list of one term needs no index."""
+    key, equals, text = override.partition("=")
+    parts = [part.strip() for part in key.split(".")]
+    if not equals or not all(parts):
+        raise ConfigError(f"--set {override!r}: needs key.sub=value, e.g. unlearn.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    if isinstance(value, str):
+        value = as_number(value)
+    at: Any = config
+    for depth, part in enumerate(parts[:-1]):
+        if isinstance(at, list):
+            at = at[list_index(at, part, override)]
+            if part.isdigit():
+                continue
+        if not isinstance(at, dict):
+            raise ConfigError(f"--set {override!r}: {'.'.join(parts[:depth])} is {at!r}, not a section")
+        if at.get(part) is None:
+            at[part] = {}
+        elif isinstance(at[part], str) and part in ("forget", "retain", "sampling"):
+            at[part] = {"by" if part == "sampling" else "path" if parts[0] == "data" else "name": at[part]}
+        at = at[part]
+    if isinstance(at, list) and not parts[-1].isdigit():
+        at = at[list_index(at, parts[-1], override)]
+    if isinstance(at, list):
+        at[list_index(at, parts[-1], override)] = value
+    elif isinstance(at, dict):
+        at[parts[-1]] = value
+    else:
+        raise ConfigError(f"--set {override!r}: {'.'.join(parts[:-1])} is {at!r}, not a section")
+
+
+def list_index(items: list[Any], part: str, override: str) -> int:
+    if part.isdigit() and int(part) < len(items):
+        return int(part)
+    if not part.isdigit() and len(items) == 1:
+        return 0
+    raise ConfigError(f"--set {override!r}: a list of {len(items)} needs an index below {len(items)}, got {part!r}")
+
+
+def as_number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-4 as text; people mean the number."""
+    try:
+        return float(text) if any(c.isdigit() for c in text) else text
+    except ValueError:
+        return text
+
+
+def explain(problem: Any) -> str:
+    """One pydantic problem as `key: what is wrong, what came; what is needed`."""
+    location = [str(part) for part in problem["loc"]]
+    key = ".".join(location) or "configuration"
+    if problem["type"] == "extra_forbidden":
+        known = list(fields_at(location[:-1]))
+        return f"{key}: unknown key; {hint(location[-1], known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] in ("value_error", "missing"):
+        return f"{key}: {message}"
+    return f"{key}: {message}, got {problem['input']!r}"
+
+
+def fields_at(location: Sequence[str]) -> Iterable[str]:
+    """The keys of the section at `location`."""
+    section: type[BaseModel] = RunConfig
+    for part in location:
+        if part.isdigit():
+            continue
+        section = next(iter(sections_in(section.model_fields[part].annotation)))
+    return section.model_fields
+
+
+def sections_in(annotation: Any) -> Iterable[type[BaseModel]]:
+    """The Section classes inside an annotation such as `list[TermConfig]` or `GoalConfig | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from sections_in(inner)

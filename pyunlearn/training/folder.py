@@ -1,0 +1,64 @@
+"""Where a training keeps its things.
+
+training/STAGE/       resumable checkpoints of the stage under way; removed when the stage is done
+metrics.jsonl         one line per optimiser step
+reference/            what the frozen reference says, per kind of sequence
+checkpoints/step-N/   models on the way, with keep_steps
+geffect/reference/    the same of the samples that the G-effect is measured on
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .._files import write_folder
+
+
+class TrainingFolder:
+    """Paths below one folder, and models written into it."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.reference = self.path / "reference"
+        self.kept = self.path / "checkpoints"
+        self.geffect = self.path / "geffect"
+
+    def training(self, stage: str) -> Path:
+        return self.path / "training" / stage
+
+    def last_checkpoint(self, stage: str) -> Path | None:
+        """The latest resumable checkpoint that was written to its end (trainer_state.json comes last)."""
+        steps = {step: path for step, path in numbered(self.training(stage), "checkpoint-").items()
+                 if (path / "trainer_state.json").is_file()}  # fmt: skip
+        return steps[max(steps)] if steps else None
+
+    def remove_training(self, stage: str) -> None:
+        """The resumable checkpoints of a finished stage."""
+        path = self.training(stage)
+        shutil.rmtree(path, ignore_errors=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+
+    def kept_models(self) -> dict[int, Path]:
+        """Optimiser step -> the model kept there."""
+        return numbered(self.kept, "step-")
+
+
+def numbered(folder: Path, prefix: str) -> dict[int, Path]:
+    """Number -> path of what is called so: prefix, number."""
+    numbers = {path: path.name.removeprefix(prefix) for path in folder.glob(f"{prefix}*")}
+    return {int(number): path for path, number in numbers.items() if number.isdigit()}
+
+
+def write_model(path: Path, model: Any, tokenizer: Any) -> None:
+    """Model (safetensors) and tokenizer in a folder that is there whole or not at all."""
+
+    def fill(temporary: Path) -> None:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+    write_folder(path, fill)

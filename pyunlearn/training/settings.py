@@ -1,0 +1,164 @@
+"""What a training is told: the sections of a run's configuration that its stages take, each checked as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from .. import objectives
+from ..mrd import check_arguments
+from ..recipes import recipe
+
+DEFAULT_TERMS = {"forget": "wga", "retain": "kl"}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class TermConfig(Section):
+    """One objective and its weight in the loss."""
+
+    name: str
+    coefficient: float = Field(default=1.0, allow_inf_nan=False)
+    preset: str | None = None
+    reduction: str | None = None
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def objective(self) -> objectives.Objective:
+        """The registered objective with these options. Raises ValueError naming the nearest names."""
+        chosen = {"preset": self.preset, "reduction": self.reduction}
+        return objectives.get(self.name, **{key: v for key, v in chosen.items() if v is not None}, **self.options)
+
+    @model_validator(mode="after")
+    def exists(self) -> TermConfig:
+        self.objective()
+        return self
+
+
+def as_terms(value: Any) -> Any:
+    """`wga`, `{name: wga}` and `[wga, {name: npo}]` are all lists of terms."""
+    terms = value if isinstance(value, list) else [value]
+    return [{"name": term} if isinstance(term, str) else term for term in terms]
+
+
+Terms = Annotated[list[TermConfig], BeforeValidator(as_terms)]
+
+
+def as_sampling(value: Any) -> Any:
+    return {"by": value} if isinstance(value, str) else value
+
+
+class TrainingConfig(Section):
+    epochs: float = Field(default=5, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="optimiser steps; overrides epochs")
+    learning_rate: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
+    batch_size: int = Field(default=8, ge=1, description="forget samples of one micro-batch, on one device")
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    warmup: float = Field(default=0.0, ge=0, description="a share of the steps below 1, a number of steps from 1 on")
+    weight_decay: float = Field(default=0.0, ge=0)
+    scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    max_grad_norm: float = Field(default=1.0, ge=0, description="0 does not clip")
+    gradient_checkpointing: bool = False
+    bf16: bool = Field(default=False, description="autocast to bfloat16 around float32 weights")
+    save_steps: int = Field(default=50, ge=1, description="optimiser steps between resumable checkpoints")
+
+
+class MemoriseConfig(TrainingConfig):
+    """Fine-tunes on the forget set and retain_limit retain rows first, so that there is something to forget."""
+
+    retain_limit: int | None = Field(default=None, ge=0, description="None is all of them")
+
+
+class SamplingConfig(Section):
+    """Which forget samples a step takes."""
+
+    by: Literal["shuffle", "uniform", "mrd"] = Field(
+        default="shuffle", description="all in turn; at random, with replacement; the same by MRD"
+    )
+    weighting: Literal["algorithm2", "inverse"] = Field(
+        default="algorithm2", description="in proportion to MRD, or to 1 / MRD (as Section 3.4 of the paper writes)"
+    )
+    refresh_steps: int = Field(default=10, ge=1, description="optimiser steps between computations of MRD")
+    estimator: str = "gradient"
+    num_draws: int = Field(default=200, description="of the other estimators")
+    sigma: float = Field(default=1e-5, allow_inf_nan=False)
+
+    @model_validator(mode="after")
+    def scores_fit(self) -> SamplingConfig:
+        check_arguments(self.estimator, self.num_draws, self.sigma)
+        return self
+
+
+class EarlyStopConfig(Section):
+    """A sample is forgotten, and drawn no more, when its extraction likelihood and memorization accuracy are low."""
+
+    ngram: int = Field(default=10, ge=1)
+    share: float = Field(default=1.0, gt=0, le=1, description="low is below this share of the means before unlearning")
+    every_steps: int = Field(default=5, ge=1)
+
+
+class UnlearnConfig(TrainingConfig):
+    recipe: str | None = Field(default=None, description="a method by name, e.g. cga or npo+mrd; keys given here win")
+    keep_steps: int | None = Field(
+        default=None, ge=1, description="optimiser steps between models that are kept, for `pyunlearn geffect`"
+    )
+    forget: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["forget"])], min_length=1)
+    retain: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["retain"])])
+    sampling: Annotated[SamplingConfig, BeforeValidator(as_sampling)] = Field(default_factory=SamplingConfig)
+    early_stop: EarlyStopConfig | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def recipe_below(cls, settings: Any) -> Any:
+        return with_recipe(settings)
+
+    @field_validator("forget", "retain")
+    @classmethod
+    def roles_fit(cls, terms: list[TermConfig], info: Any) -> list[TermConfig]:
+        for term in terms:
+            if (role := term.objective().role) != info.field_name:
+                raise ValueError(f"{term.name} is a {role} objective; put it under unlearn.{role}")
+        return terms
+
+    @model_validator(mode="after")
+    def stops_what_it_draws(self) -> UnlearnConfig:
+        if self.early_stop is not None and self.sampling.by == "shuffle":
+            raise ValueError("early_stop leaves samples out of the draw: set unlearn.sampling to uniform or mrd")
+        return self
+
+    def weighted_objectives(self) -> list[tuple[objectives.Objective, float]]:
+        """What the loss is made of: every objective and its coefficient."""
+        return [(term.objective(), term.coefficient) for term in (*self.forget, *self.retain)]
+
+
+def with_recipe(unlearn: Any) -> Any:
+    """Settings laid on those of the recipe they name, if they name one."""
+    named = unlearn.get("recipe") if isinstance(unlearn, Mapping) else None
+    return merge(recipe(named), unlearn) if isinstance(named, str) else unlearn
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid on `base`, section by section; null or a list replaces the whole value."""
+    result = dict(base)
+    for key, value in over.items():
+        below = result.get(key)
+        result[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+class GEffectConfig(Section):
+    """The G-effect of the unlearning objectives on fixed samples of both sets, while the run trains."""
+
+    every: int = Field(
+        default=10, ge=1, description="optimiser steps between probes; the first and last are probed too"
+    )
+    forget_samples: int = Field(default=32, ge=1, description="drawn once from the seed; all if there are fewer")
+    retain_samples: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=8, ge=1)
+    groups: Literal["paper"] | dict[str, list[str]] = Field(
+        default="paper", description="or group -> patterns of parameter names"
+    )
+    pointwise: bool = Field(default=False, description="also each forget sample's own effect")

@@ -1,0 +1,131 @@
+"""One training from its last checkpoint to its end: what all stages share, whatever they train on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..distributed import Processes
+from .callbacks import Interrupt, MetricsWriter, ProgressBar
+from .folder import TrainingFolder
+from .sampling import ForgetSampler
+from .settings import TrainingConfig
+from .trainer import NonFiniteLossError, UnlearnTrainer
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, with everything finished so far on disk. `exit_code` is 128 + the signal."""
+
+    def __init__(self, message: str, signum: int = 2):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a training gets besides model, data and settings.
+
+    folder: where it keeps what is finished; the same call goes on from there. max_length: tokens of a sample; None: the
+    model's context. console: of the progress bars; quiet by default. reference_batch_size: of the forwards that fill
+    reference caches.
+    """
+
+    folder: TrainingFolder
+    seed: int = 0
+    max_length: int | None = None
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+    processes: Processes = field(default_factory=Processes.start)
+    reference_batch_size: int = 16
+
+    @property
+    def progress(self) -> bool:
+        return not self.console.quiet
+
+
+class SkipLastSave(TrainerCallback):
+    """No resumable checkpoint of the last step: the stage's own model is written next, without the optimiser."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_save = False
+
+
+def train(
+    stage: Stage,
+    name: str,
+    settings: TrainingConfig,
+    model: Any,
+    dataset: Any,
+    objectives: Sequence[Any],
+    reference: Mapping[str, Any] | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    sampler: ForgetSampler | None = None,
+) -> int:
+    """The stage `name` to its end, from its last checkpoint if there is one: how many optimiser steps it has.
+
+    Raises Interrupted after Ctrl-C, with a checkpoint saved, and NonFiniteLossError naming the last good checkpoint.
+    """
+    folder, last = stage.folder, stage.folder.last_checkpoint(name)
+    bar = ProgressBar(name, stage.console)
+    with Interrupt(stage.console) as interrupt:
+        trainer = UnlearnTrainer(
+            model=model,
+            args=training_arguments(stage, name, settings),
+            train_dataset=dataset,
+            objectives=objectives,
+            reference=reference,
+            sampler=sampler,
+            callbacks=[MetricsWriter(folder.metrics, name), *callbacks, bar, interrupt, SkipLastSave()],
+        )
+        trainer.remove_callback(PrinterCallback)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except NonFiniteLossError as error:
+            last = folder.last_checkpoint(name)
+            raise NonFiniteLossError(f"{name}: {error}. Last good checkpoint: {last or 'none yet'}") from None
+        finally:
+            bar.close()
+    step, steps = trainer.state.global_step, trainer.state.max_steps
+    if interrupt.signum is not None and step < steps:
+        raise Interrupted(f"stopped in {name} at step {step} of {steps}, checkpoint saved", interrupt.signum)
+    model.eval()
+    return step
+
+
+def training_arguments(stage: Stage, name: str, settings: TrainingConfig) -> TrainingArguments:
+    # transformers 5.x renamed the switch; the old name warns in newer ones.
+    names = {field.name for field in dataclasses.fields(TrainingArguments)}
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
+    switches: dict[str, Any] = {checkpointing: settings.gradient_checkpointing}
+    return TrainingArguments(
+        output_dir=str(stage.folder.training(name)),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        num_train_epochs=settings.epochs,
+        max_steps=settings.max_steps or -1,
+        learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup,
+        weight_decay=settings.weight_decay,
+        lr_scheduler_type=settings.scheduler,
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=settings.save_steps,
+        save_total_limit=1,
+        seed=stage.seed,
+        data_seed=stage.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_broadcast_buffers=False,
+        use_cpu=not torch.accelerator.is_available(),
+        disable_tqdm=True,
+        report_to=[],
+        **switches,
+    )

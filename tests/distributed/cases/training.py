@@ -1,0 +1,109 @@
+"""Trainings on two processes: DDP against one process, probes, and the sampler."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import TrainerCallback, TrainingArguments
+
+from pyunlearn.training.callbacks import read_metrics
+from pyunlearn.training.probe import GEffectCallback, Probe
+from pyunlearn.training.sampling import ForgetSampler, Forgotten
+from pyunlearn.training.settings import GEffectConfig
+from pyunlearn.training.terms import TermLosses
+from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
+from tests.tiny import Tiny
+
+from . import joins_itself
+
+SGD = {"optim": "sgd", "learning_rate": 0.02, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
+
+
+def make_arguments(folder: Path, batch_size: int, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder / "out"), per_device_train_batch_size=batch_size, gradient_accumulation_steps=2,
+        logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
+        use_cpu=True, **changes,
+    )  # fmt: skip
+
+
+def parameters(model: Any) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+class PoisonRankOne(TrainerCallback):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if args.process_index == 1:
+            with torch.no_grad():
+                model.get_output_embeddings().weight[5] = math.nan
+
+
+@joins_itself
+def ddp(folder: Path) -> dict[str, Any]:
+    """Two steps of 2 processes x 2 samples x 2 micro-batches, then a NaN on rank 1."""
+    tiny = Tiny()
+
+    def trainer(objectives=("wga", "npo", "gd"), **options) -> UnlearnTrainer:
+        return UnlearnTrainer(
+            model=tiny.model(), args=make_arguments(folder, 2, max_steps=2, **SGD), train_dataset=tiny.pairs(),
+            objectives=objectives, reference=tiny.model(seed=1), **options,
+        )  # fmt: skip
+
+    good = trainer()
+    good.train()
+    hidden = trainer(("rmu", "rr"))  # the blocks above the layer get no gradient
+    hidden.train()
+    error = ""
+    try:
+        trainer(callbacks=[PoisonRankOne()]).train()
+    except NonFiniteLossError as caught:
+        error = str(caught)
+    log = [row for row in good.state.log_history if "loss" in row]
+    after, misdirected = parameters(good.model), parameters(hidden.model)
+    return {"parameters": after, "misdirected": misdirected, "log": log, "error": error}
+
+
+@joins_itself
+def probe(folder: Path) -> dict[str, Any]:
+    """A training under DDP with probes and without, then a probe of a sharded model."""
+    tiny, terms = Tiny(), ["npo", "gd"]
+    reference, metrics = tiny.model(seed=1).eval(), folder / "metrics.jsonl"
+    rows = {"forget": tiny.forget, "retain": tiny.retain}
+    measured = Probe(TermLosses(terms, reference), rows, GEffectConfig(batch_size=4))
+
+    def trained(*callbacks: GEffectCallback) -> Tensor:
+        trainer = UnlearnTrainer(
+            model=tiny.model(), args=make_arguments(folder, 2, max_steps=2, learning_rate=1e-3),
+            train_dataset=tiny.pairs(), objectives=terms, reference=tiny.model(seed=1), callbacks=list(callbacks),
+        )  # fmt: skip
+        trainer.train()
+        return parameters(trainer.model)
+
+    plain, probed = trained(), trained(GEffectCallback(measured, metrics, "unlearn", 1))
+    torch.distributed.barrier()
+    model, mesh = tiny.model(), init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return {"plain": plain, "probed": probed, "rows": read_metrics(metrics), "sharded": measured.measure(model)}
+
+
+@joins_itself
+def sampling(folder: Path) -> dict[str, Any]:
+    """Four steps of 2 processes x 1 sample x 2 micro-batches, drawn by MRD."""
+    tiny = Tiny()
+    pairs = tiny.pairs()
+    sampler = ForgetSampler(pairs.forget, refresh_steps=2, forgotten=Forgotten(ngram=2, every_steps=2))
+    trainer = UnlearnTrainer(
+        model=tiny.model(), args=make_arguments(folder, 1, max_steps=4, **SGD), train_dataset=pairs,
+        objectives=["ga", "gd"], sampler=sampler,
+    )  # fmt: skip
+    trainer.train()
+    return {"parameters": parameters(trainer.model), "memory": asdict(sampler.memory)}

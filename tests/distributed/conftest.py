@@ -1,0 +1,3 @@
+"""The tiny world's fixtures."""
+
+from ..tiny import arguments, tiny  # noqa: F401 (fixtures)

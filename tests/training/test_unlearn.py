@@ -1,0 +1,78 @@
+"""Unlearning without a run: settings in words, a model, data, and a folder that it goes on from."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+from pydantic import ValidationError
+
+from pyunlearn.training.callbacks import read_metrics
+from pyunlearn.training.folder import TrainingFolder, numbered
+from pyunlearn.training.settings import UnlearnConfig, merge
+from pyunlearn.training.stage import Interrupted, Stage
+from pyunlearn.training.unlearn import UnlearnData, Unlearned, unlearn
+
+from ..runs.test_run import press_at
+
+STEPS = {"learning_rate": 1e-3, "batch_size": 4, "max_steps": 4, "scheduler": "constant"}
+
+
+@pytest.fixture
+def data(tiny):
+    return UnlearnData(tiny.world.forget, tiny.world.retain, list(tiny.world.refusals))
+
+
+def test_a_recipe_by_name(tiny, data, tmp_path):
+    """npo is NPO with gradient descent on the retain set; what is set beside the name wins."""
+    settings = UnlearnConfig(recipe="npo", retain=[{"name": "gd", "coefficient": 0.5}], keep_steps=2, **STEPS)
+    assert [(objective.name, weight) for objective, weight in settings.weighted_objectives()] == [
+        ("npo", 1.0), ("gd", 0.5)
+    ]  # fmt: skip
+    model, folder = tiny.model(), TrainingFolder(tmp_path / "work")
+    outcome = unlearn(Stage(folder, seed=3), settings, model, tiny.tokenizer, data)
+    assert isinstance(outcome, Unlearned)
+    assert (outcome.steps, outcome.samples, outcome.limits) == (4, [], None)
+    assert outcome.mean_absolute_change > 0
+    rows = read_metrics(folder.metrics)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert {"forget.npo/loss", "retain.gd/loss"} <= rows[0].keys()
+    assert sorted(folder.kept_models()) == [2, 4]
+    assert (folder.reference / "forget.safetensors").is_file()
+
+
+def test_the_samples_are_told_where_they_are_drawn(tiny, data, tmp_path):
+    settings = UnlearnConfig(recipe="sga+mrd", **{**STEPS, "batch_size": 1})
+    outcome = unlearn(Stage(TrainingFolder(tmp_path)), settings, tiny.model(), tiny.tokenizer, data)
+    assert sum(sample["updates"] for sample in outcome.samples) == 4
+    assert outcome.refreshed_at[0] == 0
+    assert outcome.as_dict()["samples"] == outcome.samples
+
+
+def test_it_goes_on_in_the_same_folder(tiny, data, tmp_path, monkeypatch):
+    settings, start = UnlearnConfig(forget="ga", retain=[], **STEPS), tiny.model()
+    whole, parts = copy.deepcopy(start), copy.deepcopy(start)
+    unlearn(Stage(TrainingFolder(tmp_path / "whole")), settings, whole, tiny.tokenizer, data)
+    stage = Stage(TrainingFolder(tmp_path / "parts"))
+    with monkeypatch.context() as patch:
+        press_at(patch, "unlearn", 1)
+        with pytest.raises(Interrupted, match="stopped in unlearn at step 2 of 4, checkpoint saved"):
+            unlearn(stage, settings, parts, tiny.tokenizer, data)
+    again = copy.deepcopy(start)
+    assert unlearn(stage, settings, again, tiny.tokenizer, data).steps == 4
+    for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
+        assert (ours - theirs).abs().max() <= 1e-6
+
+
+def test_settings_are_checked_as_a_whole():
+    with pytest.raises(ValidationError, match="gd is a retain objective; put it under unlearn"):
+        UnlearnConfig(forget="gd")
+    with pytest.raises(ValidationError, match="did you mean npo"):
+        UnlearnConfig(recipe="npoo")
+    assert merge({"a": {"b": 1, "c": [1]}}, {"a": {"c": None}, "d": 2}) == {"a": {"b": 1, "c": None}, "d": 2}
+
+
+def test_numbered_paths(tmp_path):
+    for name in ("step-2", "step-10", "step-x", "step-"):
+        (tmp_path / name).mkdir()
+    assert numbered(tmp_path, "step-") == {2: tmp_path / "step-2", 10: tmp_path / "step-10"}
