@@ -14,9 +14,12 @@ from pathlib import Path
 
 import torch
 
+from pyunlearn._hints import hint
+
 from .kernels import cpu, evidence, report
 from .kernels.run import PLANS, Session, run
 from .measure import machine
+from .results import RESULTS
 
 GPU_PARTS = (*PLANS, "step")
 PARTS = ("cpu", *GPU_PARTS, "report", "evidence")
@@ -49,14 +52,14 @@ def main() -> int:
     args = parser.parse_args()
     parts = args.parts or ["cpu", *(GPU_PARTS if gpu else ())]
     if unknown := [part for part in parts if part not in PARTS]:
-        parser.error(f"unknown part {unknown[0]!r}: needs one of {', '.join(PARTS)}")
+        parser.error(f"part={unknown[0]!r}: {hint(unknown[0], PARTS)}")
 
     for part in parts:
         if part == "evidence":
-            evidence.write(args.out or report.RESULTS)
+            evidence.write(args.out or RESULTS)
             continue
         device = "cpu" if part == "cpu" else args.device
-        out = args.out or report.RESULTS / machine(device)["folder"]
+        out = args.out or RESULTS / machine(device)["folder"]
         if part == "cpu":
             status = cpu.run(out, args.k, args.rounds, args.small, args.threads, args.keep_memory)
         elif part == "report":
@@ -64,7 +67,7 @@ def main() -> int:
         else:
             session = Session(part, device, out, args.seconds, args.small, args.fresh)
             if part == "step":
-                from .kernels import step  # needs transformers
+                from .scale import step  # needs transformers
 
                 status = step.run(session)
             else:

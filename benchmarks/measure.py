@@ -1,7 +1,8 @@
-"""What is measured: time on a GPU, copy bandwidth, peak memory, the error against float64; and on which machine."""
+"""What is measured: time, copy bandwidth, peak memory, the error against float64; and on which machine."""
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import platform
@@ -37,20 +38,40 @@ def timed(prepare: Callable[[int], T], run: Callable[[T], object], device: str, 
         inputs = prepare(i)
         if device == "cpu":
             start = time.perf_counter()
-            kept = run(inputs)
+            output = run(inputs)
             elapsed = 1e3 * (time.perf_counter() - start)
         else:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush_buffer().zero_()
             begin.record()
-            kept = run(inputs)
+            output = run(inputs)
             end.record()
             torch.cuda.synchronize()
             elapsed = begin.elapsed_time(end)
-        del kept
+        del output
         if i >= 0:
             samples.append(elapsed)
     return samples
+
+
+def seconds(call: Callable[[], T], device: str) -> tuple[float, T]:
+    """(wall time of one call, the GPU's work included; what it gives)"""
+    synchronize(device)
+    start = time.perf_counter()
+    result = call()
+    synchronize(device)
+    return time.perf_counter() - start, result
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def release() -> None:
+    """What nobody holds is given back to the device."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 @cache
@@ -76,17 +97,17 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start = torch.cuda.memory_allocated()
-        kept = call()
+        result = call()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - start
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        kept = call()
+        result = call()
     held = peak = 0
     events = (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]")
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    del kept
+    del result
     return peak
 
 
@@ -113,27 +134,28 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 def versions(device: str = "cpu", libraries: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
     """Versions of the libraries that are installed; on a GPU also of CUDA and the driver."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for name in libraries:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     if device != "cpu":
-        found["cuda"] = str(torch.version.cuda)
-        found["driver"] = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
-    return found
+        installed["cuda"] = str(torch.version.cuda)
+        drivers = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        installed["driver"] = drivers.split("\n")[0]
+    return installed
 
 
 def commit() -> str:
     """The commit measured, with "+" when the tree has changes; the variable COMMIT says it where git cannot."""
-    head = output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+    head = output_of("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if not head:
         return os.environ.get("COMMIT", "unknown")[:12]
-    return head + ("+" if output("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
+    return head + ("+" if output_of("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
 
 
-def output(*command: str) -> str:
+def output_of(*command: str) -> str:
     """What a command prints, "" if it cannot be run or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

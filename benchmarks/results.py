@@ -1,15 +1,19 @@
-"""Records of measurements: one JSON object each, in a file that is whole after every measurement."""
+"""Records of measurements, one JSON object each, and where they go.
+
+A file of records is a `Store` in one file, a unit a line, whole after every measurement. A unit's value is the record,
+all of it. Its identity is what the record stands and falls with: the versions, and the commit of our own
+implementations. A peer's measurement stands whatever our commit is; one that failed stands too.
+"""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pyunlearn.store import Store, read_units
+
+RESULTS = Path(__file__).parent / "results"
 Record = dict[str, Any]
-KEYS = ("op", "case", "impl", "dtype", "N", "V", "H")  # what tells measurements on one device apart
 OURS = ("cpu", "triton", "cuda")
 
 
@@ -18,43 +22,45 @@ def is_ours(impl: str) -> bool:
     return impl.split()[0] in OURS
 
 
+def units(path: Path) -> dict[str, dict[str, Any]]:
+    """The units of a file by name, of any identity; none where there is no file. Raises ValueError if it is damaged."""
+    return read_units(path) if path.is_file() else {}
+
+
 def read(path: Path) -> list[Record]:
-    return json.loads(path.read_text()) if path.exists() else []
-
-
-def write(path: Path, records: Iterable[Record]) -> None:
-    """A record a line; the file is the old one or the new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("[\n" + ",\n".join(json.dumps(r) for r in records) + "\n]\n")
-    os.replace(temporary, path)
+    """The records of a file, as `units`."""
+    return [unit["value"] for unit in units(path).values()]
 
 
 class Records:
-    """The measurements in a file. Those of this commit are taken over from an earlier, interrupted run.
+    """The measurements in a file, those of an earlier, interrupted run with them.
 
-    A peer's measurement stands whatever our commit is, as long as no version changed; one that failed stands too.
+    fresh: none of those that are there stands.
     """
 
     def __init__(self, path: Path, commit: str, versions: dict[str, str], fresh: bool = False):
-        self.path, self.commit, self.versions = path, commit, versions
-        self.by_key = {self.key(r): r for r in read(path)}
-        self.stale = {key for key, r in self.by_key.items() if fresh or not self.current(r)}
+        self.store, self.commit, self.versions = Store(path), commit, versions
+        self.stale = set(self.store.names()) if fresh else set()
 
-    @staticmethod
-    def key(record: Record) -> tuple[Any, ...]:
-        return tuple(record[name] for name in KEYS)
-
-    def current(self, record: Record) -> bool:
-        same = record["commit"] == self.commit or not is_ours(record["impl"])
-        return same and record["versions"] == self.versions
+    def identity(self, record: Record) -> dict[str, Any]:
+        return {"versions": self.versions} | ({"commit": self.commit} if is_ours(record["impl"]) else {})
 
     def has(self, record: Record) -> bool:
-        key = self.key(record)
-        return key in self.by_key and key not in self.stale
+        """Whether this measurement was made, with these versions and, if it is ours, of this commit."""
+        name = name_of(record)
+        return name not in self.stale and self.store.get(name, self.identity(record)) is not None
 
     def add(self, record: Record) -> None:
-        key = self.key(record)
-        self.by_key[key] = record
-        self.stale.discard(key)
-        write(self.path, self.by_key.values())
+        name = name_of(record)
+        self.store.put(name, record, self.identity(record))
+        self.stale.discard(name)
+
+
+def name_of(record: Record) -> str:
+    """What tells measurements on one device apart.
+
+    >>> shape = {"dtype": "float32", "N": 512, "V": 49152, "H": 0}
+    >>> name_of({"op": "token_stats", "case": "weighted NLL", "impl": "cpu", **shape})
+    'token_stats: weighted NLL: cpu: float32, N=512, V=49152, H=0'
+    """
+    return "{op}: {case}: {impl}: {dtype}, N={N}, V={V}, H={H}".format(**record)

@@ -1,0 +1,1 @@
+"""Kernels: cases, who computes them, plans of what is measured, targets, and what is known without a GPU."""

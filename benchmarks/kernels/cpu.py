@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..measure import commit, copy_gbps, machine, spread, versions
-from ..results import Record, write
+from ..results import Record, Records
 from .cases import MEMORY_BOUND
 
 
@@ -42,7 +42,11 @@ def run(folder: Path, match: str, rounds: int, small: bool, threads: int, keep_m
     used |= {"instruction set": _C.instruction_set(), "compiler": _C.compiler}
     if keep_memory:
         used["freed memory"] = "kept"
-    write(folder / "ops.json", [record(entry, bandwidth, used) for entry in measured])
+    file = folder / "ops.json"
+    file.unlink(missing_ok=True)  # what is not of these measurements
+    records = Records(file, commit(), used)
+    for entry in measured:
+        records.add(record(entry, bandwidth, records))
     return 0
 
 
@@ -56,10 +60,10 @@ def keep_freed_memory() -> None:
         raise RuntimeError("--keep-memory: needs glibc's mallopt, which this system has not")
 
 
-def record(entry: dict, bandwidth: float, used: dict[str, str]) -> Record:
+def record(entry: dict, bandwidth: float, of: Records) -> Record:
     """One measurement in the form every benchmark of this project is stored in."""
     info, stats = entry["extra_info"], entry["stats"]
     percent = 100 * info["bytes"] / 1e9 / stats["median"] / bandwidth if info["op"] in MEMORY_BOUND else None
     measured = {"time_ms": spread([1e3 * t for t in stats["data"]]), "percent_of_copy": percent}
-    where = {"device": machine()["name"], "copy_gbps": round(bandwidth, 2), "commit": commit(), "versions": used}
-    return {**info, **where, **measured}
+    made_with = {"commit": of.commit, "versions": of.versions}
+    return {**info, "device": machine()["name"], "copy_gbps": round(bandwidth, 2), **made_with, **measured}

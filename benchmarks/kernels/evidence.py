@@ -23,7 +23,7 @@ from pyunlearn.ops import OuterSum
 from pyunlearn.ops.contract import Options
 from pyunlearn.ops.ghost import packed
 
-from ..measure import ROOT, commit, output, versions
+from ..measure import ROOT, commit, output_of, versions
 from ..results import read
 from .cases import KINDS, Logits
 from .plans import VOCABULARIES
@@ -55,23 +55,23 @@ def write(folder: Path) -> Path:
     """Compiles csrc/cuda for every architecture this nvcc knows and writes the page into `folder`."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        raise SystemExit("nvcc was not found: the evidence is its report; install the CUDA toolkit")
+        raise SystemExit("evidence: needs nvcc, whose report it is, and none is on the PATH; install the CUDA toolkit")
     archs = known_archs(nvcc)
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     kernels = [kernel for source in sources for kernel in compiled(nvcc, source, archs)]
     if importlib.util.find_spec("triton") and importlib.util.find_spec("pyunlearn.ops.backends.triton"):
         kernels += triton_kernels(archs)
-    nvcc_version = re.findall(r"release [\d.]+, (V[\d.]+)", output(nvcc, "--version"))[0]
+    nvcc_version = re.findall(r"release [\d.]+, (V[\d.]+)", output_of(nvcc, "--version"))[0]
     compilers = f"nvcc {nvcc_version}, triton {versions().get('triton', 'not installed')}, commit {commit()}"
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / PAGE
-    page.write_text("\n".join(markdown(kernels, measured(folder), compilers)) + "\n")
+    page.write_text("\n".join(markdown(kernels, devices_of(folder), compilers)) + "\n")
     print(f"wrote {page}")
     return page
 
 
 def known_archs(nvcc: str) -> list[str]:
-    known = output(nvcc, "--list-gpu-arch").split()
+    known = output_of(nvcc, "--list-gpu-arch").split()
     return [arch for arch in ARCHS if f"compute_{arch.rstrip('a')}" in known]
 
 
@@ -99,18 +99,18 @@ def triton_kernels(archs: list[str]) -> list[Kernel]:
         calls.append(("token_stats.py", f"{label}, reference", partial(call_all, backend, dtype, True)))
         u = packed(OuterSum(torch.zeros(2, 512, 128, dtype=dtype), torch.zeros(2, 512, 128, dtype=dtype)))
         calls.append(("ghost.py", label, partial(ghost_dot, u, None)))
-    found: list[Kernel] = []
+    kernels: list[Kernel] = []
     for arch in archs:
         built: dict[str, tuple[Any, str, str]] = {}
         for source, label, call in calls:
-            with compiling(int(arch.rstrip("a"))) as kernels:
+            with compiling(int(arch.rstrip("a"))) as launched:
                 call()
-            for kernel in kernels:
+            for kernel in launched:
                 built.setdefault(kernel.hash, (kernel, source, label))
         for kernel, source, label in built.values():
             name = f"{kernel.metadata.name}<{label}>"
-            found += assembled(kernel.asm["ptx"], name, arch, kernel.metadata.shared, source)
-    return found
+            kernels += assembled(kernel.asm["ptx"], name, arch, kernel.metadata.shared, source)
+    return kernels
 
 
 @contextmanager
@@ -166,10 +166,10 @@ def assembled(ptx: str, name: str, arch: str, shared: int, source: str) -> list[
 
 
 def parse(report: str, source: str) -> list[Kernel]:
-    found = [match.groupdict() for match in PTXAS.finditer(report)]
-    mangled = list(dict.fromkeys(entry["kernel"] for entry in found))
+    entries = [match.groupdict() for match in PTXAS.finditer(report)]
+    mangled = list(dict.fromkeys(entry["kernel"] for entry in entries))
     filt = shutil.which("cu++filt") or shutil.which("c++filt")
-    names = dict(zip(mangled, output(filt, *mangled).splitlines() if filt and mangled else mangled, strict=True))
+    names = dict(zip(mangled, output_of(filt, *mangled).splitlines() if filt and mangled else mangled, strict=True))
     return [
         Kernel(
             source,
@@ -180,7 +180,7 @@ def parse(report: str, source: str) -> list[Kernel]:
             int(entry["stores"]) + int(entry["loads"]),
             int((re.findall(r"(\d+) bytes smem", entry["used"]) or ["0"])[0]),
         )
-        for entry in found
+        for entry in entries
     ]
 
 
@@ -191,15 +191,15 @@ def plain_name(demangled: str) -> str:
     return match.group(1) + (match.group(2) or "") if match else name
 
 
-def measured(folder: Path) -> dict[str, list[str]]:
+def devices_of(folder: Path) -> dict[str, list[str]]:
     """Backend -> devices on which records of it are stored."""
-    found: dict[str, list[str]] = {"cuda": [], "triton": []}
+    devices: dict[str, list[str]] = {"cuda": [], "triton": []}
     for path in sorted(folder.glob("*/*.json")):
         for record in read(path) if path.stem in ("logits", "linear", "weights") else []:
             backend = record["impl"].split()[0]
-            if backend in found and record["time_ms"] and record["device"] not in found[backend]:
-                found[backend].append(record["device"])
-    return found
+            if backend in devices and record["time_ms"] and record["device"] not in devices[backend]:
+                devices[backend].append(record["device"])
+    return devices
 
 
 def markdown(kernels: Iterable[Kernel], devices: dict[str, list[str]], compiler: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""What gpu.sh runs beside the benchmarks: `python -m benchmarks.kernels.gpu environment|check|profile|ncu`.
+"""What gpu.sh runs beside the benchmarks: `python -m benchmarks.kernels.gpu environment|check|profile|counters|ncu`.
 
 environment: prints what the measurements were made with. check: every op on small odd shapes by every backend of ours,
 against float64; run it under a memory or race checker. profile: three cases at 8192 x 128256, one run each between
-cudaProfilerStart and Stop. ncu CSV: prints the profiler's figures as JSON.
+cudaProfilerStart and Stop. counters: prints what the profiler is to count. ncu CSV: prints its figures as JSON.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from ..measure import commit, error_of, machine, output, versions
+from ..measure import commit, error_of, machine, output_of, versions
 from ..results import is_ours
 from .cases import AT_ONCE, ENTROPY, KINDS, KL, LINEAR_KINDS, Case, Impl, Linear, Logits
 from .impls import implementations
 from .plans import weights
 
-METRICS = {
+COUNTERS = {
     "gpu__time_duration.sum": "time",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram_percent",
     "dram__bytes_read.sum": "read",
@@ -36,17 +36,17 @@ BUDGET = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 
 
 def environment(device: str) -> dict[str, Any]:
-    found: dict[str, Any] = {"device": machine(device)["name"], "commit": commit(), "versions": versions(device)}
+    facts: dict[str, Any] = {"device": machine(device)["name"], "commit": commit(), "versions": versions(device)}
     if device != "cpu":
         properties = torch.cuda.get_device_properties(0)
-        found |= {
+        facts |= {
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "l2_bytes": properties.L2_cache_size,
-            "nvcc": output("nvcc", "--version").split("\n")[-1],
+            "nvcc": output_of("nvcc", "--version").split("\n")[-1],
         }
-    return found
+    return facts
 
 
 def ours(case: Case) -> Iterator[tuple[str, Impl]]:
@@ -93,23 +93,23 @@ def profile(device: str, n: int = 8192, v: int = 128256) -> int:
 
 
 def ncu(path: Path) -> list[dict[str, str]]:
-    """Rows of `ncu --csv --page raw`: the kernel's name and METRICS with their units."""
+    """Rows of `ncu --csv --page raw`: the kernel's name and COUNTERS with their units."""
     rows = list(csv.reader(line for line in path.read_text().splitlines() if line.startswith('"')))
     if len(rows) < 3:
         return []
     header, units, *kernels = rows
-    found = []
+    figures = []
     for row in kernels:
         cells = dict(zip(header, row, strict=True))
         unit = dict(zip(header, units, strict=True))
-        found.append({"kernel": cells["Kernel Name"][:120], "grid": cells["Grid Size"], "block": cells["Block Size"]})
-        found[-1] |= {short: f"{cells[m]} {unit[m]}".strip() for m, short in METRICS.items() if m in cells}
-    return found
+        figures.append({"kernel": cells["Kernel Name"][:120], "grid": cells["Grid Size"], "block": cells["Block Size"]})
+        figures[-1] |= {short: f"{cells[m]} {unit[m]}".strip() for m, short in COUNTERS.items() if m in cells}
+    return figures
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels.gpu", description=__doc__)
-    parser.add_argument("what", choices=("environment", "check", "profile", "ncu", "metrics"))
+    parser.add_argument("what", choices=("environment", "check", "profile", "ncu", "counters"))
     parser.add_argument("file", nargs="?", type=Path, help="ncu: its CSV")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--ops", choices=("all", "logits"), default="all", help="check: which")
@@ -120,8 +120,8 @@ def main() -> int:
         return check(args.device, args.ops)
     elif args.what == "profile":
         return profile(args.device)
-    elif args.what == "metrics":
-        print(",".join(METRICS))
+    elif args.what == "counters":
+        print(",".join(COUNTERS))
     else:
         print("[\n" + ",\n".join(json.dumps(row) for row in ncu(args.file)) + "\n]")
     return 0

@@ -85,7 +85,7 @@ sanitize() {
 
 profile() {
   command -v ncu >/dev/null || { echo "ncu is not here" | tee "$out/profile.txt"; return; }
-  limited ncu --clock-control none --profile-from-start off --metrics "$("$PYTHON" -m benchmarks.kernels.gpu metrics)" \
+  limited ncu --clock-control none --profile-from-start off --metrics "$("$PYTHON" -m benchmarks.kernels.gpu counters)" \
     --csv --page raw --log-file "$logs/ncu" "$PYTHON" -m benchmarks.kernels.gpu profile
   local status=$?
   "$PYTHON" -m benchmarks.kernels.gpu ncu "$logs/ncu" | tee "$out/profile.json"

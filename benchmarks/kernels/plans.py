@@ -14,18 +14,24 @@ from .cases import (
     KINDS,
     KL,
     LINEAR_KL,
+    MANY_PAIRS,
+    MANY_TENSORS,
     MEAN,
     NLL,
+    NORMS,
+    ONE_PAIR,
+    ONE_TENSOR,
     STATISTICS,
     TOKENS,
     TOKENS_ENTROPY,
     Case,
     Linear,
     Logits,
+    Norms,
+    Pairs,
+    Perturb,
     Product,
 )
-from .gradients import MANY_PAIRS, NORMS, ONE_PAIR, Norms, Pairs
-from .noise import MANY_TENSORS, ONE_TENSOR, Perturb
 
 
 def cpu_cases(small: bool = False) -> list[Case]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..measure import commit, copy_gbps, error_of, machine, peak_bytes, spread, timed, versions
+from ..measure import commit, copy_gbps, error_of, machine, peak_bytes, release, spread, timed, versions
 from ..results import Record, Records
 from .cases import MEMORY_BOUND, Impl
 from .impls import implementations
@@ -70,25 +69,25 @@ def run(part: str, session: Session, only: list[str]) -> int:
 
 def measure(session: Session, case: Any, impl: Impl) -> Record:
     """Error, peak memory and time of one case by one implementation; a failure is a result too, with its text."""
-    found: Record = {}
+    figures: Record = {}
     try:
         if impl.exact:
-            got = case.sample(impl.run(case, case.fresh()))
+            results = case.sample(impl.run(case, case.fresh()))
             answer = case.answer_of(impl.loss) if impl.loss is not None else case.answer
-            found["error_vs_fp64"] = float(f"{error_of(got, answer):.3g}")
-            del got, answer
-        found["peak_bytes"] = peak_bytes(partial(impl.run, case, case.fresh()), session.device)
+            figures["error_vs_fp64"] = float(f"{error_of(results, answer):.3g}")
+            del results, answer
+        figures["peak_bytes"] = peak_bytes(partial(impl.run, case, case.fresh()), session.device)
         samples = timed(case.fresh, partial(impl.run, case), session.device, 0.02 if session.small else 0.2)
-        found["time_ms"] = spread(samples)
+        figures["time_ms"] = spread(samples)
     except Exception as error:  # a peer may fail in any way
-        found["failed"] = f"{type(error).__name__}: {error}"[:300]
+        figures["failed"] = f"{type(error).__name__}: {error}"[:300]
     else:
         if case.op in MEMORY_BOUND:
-            percent = 100 * case.bytes / 1e6 / found["time_ms"]["median"] / session.copy_gbps
-            found["percent_of_copy"] = round(percent, 2)
+            percent = 100 * case.bytes / 1e6 / figures["time_ms"]["median"] / session.copy_gbps
+            figures["percent_of_copy"] = round(percent, 2)
     finally:
         case.done()
-    return found
+    return figures
 
 
 def lost(device: str) -> bool:
@@ -101,11 +100,6 @@ def lost(device: str) -> bool:
     except RuntimeError:
         return True
     return False
-
-
-def release() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
 
 
 def line(record: Record) -> str:

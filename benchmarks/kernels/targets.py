@@ -1,21 +1,52 @@
-"""What was set out to be reached on an H200, checked against the records: met, missed or not measured yet."""
+"""What was set out to be reached on a CPU and on an H200, held against the records: met, missed or not measured yet."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-from ..results import Record, is_ours
-from .cases import AT_ONCE, BEYOND, ENTROPY, KL, LINEAR_KINDS, MEAN, NLL, STATISTICS, TOKENS_ENTROPY
-from .gradients import MANY_PAIRS, NORMS, ONE_PAIR
-from .noise import MANY_TENSORS, ONE_TENSOR
-from .table import share_beyond_results
+import torch
 
+from ..results import Record, is_ours
+from .cases import (
+    AT_ONCE,
+    BEYOND,
+    ENTROPY,
+    KL,
+    LINEAR_KINDS,
+    MANY_PAIRS,
+    MANY_TENSORS,
+    MEAN,
+    NLL,
+    NORMS,
+    ONE_PAIR,
+    ONE_TENSOR,
+    STATISTICS,
+    TOKENS_ENTROPY,
+)
+
+# (case, dtype, impl) -> on a CPU: at least so many times as fast as another implementation, or, below 1, at most
+# 1/ratio of its time.
+CPU_TARGETS: dict[tuple[str, str, str], list[tuple[str, float]]] = {
+    (NLL, "float32", "cpu"): [("eager", 3.0)],
+    (NLL, "float32", "cpu in place"): [("eager", 5.0)],
+    (NLL, "bfloat16", "cpu"): [("eager", 6.0), ("compile", 3.0)],
+    (ENTROPY, "float32", "cpu"): [("eager", 6.0)],
+    (ENTROPY, "bfloat16", "cpu"): [("eager", 6.0)],
+    (MEAN, "float32", "cpu"): [
+        ("three GEMMs alone", 1 / 1.1),
+        ("torch linear_cross_entropy", 1.0),
+    ],
+    (BEYOND, "float32", "cpu"): [("eager", 1 / 1.5)],
+    **{(case, "float32", "cpu overlay"): [("randn_like + add_", 5.0)] for case in (ONE_TENSOR, MANY_TENSORS)},
+    **{(case, "float32", "cpu"): [("torch.dot", 0.9)] for case in (ONE_PAIR, MANY_PAIRS)},
+    **{(case, "bfloat16", "cpu"): [("torch.dot", 8.0)] for case in (ONE_PAIR, MANY_PAIRS)},
+}
 TARGET_SHAPE = (4096, 131072, 4096)  # N, V, H
 LARGE = 1 << 28  # N * V
 
 
-class Found(NamedTuple):
+class Reached(NamedTuple):
     """One shape's figure: `value` is better the larger it is, and reaches the target at `needed`."""
 
     value: float
@@ -26,18 +57,18 @@ class Found(NamedTuple):
 
 class Target(NamedTuple):
     text: str
-    figures: Callable[[list[Record]], Iterator[Found]]
+    figures: Callable[[list[Record]], Iterator[Reached]]
 
 
 def percent(cases: tuple[str, ...], needed: float, where: Callable[[Record], bool]) -> Callable:
     """Of the copy bandwidth, by the best of ours, shape by shape."""
 
-    def figures(records: list[Record]) -> Iterator[Found]:
+    def figures(records: list[Record]) -> Iterator[Reached]:
         chosen = [r for r in records if r["case"] in cases and where(r)]
         for group in by_shape(chosen):
             ours = [r["percent_of_copy"] for r in group if is_ours(r["impl"])]
             if ours:
-                yield Found(max(ours), needed, f"{max(ours):.0f} %", place(group[0]))
+                yield Reached(max(ours), needed, f"{max(ours):.0f} %", place(group[0]))
 
     return figures
 
@@ -47,46 +78,48 @@ def ratio(
 ) -> Callable:
     """The fastest other implementation's time over the fastest of ours, shape by shape."""
 
-    def figures(records: list[Record]) -> Iterator[Found]:
+    def figures(records: list[Record]) -> Iterator[Reached]:
         for group in by_shape(r for r in records if r["case"] in cases and (where is None or where(r))):
             ours = [median(r) for r in group if is_ours(r["impl"])]
             others = {median(r): r["impl"] for r in group if other(r["impl"])}
             if ours and others:
                 best = min(others)
                 text = f"{best / min(ours):.2f}x {others[best]}"
-                yield Found(best / min(ours), needed, text, place(group[0]))
+                yield Reached(best / min(ours), needed, text, place(group[0]))
 
     return figures
 
 
-def linear_time(records: list[Record]) -> Iterator[Found]:
+def linear_time(records: list[Record]) -> Iterator[Reached]:
     for r in records:
         if r["case"] == TOKENS_ENTROPY and (r["N"], r["V"], r["H"]) == TARGET_SHAPE and is_ours(r["impl"]):
-            yield Found(-median(r), -22.0, f"{median(r):.1f} ms by {r['impl']}", place(r))
+            yield Reached(-median(r), -22.0, f"{median(r):.1f} ms by {r['impl']}", place(r))
 
 
-def beyond_budget(records: list[Record]) -> Iterator[Found]:
+def beyond_budget(records: list[Record]) -> Iterator[Reached]:
     for r in records:
         if r["case"] == BEYOND and is_ours(r["impl"]):
             share = share_beyond_results(r)
-            yield Found(-share, -1 / 10, f"1/{1 / share:.1f} by {r['impl']}", place(r))
+            yield Reached(-share, -1 / 10, f"1/{1 / share:.1f} by {r['impl']}", place(r))
 
 
-def step_time(records: list[Record]) -> Iterator[Found]:
+def step_time(records: list[Record]) -> Iterator[Reached]:
     yield from steps(records, lambda ours, plain: median(plain) / median(ours), 1.3, "{:.2f}x")
 
 
-def step_memory(records: list[Record]) -> Iterator[Found]:
+def step_memory(records: list[Record]) -> Iterator[Reached]:
     yield from steps(records, lambda ours, plain: -ours["peak_bytes"] / plain["peak_bytes"], -0.6, "{:.2f}x")
 
 
-def steps(records: list[Record], value: Callable[[Record, Record], float], needed: float, form: str) -> Iterator[Found]:
+def steps(
+    records: list[Record], value: Callable[[Record, Record], float], needed: float, form: str
+) -> Iterator[Reached]:
     for group in by_shape(r for r in records if r["op"] == "step" and "1B" in r["case"]):
         plain = next((r for r in group if r["impl"] == "eager"), None)
         for r in group:
             if plain and is_ours(r["impl"]):
                 got = value(r, plain)
-                yield Found(got, needed, f"{form.format(abs(got))} by {r['impl']}", r["case"])
+                yield Reached(got, needed, f"{form.format(abs(got))} by {r['impl']}", r["case"])
 
 
 def is_peer(impl: str) -> bool:
@@ -102,7 +135,7 @@ def is_large(r: Record) -> bool:
 
 
 FORWARD_BACKWARD = (NLL, ENTROPY)
-TARGETS = (
+GPU_TARGETS = (
     Target("forward + backward >= 90 % of copy (3 NV), N*V >= 2^28", percent(FORWARD_BACKWARD, 90, is_large)),
     Target(
         "forward + backward >= 80 % of copy (3 NV), N=8192, V=32000",
@@ -143,19 +176,38 @@ TARGETS = (
 )
 
 
+def goal(times: dict[str, float], impl: str, other: str, ratio: float) -> str:
+    """The cell of a target on a CPU: what was to be reached, and what was."""
+    got = times[other] / times[impl]
+    wanted = f"{ratio:g}x {other}" if ratio >= 1 else f"at most {1 / ratio:g}x the time of {other}"
+    value = f"{got:.2f}x" if ratio >= 1 else f"{1 / got:.2f}x"
+    return f"{wanted}: {value}{'' if got >= ratio else ' (missed)'}"
+
+
 def markdown(records: list[Record]) -> list[str]:
     """A table: every target, its worst figure, where that is, and whether it is met."""
     done = [r for r in records if r["time_ms"]]
     lines = ["", "## Targets", "", "| target | worst | where | |", "|---|---|---|---|"]
-    for target in TARGETS:
-        found = sorted(target.figures(done), key=lambda f: f.value)
-        if not found:
+    for target in GPU_TARGETS:
+        figures = sorted(target.figures(done), key=lambda figure: figure.value)
+        if not figures:
             lines.append(f"| {target.text} | | | not measured |")
             continue
-        worst, met = found[0], sum(f.value >= f.needed for f in found)
-        verdict = "met" if met == len(found) else f"missed at {len(found) - met} of {len(found)}"
+        worst, met = figures[0], sum(figure.value >= figure.needed for figure in figures)
+        verdict = "met" if met == len(figures) else f"missed at {len(figures) - met} of {len(figures)}"
         lines.append(f"| {target.text} | {worst.text} | {worst.where} | {verdict} |")
     return lines
+
+
+def share_beyond_results(record: Record) -> float:
+    """Peak memory beyond d(hidden) and d(weight), over the bytes of the logits."""
+    size = getattr(torch, record["dtype"]).itemsize
+    results = (record["V"] + record["N"]) * record["H"] * size
+    return max(record["peak_bytes"] - results, 1) / logits_bytes(record)
+
+
+def logits_bytes(record: Record) -> int:
+    return record["N"] * record["V"] * getattr(torch, record["dtype"]).itemsize
 
 
 def median(record: Record) -> float:

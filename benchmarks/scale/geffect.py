@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pyunlearn as pu
+from pyunlearn._files import write_text
 from pyunlearn.geffect import gradient_of
 from pyunlearn.gradients.streamed import backwards, probing, streamed
 
-from ..kernels.run import release
-from ..measure import commit, machine, peak_bytes, versions
-from .mrd import RESULTS, SHAPES, seconds
+from ..measure import commit, machine, peak_bytes, release, seconds, versions
+from ..results import RESULTS
+from ..shapes import SHAPES, random_llama
 
 Batch = Mapping[str, Tensor]
 PROBE_STEPS, POINTS_STEPS = 3.0, 2.0  # what was set out to be reached
@@ -38,8 +38,7 @@ PROBE_STEPS, POINTS_STEPS = 3.0, 2.0  # what was set out to be reached
 
 def load(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    with torch.device(args.device):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[args.shape]), dtype=torch.bfloat16).eval()
+    return random_llama(args.shape, args.device, torch.bfloat16)
 
 
 def samples(args: argparse.Namespace, seed: int) -> list[Batch]:
@@ -73,7 +72,7 @@ def training(model: nn.Module, batches: list[Batch]) -> Callable[[], None]:
     return step
 
 
-def dropped(model: nn.Module, batches: list[Batch]) -> None:
+def drop_gradients(model: nn.Module, batches: list[Batch]) -> None:
     """Backward without any gradient kept."""
     with probing(model) as parameters, streamed(parameters, lambda name, gradient: None):
         for _ in backwards("loss", partial(losses, batches), model):
@@ -82,11 +81,10 @@ def dropped(model: nn.Module, batches: list[Batch]) -> None:
 
 def points(model: nn.Module, batches: list[Batch], direction: dict[str, Tensor]) -> Tensor:
     """(samples,) float64"""
-    found = [pu.pointwise_g_effect(model, batch, sample_losses, direction).total for batch in batches]
-    return torch.cat(found)
+    return torch.cat([pu.pointwise_g_effect(model, batch, sample_losses, direction).total for batch in batches])
 
 
-def measured(call: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
+def measure(call: Callable[[], Any], device: str, rounds: int) -> dict[str, float]:
     """Memory taken on top of what is held, and the shortest time, after a warm-up."""
     release()
     call()
@@ -96,14 +94,14 @@ def measured(call: Callable[[], Any], device: str, rounds: int) -> dict[str, flo
 
 def study(args: argparse.Namespace) -> dict[str, Any]:
     model, forget, retain, other = load(args), samples(args, 1), samples(args, 2), samples(args, 3)
-    measure = partial(measured, device=args.device, rounds=args.rounds)
-    step = measure(training(model, forget))
-    alone = measure(lambda: dropped(model, forget))
+    cost = partial(measure, device=args.device, rounds=args.rounds)
+    step = cost(training(model, forget))
+    alone = cost(lambda: drop_gradients(model, forget))
     metrics = {"forget": partial(losses, other), "retain": partial(losses, retain)}
-    probe = measure(lambda: pu.g_effect(model, partial(losses, forget), metrics))
+    probe = cost(lambda: pu.g_effect(model, partial(losses, forget), metrics))
     effect = pu.g_effect(model, partial(losses, forget), metrics)
     direction = gradient_of(model, metrics["retain"])
-    pointwise = measure(lambda: points(model, forget, direction))
+    pointwise = cost(lambda: points(model, forget, direction))
     whole = float(points(model, forget, direction).sum())
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     return {
@@ -123,15 +121,15 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
-    rows, weights = found["measured"], found["weights_bytes"]
+def markdown(record: dict[str, Any]) -> str:
+    rows, weights = record["measured"], record["weights_bytes"]
     step = rows["training step"]["seconds"]
     lines = [
-        f"# G-effect: a {found['shape']} shape with random weights",
+        f"# G-effect: a {record['shape']} shape with random weights",
         "",
-        f"{found['parameters'] / 1e6:.1f} million parameters in bfloat16 ({weights / 2**30:.2f} GiB), "
-        f"{found['samples']} samples of {found['length']} tokens in micro-batches of {found['micro_batch']}; "
-        f"{found['device']}, torch {found['versions']['torch']}, commit {found['commit']}. Memory is what is taken "
+        f"{record['parameters'] / 1e6:.1f} million parameters in bfloat16 ({weights / 2**30:.2f} GiB), "
+        f"{record['samples']} samples of {record['length']} tokens in micro-batches of {record['micro_batch']}; "
+        f"{record['device']}, torch {record['versions']['torch']}, commit {record['commit']}. Memory is what is taken "
         "beyond the weights, in the training step beyond AdamW's state too, in the PG-effect beyond one gradient.",
         "",
         "| what | seconds | training steps | memory, GiB | memory, gradients |",
@@ -144,14 +142,14 @@ def markdown(found: dict[str, Any]) -> str:
     targets = (
         ("a probe takes at most 3 training steps", rows["probe"]["seconds"] / step, PROBE_STEPS),
         ("and at most two gradients more than a backward whose gradients are dropped, in GiB",
-         rows["probe"]["peak_bytes"] / 2**30, found["probe_bytes_allowed"] / 2**30),
-        (f"the PG-effect of {found['samples']} samples takes at most 2 training steps",
+         rows["probe"]["peak_bytes"] / 2**30, record["probe_bytes_allowed"] / 2**30),
+        (f"the PG-effect of {record['samples']} samples takes at most 2 training steps",
          rows["PG-effect"]["seconds"] / step, POINTS_STEPS),
     )  # fmt: skip
     lines += ["", "| target | found | at most | |", "|---|---:|---:|---|"]
     for text, value, limit in targets:
         lines.append(f"| {text} | {value:.2f} | {limit:.2f} | {'met' if value <= limit else 'missed'} |")
-    lines += ["", f"PG-effects add up to the probe's G-effect within {found['disagreement']:.1e}."]
+    lines += ["", f"PG-effects add up to the probe's G-effect within {record['disagreement']:.1e}."]
     return "\n".join(lines) + "\n"
 
 
@@ -170,14 +168,13 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", default="geffect", help="of the files written")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/<device>)")
     args = parser.parse_args(words)
-    found = study(args)
-    if not math.isfinite(found["disagreement"]):
+    record = study(args)
+    if not math.isfinite(record["disagreement"]):
         raise SystemExit("the effects are not finite")
     out = args.out or RESULTS / machine(args.device)["folder"]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / f"{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-    (out / f"{args.name}.md").write_text(markdown(found))
-    print(f"{markdown(found)}\nwrote {out}/{args.name}.json and .md")
+    write_text(out / f"{args.name}.json", json.dumps(record, indent=1) + "\n")
+    write_text(out / f"{args.name}.md", markdown(record))
+    print(f"{markdown(record)}\nwrote {out}/{args.name}.json and .md")
 
 
 if __name__ == "__main__":

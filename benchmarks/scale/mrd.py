@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 import pyunlearn as pu
+from pyunlearn._files import write_text
 from pyunlearn.data import QADataset, collate, generate_authors, load_qa
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.model.causal_lm import CausalLM
@@ -34,15 +35,10 @@ from pyunlearn.model.precision import full_precision
 from pyunlearn.mrd import ESTIMATORS
 from pyunlearn.mrd.samples import make_samples
 
-from ..measure import commit, machine, versions
+from ..measure import commit, machine, seconds, versions
+from ..results import RESULTS
+from ..shapes import SHAPES, random_llama
 
-RESULTS = Path(__file__).parent.parent / "results"
-SHAPES: dict[str, dict[str, Any]] = {  # Llama-2-7B, and one to try the code
-    "7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
-           "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096},
-    "toy": {"vocab_size": 2048, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 512},
-}  # fmt: skip
 SIGMA, SEED = 1e-5, 0
 Row = dict[str, Any]
 
@@ -69,21 +65,8 @@ def load(args: argparse.Namespace) -> tuple[Any, list[Row], str]:
 def random_model(shape: str | None, tokenizer: Any, device: str) -> Any:
     if shape is None:
         return tiny_llama(tokenizer)
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape], **ids), dtype=torch.float32).eval()
-
-
-def seconds(call: Callable[[], Any], device: str) -> tuple[float, Any]:
-    if device != "cpu":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    found = call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start, found
+    return random_llama(shape, device, torch.float32, **ids)
 
 
 @torch.no_grad()
@@ -142,10 +125,10 @@ def restore(model: Any, pristine: Sequence[Tensor]) -> None:
 
 
 def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """What is found so far, after every estimator."""
+    """The record so far, after every estimator."""
     batch = collate(rows, 0)
     batch.pop("index")
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "model": name,
         "data": args.data and Path(args.data).name,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -164,7 +147,7 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
         loop = naive(model, rows, args.naive_seconds, args.device, in_place)
         whole = loop["seconds_a_sample_and_draw"] * len(rows) * args.num_draws
         loop |= {"extrapolated_seconds": whole, "extrapolated_draws": args.num_draws}
-        found["naive, in place" if in_place else "naive"] = loop
+        record["naive, in place" if in_place else "naive"] = loop
     values: dict[str, Tensor] = {}
     for estimator, own in args.estimators:
         draws = own or args.num_draws
@@ -175,11 +158,11 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
         took, result = seconds(partial(score, num_draws=draws), args.device)
         values[estimator] = result.value
         draw_seconds = took / draws if result.draws is not None else None
-        if estimator == "algorithm1":
+        if estimator == "algorithm1" and result.draws is not None:
             values["naive definition"] = result.draws.mean(0).abs()
             if draws > 2:  # without the forward of the weights as they are, and without the self-check
                 draw_seconds = (took - seconds(partial(score, num_draws=2), args.device)[0]) / (draws - 2)
-        found["estimators"][estimator] = {
+        record["estimators"][estimator] = {
             "seconds": took,
             "draw_seconds": draw_seconds,
             "draws": result.diagnostics["num_draws"],
@@ -190,57 +173,57 @@ def study(model: Any, rows: Sequence[Row], name: str, args: argparse.Namespace) 
             "errors": result.standard_error.tolist(),
         }
         if args.device != "cpu":
-            found["estimators"][estimator]["peak_bytes"] = torch.cuda.max_memory_allocated()
+            record["estimators"][estimator]["peak_bytes"] = torch.cuda.max_memory_allocated()
         print(f"{estimator}: {took:.1f} s", flush=True)
-        found["spearman"] = {
+        record["spearman"] = {
             f"{a}, {b}": float(spearmanr(values[a], values[b]).statistic)
             for a, b in (("algorithm1", "gradient"), ("definition", "hutchinson"), ("algorithm1", "definition"),
                          ("algorithm1", "initial"), ("naive definition", "definition"))
             if a in values and b in values
         }  # fmt: skip
-        yield found
+        yield record
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(record: dict[str, Any]) -> str:
     """The tables of a study."""
-    loops = {name: found[name] for name in ("naive", "naive, in place") if name in found}
-    prefix = max((one["diagnostics"]["shared_prefix"] or 0 for one in found["estimators"].values()), default=0)
+    loops = {name: record[name] for name in ("naive", "naive, in place") if name in record}
+    prefix = max((one["diagnostics"]["shared_prefix"] or 0 for one in record["estimators"].values()), default=0)
     shared = f" All begin with the same {prefix} tokens, computed once a draw." if prefix else ""
     lines = [
-        f"# Memory Removal Difficulty: {found['model']}, {found['data'] or 'embedded world'}",
+        f"# Memory Removal Difficulty: {record['model']}, {record['data'] or 'embedded world'}",
         "",
-        f"{found['samples']} samples, {found['tokens']} scored tokens, {found['parameters'] / 1e6:.1f} million "
-        f"parameters, float32; {found['device']}, {found['threads']} threads, torch {found['versions']['torch']}, "
-        f"commit {found['commit']}. One forward over all samples takes {found['forward_seconds']:.2f} s.{shared}",
+        f"{record['samples']} samples, {record['tokens']} scored tokens, {record['parameters'] / 1e6:.1f} million "
+        f"parameters, float32; {record['device']}, {record['threads']} threads, torch {record['versions']['torch']}, "
+        f"commit {record['commit']}. One forward over all samples takes {record['forward_seconds']:.2f} s.{shared}",
         "",
         f"| estimator | draws | seconds | a draw, in forwards | {''.join(f'x {loop} | ' for loop in loops)}median | "
         "relative standard error |",
         "|---|---:|---:|---:|---:|---:|" + "---:|" * len(loops),
     ]
-    for name, one in found["estimators"].items():
-        a_draw = f"{one['draw_seconds'] / found['forward_seconds']:.2f}" if one["draws"] else ""
+    for name, one in record["estimators"].items():
+        a_draw = f"{one['draw_seconds'] / record['forward_seconds']:.2f}" if one["draws"] else ""
         same = name in ("algorithm1", "gradient")
         faster = [f"{loop['extrapolated_seconds'] / one['seconds']:.1f}" if same else "" for loop in loops.values()]
         cells = (name, one["draws"] or "", f"{one['seconds']:.1f}", a_draw, *faster, f"{one['median']:.3g}")
         lines.append(f"| {' | '.join(map(str, cells))} | {one['relative_error']:.1%} |")
-    peaks = {name: one["peak_bytes"] for name, one in found["estimators"].items() if "peak_bytes" in one}
+    peaks = {name: one["peak_bytes"] for name, one in record["estimators"].items() if "peak_bytes" in one}
     if peaks:
-        weights = found["parameters"] * 4
-        told = ", ".join(f"{name} {peak / 2**30:.1f}" for name, peak in peaks.items())
-        lines += ["", f"Peak memory, GiB: {told}; the weights alone {weights / 2**30:.1f}."]
+        weights = record["parameters"] * 4
+        by_estimator = ", ".join(f"{name} {peak / 2**30:.1f}" for name, peak in peaks.items())
+        lines += ["", f"Peak memory, GiB: {by_estimator}; the weights alone {weights / 2**30:.1f}."]
     for name, loop in loops.items():
         lines += [
             "",
             f'The loop "{name}" took {loop["seconds"]:.0f} s for {loop["samples"]} samples and {loop["draws"]} draws; '
             f"{loop['extrapolated_draws']} draws of all samples would take {loop['extrapolated_seconds']:.0f} s.",
         ]
-    if found["spearman"]:
+    if record["spearman"]:
         lines += ["", "| rank correlation (Spearman) of | |", "|---|---:|"]
-        lines += [f"| {pair} | {rho:.3f} |" for pair, rho in found["spearman"].items()]
+        lines += [f"| {pair} | {rho:.3f} |" for pair, rho in record["spearman"].items()]
     checks = [
-        f"| {name} | {told['sigma_ratio']:.3f} | {told['expected_ratio']:g} | {told['noise_share']:.2%} |"
-        for name, one in found["estimators"].items()
-        if (told := one["diagnostics"])["noise_share"] is not None
+        f"| {name} | {check['sigma_ratio']:.3f} | {check['expected_ratio']:g} | {check['noise_share']:.2%} |"
+        for name, one in record["estimators"].items()
+        if (check := one["diagnostics"])["noise_share"] is not None
     ]
     if checks:
         lines += ["", "| self-check | at 2 sigma, times | expected | rounding |", "|---|---:|---:|---:|", *checks]
@@ -249,7 +232,7 @@ def markdown(found: dict[str, Any]) -> str:
 
 def with_draws(words: str) -> list[tuple[Any, int | None]]:
     """Estimators, each with its number of draws where one is given."""
-    found: list[tuple[Any, int | None]] = []
+    estimators: list[tuple[Any, int | None]] = []
     for word in words.split(","):
         name, _, draws = word.partition(":")
         if name not in ESTIMATORS or (draws and not (draws.isdecimal() and int(draws) >= 2)):
@@ -257,8 +240,8 @@ def with_draws(words: str) -> list[tuple[Any, int | None]]:
                 f"{word!r}: needs one of {', '.join(ESTIMATORS)}, alone or with a number of draws, 2 at least, such as "
                 "definition:50"
             )
-        found.append((name, int(draws) if draws else None))
-    return found
+        estimators.append((name, int(draws) if draws else None))
+    return estimators
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -288,11 +271,10 @@ def main(words: Sequence[str] | None = None) -> None:
     args = parser.parse_args(words)
     torch.set_num_threads(args.threads)
     out = args.out or RESULTS / machine(args.device)["folder"]
-    out.mkdir(parents=True, exist_ok=True)
-    for found in study(*load(args), args):  # written each time: one that is stopped keeps what is finished
-        (out / f"{args.name}.json").write_text(json.dumps(found, indent=1) + "\n")
-        (out / f"{args.name}.md").write_text(markdown(found))
-    print(f"\n{markdown(found)}\nwrote {out}/{args.name}.json and .md")
+    for record in study(*load(args), args):  # written each time: one that is stopped keeps what is finished
+        write_text(out / f"{args.name}.json", json.dumps(record, indent=1) + "\n")
+        write_text(out / f"{args.name}.md", markdown(record))
+    print(f"\n{markdown(record)}\nwrote {out}/{args.name}.json and .md")
 
 
 if __name__ == "__main__":
