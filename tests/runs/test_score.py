@@ -87,7 +87,7 @@ def test_stopped_and_called_again_it_ends_the_same(scored, tmp_path, monkeypatch
     again = score(config, **options)
     assert again.records == whole.records
     assert out.read_bytes() == whole.out.read_bytes()
-    with pytest.raises(ValueError, match=r"again\.state belongs to another job, its seed differ"):
+    with pytest.raises(ValueError, match=r"again\.state belongs to another job \(seed: 0 -> 1\)"):
         score(config, seed=1, **options)
     assert score(config, seed=1, overwrite=True, **options).records != whole.records
 
