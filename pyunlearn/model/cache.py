@@ -172,13 +172,14 @@ class ReferenceCache:
             return self._rows("hidden", indices)
         return self._rows(f"hidden.{self.find_layer(layer)}", indices)
 
-    def find_layer(self, layer: Layer) -> int:
+    def find_layer(self, layer: Layer) -> Layer:
         """Its number. Raises ValueError if the cache has no hidden states of it."""
-        number = number_of(layer, self.metadata["depth"])
-        if number not in self.metadata["layers"]:
+        layers, depth = self.metadata["layers"], self.metadata["depth"]
+        number = number_of(layer, depth) if layers else layer
+        if number not in layers:
             raise ValueError(
-                f"{self.path} has hidden states of layers {self.metadata['layers']}, not of layer {number}; "
-                f"build it with layers=[{number}]"
+                f"{self.path} has hidden states of layers {layers}, not of layer {number}; "
+                f"build it with layers=[{number!r}]"
             )
         return number
 
@@ -282,7 +283,7 @@ def _fill(
     layout |= {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     metadata = {
         **identity,
-        "depth": lm.depth,
+        "depth": lm.depth if layers else None,  # what has no number of blocks is cached all the same
         "dtype": str(head.weight.dtype).removeprefix("torch."),
         "num_rows": len(lengths),
         "num_tokens": int(offsets["logp"][-1]),

@@ -125,6 +125,8 @@ def test_hidden_states_of_layers(model, rows, path, positions):
         cache.hidden([0])
     with pytest.raises(ValueError, match=r"hidden states of layers \[1\], not of layer 2; build it with layers=\[2\]"):
         build(model, rows, path.with_name("other"), layers=[1]).hidden([0], "deep")
+    with pytest.raises(ValueError, match=r"layers \[\], not of layer deep; build it with layers=\['deep'\]"):
+        build(model, rows, path.with_name("none")).hidden([0], "deep")
     with pytest.raises(ValueError, match="layer=5: LlamaForCausalLM has 2 layers"):
         build(model, rows, path, layers=[5])
 
