@@ -1,32 +1,35 @@
-// The Python module pyunlearn._C: DLPack capsules in, nothing but plain numbers otherwise.
+// The Python module pyunlearn._C: DLPack capsules and plain numbers in, every argument by its name.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
+#include <optional>
 #include <utility>
 #include <vector>
 
+#include "cpu/lane_functions.h"
 #include "cpu/perturb.h"
 #include "cpu/segment_dot.h"
 #include "cpu/token_stats.h"
 #include "math/philox.h"
-#include "tensor/view.h"
+#include "tensor/call.h"
 #if defined(PU_CUDA)
-#include "cuda/perturb.cuh"
-#include "cuda/segment_dot.cuh"
-#include "cuda/token_stats.cuh"
+#include "cuda/perturb.h"
+#include "cuda/segment_dot.h"
+#include "cuda/token_stats.h"
 #endif
 
 namespace py = pybind11;
+using py::literals::operator""_a;
 
 namespace {
 
 constexpr int kCpu = 1, kCuda = 2;  // DLPack's device types
 
-// Takes the capsule's tensor for the length of the call; its own deleter gives it back.
+// Takes the capsule's tensor for the length of the call, and puts its view into a field; its own deleter gives it back.
 class Borrowed {
  public:
-  explicit Borrowed(py::handle capsule, const char* name, bool vector = false) {
+  Borrowed(pu::Matrix& field, py::handle capsule, const char* name, bool vector = false) {
     if (capsule.is_none()) return;
     owner_ = static_cast<pu::DLManagedTensor*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"));
     if (owner_ == nullptr) throw py::error_already_set();
@@ -38,17 +41,17 @@ class Borrowed {
       shape_.push_back(1), strides_.push_back(1);
       t.shape = shape_.data(), t.strides = strides_.data(), ++t.ndim;
     }
-    view_ = pu::matrix_of(t, name);
+    field = pu::matrix_of(t, name);
     device_ = t.device;
   }
   Borrowed(const Borrowed&) = delete;
   ~Borrowed() {
     if (owner_ != nullptr && owner_->deleter != nullptr) owner_->deleter(owner_);
   }
-  operator const pu::Matrix&() const { return view_; }
   int cuda_device() const {  // -1: the CPU
     if (device_.type != kCpu && device_.type != kCuda)
-      throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_.type) + " are not supported");
+      throw std::invalid_argument("tensors on DLPack device type " + std::to_string(device_.type) +
+                                  " are not supported");
 #if defined(PU_CUDA_ON_CPU)  // the tests' build: the CUDA kernels run on the CPU's tensors
     return 0;
 #else
@@ -59,42 +62,129 @@ class Borrowed {
  private:
   pu::DLDevice device_ = {0, 0};
   pu::DLManagedTensor* owner_ = nullptr;
-  pu::Matrix view_;
   std::vector<int64_t> shape_, strides_;
 };
 
-struct Options {  // the arguments every call ends with
-  uint32_t outputs;
-  double temperature, softcap;
-  int64_t ignore_index, first_column, vocabulary;
-  int threads;
-  void* stream;  // raw cudaStream_t; 0 on the CPU
-  pu::cpu::Call call() const { return {{temperature, softcap}, ignore_index, outputs, first_column, vocabulary, threads}; }
-};
-
-Options options_of(const py::args& a) {
-  return {a[0].cast<uint32_t>(), a[1].cast<double>(), a[2].cast<double>(), a[3].cast<int64_t>(), a[4].cast<int64_t>(),
-          a[5].cast<int64_t>(), a[6].cast<int>(), reinterpret_cast<void*>(a[7].cast<uintptr_t>())};
-}
-
 // A dtype as its empty tensor's capsule; None is no tensor.
-pu::DType dtype_like(py::handle capsule) { return static_cast<const pu::Matrix&>(Borrowed(capsule, "dtype")).dtype; }
-
-pu::Noise noise_of(const py::object& step) {  // None, or (draw, scale)
-  if (step.is_none()) return {};
-  const auto [draw, scale] = step.cast<std::pair<uint32_t, double>>();
-  return {true, draw, scale};
+pu::DType dtype_like(py::handle capsule) {
+  pu::Matrix empty;
+  const Borrowed tensor(empty, capsule, "dtype");
+  return empty.dtype;
 }
 
-[[maybe_unused]] void no_cuda() { throw std::runtime_error(std::string("the CUDA part is not built: ") + PU_CUDA_REASON); }
+using Step = std::optional<std::pair<uint32_t, double>>;  // (draw, scale)
+pu::Noise noise_of(const Step& step) { return step ? pu::Noise{true, step->first, step->second} : pu::Noise{}; }
+
+// The kernel of one side or the other, without the interpreter's lock.
+template <class Kernel, class... Arguments>
+auto run(int device, Kernel on_gpu, Kernel on_cpu, const Arguments&... arguments) {
+  const py::gil_scoped_release release;
+  if (device < 0) return on_cpu(arguments...);
+#if defined(PU_CUDA)
+  const pu::cuda::OnDevice current(device);
+  return on_gpu(arguments...);
+#else
+  (void)on_gpu;
+  throw std::runtime_error(std::string("the CUDA part is not built: ") + PU_CUDA_REASON);
+#endif
+}
+#if defined(PU_CUDA)
+#define PU_BOTH(kernel) pu::cuda::kernel, pu::cpu::kernel
+#else
+#define PU_BOTH(kernel) pu::cpu::kernel, pu::cpu::kernel
+#endif
+
+pu::Call make_call(uint32_t outputs, double temperature, double softcap, int64_t ignore_index, int64_t first_column,
+                   int64_t vocabulary, int threads, uintptr_t stream) {
+  pu::Call call;
+  call.transform = {temperature, softcap}, call.ignore_index = ignore_index, call.outputs = outputs;
+  call.first_column = first_column, call.vocabulary = vocabulary;
+  call.threads = threads, call.stream = reinterpret_cast<void*>(stream);
+  return call;
+}
+
+void accumulate(pu::Call call, py::handle logits, py::handle targets, py::handle reference, py::handle state,
+                bool fresh) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"},
+                              {call.targets, targets, "targets", true},
+                              {call.reference, reference, "reference"},
+                              {call.state, state, "state"}};
+  call.fresh = fresh;
+  run(tensors[0].cuda_device(), PU_BOTH(accumulate), call);
+}
+
+void finish(pu::Call call, py::handle state, py::handle targets, bool has_reference, py::handle stats,
+            py::handle saved) {
+  const Borrowed tensors[] = {{call.state, state, "state"},
+                              {call.targets, targets, "targets", true},
+                              {call.stats, stats, "stats"},
+                              {call.saved, saved, "saved"}};
+  call.has_reference = has_reference;
+  run(tensors[0].cuda_device(), PU_BOTH(finish), call);
+}
+
+void topk(pu::Call call, py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index,
+          py::handle belief) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"}, {call.targets, targets, "targets", true},
+                              {call.stats, stats, "stats"},    {call.saved, saved, "saved"},
+                              {call.index, index, "index"},    {call.belief, belief, "belief"}};
+  run(tensors[0].cuda_device(), PU_BOTH(topk), call);
+}
+
+void backward(pu::Call call, py::handle grad_stats, py::handle stats, py::handle saved, py::handle logits,
+              py::handle targets, py::handle reference, py::handle index, py::handle belief, py::handle grad_logits) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"},
+                              {call.targets, targets, "targets", true},
+                              {call.reference, reference, "reference"},
+                              {call.grad_stats, grad_stats, "grad_stats"},
+                              {call.stats, stats, "stats"},
+                              {call.saved, saved, "saved"},
+                              {call.index, index, "index"},
+                              {call.belief, belief, "belief"},
+                              {call.grad_logits, grad_logits, "grad_logits"}};
+  run(tensors[0].cuda_device(), PU_BOTH(backward), call);
+}
+
+const char* value_and_grad(pu::Call call, py::handle logits, py::handle targets, py::handle weights, double alpha,
+                           double gamma, double beta, py::handle floor, py::handle stats, py::handle grad_logits) {
+  const Borrowed tensors[] = {{call.logits, logits, "logits"},       {call.targets, targets, "targets", true},
+                              {call.grad_stats, weights, "weights"}, {call.floor, floor, "floor", true},
+                              {call.stats, stats, "stats"},          {call.grad_logits, grad_logits, "grad_logits"}};
+  call.rule = {alpha, gamma, beta};
+  return run(tensors[0].cuda_device(), PU_BOTH(value_and_grad), call);
+}
+
+int64_t parts(int cuda_device, int64_t rows, int64_t columns) {
+#if defined(PU_CUDA_ON_CPU)
+  cuda_device = 0;
+#endif
+  return run(cuda_device, PU_BOTH(parts_of), rows, columns);
+}
+
+void perturb(py::handle table, py::handle source, py::handle target, uint64_t seed, const Step& remove, const Step& add,
+             int threads, uintptr_t stream) {
+  pu::Perturb p;
+  p.seed = seed, p.has_source = !source.is_none(), p.source = dtype_like(source), p.target = dtype_like(target);
+  p.remove = noise_of(remove), p.add = noise_of(add);
+  p.threads = threads, p.stream = reinterpret_cast<void*>(stream);
+  const Borrowed chunks(p.table, table, "table");
+  run(chunks.cuda_device(), PU_BOTH(perturb), p);
+}
+
+void segment_dot(py::handle table, int64_t chunk, py::handle partials, py::handle sums, int threads, uintptr_t stream) {
+  pu::SegmentDot d;
+  d.chunk = chunk, d.threads = threads, d.stream = reinterpret_cast<void*>(stream);
+  const Borrowed tensors[] = {{d.table, table, "table"}, {d.partials, partials, "partials"}, {d.sums, sums, "sums"}};
+  run(tensors[0].cuda_device(), PU_BOTH(segment_dot), d);
+}
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, uint64_t key) {
+  uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
+  pu::philox(words, uint32_t(key), uint32_t(key >> 32));
+  return {words[0], words[1], words[2], words[3]};
+}
 
 }  // namespace
-
-#if defined(PU_CUDA)
-#define PU_ON_DEVICE(device, gpu_call, cpu_call) (device >= 0 ? (pu::cuda::OnDevice(device), pu::cuda::gpu_call) : pu::cpu::cpu_call)
-#else
-#define PU_ON_DEVICE(device, gpu_call, cpu_call) (device >= 0 ? (no_cuda(), pu::cpu::cpu_call) : pu::cpu::cpu_call)
-#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native kernels of pyunlearn. Tensors come as DLPack capsules; see pyunlearn.ops for the public interface.";
@@ -108,65 +198,25 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("state_fields") = pu::cpu::state_fields();
   m.def("instruction_set", [] { return pu::cpu::lanes().name; });
-  m.def("choose_instruction_set", &pu::cpu::choose_lanes, py::arg("name"));
+  m.def("choose_instruction_set", &pu::cpu::choose_lanes, "name"_a);
 
-  m.def("accumulate", [](py::handle logits, py::handle targets, py::handle reference, py::handle state, bool fresh, const py::args& rest) {
-    const Options o = options_of(rest);
-    Borrowed l(logits, "logits"), t(targets, "targets", true), r(reference, "reference"), s(state, "state");
-    py::gil_scoped_release release;
-    PU_ON_DEVICE(l.cuda_device(), accumulate(o.call(), l, t, r, s, fresh, o.stream), accumulate(o.call(), l, t, r, s, fresh));
-  });
-  m.def("finish", [](py::handle state, py::handle targets, bool has_reference, py::handle stats, py::handle saved, const py::args& rest) {
-    const Options o = options_of(rest);
-    Borrowed s(state, "state"), t(targets, "targets", true), v(stats, "stats"), k(saved, "saved");
-    py::gil_scoped_release release;
-    PU_ON_DEVICE(s.cuda_device(), finish(o.call(), s, t, has_reference, v, k, o.stream), finish(o.call(), s, t, has_reference, v, k));
-  });
-  m.def("topk", [](py::handle logits, py::handle targets, py::handle stats, py::handle saved, py::handle index, py::handle belief, const py::args& rest) {
-    const Options o = options_of(rest);
-    Borrowed l(logits, "logits"), t(targets, "targets", true), v(stats, "stats"), k(saved, "saved"), j(index, "index"), b(belief, "belief");
-    py::gil_scoped_release release;
-    PU_ON_DEVICE(l.cuda_device(), topk(o.call(), l, t, v, k, j, b, o.stream), topk(o.call(), l, t, v, k, j, b));
-  });
-  m.def("backward", [](py::handle grad_stats, py::handle stats, py::handle saved, py::handle logits, py::handle targets, py::handle reference,
-                       py::handle index, py::handle belief, py::handle grad_logits, const py::args& rest) {
-    const Options o = options_of(rest);
-    Borrowed g(grad_stats, "grad_stats"), v(stats, "stats"), k(saved, "saved"), l(logits, "logits"), t(targets, "targets", true);
-    Borrowed r(reference, "reference"), j(index, "index"), b(belief, "belief"), d(grad_logits, "grad_logits");
-    py::gil_scoped_release release;
-    PU_ON_DEVICE(l.cuda_device(), backward(o.call(), g, v, k, l, t, r, j, b, d, o.stream), backward(o.call(), g, v, k, l, t, r, j, b, d));
-  });
+  py::class_<pu::Call>(m, "Call", py::module_local(), "What the token statistics take besides tensors.")
+      .def(py::init(&make_call), py::kw_only(), "outputs"_a, "temperature"_a, "softcap"_a, "ignore_index"_a,
+           "first_column"_a, "vocabulary"_a, "threads"_a, "stream"_a);
+  m.def("parts", &parts, "cuda_device"_a, "rows"_a, "columns"_a);
+  m.def("accumulate", &accumulate, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "reference"_a, "state"_a,
+        "fresh"_a);
+  m.def("finish", &finish, "call"_a, py::kw_only(), "state"_a, "targets"_a, "has_reference"_a, "stats"_a, "saved"_a);
+  m.def("topk", &topk, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "stats"_a, "saved"_a, "index"_a, "belief"_a);
+  m.def("backward", &backward, "call"_a, py::kw_only(), "grad_stats"_a, "stats"_a, "saved"_a, "logits"_a, "targets"_a,
+        "reference"_a, "index"_a, "belief"_a, "grad_logits"_a);
+  m.def("value_and_grad", &value_and_grad, "call"_a, py::kw_only(), "logits"_a, "targets"_a, "weights"_a, "alpha"_a,
+        "gamma"_a, "beta"_a, "floor"_a, "stats"_a, "grad_logits"_a,
+        "Returns why two passes serve better, with nothing done, or None.");
 
-  m.def("parts", [](int cuda_device, int64_t rows, int64_t columns) {
-#if defined(PU_CUDA_ON_CPU)
-    cuda_device = 0;
-#endif
-    return PU_ON_DEVICE(cuda_device, parts_of(rows, columns), parts_of(rows, columns));
-  });
-  m.def("value_and_grad", [](py::tuple rule, py::handle weights, py::handle floor, py::handle logits, py::handle targets, py::handle stats,
-                             py::handle grad_logits, const py::args& rest) {
-    const Options o = options_of(rest);
-    const pu::cpu::Rule how = {rule[0].cast<double>(), rule[1].cast<double>(), rule[2].cast<double>()};
-    Borrowed w(weights, "weights"), f(floor, "floor", true), l(logits, "logits"), t(targets, "targets", true), v(stats, "stats");
-    Borrowed d(grad_logits, "grad_logits");
-    py::gil_scoped_release release;
-    return PU_ON_DEVICE(l.cuda_device(), value_and_grad(o.call(), how, w, f, l, t, v, d, o.stream), value_and_grad(o.call(), how, w, f, l, t, v, d));
-  });
-
-  m.def("philox", [](std::array<uint32_t, 4> counter, uint64_t key) {
-    uint32_t words[4] = {counter[0], counter[1], counter[2], counter[3]};
-    pu::philox(words, uint32_t(key), uint32_t(key >> 32));
-    return std::array<uint32_t, 4>{words[0], words[1], words[2], words[3]};
-  });
-  m.def("perturb", [](py::handle table, py::handle source, py::handle target, uint64_t seed, const py::object& remove, const py::object& add, int threads, uintptr_t stream) {
-    const pu::Perturb p = {seed, !source.is_none(), dtype_like(source), dtype_like(target), noise_of(remove), noise_of(add)};
-    Borrowed t(table, "table");
-    py::gil_scoped_release release;
-    PU_ON_DEVICE(t.cuda_device(), perturb(p, t, reinterpret_cast<void*>(stream)), perturb(p, t, threads));
-  });
-  m.def("segment_dot", [](py::handle table, int64_t chunk, py::handle partials, py::handle sums, int threads, [[maybe_unused]] uintptr_t stream) {
-    Borrowed t(table, "table"), p(partials, "partials"), s(sums, "sums");
-    py::gil_scoped_release release;
-    PU_ON_DEVICE(t.cuda_device(), segment_dot(t, chunk, p, s, reinterpret_cast<void*>(stream)), segment_dot(t, chunk, p, s, threads));
-  });
+  m.def("philox", &philox, "counter"_a, "key"_a);
+  m.def("perturb", &perturb, py::kw_only(), "table"_a, "source"_a, "target"_a, "seed"_a, "remove"_a, "add"_a,
+        "threads"_a, "stream"_a);
+  m.def("segment_dot", &segment_dot, py::kw_only(), "table"_a, "chunk"_a, "partials"_a, "sums"_a, "threads"_a,
+        "stream"_a);
 }

@@ -9,10 +9,28 @@ state_fields: int
 
 def instruction_set() -> str: ...
 def choose_instruction_set(name: str) -> str: ...
-def accumulate(logits: Any, targets: Any, reference: Any, state: Any, fresh: bool, *call: Any) -> None: ...
-def finish(state: Any, targets: Any, has_reference: bool, stats: Any, saved: Any, *call: Any) -> None: ...
-def topk(logits: Any, targets: Any, stats: Any, saved: Any, index: Any, belief: Any, *call: Any) -> None: ...
+
+class Call:
+    def __init__(
+        self,
+        *,
+        outputs: int,
+        temperature: float,
+        softcap: float,
+        ignore_index: int,
+        first_column: int,
+        vocabulary: int,
+        threads: int,
+        stream: int,
+    ) -> None: ...
+
+def parts(cuda_device: int, rows: int, columns: int) -> int: ...
+def accumulate(call: Call, *, logits: Any, targets: Any, reference: Any, state: Any, fresh: bool) -> None: ...
+def finish(call: Call, *, state: Any, targets: Any, has_reference: bool, stats: Any, saved: Any) -> None: ...
+def topk(call: Call, *, logits: Any, targets: Any, stats: Any, saved: Any, index: Any, belief: Any) -> None: ...
 def backward(
+    call: Call,
+    *,
     grad_stats: Any,
     stats: Any,
     saved: Any,
@@ -22,21 +40,23 @@ def backward(
     index: Any,
     belief: Any,
     grad_logits: Any,
-    *call: Any,
 ) -> None: ...
-def parts(cuda_device: int, rows: int, columns: int) -> int: ...
 def value_and_grad(
-    rule: tuple[float, float, float],
-    weights: Any,
-    floor: Any,
+    call: Call,
+    *,
     logits: Any,
     targets: Any,
+    weights: Any,
+    alpha: float,
+    gamma: float,
+    beta: float,
+    floor: Any,
     stats: Any,
     grad_logits: Any,
-    *call: Any,
-) -> bool: ...
+) -> str | None: ...
 def philox(counter: tuple[int, int, int, int], key: int) -> list[int]: ...
 def perturb(
+    *,
     table: Any,
     source: Any,
     target: Any,
@@ -46,4 +66,4 @@ def perturb(
     threads: int,
     stream: int,
 ) -> None: ...
-def segment_dot(table: Any, chunk: int, partials: Any, sums: Any, threads: int, stream: int) -> None: ...
+def segment_dot(*, table: Any, chunk: int, partials: Any, sums: Any, threads: int, stream: int) -> None: ...

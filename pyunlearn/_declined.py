@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
-from functools import cache
 
 logger = logging.getLogger("pyunlearn")
+_logged: set[tuple[str, str]] = set()
 
 
-@cache
 def decline(optimisation: str, reason: str) -> str:
     """Logs `optimisation: reason` at level INFO the first time; returns the reason, for the diagnostics.
 
     optimisation: its name in the docs, such as "shared prefix". reason: why not, in a few words, such as "the model's
     forward takes no cache".
     """
-    logger.info("%s is not used: %s", optimisation, reason)
+    if (optimisation, reason) not in _logged:
+        _logged.add((optimisation, reason))
+        logger.info("%s is not used: %s", optimisation, reason)
     return reason
+
+
+# What torch.compiler.assume_constant_result does, which would import dynamo: a trace calls it, and has the reason.
+decline._dynamo_marked_constant = True  # type: ignore[attr-defined]

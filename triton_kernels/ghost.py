@@ -1,15 +1,11 @@
-"""<U_i, V_i> of per-sequence sums of outer products (`pyunlearn.ops.ghost`): a program a tile of positions (t, s).
+"""<U_i, V_i> of per-sequence sums of outer products (`pyunlearn.ops.ghost_dot`): a program a tile of positions (t, s).
 
 A tile of left and of right inner products is made on the tensor cores, and their product summed in float64 at once: no
 (T, T) matrix is written. Tiles belong to one sequence; where u is v those below the diagonal count for those above.
 """
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 GRAM, LOOKUP, MATCH = (tl.constexpr(i) for i in range(3))  # left of u and v: rows both; integers and rows; integers
 
@@ -56,9 +52,9 @@ def tile_kernel(
             row = tl.load(u_left + t, mask=t_inside, other=0).to(tl.int64)
             known = (row >= 0) & (row < left_columns)
             at = v_left + s[None, :] * left_columns + row[:, None]
-            found = tl.load(at, mask=known[:, None] & s_inside[None, :], other=0.0)
+            values = tl.load(at, mask=known[:, None] & s_inside[None, :], other=0.0)
             WIDE: tl.constexpr = tl.float64 if v_left.dtype.element_ty.is_fp64() else tl.float32
-            lefts = tl.where(known[:, None], found.to(WIDE), float("nan"))
+            lefts = tl.where(known[:, None], values.to(WIDE), float("nan"))
         else:
             mine = tl.load(u_left + t, mask=t_inside, other=0)
             theirs = tl.load(v_left + s, mask=s_inside, other=0)
@@ -70,50 +66,3 @@ def tile_kernel(
             total = tl.where(i == j, total, 2 * total)
         whole = (u_length <= u_tiles * BLOCK) & (v_length <= v_tiles * BLOCK)  # else tiles are missing
         tl.store(partials + program + tl.arange(0, 1), tl.where(whole, total, float("nan")))
-
-
-def ghost_dot(u: Any, v: Any) -> Tensor:
-    """(B,) float64 of packed OuterSums; v None: of u with itself. Integers alone are u's."""
-    symmetric, v = v is None, u if v is None else v
-    left = GRAM if not u.one_hot else MATCH if v.one_hot else LOOKUP
-    u_left, u_right = in_steps(u.left) if left is GRAM else u.left, in_steps(u.right)
-    v_left, v_right = u_left, u_right
-    if not symmetric:
-        v_left, v_right = in_steps(v.left) if left is GRAM else v.left, in_steps(v.right)
-    widest = u_right.dtype if v.one_hot else torch.promote_types(u_right.dtype, v_left.dtype)
-    block, warps = tile_of(widest, max(u.max_seqlen, v.max_seqlen), left is MATCH)
-    u_tiles, v_tiles = triton.cdiv(u.max_seqlen, block), triton.cdiv(v.max_seqlen, block)
-    partials = u.right.new_zeros(u.num_sequences, u_tiles * v_tiles, dtype=torch.float64)
-    with torch.cuda.device_of(partials):
-        if partials.numel():
-            tile_kernel[partials.numel(),](
-                u_left, u_right, u.cu_seqlens, v_left, v_right, v.cu_seqlens, partials,
-                0 if v.one_hot else v_left.size(-1), u_right.size(-1), u_tiles, v_tiles,
-                LEFT=left.value, SYMMETRIC=symmetric, BLOCK=block, LEFT_STEP=step_of(v_left),
-                RIGHT_STEP=step_of(v_right), num_warps=warps,
-            )  # fmt: skip
-    return partials.sum(1)
-
-
-def tile_of(dtype: torch.dtype, longest: int, match: bool) -> tuple[int, int]:
-    """(positions on a side, warps): what registers hold of two tiles, operands and the sum in float64, unspilled."""
-    if dtype.itemsize == 2 and longest > 256 and not match and architecture() >= 90:
-        return 128, 8
-    return 64, 4 if dtype.itemsize == 2 else 8
-
-
-def architecture() -> int:
-    return 0 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
-
-
-def step_of(rows: Tensor) -> int:
-    """Columns of a step."""
-    return {2: 64, 4: 16, 8: 16}[rows.itemsize]
-
-
-def in_steps(rows: Tensor) -> Tensor:
-    """With columns of 0 up to whole steps, on 16 bytes."""
-    if triton.knobs.runtime.interpret and rows.dtype == torch.bfloat16:
-        rows = rows.float()  # its tl.dot would take the bits for integers
-    more = -rows.size(-1) % step_of(rows)
-    return torch.nn.functional.pad(rows, (0, more)) if more or rows.data_ptr() % 16 else rows

@@ -1,66 +1,16 @@
-"""out = w + scale z over a table of chunks, in Triton: the contract of csrc/cpu/perturb.h, the words of math/philox.h.
+"""out = w + scale z over a table of chunks, in Triton: csrc/tensor/call.h's Perturb.
 
-The normals come from the CPU's polynomials, with fused multiply-adds.
+The words are math/philox.h's. The normals come from the CPU's polynomials, with fused multiply-adds.
 """
 
-from __future__ import annotations
-
-import struct
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 BLOCKS = 256  # Philox calls a step of a program: 1024 elements, 8 a thread
-TYPES = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float64: tl.float64,
-    torch.int32: tl.int32,
-}
-
-
-def perturb(
-    table: Tensor,
-    source: torch.dtype | None,
-    target: torch.dtype,
-    seed: int,
-    remove: tuple[int, float] | None,
-    add: tuple[int, float] | None,
-) -> None:
-    """As `perturb` of pyunlearn.ops.backends.native."""
-
-    def bits(noise: tuple[int, float] | None) -> tuple[int, int]:
-        """The draw as int32, the scale's float64 as int64: the kernel's arguments never change their types."""
-        draw, scale = noise or (0, 1.0)
-        return signed(draw), struct.unpack("<q", struct.pack("<d", scale))[0]
-
-    kernel[(len(table),)](
-        table,
-        signed(seed & 0xFFFFFFFF),
-        signed(seed >> 32),
-        *bits(remove),
-        *bits(add),
-        SOURCE=None if source is None else TYPES[source],
-        TARGET=TYPES[target],
-        WIDE=tl.float64 if target == torch.float64 else tl.float32,
-        WORDS=target == torch.int32,
-        REMOVE=remove is not None,
-        ADD=add is not None,
-        BLOCKS=BLOCKS,
-        num_warps=4,
-        enable_fp_fusion=False,  # noise is rounded before it is added; the polynomials say fma
-    )
-
-
-def signed(word: int) -> int:
-    return word - (1 << 32) if word >> 31 else word
 
 
 @triton.jit(do_not_specialize=["key_low", "key_high", "remove_draw", "remove_scale", "add_draw", "add_scale"])
-def kernel(
+def perturb_kernel(
     table,
     key_low,
     key_high,

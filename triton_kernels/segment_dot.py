@@ -1,17 +1,11 @@
 """<a, b>, <a, a> and <b, b> of many pairs of arrays, in float64: a program a chunk, then a program a segment.
 
-The table is csrc/cpu/segment_dot.h's: (a, b, count, first chunk, type of a, type of b) for every segment.
+The table is csrc/tensor/call.h's Segment: (a, b, count, first chunk, type of a, type of b) for every segment.
 """
 
-from collections.abc import Sequence
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
-NUMBERS = {dtype: i for i, dtype in enumerate(TYPES)}  # csrc/tensor/view.h's DType
 COLUMNS = tl.constexpr(6)
 
 
@@ -67,21 +61,3 @@ def finish_kernel(table, segments, chunk, partials, sums, BLOCK: tl.constexpr):
     tl.store(sums + s, tl.sum(ab))
     tl.store(sums + segments + s, tl.sum(aa))
     tl.store(sums + 2 * segments + s, tl.sum(bb))
-
-
-def segment_dot(
-    pairs: Sequence[tuple[Tensor, Tensor]], table: Tensor, chunk: int, partials: Tensor, sums: Tensor
-) -> None:
-    """Fills `sums` (3, segments), with a launch over the chunks for every pair of dtypes. Arguments as in csrc/cpu."""
-    kinds: dict[tuple[torch.dtype, torch.dtype], bool] = {}  # -> whether all of them begin at whole 16 bytes
-    for a, b in pairs:
-        aligned = a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
-        kinds[a.dtype, b.dtype] = kinds.get((a.dtype, b.dtype), True) and aligned
-    segments, chunks = table.size(0), partials.size(0)
-    with torch.cuda.device_of(table):
-        for (a_type, b_type), aligned in kinds.items() if chunks else ():
-            chunk_kernel[chunks,](
-                table, segments, chunk, partials, A=TYPES[a_type], B=TYPES[b_type], A_TYPE=NUMBERS[a_type],
-                B_TYPE=NUMBERS[b_type], ALIGNED=aligned, BLOCK=1024, num_warps=4,
-            )  # fmt: skip
-        finish_kernel[segments,](table, segments, chunk, partials, sums, BLOCK=128, num_warps=4)

@@ -19,9 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyunlearn.ops import OuterSum
+from pyunlearn.ops import OuterSum, backends
 from pyunlearn.ops.contract import Options
-from pyunlearn.ops.ghost import packed
 
 from ..measure import ROOT, commit, output_of, versions
 from ..results import read
@@ -59,7 +58,7 @@ def write(folder: Path) -> Path:
     archs = known_archs(nvcc)
     sources = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     kernels = [kernel for source in sources for kernel in compiled(nvcc, source, archs)]
-    if importlib.util.find_spec("triton") and importlib.util.find_spec("pyunlearn.ops.backends.triton"):
+    if importlib.util.find_spec("triton"):
         kernels += triton_kernels(archs)
     nvcc_version = re.findall(r"release [\d.]+, (V[\d.]+)", output_of(nvcc, "--version"))[0]
     compilers = f"nvcc {nvcc_version}, triton {versions().get('triton', 'not installed')}, commit {commit()}"
@@ -90,15 +89,14 @@ def compiled(nvcc: str, source: Path, archs: list[str]) -> list[Kernel]:
 def triton_kernels(archs: list[str]) -> list[Kernel]:
     """ptxas' report on the Triton kernels as their launchers compile them: token statistics with a reference and
     without, and tiles of ghost_dot, each in bfloat16 and float32."""
-    backend = importlib.import_module("pyunlearn.ops.backends.triton")
-    ghost_dot = importlib.import_module("pyunlearn.triton_kernels.ghost").ghost_dot
+    backend = backends.kernels("triton")
     calls: list[tuple[str, str, Callable[[], object]]] = []
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)[6:]
         calls.append(("token_stats.py", label, partial(call_all, backend, dtype, False)))
         calls.append(("token_stats.py", f"{label}, reference", partial(call_all, backend, dtype, True)))
-        u = packed(OuterSum(torch.zeros(2, 512, 128, dtype=dtype), torch.zeros(2, 512, 128, dtype=dtype)))
-        calls.append(("ghost.py", label, partial(ghost_dot, u, None)))
+        u = OuterSum(torch.zeros(2, 512, 128, dtype=dtype), torch.zeros(2, 512, 128, dtype=dtype))
+        calls.append(("ghost.py", label, partial(backend.ghost_dot, u, None)))
     kernels: list[Kernel] = []
     for arch in archs:
         built: dict[str, tuple[Any, str, str]] = {}

@@ -1,7 +1,7 @@
 // Compiled once per instruction set, and without contraction of a * b + c: all of them give the same bits. No std::
 // templates here: the linker could hand an AVX-512 instance of one to the portable build.
 #include "../math/philox.h"
-#include "perturb.h"
+#include "lane_functions.h"
 #include "storage_lanes.h"
 
 namespace pu {
@@ -19,11 +19,14 @@ PU_FN void transpose(Floats (&v)[4]) {
 #define PU_MM(op) _mm256_##op
 #endif
 #if defined(PU_MM)
-  const V a = reinterpret_cast<V>(v[0]), b = reinterpret_cast<V>(v[1]), c = reinterpret_cast<V>(v[2]), d = reinterpret_cast<V>(v[3]);
+  const V a = reinterpret_cast<V>(v[0]), b = reinterpret_cast<V>(v[1]), c = reinterpret_cast<V>(v[2]),
+          d = reinterpret_cast<V>(v[3]);
   const auto ab = PU_MM(castps_pd)(PU_MM(unpacklo_ps)(a, b)), AB = PU_MM(castps_pd)(PU_MM(unpackhi_ps)(a, b));
   const auto cd = PU_MM(castps_pd)(PU_MM(unpacklo_ps)(c, d)), CD = PU_MM(castps_pd)(PU_MM(unpackhi_ps)(c, d));
-  v[0] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(ab, cd)), v[1] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(ab, cd));
-  v[2] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(AB, CD)), v[3] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(AB, CD));
+  v[0] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(ab, cd)),
+  v[1] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(ab, cd));
+  v[2] = reinterpret_cast<Floats>(PU_MM(unpacklo_pd)(AB, CD)),
+  v[3] = reinterpret_cast<Floats>(PU_MM(unpackhi_pd)(AB, CD));
 #undef PU_MM
 #else
   for (int q = 0; q < kLanes; q += 4)
@@ -124,9 +127,4 @@ void perturb_chunk(const Perturb& p, const Chunk& c) {
 }
 
 }  // namespace PU_ISA
-
-#define PU_JOIN2(a, b) a##b
-#define PU_JOIN(a, b) PU_JOIN2(a, b)
-PerturbChunk PU_JOIN(PU_ISA, _perturb)() { return perturb_chunk; }
-
 }  // namespace pu

@@ -1,6 +1,6 @@
 // Compiled once per instruction set. No std:: templates here: the linker could hand an AVX-512 instance of one to the
 // portable build. Products of all types but double are exact in double, so that contraction changes no bit.
-#include "segment_dot.h"
+#include "lane_functions.h"
 #include "storage_lanes.h"
 
 namespace pu {
@@ -78,9 +78,4 @@ void pair_sums(DType a_type, const void* a, DType b_type, const void* b, int64_t
 }
 
 }  // namespace PU_ISA
-
-#define PU_JOIN2(a, b) a##b
-#define PU_JOIN(a, b) PU_JOIN2(a, b)
-PairSums PU_JOIN(PU_ISA, _pair_sums)() { return pair_sums; }
-
 }  // namespace pu

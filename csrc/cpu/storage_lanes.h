@@ -13,7 +13,11 @@ template <> struct LaneOf<double> { using type = double; };
 
 PU_FN double load(const double* p) { return *p; }
 PU_FN void store(double* p, double v) { *p = v; }
-PU_FN Floats load(const float* p) { Floats v; __builtin_memcpy(&v, p, sizeof v); return v; }
+PU_FN Floats load(const float* p) {
+  Floats v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
 PU_FN void store(float* p, Floats v) { __builtin_memcpy(p, &v, sizeof v); }
 
 PU_FN Words load_words(const void* p) {  // GCC makes several instructions of __builtin_convertvector
@@ -61,7 +65,8 @@ PU_FN Floats load(const Float16* p) {
   const Words w = load_words(p), magnitude = (w & 0x7fffu) << 13;
   const Floats value = bits_of<Floats>(magnitude) * 0x1p112f;  // denormals come out right
   const Words special = bits_of<Words>(value) | 0x7f800000u;   // exponent 31: infinity or NaN
-  return bits_of<Floats>((bits_of<Ints>(magnitude) >= 0x0f800000 ? special : bits_of<Words>(value)) | (w & 0x8000u) << 16);
+  const Words absolute = bits_of<Ints>(magnitude) >= 0x0f800000 ? special : bits_of<Words>(value);
+  return bits_of<Floats>(absolute | (w & 0x8000u) << 16);
 #endif
 }
 PU_FN void store(Float16* p, Floats v) {

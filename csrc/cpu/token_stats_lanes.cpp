@@ -1,11 +1,8 @@
 // Compiled once per instruction set: PU_ISA names it, PU_LANES is its float lanes. No std:: templates here: the linker
 // could hand an AVX-512 instance of one to the portable build.
-#include "token_stats_lanes.h"
-
-#include <cstring>
-
 #include "../math/row_state.h"
 #include "../math/token_gradient.h"
+#include "lane_functions.h"
 #include "storage_lanes.h"
 
 namespace pu {
@@ -25,7 +22,8 @@ PU_FN double sum_lanes(double v) { return v; }
 template <class A> struct Curve {
   A scale, softcap, per_softcap, temperature;
   explicit PU_FN Curve(const Transform& t)
-      : scale(A(1 / t.temperature)), softcap(A(t.softcap)), per_softcap(A(t.softcap > 0 ? 1 / t.softcap : 0)), temperature(A(t.temperature)) {}
+      : scale(A(1 / t.temperature)), softcap(A(t.softcap)), per_softcap(A(t.softcap > 0 ? 1 / t.softcap : 0)),
+        temperature(A(t.temperature)) {}
   template <bool kSoftcap, class F> PU_FN F z(F x) const {
     return kSoftcap ? softcap * tanh_lanes(x * per_softcap) * scale : x * scale;
   }
@@ -54,7 +52,9 @@ PU_FN Floats keep(Floats v, int64_t n, int64_t without, float otherwise) {  // l
     if (i >= n || i == without) v[i] = otherwise;
   return v;
 }
-PU_FN double keep(double v, int64_t n, int64_t without, double otherwise) { return n < 1 || without == 0 ? otherwise : v; }
+PU_FN double keep(double v, int64_t n, int64_t without, double otherwise) {
+  return n < 1 || without == 0 ? otherwise : v;
+}
 
 // ---- accumulate ---------------------------------------------------------------------------------------------------
 
@@ -115,7 +115,8 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   if (kReference) raise_ref_max(s, broadcast(ref_top, F{}));
   RowState<A>& out = *static_cast<RowState<A>*>(state);
   out = RowState<A>::empty(A(0));
-  out.max = top, out.ones = sum_lanes(s.ones), out.rest = sum_lanes(s.rest), out.shifted = sum_lanes(s.shifted), out.squared = sum_lanes(s.squared);
+  out.max = top, out.ones = sum_lanes(s.ones), out.rest = sum_lanes(s.rest), out.shifted = sum_lanes(s.shifted),
+  out.squared = sum_lanes(s.squared);
   out.total = sum_lanes(s.total), out.gap = sum_lanes(s.gap);
   if (kReference) out.ref_max = ref_top, out.ref_sum = sum_lanes(s.ref_sum), out.ref_gap = sum_lanes(s.ref_gap);
   out.origin = lane0(s.origin), out.offset = lane0(s.offset), out.count = A(n - (target >= 0 && target < n));
@@ -135,7 +136,8 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
 // ---- gradient -----------------------------------------------------------------------------------------------------
 
 template <class T, bool kLogs, bool kReference, bool kSoftcap>
-void gradient_piece(const Transform& transform, const Piece& piece, const void* coefficients, const Belief& belief, void* out) {
+void gradient_piece(const Transform& transform, const Piece& piece, const void* coefficients, const Belief& belief,
+                    void* out) {
   using F = typename LaneOf<T>::type;
   using A = typename Lane<F>::Scalar;
   constexpr int L = Lane<F>::count;
@@ -160,7 +162,8 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   auto fix = [&](int64_t j, A b, bool is_target) PU_LAMBDA {
     const A z = lane0(curve.template z<kSoftcap>(load_some(x + j, 1)));
     const A q = kReference ? lane0(curve.template z<kSoftcap>(load_some(r + j, 1))) : A(0);
-    const A dz = is_target ? target_gradient<kReference>(q, c) : lane0(lane_gradient<kLogs, kReference>(broadcast(z, F{}), broadcast(q, F{}), c));
+    const A dz = is_target ? target_gradient<kReference>(q, c)
+                           : lane0(lane_gradient<kLogs, kReference>(broadcast(z, F{}), broadcast(q, F{}), c));
     column[fixed] = j, value[fixed++] = curve.template dx<kSoftcap>(dz + b, z);
   };
   const int64_t target = piece.target - piece.first;
@@ -174,7 +177,8 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   if (target >= 0 && target < n) fix(target, target_belief, true);
 
   int64_t i = 0;
-  for (const bool native = has_native_bfloat16(); i + L <= n; i += L) store(dx + i, lanes(load(x + i), kReference ? load(r + i) : F{}), native);
+  for (const bool native = has_native_bfloat16(); i + L <= n; i += L)
+    store(dx + i, lanes(load(x + i), kReference ? load(r + i) : F{}), native);
   if (i < n) store_some(dx + i, lanes(load_some(x + i, n - i), kReference ? load_some(r + i, n - i) : F{}), n - i);
   for (int f = 0; f < fixed; ++f) store_some(dx + column[f], broadcast(value[f], F{}), 1);
 }
@@ -246,7 +250,8 @@ void gradient(const Transform& t, const Piece& p, const void* c, int kind, const
 
 void largest(const Transform& t, const Piece& p, int64_t k, int32_t* index, void* z) {
   with_dtype(p.dtype, [&](auto like) {
-    with_flag(t.softcap > 0, [&](auto softcap) { largest_of<decltype(like), decltype(softcap)::value>(t, p, k, index, z); });
+    with_flag(t.softcap > 0,
+              [&](auto softcap) { largest_of<decltype(like), decltype(softcap)::value>(t, p, k, index, z); });
   });
 }
 
@@ -256,6 +261,8 @@ void largest(const Transform& t, const Piece& p, int64_t k, int32_t* index, void
 #define PU_JOIN(a, b) PU_JOIN2(a, b)
 #define PU_TEXT2(a) #a
 #define PU_TEXT(a) PU_TEXT2(a)
-LaneFunctions PU_JOIN(PU_ISA, _lanes)() { return {PU_TEXT(PU_ISA), accumulate, gradient, largest}; }
+LaneFunctions PU_JOIN(PU_ISA, _lanes)() {
+  return {PU_TEXT(PU_ISA), accumulate, gradient, largest, perturb_chunk, pair_sums};
+}
 
 }  // namespace pu

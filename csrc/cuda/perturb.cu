@@ -1,6 +1,6 @@
 // One launch for all chunks of the table, a block each; a thread takes eight elements at a time: 16-byte accesses, two
 // Philox calls. Nothing depends on the grid: a chunk says which elements of which parameter it holds.
-#include "perturb.cuh"
+#include "perturb.h"
 
 #include <cuda_runtime.h>
 
@@ -30,7 +30,8 @@ template <class F> __device__ F product(F a, F b) {  // never fused into the sum
 }
 
 // The words of elements i .. i + 7, i a multiple of 8.
-__device__ __forceinline__ void words_of(const Perturb& p, const Noise& noise, uint32_t id, int64_t i, uint32_t (&words)[2][4]) {
+__device__ __forceinline__ void words_of(const Perturb& p, const Noise& noise, uint32_t id, int64_t i,
+                                         uint32_t (&words)[2][4]) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const uint64_t block = uint64_t(i) / 4 + h;
@@ -38,14 +39,16 @@ __device__ __forceinline__ void words_of(const Perturb& p, const Noise& noise, u
     philox(words[h], uint32_t(p.seed), uint32_t(p.seed >> 32));
   }
 }
-__device__ __forceinline__ void normals_of(const Perturb& p, const Noise& noise, uint32_t id, int64_t i, float (&z)[kGroup]) {
+__device__ __forceinline__ void normals_of(const Perturb& p, const Noise& noise, uint32_t id, int64_t i,
+                                           float (&z)[kGroup]) {
   uint32_t x[2][4];
   words_of(p, noise, id, i, x);
 #pragma unroll
   for (int k = 0; k < kGroup; k += 2) box_muller(x[k / 4][k % 4], x[k / 4][k % 4 + 1], z[k], z[k + 1]);
 }
 
-template <class S, class T> __device__ __forceinline__ Pack<T> group(const Perturb& p, uint32_t id, int64_t i, const Pack<S>& from) {
+template <class S, class T>
+__device__ __forceinline__ Pack<T> group(const Perturb& p, uint32_t id, int64_t i, const Pack<S>& from) {
   Pack<T> to;
   if constexpr (std::is_same_v<T, uint32_t>) {
     uint32_t x[2][4];
@@ -102,24 +105,26 @@ template <class S, class T> __global__ void __launch_bounds__(kThreads) perturb_
   }
 }
 
-template <class S, class T> void launch(const Perturb& p, const Matrix& table, void* stream) {
+template <class S, class T> void launch(const Perturb& p) {
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(unsigned(table.rows)), config.blockDim = dim3(kThreads), config.stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaLaunchKernelEx(&config, perturb_kernel<S, T>, table.as<const Chunk>(), p);
+  config.gridDim = dim3(unsigned(p.table.rows)), config.blockDim = dim3(kThreads),
+  config.stream = static_cast<cudaStream_t>(p.stream);
+  const cudaError_t error = cudaLaunchKernelEx(&config, perturb_kernel<S, T>, p.table.as<const Chunk>(), p);
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
 }  // namespace
 
-void perturb(const Perturb& p, const Matrix& table, void* stream) {
-  check(p);
-  if (table.rows == 0) return;
+void perturb(const Perturb& p) {
+  p.check();
+  if (p.table.rows == 0) return;
   const bool widen = p.source != p.target;
-  if (!p.has_source) p.target == DType::kInt32 ? launch<Nothing, uint32_t>(p, table, stream) : launch<Nothing, float>(p, table, stream);
-  else if (p.source == DType::kBFloat16) widen ? launch<__nv_bfloat16, float>(p, table, stream) : launch<__nv_bfloat16, __nv_bfloat16>(p, table, stream);
-  else if (p.source == DType::kFloat16) widen ? launch<__half, float>(p, table, stream) : launch<__half, __half>(p, table, stream);
-  else if (p.source == DType::kFloat64) launch<double, double>(p, table, stream);
-  else launch<float, float>(p, table, stream);
+  if (!p.has_source) p.target == DType::kInt32 ? launch<Nothing, uint32_t>(p) : launch<Nothing, float>(p);
+  else if (p.source == DType::kBFloat16)
+    widen ? launch<__nv_bfloat16, float>(p) : launch<__nv_bfloat16, __nv_bfloat16>(p);
+  else if (p.source == DType::kFloat16) widen ? launch<__half, float>(p) : launch<__half, __half>(p);
+  else if (p.source == DType::kFloat64) launch<double, double>(p);
+  else launch<float, float>(p);
 }
 
 }  // namespace pu::cuda

@@ -11,7 +11,7 @@
 #include "../math/row_state.h"
 #include "../math/token_gradient.h"
 #include "storage.cuh"
-#include "token_stats.cuh"
+#include "token_stats.h"
 
 #if !defined(PU_DYNAMIC_SHARED)
 #define PU_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -35,6 +35,7 @@ struct Rows {  // Matrix as a kernel argument
   }
 };
 inline Rows rows_of(const Matrix& m) { return {m.data, m.inner_rows, m.inner_stride, m.outer_stride}; }
+template <class T = float> T* data_of(const Matrix& m) { return reinterpret_cast<T*>(m.data); }
 
 struct Arguments {
   Rows logits, targets, reference;
@@ -42,19 +43,34 @@ struct Arguments {
   float scale, softcap, per_softcap, slope;  // slope: d(z / (scale softcap)) / dz
   uint32_t outputs;
   bool wide_targets;  // int64
-  __device__ int64_t target(int64_t row) const { return wide_targets ? *targets.row<int64_t>(row) : *targets.row<int32_t>(row); }
-  template <bool kSoftcap> __device__ float z(float x) const { return (kSoftcap ? softcap * tanh_lanes(x * per_softcap) : x) * scale; }
+  __device__ int64_t target(int64_t row) const {
+    return wide_targets ? *targets.row<int64_t>(row) : *targets.row<int32_t>(row);
+  }
+  template <bool kSoftcap> __device__ float z(float x) const {
+    return (kSoftcap ? softcap * tanh_lanes(x * per_softcap) : x) * scale;
+  }
   template <bool kSoftcap> __device__ float dx(float dz, float z) const {
     const float y = z * slope;
     return kSoftcap ? dz * scale * (1 - y * y) : dz * scale;
   }
 };
 
-inline Arguments arguments_of(const cpu::Call& call, const Matrix& logits, const Matrix& targets, const Matrix& reference) {
+inline Arguments arguments_of(const Call& call) {
   const double softcap = call.transform.softcap, temperature = call.transform.temperature;
-  return {rows_of(logits), rows_of(targets), rows_of(reference), targets.rows, logits.columns, call.first_column, call.vocabulary,
-          call.ignore_index, float(1 / temperature), float(softcap), float(softcap > 0 ? 1 / softcap : 0),
-          float(softcap > 0 ? temperature / softcap : 0), call.outputs, targets.dtype == DType::kInt64};
+  return {rows_of(call.logits),
+          rows_of(call.targets),
+          rows_of(call.reference),
+          call.targets.rows,
+          call.logits.columns,
+          call.first_column,
+          call.vocabulary,
+          call.ignore_index,
+          float(1 / temperature),
+          float(softcap),
+          float(softcap > 0 ? 1 / softcap : 0),
+          float(softcap > 0 ? temperature / softcap : 0),
+          call.outputs,
+          call.targets.dtype == DType::kInt64};
 }
 
 // The columns [begin, end) that part `part` of `parts` of a row covers; parts begin on 16-byte packs.
@@ -81,7 +97,8 @@ template <class T> __device__ bool same_phase(const T* a, const T* b) {
 // i + kStride<T>, ... below end, kBatch at most. single(i): the columns before the first aligned pack of x and after the
 // last one, and all of them where not `aligned`.
 template <class T> constexpr int32_t kStride = kThreads * Pack<T>::count;
-template <class T, class Batch, class Single> __device__ void sweep(const T* x, Span span, bool aligned, Batch batch, Single single) {
+template <class T, class Batch, class Single>
+__device__ void sweep(const T* x, Span span, bool aligned, Batch batch, Single single) {
   constexpr int P = Pack<T>::count;
   const int32_t misses = int32_t((16 - reinterpret_cast<uintptr_t>(x + span.begin) % 16) % 16 / sizeof(T));
   const int32_t head = aligned && misses < span.end - span.begin ? span.begin + misses : span.end;
@@ -118,7 +135,8 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
   const int64_t target;  // a column of these logits, or outside of them
   RowState<float> s = RowState<float>::empty(0.0f);
 
-  __device__ Reader(const Arguments& arguments, const T* x, const T* r, Span span, int64_t column) : a(arguments), target(column) {
+  __device__ Reader(const Arguments& arguments, const T* x, const T* r, Span span, int64_t column)
+      : a(arguments), target(column) {
     const float first = a.template z<kSoftcap>(value_of(x[span.begin]));
     const float gap = kReference ? first - a.template z<kSoftcap>(value_of(r[span.begin])) : 0.0f;
     s.origin = first - first == 0 ? first : 0.0f;
@@ -131,7 +149,8 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
     if (around) {
 #pragma unroll
       for (int l = 0; l < N; ++l) {
-        if (i + l == target) s.target = z[l], s.ref_target = q[l], z[l] = q[l] = -std::numeric_limits<float>::infinity();
+        if (i + l == target)
+          s.target = z[l], s.ref_target = q[l], z[l] = q[l] = -std::numeric_limits<float>::infinity();
         else if (kWants & kTotal) total += z[l] - s.origin;
         if (i + l < target) s.before = max_lanes(z[l], s.before);
       }
@@ -150,7 +169,8 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
     take(z, q, i);
   }
   __device__ void single(T xv, T rv, int32_t i) {
-    float z[1] = {a.template z<kSoftcap>(value_of(xv))}, q[1] = {kReference ? a.template z<kSoftcap>(value_of(rv)) : 0.0f};
+    float z[1] = {a.template z<kSoftcap>(value_of(xv))},
+          q[1] = {kReference ? a.template z<kSoftcap>(value_of(rv)) : 0.0f};
     take(z, q, i);
   }
 
@@ -220,7 +240,8 @@ template <class Call> void with_dtype(DType t, Call call) {
   if (t == DType::kFloat32) return call(float{});
   if (t == DType::kFloat16) return call(__half{});
   if (t == DType::kBFloat16) return call(__nv_bfloat16{});
-  throw std::invalid_argument("logits: the CUDA backend takes float32, float16 and bfloat16; use backend=\"eager\" for float64");
+  throw std::invalid_argument(
+      "logits: the CUDA backend takes float32, float16 and bfloat16; use backend=\"eager\" for float64");
 }
 template <unsigned kValue> struct Wants { static constexpr unsigned value = kValue; };
 template <bool kValue> struct Flag { static constexpr bool value = kValue; };

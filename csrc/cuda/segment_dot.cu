@@ -3,8 +3,9 @@
 // Every element is widened to double: two conversions and three DFMA. At 4.3 TB/s a bf16 pair (4 bytes) asks an SM of an
 // H200 for 9 conversions and 14 DFMA lanes a cycle, which does 16 and 64; an fp32 pair (8 bytes) for half of that. A
 // product in fp32 first would not save any: it is exact for bf16, but needs a conversion of its own (three a pair).
-#include "segment_dot.cuh"
+#include "segment_dot.h"
 
+#include "../math/segments.h"
 #include "row.cuh"
 
 namespace pu::cuda {
@@ -78,7 +79,8 @@ __device__ inline Sums over_threads(Sums s) {
   return s;
 }
 
-__global__ void __launch_bounds__(kThreads, 3) chunk_kernel(const Segment* table, int64_t segments, int64_t chunk, Sums* partials) {
+__global__ void __launch_bounds__(kThreads, 3)
+    chunk_kernel(const Segment* table, int64_t segments, int64_t chunk, Sums* partials) {
   const int64_t i = blockIdx.x;
   const Segment segment = table[segment_of(table, segments, i)];
   const int64_t begin = (i - segment.first_chunk) * chunk, left = segment.count - begin;
@@ -90,11 +92,13 @@ __global__ void __launch_bounds__(kThreads, 3) chunk_kernel(const Segment* table
   if (threadIdx.x == 0) partials[i] = whole;
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(const Segment* table, int64_t segments, int64_t chunk, const Sums* partials, double* sums) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const Segment* table, int64_t segments, int64_t chunk, const Sums* partials, double* sums) {
   const Segment segment = table[blockIdx.x];
   const int64_t end = segment.first_chunk + (segment.count + chunk - 1) / chunk;
   Sums s;
-  for (int64_t i = segment.first_chunk + threadIdx.x; i < end; i += kThreads) s.ab += partials[i].ab, s.aa += partials[i].aa, s.bb += partials[i].bb;
+  for (int64_t i = segment.first_chunk + threadIdx.x; i < end; i += kThreads)
+    s.ab += partials[i].ab, s.aa += partials[i].aa, s.bb += partials[i].bb;
   s = over_threads(s);
   if (threadIdx.x != 0) return;
   sums[blockIdx.x] = s.ab, sums[segments + blockIdx.x] = s.aa, sums[2 * segments + blockIdx.x] = s.bb;
@@ -102,11 +106,11 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(const Segment* table, 
 
 }  // namespace
 
-void segment_dot(const Matrix& table, int64_t chunk, const Matrix& partials, const Matrix& sums, void* stream) {
-  const Segment* segments = table.as<Segment>();
-  Sums* partial = reinterpret_cast<Sums*>(partials.data);
-  Launch{partials.rows, 1, stream}(chunk_kernel, segments, table.rows, chunk, partial);
-  Launch{table.rows, 1, stream}(finish_kernel, segments, table.rows, chunk, partial, sums.as<double>());
+void segment_dot(const SegmentDot& d) {
+  const Segment* segments = d.table.as<Segment>();
+  Sums* partial = reinterpret_cast<Sums*>(d.partials.data);
+  Launch{d.partials.rows, 1, d.stream}(chunk_kernel, segments, d.table.rows, d.chunk, partial);
+  Launch{d.table.rows, 1, d.stream}(finish_kernel, segments, d.table.rows, d.chunk, partial, d.sums.as<double>());
 }
 
 }  // namespace pu::cuda

@@ -10,7 +10,8 @@ namespace pu::cuda {
 namespace {
 
 template <class T, unsigned kWants, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, blocks_of(kWants & kReferenceSums)) accumulate_kernel(Arguments a, RowState<float>* state, bool fresh) {
+__global__ void __launch_bounds__(kThreads, blocks_of(kWants& kReferenceSums))
+    accumulate_kernel(Arguments a, RowState<float>* state, bool fresh) {
   __shared__ float room[kWarps + 2];
   const int64_t row = blockIdx.x, column = a.target(row);
   const int part = blockIdx.y, parts = gridDim.y;
@@ -50,7 +51,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kWants & kReferenceSums)) 
 }
 
 // One warp a row: its lanes merge the row's parts in turn, then each other by a fixed tree.
-__global__ void __launch_bounds__(128) finish_kernel(Arguments a, const RowState<float>* state, int parts, bool has_reference, float* stats, float* saved) {
+__global__ void __launch_bounds__(128) finish_kernel(Arguments a, const RowState<float>* state, int parts,
+                                                     bool has_reference, float* stats, float* saved) {
   const int64_t row = int64_t(blockIdx.x) * 4 + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
   if (row >= a.rows) return;
@@ -78,8 +80,6 @@ __global__ void __launch_bounds__(128) finish_kernel(Arguments a, const RowState
 #pragma unroll
   for (int k = 0; k < kSavedCount; ++k) saved[k * a.rows + row] = keep[k];
 }
-
-struct Belief { const int32_t* index; const float* weight; int k; };  // (rows, k) each; null without topk
 
 template <class T, bool kLogs, bool kReference, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
   if (belief.index != nullptr && up[kTopk] != 0) {
     __syncthreads();
     if (threadIdx.x < belief.k) {
-      const float more = c.on_belief * belief.weight[row * belief.k + threadIdx.x];
+      const float more = c.on_belief * static_cast<const float*>(belief.weight)[row * belief.k + threadIdx.x];
       own = belief.index[row * belief.k + threadIdx.x] - a.first_column;
       if (own == target) target_belief = more, own = -1;
       if (inside(own)) own_value = special(own, false, more);
@@ -188,40 +188,43 @@ int64_t parts_of(int64_t rows, int64_t columns) {
   return std::max<int64_t>(1, std::min({parts, most, int64_t(128)}));
 }
 
-void accumulate(const cpu::Call& call, const Matrix& logits, const Matrix& targets, const Matrix& reference, const Matrix& state, bool fresh, void* stream) {
+void accumulate(const Call& call) {
+  const Matrix& logits = call.logits;
   if (logits.rows == 0) return;
-  const Arguments a = arguments_of(call, logits, targets, reference);
-  const Launch launch = {logits.rows, state.rows / logits.rows, stream};
+  const Arguments a = arguments_of(call);
+  const Launch launch = {logits.rows, call.state.rows / logits.rows, call.stream};
   with_dtype(logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
-      with_wants(wants_of(call.outputs), bool(reference), [&](auto wants) {
+      with_wants(wants_of(call.outputs), bool(call.reference), [&](auto wants) {
         launch(accumulate_kernel<decltype(like), decltype(wants)::value, decltype(softcap)::value>, a,
-               reinterpret_cast<RowState<float>*>(state.data), fresh);
+               data_of<RowState<float>>(call.state), call.fresh);
       });
     });
   });
 }
 
-void finish(const cpu::Call& call, const Matrix& state, const Matrix& targets, bool has_reference, const Matrix& stats, const Matrix& saved, void* stream) {
-  if (targets.rows == 0) return;
-  const Launch launch = {(targets.rows + 3) / 4, 1, stream, 0, 1, 128};
-  launch(finish_kernel, arguments_of(call, Matrix{}, targets, Matrix{}), reinterpret_cast<const RowState<float>*>(state.data),
-         int(state.rows / targets.rows), has_reference, reinterpret_cast<float*>(stats.data), reinterpret_cast<float*>(saved.data));
+void finish(const Call& call) {
+  const int64_t rows = call.targets.rows;
+  if (rows == 0) return;
+  const Launch launch = {(rows + 3) / 4, 1, call.stream, 0, 1, 128};
+  launch(finish_kernel, arguments_of(call), data_of<const RowState<float>>(call.state), int(call.state.rows / rows),
+         call.has_reference, data_of(call.stats), data_of(call.saved));
 }
 
-void backward(const cpu::Call& call, const Matrix& grad_stats, const Matrix& stats, const Matrix& saved, const Matrix& logits, const Matrix& targets,
-              const Matrix& reference, const Matrix& index, const Matrix& belief, const Matrix& grad_logits, void* stream) {
-  const Arguments a = arguments_of(call, logits, targets, reference);
-  const Launch launch = {logits.rows, parts_of(logits.rows, logits.columns), stream};
+void backward(const Call& call) {
+  const Arguments a = arguments_of(call);
+  const Launch launch = {call.logits.rows, parts_of(call.logits.rows, call.logits.columns), call.stream};
   const bool logs = wants_of(call.outputs) & kShifted;
-  const Belief lanes = {reinterpret_cast<const int32_t*>(index.data), reinterpret_cast<const float*>(belief.data), int(index.columns)};
-  with_dtype(logits.dtype, [&](auto like) {
+  const Belief belief = {reinterpret_cast<const int32_t*>(call.index.data), call.belief.data, call.index.columns};
+  with_dtype(call.logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
       using T = decltype(like);
       constexpr bool S = decltype(softcap)::value;
-      auto kernel = reference ? backward_kernel<T, true, true, S> : logs ? backward_kernel<T, true, false, S> : backward_kernel<T, false, false, S>;
-      launch(kernel, a, reinterpret_cast<const float*>(grad_stats.data), reinterpret_cast<const float*>(stats.data),
-             reinterpret_cast<const float*>(saved.data), lanes, rows_of(grad_logits));
+      auto kernel = call.reference ? backward_kernel<T, true, true, S>
+                    : logs         ? backward_kernel<T, true, false, S>
+                                   : backward_kernel<T, false, false, S>;
+      launch(kernel, a, data_of(call.grad_stats), data_of(call.stats), data_of(call.saved), belief,
+             rows_of(call.grad_logits));
     });
   });
 }

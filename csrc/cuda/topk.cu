@@ -1,5 +1,5 @@
 // The k largest logits of every row, in falling order, the lowest column first among equals, and the topk statistic.
-// A radix select finds the k-th largest key in four passes of eight bits; one more pass collects. Counts are integers:
+// A radix select gets the k-th largest key in four passes of eight bits; one more pass collects. Counts are integers:
 // their order of addition does not matter.
 #include "row.cuh"
 
@@ -37,9 +37,10 @@ __device__ int rank_in_block(bool flag, int* room, int& total) {
 }
 
 template <class T, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads) topk_kernel(Arguments a, const float* saved, float* value, int32_t* index, float* belief, int k) {
+__global__ void __launch_bounds__(kThreads)
+    topk_kernel(Arguments a, const float* saved, float* value, int32_t* index, float* belief, int k) {
   __shared__ int counts[kWarps][256], room[kWarps];
-  __shared__ uint32_t found[kThreads], sorted[kThreads];
+  __shared__ uint32_t keys[kThreads], sorted[kThreads];
   __shared__ int32_t column[kThreads], sorted_column[kThreads];
   __shared__ uint32_t prefix, tied;
   const int64_t row = blockIdx.x;
@@ -85,15 +86,15 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(Arguments a, const float
     int more, ties;
     const int at = taken + rank_in_block(i < n && key > kth, room, more);
     const int tie = equal + rank_in_block(i < n && key == kth, room, ties);
-    if (i < n && key > kth) found[at] = key, column[at] = i;
-    if (i < n && key == kth && tie < int(tied)) found[above + tie] = key, column[above + tie] = i;
+    if (i < n && key > kth) keys[at] = key, column[at] = i;
+    if (i < n && key == kth && tie < int(tied)) keys[above + tie] = key, column[above + tie] = i;
     taken += more, equal += ties;
   }
   __syncthreads();
   if (me < k) {
     int rank = 0;
-    for (int j = 0; j < k; ++j) rank += found[j] > found[me] || (found[j] == found[me] && column[j] < column[me]);
-    sorted[rank] = found[me], sorted_column[rank] = column[me];
+    for (int j = 0; j < k; ++j) rank += keys[j] > keys[me] || (keys[j] == keys[me] && column[j] < column[me]);
+    sorted[rank] = keys[me], sorted_column[rank] = column[me];
   }
   __syncthreads();
 
@@ -109,18 +110,17 @@ __global__ void __launch_bounds__(kThreads) topk_kernel(Arguments a, const float
 
 }  // namespace
 
-void topk(const cpu::Call& call, const Matrix& logits, const Matrix& targets, const Matrix& stats, const Matrix& saved, const Matrix& index,
-          const Matrix& belief, void* stream) {
+void topk(const Call& call) {
   static_assert(kThreads >= 256, "one thread a lane of the largest k");
-  const Arguments a = arguments_of(call, logits, targets, Matrix{});
+  const Arguments a = arguments_of(call);
   int64_t line = 0;
   for (int o = 0; o < kTopk; ++o) line += call.outputs >> o & 1;
-  const Launch launch = {logits.rows, 1, stream};
-  with_dtype(logits.dtype, [&](auto like) {
+  const Launch launch = {call.logits.rows, 1, call.stream};
+  with_dtype(call.logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
-      launch(topk_kernel<decltype(like), decltype(softcap)::value>, a, reinterpret_cast<const float*>(saved.data),
-             reinterpret_cast<float*>(stats.data) + line * a.rows, reinterpret_cast<int32_t*>(index.data),
-             reinterpret_cast<float*>(belief.data), int(index.columns));
+      launch(topk_kernel<decltype(like), decltype(softcap)::value>, a, data_of(call.saved),
+             data_of(call.stats) + line * a.rows, data_of<int32_t>(call.index), data_of(call.belief),
+             int(call.index.columns));
     });
   });
 }

@@ -15,18 +15,19 @@ constexpr int kLargestCluster = 8;         // the portable limit
 struct Weights {
   const float* of_stats;  // (outputs, rows)
   const float* floor;     // (rows) or null
-  TokenRule<float> rule;
+  Rule<float> rule;
 };
 
 template <class T, unsigned kWants, bool kSoftcap>
-__global__ void __launch_bounds__(kThreads, 3) value_and_grad_kernel(Arguments a, Weights weights, float* stats, Rows out) {
+__global__ void __launch_bounds__(kThreads, 3)
+    value_and_grad_kernel(Arguments a, Weights weights, float* stats, Rows out) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   PU_DYNAMIC_SHARED(memory);
   __shared__ float room[kWarps + 2];
   __shared__ RowState<float> mine;
   __shared__ RowCoefficients<float> coefficients;
-  T* kept = reinterpret_cast<T*>(memory);  // column i of the span is kept[i - span.begin + phase]
+  T* onchip = reinterpret_cast<T*>(memory);  // column i of the span is onchip[i - span.begin + phase]
   const cg::cluster_group cluster = cg::this_cluster();
   const int64_t row = blockIdx.x, column = a.target(row), target = column - a.first_column;
   const int part = blockIdx.y, parts = gridDim.y;  // the cluster is the row
@@ -45,7 +46,8 @@ __global__ void __launch_bounds__(kThreads, 3) value_and_grad_kernel(Arguments a
         if (a.outputs >> o & 1) stats[line++ * a.rows + row] = 0;
     return;
   }
-  T* at = kept + int32_t(reinterpret_cast<uintptr_t>(x + span.begin) % 16 / sizeof(T)) - span.begin;  // same phase as x
+  const int32_t phase = int32_t(reinterpret_cast<uintptr_t>(x + span.begin) % 16 / sizeof(T));
+  T* at = onchip + phase - span.begin;  // the phase of x
 
   RowState<float> s = RowState<float>::empty(0.0f);
   if (span.begin < span.end) {
@@ -120,25 +122,28 @@ __global__ void __launch_bounds__(kThreads, 3) value_and_grad_kernel(Arguments a
 
 }  // namespace
 
-bool value_and_grad(const cpu::Call& call, const cpu::Rule& rule, const Matrix& weights, const Matrix& floor, const Matrix& logits,
-                    const Matrix& targets, const Matrix& stats, const Matrix& grad_logits, void* stream) {
-  if (!device_attribute(cudaDevAttrClusterLaunch)) return false;
+const char* value_and_grad(const Call& call) {
+  if (!device_attribute(cudaDevAttrClusterLaunch)) return "the GPU has no thread block clusters (sm_90 and newer)";
   int cluster = 1;
+  const Matrix& logits = call.logits;
   const int64_t row_bytes = logits.columns * size_of(logits.dtype);
   while (cluster < kLargestCluster && row_bytes > cluster * kPieceBytes) cluster *= 2;
-  const int64_t piece = (span_of(logits.columns, 0, cluster).end * size_of(logits.dtype) + 15) / 16 * 16 + 16;  // and its phase
-  if (piece > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024) return false;
-  const Arguments a = arguments_of(call, logits, targets, Matrix{});
-  const Launch launch = {logits.rows, cluster, stream, size_t(piece), cluster};
-  const Weights of = {reinterpret_cast<const float*>(weights.data), reinterpret_cast<const float*>(floor.data),
-                      {float(rule.alpha), float(rule.gamma), float(rule.beta)}};
+  const int64_t most = span_of(logits.columns, 0, cluster).end * size_of(logits.dtype);
+  const int64_t piece = (most + 15) / 16 * 16 + 16;  // and its phase
+  if (piece > device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin) - 1024)
+    return "a row is too long for the shared memory of a cluster";
+  const Arguments a = arguments_of(call);
+  const Launch launch = {logits.rows, cluster, call.stream, size_t(piece), cluster};
+  const Weights weights = {data_of(call.grad_stats),
+                           data_of(call.floor),
+                           {float(call.rule.alpha), float(call.rule.gamma), float(call.rule.beta)}};
   with_dtype(logits.dtype, [&](auto like) {
     with_flag(call.transform.softcap > 0, [&](auto softcap) {
       using T = decltype(like);
       constexpr bool S = decltype(softcap)::value;
       auto run = [&](auto kernel) {
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(piece)));
-        launch(kernel, a, of, reinterpret_cast<float*>(stats.data), rows_of(grad_logits));
+        launch(kernel, a, weights, data_of(call.stats), rows_of(call.grad_logits));
       };
       const unsigned wants = wants_of(call.outputs);
       if (wants & ~kShifted) run(value_and_grad_kernel<T, kMoments, S>);
@@ -146,7 +151,7 @@ bool value_and_grad(const cpu::Call& call, const cpu::Rule& rule, const Matrix& 
       else run(value_and_grad_kernel<T, 0, S>);
     });
   });
-  return true;
+  return nullptr;
 }
 
 }  // namespace pu::cuda

@@ -43,7 +43,10 @@ PU_FN float exp_lanes(float x) { return expf(x); }
 PU_FN double tanh_lanes(double x) { return tanh(x); }
 PU_FN float tanh_lanes(float x) { return tanhf(x); }
 
-template <class F> struct Lane { using Scalar = F; static constexpr int count = 1; };
+template <class F> struct Lane {
+  using Scalar = F;
+  static constexpr int count = 1;
+};
 PU_FN float broadcast(float x, float) { return x; }
 PU_FN double broadcast(double x, double) { return x; }
 PU_FN float largest_lane(float x) { return x; }
@@ -57,7 +60,10 @@ using Ints = int32_t __attribute__((vector_size(4 * PU_LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * PU_LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * PU_LANES)));
 
-template <> struct Lane<Floats> { using Scalar = float; static constexpr int count = PU_LANES; };
+template <> struct Lane<Floats> {
+  using Scalar = float;
+  static constexpr int count = PU_LANES;
+};
 
 template <class To, class From> PU_FN To bits_of(From from) {
   static_assert(sizeof(To) == sizeof(From), "same size");
@@ -66,9 +72,7 @@ template <class To, class From> PU_FN To bits_of(From from) {
   return to;
 }
 PU_FN Floats broadcast(float x, Floats) { return Floats{} + x; }
-PU_FN Floats select(Ints condition, Floats yes, Floats no) {
-  return condition ? yes : no;
-}
+PU_FN Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 PU_FN float largest_lane(Floats v) {
   float m = v[0];
   for (int i = 1; i < PU_LANES; ++i) m = v[i] > m ? v[i] : m;
@@ -94,14 +98,18 @@ struct Exponent {
     x = _mm512_max_ps(_mm512_set1_ps(-104), __m512(from));
     n = _mm512_roundscale_ps(__m512(x * 1.44269502f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   }
-  PU_FN Floats remainder() const { return _mm512_fmsub_ps(__m512(x), _mm512_set1_ps(1.44269502f), __m512(n)); }  // rounded once
+  // rounded once
+  PU_FN Floats remainder() const { return _mm512_fmsub_ps(__m512(x), _mm512_set1_ps(1.44269502f), __m512(n)); }
   PU_FN Floats times_power(Floats p) const { return _mm512_scalef_ps(__m512(p), __m512(n)); }
 #else
-    const float magic = 12582912.0f + 127;  // 1.5 * 2^23: adding it rounds to an integer, and 127 is the exponent's bias
+    // 1.5 * 2^23: adding it rounds to an integer, and 127 is the exponent's bias
+    const float magic = 12582912.0f + 127;
     x = from, shifted = x * 1.44269502f + magic, n = shifted - magic;
   }
   PU_FN Floats remainder() const { return x * 1.44269502f - n; }
-  PU_FN Floats times_power(Floats p) const { return select(x < -87.0f, Floats{}, p * bits_of<Floats>(bits_of<Ints>(shifted) << 23)); }
+  PU_FN Floats times_power(Floats p) const {
+    return select(x < -87.0f, Floats{}, p * bits_of<Floats>(bits_of<Ints>(shifted) << 23));
+  }
   Floats shifted;
 #endif
 };

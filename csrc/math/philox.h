@@ -64,8 +64,16 @@ template <class W> PU_FN void philox(W (&c)[4], uint32_t key_low, uint32_t key_h
 
 // One CUDA thread: the special function units where they are good enough. Elsewhere the C library stands in for them.
 #if defined(__CUDA_ARCH__)
-PU_FN float log2_unit(float x) { float y; asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-PU_FN float sqrt_unit(float x) { float y; asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+PU_FN float log2_unit(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+PU_FN float sqrt_unit(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 PU_FN void cos_sin_unit(float x, float& cosine, float& sine) { __sincosf(x, &sine, &cosine); }
 #else
 PU_FN float log2_unit(float x) { return log2f(x); }
@@ -74,7 +82,8 @@ PU_FN void cos_sin_unit(float x, float& cosine, float& sine) { cosine = cosf(x),
 #endif
 PU_FN void box_muller(uint32_t radius, uint32_t angle, float& z_even, float& z_odd) {
   const float c = fmaf(float(int32_t(radius)), 0x1p-32f, 0x1p-33f);
-  const float any_u = -1.38629436f * log2_unit(c < 0 ? 1.0f + c : c);  // absolute error 2e-7: too much where u is near 1
+  // absolute error 2e-7: too much where u is near 1
+  const float any_u = -1.38629436f * log2_unit(c < 0 ? 1.0f + c : c);
   const float near_1 = c * (((c * 0.553899109f - 0.664509535f) * c + 1.0000273f) * c - 2.0f);
   const float r = sqrt_unit(c < 0 && c > -0.0625f ? near_1 : any_u);
   cos_sin_unit(fmaf(float(int32_t(angle)), 1.46291808e-9f, 7.31459039e-10f), z_even, z_odd);  // 5e-7 in [-pi, pi]

@@ -16,10 +16,10 @@ inline namespace PU_ISA {
 
 template <class F> struct RowState {
   F max, ones, rest, shifted, squared;
-  F total, origin, count;                     // for uniform_ce, free of a common shift of z
-  F gap, ref_max, ref_sum, ref_gap, offset;   // with a reference
-  F before;                                   // the largest z left of the target, for greedy (lowest index wins a tie)
-  F target, ref_target;                       // z_t and r_t; NaN until the lane is met
+  F total, origin, count;                    // for uniform_ce, free of a common shift of z
+  F gap, ref_max, ref_sum, ref_gap, offset;  // with a reference
+  F before;                                  // the largest z left of the target, for greedy (lowest index wins a tie)
+  F target, ref_target;                      // z_t and r_t; NaN until the lane is met
 
   static PU_FN RowState empty(F like) {
     using S = typename Lane<F>::Scalar;

@@ -13,11 +13,12 @@ namespace pu {
 inline namespace PU_ISA {
 
 template <class A> struct RowCoefficients {
-  A max, log_sum, log_scale;            // P_j = exp(z_j - max - log_sum - log_scale)
+  A max, log_sum, log_scale;  // P_j = exp(z_j - max - log_sum - log_scale)
   A ref_max, ref_log_sum;
-  A constant, on_p, on_logp, on_logq, on_q;  // dz_j = P_j (on_p + on_logp logp_j + on_logq logq_j) + on_q q_j + constant
-  A on_belief;                          // times b_j, on the top-k lanes
-  A at_target, at_target_p;             // dz_t = at_target + p_t (at_target_p + on_logp logp_t + on_logq logq_t) + ...
+  // dz_j = P_j (on_p + on_logp logp_j + on_logq logq_j) + on_q q_j + constant
+  A constant, on_p, on_logp, on_logq, on_q;
+  A on_belief;               // times b_j, on the top-k lanes
+  A at_target, at_target_p;  // dz_t = at_target + p_t (at_target_p + on_logp logp_t + on_logq logq_t) + ...
   A target_p, target_logp;
 };
 
@@ -29,7 +30,8 @@ PU_FN RowCoefficients<A> row_coefficients(const A* up, const A* value, const A* 
   // On a memorised token p_j and nll both underflow while their ratio does not: move 1 / nll into the exponent.
   const bool rescale = up[kLogNll] != 0 && u < -30;
   const A log_scale = rescale ? log_softplus(u) : A(0), unscale = exp(log_scale);
-  const A shared = up[kUniformCe] + up[kKlQp] - up[kTopk] - times(up[kEntropy], value[kEntropy]) - times(up[kKlPq], value[kKlPq]);
+  const A shared =
+      up[kUniformCe] + up[kKlQp] - up[kTopk] - times(up[kEntropy], value[kEntropy]) - times(up[kKlPq], value[kKlPq]);
   RowCoefficients<A> c;
   c.max = saved[kMax], c.log_sum = saved[kLogSum], c.log_scale = log_scale;
   c.ref_max = saved[kRefMax], c.ref_log_sum = saved[kRefLogSum];
@@ -48,7 +50,8 @@ PU_FN RowCoefficients<A> row_coefficients(const A* up, const A* value, const A* 
 
 // The coefficients of scale * dz.
 template <class A> PU_FN RowCoefficients<A> scaled(RowCoefficients<A> c, A scale) {
-  for (A* factor : {&c.constant, &c.on_p, &c.on_logp, &c.on_logq, &c.on_q, &c.on_belief, &c.at_target, &c.at_target_p}) *factor *= scale;
+  for (A* factor : {&c.constant, &c.on_p, &c.on_logp, &c.on_logq, &c.on_q, &c.on_belief, &c.at_target, &c.at_target_p})
+    *factor *= scale;
   return c;
 }
 

@@ -8,7 +8,10 @@
 namespace pu {
 
 struct DLDevice { int32_t type, id; };
-struct DLDataType { uint8_t code, bits; uint16_t lanes; };
+struct DLDataType {
+  uint8_t code, bits;
+  uint16_t lanes;
+};
 struct DLTensor {
   void* data;
   DLDevice device;
@@ -18,14 +21,20 @@ struct DLTensor {
   int64_t* strides;  // in elements; null means contiguous
   uint64_t byte_offset;
 };
-struct DLManagedTensor { DLTensor dl_tensor; void* manager_ctx; void (*deleter)(DLManagedTensor*); };
+struct DLManagedTensor {
+  DLTensor dl_tensor;
+  void* manager_ctx;
+  void (*deleter)(DLManagedTensor*);
+};
 
 enum class DType { kFloat32, kBFloat16, kFloat16, kFloat64, kInt32, kInt64 };
 
 inline int64_t size_of(DType t) {
   switch (t) {
-    case DType::kFloat64: case DType::kInt64: return 8;
-    case DType::kFloat32: case DType::kInt32: return 4;
+    case DType::kFloat64:
+    case DType::kInt64: return 8;
+    case DType::kFloat32:
+    case DType::kInt32: return 4;
     default: return 2;
   }
 }
@@ -45,14 +54,14 @@ struct Matrix {
 inline DType dtype_of(const DLTensor& t, const char* name) {
   const int key = t.dtype.code * 1000 + t.dtype.bits;
   if (t.dtype.lanes == 1) switch (key) {
-    case 2032: return DType::kFloat32;
-    case 4016: return DType::kBFloat16;
-    case 2016: return DType::kFloat16;
-    case 2064: return DType::kFloat64;
-    case 32: return DType::kInt32;
-    case 64: return DType::kInt64;
-    default: break;
-  }
+      case 2032: return DType::kFloat32;
+      case 4016: return DType::kBFloat16;
+      case 2016: return DType::kFloat16;
+      case 2064: return DType::kFloat64;
+      case 32: return DType::kInt32;
+      case 64: return DType::kInt64;
+      default: break;
+    }
   throw std::invalid_argument(std::string(name) + ": unsupported dtype (DLPack code " + std::to_string(t.dtype.code) +
                               ", " + std::to_string(t.dtype.bits) + " bits)");
 }
@@ -79,7 +88,8 @@ inline Matrix matrix_of(const DLTensor& t, const char* name) {
   for (int d = t.ndim - 2; d >= 0; --d) {
     if (t.shape[d] == 1) continue;
     if (sizes[group] > 1 && t.strides[d] != sizes[group] * strides[group] && ++group > 1)
-      throw std::invalid_argument(std::string(name) + ": leading dimensions do not collapse to two; call .contiguous()");
+      throw std::invalid_argument(std::string(name) +
+                                  ": leading dimensions do not collapse to two; call .contiguous()");
     if (sizes[group] == 1) strides[group] = t.strides[d];
     sizes[group] *= t.shape[d];
   }

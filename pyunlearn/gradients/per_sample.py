@@ -40,7 +40,7 @@ from torch.utils.hooks import RemovableHandle
 from ..distributed import is_sharded
 from ..ops.ghost import OuterSum, ghost_dot
 from ..ops.parameters import canonical
-from ..ops.projection import wide_product
+from ..ops.products import wide_product
 from ..ops.segment_dot import segment_dot
 
 T_co = TypeVar("T_co", covariant=True)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class Shaking:
     """How weights are perturbed. antithetic: the statistic is (S(z) + S(-z)) / 2 in the place of S(z).
 
     split: what processes share out, "draws" or "data" (batches). mode, parameters: of `perturbed`; mode is the one
-    taken, once there were draws. prefix: `shared_prefix`.
+    taken, once there were draws. prefix: `shared_prefix`. declined: by optimisation that is not used, why.
     """
 
     antithetic: bool
@@ -47,6 +47,7 @@ class Shaking:
     mode: str
     parameters: Collection[str] | None
     prefix: Prefix | None = None
+    declined: dict[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -56,6 +57,8 @@ def monte_carlo(
     """The mean of |S|, or the mean of S over antithetic pairs at sigma_eval scaled to sigma; and the self-check."""
     samples, everything = job.samples, list(range(len(job.samples.batches)))
     shaking.prefix, reason = shared_prefix(job.lm, samples.rows, samples.batches[-1])
+    if reason is not None:
+        shaking.declined["shared prefix"] = decline("shared prefix", reason)
     summed = second_order if shaking.antithetic else first_order
     scale = (sigma / sigma_eval) ** 2 if shaking.antithetic else 1.0
     table = draw_table(job, shaking, sigma_eval, num_draws, everything, "mrd")
@@ -63,7 +66,7 @@ def monte_carlo(
     diagnostics: dict[str, Any] = {
         "mode": shaking.mode,
         "shared_prefix": 0 if shaking.prefix is None else shaking.prefix.tokens.size(1),
-        "declined": {} if reason is None else {"shared prefix": decline("shared prefix", reason)},
+        "declined": shaking.declined,
         "by_heart_share": float(table[:, BY_HEART].sum() / table[:, ABSOLUTE].sum()),
     }
     if check_draws:
@@ -112,6 +115,8 @@ def draw_table(
     noise: Any = {"sigma": sigma, "seed": job.seed, "mode": shaking.mode, "parameters": shaking.parameters}
     with perturbed(job.lm.given, draw=None, **noise) as shaken:
         shaking.mode = shaken.mode
+        if shaken.declined is not None:
+            shaking.declined["mode"] = shaken.declined  # `perturbed` has logged it
         clean: list[Tensor] = []
 
         def compute(k: int) -> Tensor:

@@ -1,11 +1,13 @@
 """Public kernels. Each op has an eager twin, a fused backend per device, and one contract (`contract.py`)."""
 
+from . import schemas
 from .contract import OUTPUTS, TokenStats
 from .from_hidden import linear_token_stats
 from .from_logits import token_stats
-from .ghost import OuterSum, ghost_dot
+from .ghost import ghost_dot
 from .noise import gaussian_noise
 from .one_pass import TokenRule, value_and_grad
+from .outer_sum import OuterSum
 from .perturbation import perturbed
 from .segment_dot import SegmentDots, segment_dot
 
@@ -19,6 +21,7 @@ __all__ = [
     "ghost_dot",
     "linear_token_stats",
     "perturbed",
+    "schemas",
     "segment_dot",
     "token_stats",
     "value_and_grad",

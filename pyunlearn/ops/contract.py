@@ -50,21 +50,28 @@ class Options:
         """`outputs` as a bit mask, bit i for OUTPUTS[i]."""
         return sum(1 << OUTPUTS.index(name) for name in self.outputs)
 
+    def flat(self) -> tuple[int, float, float, int, int]:
+        """As an op's schema has them."""
+        return self.bits, self.temperature, self.softcap or 0.0, self.ignore_index, self.k
+
     @staticmethod
-    def outputs_of(bits: int) -> tuple[str, ...]:
-        return tuple(name for i, name in enumerate(OUTPUTS) if bits >> i & 1)
+    def of(bits: int, temperature: float, softcap: float, ignore_index: int, k: int) -> Options:
+        outputs = tuple(name for i, name in enumerate(OUTPUTS) if bits >> i & 1)
+        return Options(outputs, temperature, softcap or None, ignore_index, k)
 
 
 class TokenStats:
     """Per-token statistics as attributes, each shaped like `targets`; 0 (greedy: False) at ignored positions.
 
     Attributes: one per requested output (`.logp`, `.entropy`, ...) in float32 (float64 for float64 logits; `greedy` is
-    bool), and `.mask` (bool): the positions whose target is not `ignore_index`.
+    bool); `.mask` (bool): the positions whose target is not `ignore_index`; `.declined`: {optimisation: why it was not
+    used}, empty where all that were asked for, or are there by default, were.
     """
 
-    def __init__(self, values: dict[str, Tensor], mask: Tensor):
+    def __init__(self, values: dict[str, Tensor], mask: Tensor, declined: dict[str, str] | None = None):
         self._values = values
         self.mask = mask
+        self.declined = declined or {}
 
     def __getattr__(self, name: str) -> Tensor:
         values = self.__dict__.get("_values", {})
@@ -72,7 +79,7 @@ class TokenStats:
             return values[name]
         if name in OUTPUTS:
             raise AttributeError(f"{name!r} was not requested: outputs={tuple(values)}; add it to outputs=")
-        raise AttributeError(f"TokenStats has no {name!r}; it has {(*values, 'mask')}")
+        raise AttributeError(f"TokenStats has no {name!r}; it has {(*values, 'mask', 'declined')}")
 
     def as_dict(self) -> dict[str, Tensor]:
         """The requested outputs by name."""
@@ -82,12 +89,14 @@ class TokenStats:
         return f"TokenStats(outputs={tuple(self._values)}, shape={tuple(self.mask.shape)})"
 
 
-def unpack(stacked: Tensor, outputs: tuple[str, ...], mask: Tensor) -> TokenStats:
+def unpack(
+    stacked: Tensor, outputs: tuple[str, ...], mask: Tensor, declined: dict[str, str] | None = None
+) -> TokenStats:
     """(len(outputs), ...) stacked statistics -> TokenStats."""
     values = dict(zip(outputs, stacked.unbind(0), strict=True))
     if "greedy" in values:
         values["greedy"] = values["greedy"].detach() > 0
-    return TokenStats(values, mask)
+    return TokenStats(values, mask, declined)
 
 
 def make_options(

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .backends import choose
+from .._declined import decline
+from .backends import choose, why_eager
 from .contract import (
     NO_GRADIENT,
     TokenStats,
@@ -27,6 +28,7 @@ from .sharded import Columns
 
 Reference = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias)
 NO_INDEX = -(2**31)  # an ignore_index that is nowhere
+NEEDS_WHOLE_ROWS = "the eager backend, top k and torch.compile need whole rows: the head is gathered"
 
 
 def linear_token_stats(
@@ -72,7 +74,7 @@ def linear_token_stats(
     the weight that FSDP has gathered.
 
     Returns:
-        TokenStats, as `token_stats`.
+        TokenStats, as `token_stats`; `.declined` also says why logits were not kept, or a sharded head was gathered.
 
     Raises:
         TypeError, ValueError, IndexError: as `token_stats`; the message names the argument.
@@ -95,24 +97,14 @@ def linear_token_stats(
     if "topk" in options.outputs and k > weight.size(0):
         raise ValueError(f"k={k}: needs at most V={weight.size(0)}")
     chosen, compiling = choose(backend, hidden.device), torch.compiler.is_compiling()
+    declined = why_eager(hidden.device) if backend is None and chosen == "eager" else {}
 
     here = Columns.of(weight, whole=compiling or chosen == "eager" or "topk" in options.outputs)
-    targets, x = here.replica("targets", targets), matrix(here.replica("hidden", hidden))
-    w = operand("weight", here.rows("weight", weight), x, "hidden")
-    head = Projection((x,), (w,), None if bias is None else operand("bias", here.rows("bias", bias), x, "hidden"))
-    if adapter is not None:
-        low = operand("adapter[0]", matrix(here.replica("adapter[0]", adapter[0])), x, "hidden")
-        up = operand("adapter[1]", here.rows("adapter[1]", adapter[1]), x, "hidden")
-        head = Projection((x, low), (w, up), head.bias)
-    frozen = None
-    if reference is not None:
-        x = matrix(here.replica("reference[0]", reference[0]))
-        names = ("reference[1]", "reference[2]")[: len(reference) - 1]
-        rest = [
-            operand(name, here.frozen_rows(name, tensor), x, "reference[0]")
-            for name, tensor in zip(names, reference[1:], strict=True)
-        ]
-        frozen = Projection((x,), (rest[0],), *rest[1:]).detach()
+    if here.layout and here.group is None:
+        declined = {**declined, "vocabulary parallel": decline("vocabulary parallel", NEEDS_WHOLE_ROWS)}
+    targets = here.replica("targets", targets)
+    head = projection_here(here, hidden, weight, bias, adapter)
+    frozen = None if reference is None else reference_here(here, reference)
     if all(name in NO_GRADIENT for name in options.outputs):
         head = head.detach()
 
@@ -121,17 +113,42 @@ def linear_token_stats(
     if compiling:  # no data-dependent shapes: the compiler sees GEMMs and one op
         logits, ref_logits = both_logits(head, frozen, slice(None))
         stacked = stacked_stats(logits, flat, ref_logits, options, chosen)
-        return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask)
+        declined = {**declined, "budget": decline("budget", "torch.compile owns the memory: all logits are made")}
+        return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined)
     if flat.device.type == "cpu":
         check_range(flat, weight.size(0), ignore_index)
     rows = None if ignore_index is None else mask.flatten().nonzero().squeeze(-1)
     if rows is None or rows.numel() == flat.numel():
-        stacked = stats_in_budget(head, flat, frozen, options, budget_bytes, chosen, here)
+        stacked, sliced = stats_in_budget(head, flat, frozen, options, budget_bytes, chosen, here)
     else:
         frozen = frozen and frozen.rows(rows)
-        stacked = stats_in_budget(head.rows(rows), flat[rows], frozen, options, budget_bytes, chosen, here)
+        stacked, sliced = stats_in_budget(head.rows(rows), flat[rows], frozen, options, budget_bytes, chosen, here)
         stacked = stacked.new_zeros(len(stacked), flat.numel()).index_copy(1, rows, stacked)
-    return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask)
+    return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined | sliced)
+
+
+def projection_here(
+    here: Columns, hidden: Tensor, weight: Tensor, bias: Tensor | None, adapter: tuple[Tensor, Tensor] | None
+) -> Projection:
+    """The head and its inputs on this rank."""
+    x = matrix(here.replica("hidden", hidden))
+    w = operand("weight", here.rows("weight", weight), x, "hidden")
+    b = None if bias is None else operand("bias", here.rows("bias", bias), x, "hidden")
+    if adapter is None:
+        return Projection((x,), (w,), b)
+    low = operand("adapter[0]", matrix(here.replica("adapter[0]", adapter[0])), x, "hidden")
+    up = operand("adapter[1]", here.rows("adapter[1]", adapter[1]), x, "hidden")
+    return Projection((x, low), (w, up), b)
+
+
+def reference_here(here: Columns, reference: Reference) -> Projection:
+    """The frozen head and its inputs on this rank."""
+    x = matrix(here.replica("reference[0]", reference[0]))
+    head = []
+    for i, tensor in enumerate(reference[1:], 1):
+        name = f"reference[{i}]"
+        head.append(operand(name, here.frozen_rows(name, tensor), x, "reference[0]"))
+    return Projection((x,), (head[0],), *head[1:]).detach()
 
 
 def matrix(rows: Tensor) -> Tensor:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .backends import choose, eager, kernels
-from .contract import SAVED, Options, TokenStats, check_logits, make_options, statistics_dtype, unpack
+from .._declined import decline
+from .backends import choose, eager, kernels, why_eager
+from .contract import Options, TokenStats, check_logits, make_options, unpack
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -38,7 +39,7 @@ def token_stats(
         reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp; no gradient flows into it.
         temperature, softcap: z = softcap * tanh(logits / softcap) / temperature, for the reference too.
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
-            not be used afterwards, and a second backward raises. Under torch.compile it is ignored.
+            not be used afterwards, and a second backward raises. Declined by the eager backend and under torch.compile.
         k: size of the belief set of `topk`, 1 to 256 (bootstrapping's BS-T).
         backend: None (the fastest that is there), "cpu", "triton", "cuda" or "eager".
 
@@ -66,7 +67,12 @@ def token_stats(
         logits, targets = logits.flatten(0, -3), targets.flatten(0, -2)
         reference = None if reference is None else reference.flatten(0, -3)
     stacked = stacked_stats(logits, targets, reference, options, chosen, inplace_backward)
-    return unpack(stacked.view(len(options.outputs), *shape), options.outputs, targets.view(shape) != ignore_index)
+    declined = why_eager(logits.device) if backend is None and chosen == "eager" else None
+    if inplace_backward and (chosen == "eager" or torch.compiler.is_compiling()):
+        why = "backward is autograd's in the eager twin" if chosen == "eager" else "torch.compile owns the memory"
+        declined = {**(declined or {}), "in-place backward": decline("in-place backward", why)}
+    mask = targets.view(shape) != ignore_index
+    return unpack(stacked.view(len(options.outputs), *shape), options.outputs, mask, declined)
 
 
 def stacked_stats(
@@ -81,7 +87,7 @@ def stacked_stats(
     if backend == "eager":
         return eager.token_stats(logits, targets, reference, options)
     if torch.compiler.is_compiling():
-        return _token_stats_op(logits, targets, reference, *_flat(options), backend)[0]
+        return torch.ops.pyunlearn.token_stats.default(logits, targets, reference, *options.flat(), backend)[0]
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(logits, targets, reference, options, backend, inplace)
     return forward(logits, targets, reference, options, backend)[0]
@@ -89,9 +95,7 @@ def stacked_stats(
 
 def check_inplace(logits: Tensor) -> None:
     if logits.requires_grad and not torch.is_grad_enabled():
-        raise ValueError(
-            "inplace_backward=True under no_grad: there is no backward to write; pass inplace_backward=False"
-        )
+        raise ValueError("inplace_backward=True: needs a backward, got no_grad; pass inplace_backward=False")
     check_writable("inplace_backward=True", logits)
 
 
@@ -143,84 +147,3 @@ class _TokenStats(torch.autograd.Function):
             ctx.consumed = True
             torch.autograd.graph.increment_version(logits)
         return out, None, None, None, None, None
-
-
-# ---- torch.library: what torch.compile and export see ----------------------------------------------------------------
-
-
-def _flat(options: Options) -> tuple[int, float, float, int, int]:
-    return options.bits, options.temperature, options.softcap or 0.0, options.ignore_index, options.k
-
-
-def _options(bits: int, temperature: float, softcap: float, ignore_index: int, k: int) -> Options:
-    return Options(Options.outputs_of(bits), temperature, softcap or None, ignore_index, k)
-
-
-@torch.library.custom_op("pyunlearn::token_stats", mutates_args=(), device_types=("cpu", "cuda"))
-def _token_stats_op(
-    logits: Tensor,
-    targets: Tensor,
-    reference: Tensor | None,
-    outputs: int,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    k: int,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(logits, targets, reference, _options(outputs, temperature, softcap, ignore_index, k), backend)
-
-
-@_token_stats_op.register_fake
-def _(logits, targets, reference, outputs, temperature, softcap, ignore_index, k, backend):
-    names = Options.outputs_of(outputs)
-    dtype = statistics_dtype(logits)
-    rows, width = targets.numel(), k if "topk" in names else 0
-    return (
-        logits.new_empty((len(names), *targets.shape), dtype=dtype),
-        logits.new_empty((SAVED, *targets.shape), dtype=dtype),
-        logits.new_empty((rows, width), dtype=torch.int32),
-        logits.new_empty((rows, width), dtype=dtype),
-    )
-
-
-@torch.library.custom_op("pyunlearn::token_stats_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _token_stats_backward_op(
-    grad_stats: Tensor,
-    stats: Tensor,
-    saved: Tensor,
-    logits: Tensor,
-    targets: Tensor,
-    reference: Tensor | None,
-    index: Tensor,
-    belief: Tensor,
-    outputs: int,
-    temperature: float,
-    softcap: float,
-    ignore_index: int,
-    k: int,
-    backend: str,
-) -> Tensor:
-    options = _options(outputs, temperature, softcap, ignore_index, k)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rest = (reference, index, belief, options, out)
-    return kernels(backend).backward(grad_stats, stats, saved, logits, targets, *rest)
-
-
-@_token_stats_backward_op.register_fake
-def _(grad_stats, stats, saved, logits, *rest):
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, reference, *ctx.flat = inputs
-    ctx.save_for_backward(logits, targets, reference, *output)
-
-
-def _backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    logits, targets, reference, stats, saved, index, belief = ctx.saved_tensors
-    tensors = (grad, stats, saved, logits, targets, reference, index, belief)
-    return _token_stats_backward_op(*tensors, *ctx.flat), *[None] * 8
-
-
-_token_stats_op.register_autograd(_backward, setup_context=_setup_context)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .._declined import decline
 from .memory import free_bytes
 from .noise import LARGEST, Noise, Piece, Plan, parameter_id
 from .parameters import Weight
@@ -16,8 +17,8 @@ from .parameters import Weight
 MODES = ("auto", "overlay", "streamed", "snap", "copy")
 
 
-def choose_mode(asked: str, weights: Sequence[Weight], sigma: float) -> str:
-    """The mode to take. Raises ValueError where it cannot be had."""
+def choose_mode(asked: str, weights: Sequence[Weight], sigma: float) -> tuple[str, str | None]:
+    """The mode to take, and why "auto" did not take overlay. Raises ValueError where it cannot be had."""
     sharded = next((weight.name for weight in weights if weight.sharded), None)
     if asked in ("overlay", "streamed") and sharded is not None:
         raise ValueError(f"mode={asked!r}: {sharded!r} is sharded; needs 'auto', 'snap' or 'copy'")
@@ -26,20 +27,24 @@ def choose_mode(asked: str, weights: Sequence[Weight], sigma: float) -> str:
         if unfit is not None:
             raise ValueError(f"mode='snap': needs float32 parameters that hold bfloat16 numbers; {unfit!r} does not")
     if asked != "auto":
-        return asked
+        return asked, None
     if sharded is None and room_for(scratch_sizes(weights)):
-        return "overlay"
+        return "overlay", None
+    why = "sharded parameters stay where they are" if sharded else "its scratch needs more than half of the free memory"
+    declined = f"overlay: {decline('overlay', why)}"
     if snaps_well(weights, sigma):
-        return "snap"
+        return "snap", declined
+    why = "it needs float32 parameters that hold bfloat16 numbers, 99 % of which rounding brings back"
+    declined += f"; snap: {decline('snap', why)}"
     if sharded is None:
-        return "streamed"
+        return "streamed", declined
     half = next((weight.name for weight in weights if weight.local.dtype.itemsize < 4), None)
     if half is not None:
         raise ValueError(
             f"mode='auto': {half!r} is in half precision, which rounds the noise off, and the parameters of a sharded "
             "model cannot be replaced; keep them in float32 (FSDP2: MixedPrecisionPolicy), or pass mode='copy'"
         )
-    return "copy"
+    return "copy", declined
 
 
 def make_mode(
@@ -124,11 +129,11 @@ class Copy(Mode):
         self.strided: list[tuple[Tensor, Tensor]] = []  # (a weight that is not contiguous, where its elements are made)
         pieces = []
         for weight in weights:
-            kept, target = weight.local.clone(memory_format=torch.contiguous_format), weight.local
+            copy, target = weight.local.clone(memory_format=torch.contiguous_format), weight.local
             if not target.is_contiguous():
-                target = torch.empty_like(kept)
+                target = torch.empty_like(copy)
                 self.strided.append((weight.local, target))
-            pieces.append(weight.piece(kept.view(-1), target.view(-1)))
+            pieces.append(weight.piece(copy.view(-1), target.view(-1)))
         self.plan = Plan(pieces, backend)
 
     def move(self, noise: Noise | None) -> None:
@@ -184,12 +189,12 @@ def lost_by_rounding(flat: Tensor, sigma: float) -> Tensor:
     2^-9 |w|. +0 comes back by itself, -0 does not.
     """
     small = 1.001 * 2**-15 * LARGEST * sigma
-    found = []
+    positions = []
     for i, block in enumerate(in_blocks(flat)):
         magnitude = block.abs()
         fits = (magnitude >= small) & (magnitude <= 1e38) | (block.view(torch.int32) == 0)
-        found.append((~fits).nonzero().squeeze(-1) + (i << 24))
-    return torch.cat(found)
+        positions.append((~fits).nonzero().squeeze(-1) + (i << 24))
+    return torch.cat(positions)
 
 
 def snaps_well(weights: Sequence[Weight], sigma: float) -> bool:

@@ -26,12 +26,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import choose, perturb_kernel
+from .backends import choose, kernels, tables
+from .backends.eager import normals
 
 SEEDS, DRAWS, ELEMENTS = 1 << 64, 1 << 32, 1 << 62
 LARGEST = math.sqrt(66 * math.log(2))  # |z| at most: -2 ln 2^-33
-CHUNK = 32768  # elements a block (GPU) or a piece of a thread's work (CPU) takes
-EAGER_CHUNK = 1 << 20  # a hundred bytes of temporaries for each
 
 
 def gaussian_noise(
@@ -135,16 +134,6 @@ class Piece:
         count = (self.length - inside).clamp(max=most).expand(len(self.starts), -1)
         return (*((first[:, None] + inside).flatten() for first in (at, places, self.starts)), count.flatten())
 
-    def table(self) -> Tensor:
-        """A row of csrc/cpu/perturb.h's Chunk for every chunk: (chunks, 5) int64."""
-        at, place, first, count = self.chunks(CHUNK)
-        source = 0 if self.source is None else self.source.data_ptr()
-        rows = torch.empty(len(at), 5, dtype=torch.int64)
-        rows[:, 0] = source + at * (0 if self.source is None else self.source.element_size())
-        rows[:, 1] = self.target.data_ptr() + place * self.target.element_size()
-        rows[:, 2], rows[:, 3], rows[:, 4] = first, count, self.parameter
-        return rows
-
 
 @dataclass
 class Plan:
@@ -162,76 +151,10 @@ class Plan:
         self.groups = []
         for (device, *_), pieces in kinds.items():
             backend = choose(self.backend, device)
-            table = torch.cat([piece.table() for piece in pieces]).to(device) if backend != "eager" else torch.empty(0)
+            table = torch.empty(0) if backend == "eager" else tables.chunk_table(pieces)
             self.groups.append((backend, pieces, table))
 
     def run(self, seed: int, add: Noise | None = None, remove: Noise | None = None) -> None:
         """target = source + add, or bfloat16(source - remove) + add; a bitwise copy where there is neither."""
         for backend, pieces, table in self.groups:
-            _, source, target = pieces[0].kind
-            if backend == "eager":
-                for piece in pieces:
-                    eager(piece, seed, add, remove)
-            else:
-                with torch.cuda.device_of(table):
-                    perturb_kernel(backend)(table, source, target, seed, remove, add)
-
-
-# ---- the eager twin --------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def eager(piece: Piece, seed: int, add: Noise | None, remove: Noise | None) -> None:
-    """What the kernels do with a piece, in plain PyTorch."""
-    device, parameter = piece.target.device, piece.parameter
-
-    dtype = torch.float64 if piece.target.dtype == torch.float64 else torch.float32
-
-    def noise(step: Noise, first: int, count: int) -> Tensor:
-        return normals(seed, step.draw, parameter, first, count, device).float().to(dtype) * step.scale
-
-    for at, place, first, count in zip(*(column.tolist() for column in piece.chunks(EAGER_CHUNK)), strict=True):
-        target = piece.target[place : place + count]
-        if target.dtype == torch.int32:
-            assert add is not None
-            target.copy_(words(seed, add.draw, parameter, first, count, device))
-            continue
-        if piece.source is None:
-            assert add is not None
-            target.copy_(noise(add, first, count))
-            continue
-        value = piece.source[at : at + count]
-        if add is not None or remove is not None:
-            value = value.to(dtype)
-        if remove is not None:
-            value = (value - noise(remove, first, count)).bfloat16().float()
-        if add is not None:
-            value = value + noise(add, first, count)
-        target.copy_(value)
-
-
-def philox(counter: Sequence[Tensor | int], key: int) -> list[Tensor]:
-    """Ten rounds of Philox4x32: four words from four, as int64 in [0, 2^32). At least counter[0] is a tensor."""
-    low = 0xFFFFFFFF
-    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
-    for i in range(10):
-        p, q = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits: the sign bit is one of them
-        k0, k1 = (key + i * 0x9E3779B9) & low, ((key >> 32) + i * 0xBB67AE85) & low
-        c0, c1, c2, c3 = (q >> 32 & low) ^ c1 ^ k0, q & low, (p >> 32 & low) ^ c3 ^ k1, p & low
-    return [c0, c1, c2, c3]
-
-
-def words(seed: int, draw: int, parameter: int, first: int, count: int, device: torch.device) -> Tensor:
-    """The words behind elements first .. first + count - 1 as int64, (count,)."""
-    block = torch.arange(first // 4, (first + count + 3) // 4, device=device)
-    four = philox((block & 0xFFFFFFFF, block >> 32, draw, parameter), seed)
-    return torch.stack(torch.broadcast_tensors(*four), -1).flatten()[first % 4 : first % 4 + count]
-
-
-def normals(seed: int, draw: int, parameter: int, first: int, count: int, device: torch.device) -> Tensor:
-    """The normals of elements first .. first + count - 1 in float64, (count,)."""
-    begin, end = first // 4 * 4, (first + count + 3) // 4 * 4
-    u, v = ((words(seed, draw, parameter, begin, end - begin, device).double() + 0.5) / 2**32).view(-1, 2).unbind(-1)
-    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
-    z = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten()
-    return z[first - begin : first - begin + count]
+            kernels(backend).perturb(pieces, table, seed, add, remove)

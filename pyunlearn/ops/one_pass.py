@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .backends import choose, kernels, native
+from .._declined import decline
+from .backends import choose, kernels, native, why_eager
 from .contract import (
     NO_GRADIENT,
     OUTPUTS,
@@ -77,7 +78,8 @@ def value_and_grad(
         inplace: write d(logits) into the memory of `logits`, which must not be used afterwards.
 
     Returns:
-        (TokenStats, d_logits): d_logits has logits' shape and dtype and is 0 at ignored positions.
+        (TokenStats, d_logits): d_logits has logits' shape and dtype and is 0 at ignored positions. Where two
+        passes were made, `.declined["one pass"]` says why.
 
     Raises:
         TypeError, ValueError, IndexError, RuntimeError: as `token_stats`; the message names the argument.
@@ -87,42 +89,53 @@ def value_and_grad(
     >>> stats.logp.tolist(), d_logits.tolist()
     ([-1.3862943649291992], [[0.25, -0.75, 0.25, 0.25]])
     """
-    given = {"logp": weights} if isinstance(weights, Tensor) else dict(weights)
-    wanted = tuple(given) if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    options = make_options((*wanted, *given), temperature, softcap, ignore_index, k, reference is not None)
+    weights = {"logp": weights} if isinstance(weights, Tensor) else dict(weights)
+    names = tuple(weights) if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    options = make_options((*names, *weights), temperature, softcap, ignore_index, k, reference is not None)
     check_logits(logits, targets, reference, options)
-    check_weights(given, rule, floor, targets)
+    check_weights(weights, rule, floor, targets)
     if inplace:
         check_writable("inplace=True", logits)
     chosen = choose(backend, logits.device)
+    declined = why_eager(logits.device) if backend is None and chosen == "eager" else {}
+
     shape, source = targets.shape, logits.detach()
     if source.dim() > 3:
         source, targets = source.flatten(0, -3), targets.flatten(0, -2)
         reference = None if reference is None else reference.flatten(0, -3)
     dtype = statistics_dtype(logits)
-    ups = torch.stack(
-        [
-            given[n].detach().to(dtype).reshape(targets.shape)
-            if n in given
-            else targets.new_zeros(targets.shape, dtype=dtype)
-            for n in options.outputs
-        ]
-    )
-    floor = None if floor is None else floor.detach().to(dtype).reshape(targets.shape).contiguous()
-    mask = targets != ignore_index
+    lines = [
+        per_token_of(weights[name], targets.shape, dtype)
+        if name in weights
+        else targets.new_zeros(targets.shape, dtype=dtype)
+        for name in options.outputs
+    ]
+    ups = torch.stack(lines)
+    floor = None if floor is None else per_token_of(floor, targets.shape, dtype)
     with torch.no_grad():
         out = source if inplace else torch.empty(source.shape, dtype=source.dtype, device=source.device)
-        stats = None
-        if chosen in ("cpu", "cuda") and reference is None and "topk" not in options.outputs:
-            stats = native.value_and_grad(
-                (rule.alpha, rule.gamma, rule.beta), ups, floor, source, targets, options, out
-            )
-        if stats is None:
+        stats, reason = torch.empty_like(ups), why_not(chosen, reference, options)
+        reason = reason or native.value_and_grad(source, targets, ups, rule, floor, options, stats, out)
+        if reason:
             stats = two_passes(source, targets, reference, ups, rule, floor, options, chosen, out)
+            declined = {**declined, "one pass": decline("one pass", reason)}
     if inplace:
         torch.autograd.graph.increment_version(logits)
-    values = unpack(stats.view(len(options.outputs), *shape), options.outputs, mask.view(shape))
-    return values, out.reshape(logits.shape)
+    mask = (targets != ignore_index).view(shape)
+    return unpack(stats.view(len(options.outputs), *shape), options.outputs, mask, declined), out.reshape(logits.shape)
+
+
+def per_token_of(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype).reshape(shape).contiguous()
+
+
+def why_not(backend: str, reference: Tensor | None, options: Options) -> str:
+    """Why two passes are made whatever the device and the shapes, or ""."""
+    if backend not in ("cpu", "cuda"):
+        return f"backend {backend!r} has none"
+    if reference is not None:
+        return "a reference is read beside the logits"
+    return "top k needs whole rows" if "topk" in options.outputs else ""
 
 
 def two_passes(
@@ -158,16 +171,16 @@ def two_passes(
     return stats
 
 
-def check_weights(given: Mapping[str, Tensor], rule: TokenRule, floor: Tensor | None, targets: Tensor) -> None:
-    for name, weight in given.items():
+def check_weights(weights: Mapping[str, Tensor], rule: TokenRule, floor: Tensor | None, targets: Tensor) -> None:
+    for name, weight in weights.items():
         if name not in OUTPUTS or name in NO_GRADIENT:
             able = tuple(n for n in OUTPUTS if n not in NO_GRADIENT)
             raise ValueError(f"weights: needs names of differentiable outputs {able}, got {name!r}")
         check_per_token(f"weights[{name!r}]", weight, targets)
     if floor is not None:
         check_per_token("floor", floor, targets)
-    if "logp" not in given and (rule != TokenRule() or floor is not None):
-        raise ValueError(f"rule={rule}: needs a weight for 'logp', got weights for {tuple(given)}")
+    if "logp" not in weights and (rule != TokenRule() or floor is not None):
+        raise ValueError(f"rule={rule}: needs a weight for 'logp', got weights for {tuple(weights)}")
 
 
 def check_per_token(name: str, tensor: Tensor, targets: Tensor) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_sharded, local
 from .contract import check_dtype
 from .noise import Piece, parameter_id
 
@@ -48,43 +49,48 @@ def weights_of(model: nn.Module, names: Collection[str] | None) -> list[Weight]:
     """The parameters to perturb, tied ones once, in the model's order. Raises TypeError or ValueError."""
     if isinstance(names, str):
         raise TypeError(f"parameters={names!r}: needs a collection of names")
-    found: dict[tuple, Weight] = {}
+    held: dict[tuple, Weight] = {}  # by memory
     known, wanted = set(), set()
     for raw, parameter in model.named_parameters(remove_duplicate=False):
         name = canonical(raw)
         if "_fsdp_wrapped_module" in raw.split("."):
             raise TypeError(
-                f"{raw}: FSDP1 keeps parameters flat, their elements cannot be told; use FSDP2 (fully_shard)"
+                f"{raw}: needs FSDP2 (fully_shard); FSDP1 keeps parameters flat, without their elements' places"
             )
         known.add(name)
         if parameter.is_meta:
-            raise ValueError(f"{name}: is on the meta device; load the weights first")
-        local, starts, length = local_runs(name, parameter)
-        memory = (local.device, local.data_ptr(), local.dtype, local.shape, local.stride())
-        key = memory if local.numel() else (id(parameter),)
-        weight = found.setdefault(key, Weight(name, [], local, starts, length, hasattr(parameter, "full_tensor")))
+            raise ValueError(f"{name}: needs loaded weights, is on the meta device")
+        memory, starts, length = local_runs(name, parameter)
+        place = (memory.device, memory.data_ptr(), memory.dtype, memory.shape, memory.stride())
+        key = place if memory.numel() else (id(parameter),)
+        weight = held.setdefault(key, Weight(name, [], memory, starts, length, is_sharded(parameter)))
         if not any(parameter is other for other in weight.parameters):
             weight.parameters.append(parameter)
         if names is None or name in names:
             wanted.add(weight.name)
     if names is not None and not known.issuperset(names):
         raise ValueError(f"parameters: the model has none of the name {sorted(set(names) - known)[0]!r}")
-    chosen = [weight for weight in found.values() if weight.name in wanted]
-    named: dict[int, str] = {}
-    for weight in chosen:
+    weights = [weight for weight in held.values() if weight.name in wanted]
+    check_ids(weights)
+    return [weight for weight in weights if weight.local.numel() > 0]
+
+
+def check_ids(weights: Sequence[Weight]) -> None:
+    """Raises TypeError for a dtype that has no noise, ValueError for two names with one 32-bit id."""
+    names: dict[int, str] = {}
+    for weight in weights:
         check_dtype(weight.name, weight.local)
-        other = named.setdefault(parameter_id(weight.name), weight.name)
+        other = names.setdefault(parameter_id(weight.name), weight.name)
         if other != weight.name:
             raise ValueError(
                 f"parameters {other!r} and {weight.name!r}: their names have one 32-bit id, they would get the same "
                 "noise; rename one or leave it out by parameters="
             )
-    return [weight for weight in chosen if weight.local.numel() > 0]
 
 
 def local_runs(name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor, int]:
     """(this rank's memory, its runs' first elements in the whole parameter, their length)."""
-    if not hasattr(parameter, "full_tensor"):
+    if not is_sharded(parameter):
         return parameter.data, torch.tensor([0]), parameter.numel()
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -94,10 +100,10 @@ def local_runs(name: str, parameter: nn.Parameter) -> tuple[Tensor, Tensor, int]
         raise ValueError(f"{name}: is a sum over ranks ({parameter.placements}), needs shards or replicas")
     shape, offset = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
     with torch.no_grad():
-        local = parameter.to_local().detach()
-    if local.numel() == 0:
-        return local, torch.tensor([], dtype=torch.int64), 0
-    return local, *runs(parameter.shape, shape, offset)
+        memory = local(parameter).detach()
+    if memory.numel() == 0:
+        return memory, torch.tensor([], dtype=torch.int64), 0
+    return memory, *runs(parameter.shape, shape, offset)
 
 
 def runs(whole: Sequence[int], shape: Sequence[int], offset: Sequence[int]) -> tuple[Tensor, int]:

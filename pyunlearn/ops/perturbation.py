@@ -61,7 +61,7 @@ class perturbed:
         sigma: standard deviation of the noise, > 0.
         seed: 0 <= seed < 2^64. draw: 0 <= draw < 2^32, or None for the weights as they are (the baseline of a mode).
         sign: +1 or -1: w + sigma z or w - sigma z (antithetic pairs).
-        mode: one of MODES, see above. `.mode` tells what "auto" took.
+        mode: one of MODES, see above. `.mode` tells what "auto" took, `.declined` why that is not overlay (or None).
         parameters: names of the parameters to perturb, as `model.named_parameters()` gives them without wrappers'
             prefixes; default all. A tied parameter has its first name, and answers to its others.
         backend: None (each device's default), "cpu", "cuda", "triton" or "eager".
@@ -105,6 +105,7 @@ class perturbed:
         self._start, self._asked, self._names = (draw, sign), mode, parameters
         self._noise(draw, sign)  # raises now rather than on entry
         self._mode: Mode | None = None
+        self.declined: str | None = None
         self.weights: list[Weight] = []
         methods = (perturbed.__enter__, perturbed.to, perturbed.__exit__)
         self._signals = _Signals({method.__code__ for method in methods})
@@ -115,7 +116,7 @@ class perturbed:
         try:
             self._signals.hold()
             self.weights = weights_of(self.model, self._names)
-            self.mode = choose_mode(self._asked, self.weights, self.sigma)
+            self.mode, self.declined = choose_mode(self._asked, self.weights, self.sigma)
             self._mode = make_mode(self.mode, self.model, self.weights, self.sigma, self.seed, self.backend)
             self._move(*self._start)
             self._signals.deliver()

@@ -20,16 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._declined import decline
 from .backends import kernels
 from .contract import Options, statistics_dtype
 from .from_logits import stacked_stats
 from .memory import free_bytes
+from .products import product, slices
 from .sharded import Columns
 
 NARROWEST = 256  # columns of a slice
 CACHED = 2 << 20  # bytes of logits that stay in a CPU's cache
 ALL = slice(None)
-FLOAT32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8, and only its GPU kernels
+BEYOND_BUDGET = "they exceed the budget: slices of the vocabulary, or blocks of rows, are made again in backward"
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,11 @@ def stats_in_budget(
     budget: int | None,
     backend: str,
     here: Columns,
-) -> Tensor:
-    """Stacked statistics (outputs, N), by the cheapest way that holds at most `budget` bytes of logits."""
+) -> tuple[Tensor, dict[str, str]]:
+    """Stacked statistics (outputs, N), by the cheapest way that holds at most `budget` bytes of logits; and why they
+    are not held whole, where they would be by default or within a larger budget."""
     n, width = targets.numel(), head.weights[0].size(0)
+    streams = False
     if budget is None:
         graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.tensors)
         # A CPU writes logits to memory, pages it never touched, only where backward or top k reads them again.
@@ -87,15 +91,17 @@ def stats_in_budget(
         budget = CACHED if streams else free_bytes(targets.device) // 4
     column_bytes = n * head.inputs[0].element_size() * (1 if reference is None else 2)
     fits = column_bytes * width <= budget
+    declined = {} if fits or streams else {"kept logits": decline("kept logits", BEYOND_BUDGET)}
     if backend != "eager" and (fits or "topk" not in options.outputs):
         if not fits:
             width = min(width, max(NARROWEST, budget // column_bytes // 64 * 64))
-        return _ByColumns.apply(targets, reference, options, backend, here, width, fits, *head.tensors)
+        stats = _ByColumns.apply(targets, reference, options, backend, here, width, fits, *head.tensors)
+        return stats, declined
     if fits:
         logits, ref_logits = both_logits(head, reference, ALL)
-        return stacked_stats(logits, targets, ref_logits, options, backend)
+        return stacked_stats(logits, targets, ref_logits, options, backend), declined
     height = max(1, budget // (column_bytes // n * width))
-    return _ByRows.apply(targets, reference, options, backend, height, *head.tensors)
+    return _ByRows.apply(targets, reference, options, backend, height, *head.tensors), declined
 
 
 class _ByColumns(torch.autograd.Function):
@@ -140,7 +146,7 @@ class _ByColumns(torch.autograd.Function):
             raise RuntimeError(
                 "linear_token_stats: a second backward: the logits were turned into their gradient; pass budget_bytes=0"
             )
-        kept, ctx.logits = ctx.logits, None  # the buffer becomes d(logits) and is gone with this call
+        whole, ctx.logits = ctx.logits, None  # the buffer becomes d(logits) and is gone with this call
 
         # Rows of weight 0 meet no GEMM: always where logits are made again, else where copying the others pays, and
         # never at the price of a sync for a GPU that has its logits already.
@@ -158,7 +164,7 @@ class _ByColumns(torch.autograd.Function):
         sums = Gradients(head, ctx.needs_input_grad[7:], several_columns=several)
         with torch.autocast(grad.device.type, enabled=False):
             for columns in parts:
-                logits, ref_logits = kept or both_logits(head, reference, columns)
+                logits, ref_logits = whole or both_logits(head, reference, columns)
                 rest = (targets, ref_logits, index, belief, ctx.options, logits, here.first + columns.start)
                 d = kernels(ctx.backend).backward(grad, stats, saved, logits, *rest, here.vocabulary)
                 sums.add(d[rows] if ctx.keep and rows is not None else d, columns=columns)
@@ -244,28 +250,3 @@ class Gradients:
         return [
             d if d is None or t is None else d.to(t.dtype) for t, d in zip(self.head.tensors, self.sums, strict=True)
         ]
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = a @ b, or out += a @ b with nothing rounded to less than out's dtype on the way."""
-    if not add:
-        torch.mm(a, b, out=out)
-    elif out.dtype == a.dtype:
-        out.addmm_(a, b)
-    elif out.is_cuda and FLOAT32_PRODUCTS:
-        out += wide_product(a, b)
-    else:  # half precision is exact in float32, and in TF32 where a GPU may use it
-        for part in slices(a.size(1), NARROWEST):
-            out.addmm_(a[:, part].to(out.dtype), b[part].to(out.dtype))
-
-
-def wide_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, two matrices or two batches of them, with nothing rounded to less than float32 on the way."""
-    wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    if a.is_cuda and a.dtype == b.dtype != wide and FLOAT32_PRODUCTS:
-        return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)
-
-
-def slices(size: int, width: int) -> list[slice]:
-    return [slice(i, min(i + width, size)) for i in range(0, size, max(1, width))]

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import choose, eager, segment_dot_kernel
+from ..distributed import is_sharded
+from .backends import choose, kernels
+from .backends.tables import flat
 from .contract import DTYPES
-
-CHUNK = 65536  # elements a block (GPU) or a piece of a thread's work (CPU) takes
-TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/tensor/view.h's DType
 
 
 class SegmentDots(NamedTuple):
@@ -58,7 +56,7 @@ def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]], backend: str | None = No
     if not pairs:
         return SegmentDots(*torch.zeros(3, 0, dtype=torch.float64))
     a, b = [a for a, _ in pairs], [b for _, b in pairs]
-    sums = _segment_dot_op if torch.compiler.is_compiling() else stacked_dots
+    sums = torch.ops.pyunlearn.segment_dot.default if torch.compiler.is_compiling() else stacked_dots
     return SegmentDots(*sums(a, b, choose(backend, a[0].device)))
 
 
@@ -67,49 +65,20 @@ def check_pair(name: str, pair: tuple[Tensor, Tensor], device: torch.device) -> 
         raise TypeError(f"{name}: needs two tensors (a, b), got {type(pair).__name__}")
     a, b = pair
     for tensor in pair:
-        if hasattr(tensor, "full_tensor"):
-            raise TypeError(f"{name}: is a DTensor; pass its shard, .to_local(), and add the results up over the ranks")
+        if is_sharded(tensor):
+            raise TypeError(
+                f"{name}: needs plain tensors, got a DTensor; pass its shard and add the results up over ranks"
+            )
         if tensor.dtype not in DTYPES:
             raise TypeError(f"{name}: needs bfloat16, float16, float32 or float64, got {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name}: needs dense tensors, got {tensor.layout}")
         if tensor.device != device:
-            raise ValueError(f"{name}: is on {tensor.device}, needs {device} as pairs[0][0]")
+            raise ValueError(f"{name}: needs {device} as pairs[0][0], got {tensor.device}")
     if a.shape != b.shape:
         raise ValueError(f"{name}: needs two tensors of one shape, got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (n,) in one order of elements: that of a's memory, so that a shared dense layout costs no copy."""
-    order = sorted(range(a.dim()), key=a.stride().__getitem__, reverse=True)
-    return tuple(t.detach().permute(order).reshape(-1) for t in (a, b))  # type: ignore[return-value]
-
-
 def stacked_dots(a: list[Tensor], b: list[Tensor], backend: str) -> Tensor:
     """(3, len(a)) float64: <a, b>, <a, a>, <b, b>; arguments were checked."""
-    pairs = [flat(*pair) for pair in zip(a, b, strict=True)]
-    if backend == "eager":
-        return eager.segment_dot(pairs)
-    rows, chunks = [], 0
-    for x, y in pairs:
-        rows.append((x.data_ptr(), y.data_ptr(), x.numel(), chunks, TYPES[x.dtype], TYPES[y.dtype]))
-        chunks += math.ceil(x.numel() / CHUNK)
-    table = torch.tensor(rows, dtype=torch.int64, pin_memory=a[0].is_cuda)  # pinned: nothing waits for its copy
-    table = table.to(a[0].device, non_blocking=True)
-    partials = table.new_empty(chunks, 3, dtype=torch.float64)
-    sums = table.new_empty(3, len(pairs), dtype=torch.float64)
-    segment_dot_kernel(backend)(pairs, table, CHUNK, partials, sums)
-    return sums
-
-
-# ---- torch.library: what torch.compile and export see ----------------------------------------------------------------
-
-
-@torch.library.custom_op("pyunlearn::segment_dot", mutates_args=(), device_types=("cpu", "cuda"))
-def _segment_dot_op(a: list[Tensor], b: list[Tensor], backend: str) -> Tensor:
-    return stacked_dots(a, b, backend)
-
-
-@_segment_dot_op.register_fake
-def _(a, b, backend):
-    return a[0].new_empty((3, len(a)), dtype=torch.float64)
+    return kernels(backend).segment_dot([flat(*pair) for pair in zip(a, b, strict=True)])

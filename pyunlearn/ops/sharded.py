@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import is_sharded, local, whole
+
 
 @dataclass(frozen=True)
 class Columns:
@@ -32,7 +34,7 @@ class Columns:
     @staticmethod
     def of(weight: Any, whole: bool = False) -> Columns:
         """Those of a head (V, H), plain or a DTensor; `whole`: all of them whatever it is. Raises ValueError."""
-        if not is_dtensor(weight):
+        if not is_sharded(weight):
             return Columns.all(weight.size(0))
         from torch.distributed.tensor import Shard
 
@@ -40,14 +42,14 @@ class Columns:
         over = [i for i, placement in enumerate(placements) if type(placement) is Shard and placement.dim == 0]
         if len(over) != 1 or not all(p.is_replicate() for i, p in enumerate(placements) if i not in over):
             raise ValueError(
-                f"weight: needs Shard(0) on one mesh dimension and Replicate() on others, got {told(layout)}"
+                f"weight: needs Shard(0) on one mesh dimension and Replicate() on others, got {in_words(layout)}"
             )
         vocabulary = weight.size(0)
         most = -(-vocabulary // mesh.size(over[0]))
         first = min(most * mesh.get_local_rank(over[0]), vocabulary)
-        count, got = min(most, vocabulary - first), weight.to_local().size(0)
-        if got != count:
-            raise ValueError(f"weight: needs {count} of its {vocabulary} rows on this rank, in even chunks, got {got}")
+        count, rows = min(most, vocabulary - first), local(weight).size(0)
+        if rows != count:
+            raise ValueError(f"weight: needs {count} of its {vocabulary} rows on this rank, in even chunks, got {rows}")
         if whole:
             return Columns.all(vocabulary, layout)
         return Columns(first, count, vocabulary, most, mesh.get_group(over[0]), layout)
@@ -55,24 +57,26 @@ class Columns:
     def rows(self, name: str, tensor: Any) -> Tensor:
         """What is needed here of a tensor (V, ...) laid out as the head is. Raises ValueError."""
         if layout_of(tensor) != self.layout:
-            raise ValueError(f"{name}: needs the layout of weight, {told(self.layout)}; got {told(layout_of(tensor))}")
+            raise ValueError(
+                f"{name}: needs the layout of weight, {in_words(self.layout)}; got {in_words(layout_of(tensor))}"
+            )
         if not self.layout:
             return tensor
-        return tensor.full_tensor() if self.group is None else tensor.to_local(grad_placements=tensor.placements)
+        return whole(tensor) if self.group is None else tensor.to_local(grad_placements=tensor.placements)
 
     def frozen_rows(self, name: str, tensor: Any) -> Tensor:
         """The same for what takes no gradient, which may also be whole on every rank."""
-        return self.rows(name, tensor) if is_dtensor(tensor) else tensor[self.first : self.first + self.count]
+        return self.rows(name, tensor) if is_sharded(tensor) else tensor[self.first : self.first + self.count]
 
     def replica(self, name: str, tensor: Any) -> Tensor:
         """The plain tensor behind what is the same on every rank. Raises ValueError."""
-        if not is_dtensor(tensor):
+        if not is_sharded(tensor):
             return tensor
         mesh, placements = layout_of(tensor)
         if mesh not in self.layout or not all(placement.is_replicate() for placement in placements):
             raise ValueError(
-                f"{name}: needs a plain tensor, or Replicate() over the mesh of weight, {told(self.layout)}; "
-                f"got {told((mesh, placements))}"
+                f"{name}: needs a plain tensor, or Replicate() over the mesh of weight, {in_words(self.layout)}; "
+                f"got {in_words((mesh, placements))}"
             )
         return tensor.to_local(grad_placements=placements)
 
@@ -92,13 +96,9 @@ class Columns:
         return partial
 
 
-def is_dtensor(tensor: Any) -> bool:
-    return hasattr(tensor, "device_mesh")  # a program without DTensors does not import them
-
-
 def layout_of(tensor: Any) -> tuple[Any, ...]:
-    return (tensor.device_mesh, tuple(tensor.placements)) if is_dtensor(tensor) else ()
+    return (tensor.device_mesh, tuple(tensor.placements)) if is_sharded(tensor) else ()
 
 
-def told(layout: tuple[Any, ...]) -> str:
+def in_words(layout: tuple[Any, ...]) -> str:
     return f"{layout[1]} over a mesh of shape {tuple(layout[0].shape)}" if layout else "a plain tensor"

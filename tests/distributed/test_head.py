@@ -19,19 +19,19 @@ def ranks(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(ranks, name):
-    expected, found = case(CASES[name], shard=False), ranks[0]["found"][name]
-    assert found.keys() == expected.keys()
+    expected, values = case(CASES[name], shard=False), ranks[0]["cases"][name]
+    assert values.keys() == expected.keys()
     half = CASES[name].get("dtype") == torch.bfloat16 or "autocast" in CASES[name]
     for key, value in expected.items():
         gradients = {"atol": 2e-5, "rtol": 1e-2 if half else 2e-6}  # half precision: rounded once, here as there
         bound = gradients if key.startswith("d") else {"atol": 2e-6, "rtol": 2e-6}
-        torch.testing.assert_close(found[key], value, **bound, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(values[key], value, **bound, msg=lambda m, key=key: f"{key}: {m}")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_same_bits_on_both_ranks_and_in_every_run(ranks, name):
-    first = ranks[0]["found"][name]
-    for other in (ranks[1]["found"][name], ranks[0]["again"][name]):
+    first = ranks[0]["cases"][name]
+    for other in (ranks[1]["cases"][name], ranks[0]["again"][name]):
         assert other.keys() == first.keys()
         for key, value in first.items():
             assert torch.equal(value, other[key]), key
@@ -52,9 +52,9 @@ def test_the_states_of_the_ranks_merge_in_rank_order(ranks):
     finally:
         torch.set_num_threads(threads)
     stats, _ = native.finish(torch.cat(states, 1), targets, False, options, V)
-    found = ranks[0]["found"]["no reference, no adapter"]
+    values = ranks[0]["cases"]["no reference, no adapter"]
     for name, line in zip(options.outputs, stats, strict=True):
-        assert torch.equal(found[name][rows], line.double()), name
+        assert torch.equal(values[name][rows], line.double()), name
 
 
 def test_parts_of_the_states_stay_in_rank_order(ranks):
@@ -65,6 +65,12 @@ def test_parts_of_the_states_stay_in_rank_order(ranks):
 
 def test_gradients_are_laid_out_as_their_tensors(ranks):
     assert ranks[0]["layouts"] == dict.fromkeys(("weight", "bias", "b"), "(Shard(dim=0),)")
+
+
+def test_a_head_that_is_gathered_says_so(ranks):
+    for rank in ranks:
+        assert rank["declined"]["logp"] == {}
+        assert "the head is gathered" in rank["declined"]["topk"]["vocabulary parallel"]
 
 
 REFUSED = {

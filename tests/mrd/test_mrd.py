@@ -332,3 +332,10 @@ def test_what_is_not_used_is_told(model, batch):
         declined = score(model, [batch], estimator).diagnostics["declined"]
         assert list(declined) == optimisations, estimator
         assert all(declined.values())
+
+
+def test_the_mode_that_is_not_taken_is_told(batch, monkeypatch):
+    monkeypatch.setattr("pyunlearn.ops.modes.room_for", lambda *_: False)
+    result = score(make_model("llama"), [batch])
+    assert result.diagnostics["mode"] == "streamed"
+    assert result.diagnostics["declined"]["mode"].startswith("overlay: its scratch needs more than half")

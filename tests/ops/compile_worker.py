@@ -20,11 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from pyunlearn.ops import OUTPUTS
+from pyunlearn.ops import OUTPUTS, OuterSum
 from pyunlearn.ops.backends import kernels
 from pyunlearn.ops.contract import Options
-from pyunlearn.ops.ghost import OuterSum, packed
-from pyunlearn.triton_kernels.ghost import ghost_dot
 
 ALL = OUTPUTS
 PLAIN = tuple(name for name in OUTPUTS if not name.startswith("kl"))
@@ -89,13 +87,13 @@ def steps(rows: int, dtype: torch.dtype, columns: int, options: Options) -> None
 
 def ghosts(dtype: torch.dtype, length: int, one_hot: tuple[bool, bool | None], columns: int = 128) -> None:
     sides = [
-        packed(OuterSum(
+        OuterSum(
             torch.zeros(2, length, dtype=torch.int64) if ids else torch.zeros(2, length, columns, dtype=dtype),
             torch.zeros(2, length, columns, dtype=dtype),
-        ))
+        )
         for ids in one_hot if ids is not None
     ]  # fmt: skip
-    ghost_dot(*sides, *[None] * (2 - len(sides)))
+    kernels("triton").ghost_dot(*sides, *[None] * (2 - len(sides)))
 
 
 def usage(compiled: Any) -> dict[str, int]:
@@ -119,7 +117,7 @@ def both(first: Callable[[], None], other: Callable[[], None]) -> list[tuple[Lau
     return list(zip(*calls, strict=True))
 
 
-def told(one: Launch, again: Launch) -> dict[str, Any]:
+def report_of(one: Launch, again: Launch) -> dict[str, Any]:
     name, flags, compiled = one
     return dict(
         kernel=name, again=again[2] is compiled, shared=compiled.metadata.shared, warps=compiled.metadata.num_warps,
@@ -144,13 +142,15 @@ def main() -> None:
                 lambda: steps(5, dtype, columns + 1024, other),  # noqa: B023  # another width, temperature, ignored id
             ):
                 softcap = options.softcap
-                report.append({"dtype": str(dtype), "softcap": softcap, "capability": capability, **told(one, again)})
+                report.append(
+                    {"dtype": str(dtype), "softcap": softcap, "capability": capability, **report_of(one, again)}
+                )
         for dtype, length, one_hot in GHOSTS:
             for one, again in both(
                 lambda: ghosts(dtype, length, one_hot),  # noqa: B023
                 lambda: ghosts(dtype, length + 100, one_hot, 256),  # noqa: B023
             ):
-                report.append({"dtype": str(dtype), "capability": capability, **told(one, again)})
+                report.append({"dtype": str(dtype), "capability": capability, **report_of(one, again)})
     print(json.dumps(report))
 
 

@@ -9,25 +9,50 @@ import pytest
 import torch
 
 import pyunlearn as pu
-from pyunlearn.ops import OUTPUTS, backends
+from pyunlearn.ops import OUTPUTS, OuterSum, backends, schemas
 from pyunlearn.ops.contract import Options
-from pyunlearn.ops.from_logits import _flat, _token_stats_backward_op, _token_stats_op
 
 from .rows import device_of, rows
+
+
+def token_stats_arguments(backend, outputs, dtype):
+    """Of an op and of its backward."""
+    logits, reference, targets = (t.to(device_of(backend)) for t in rows("random", 2, 33))
+    logits = logits.to(dtype)
+    ref = reference.to(dtype) if "kl_pq" in outputs else None
+    flat = Options(outputs, 0.7, 5.0, k=3).flat()
+    forward = (logits, targets, ref, *flat, backend)
+    stats, saved, index, belief = schemas.token_stats(*forward)
+    return forward, (torch.randn_like(stats), stats, saved, logits, targets, ref, index, belief, *flat, backend)
 
 
 @pytest.mark.parametrize("outputs", [("logp",), ("logp", "entropy", "kl_pq", "topk")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(outputs, dtype, fused):
-    logits, reference, targets = (t.to(device_of(fused)) for t in rows("random", 2, 33))
-    logits = logits.to(dtype).requires_grad_()
-    ref = reference.to(dtype) if "kl_pq" in outputs else None
-    flat = _flat(Options(outputs, 0.7, 5.0, k=3))
-    torch.library.opcheck(_token_stats_op, (logits, targets, ref, *flat, fused))
-    out = _token_stats_op(logits.detach(), targets, ref, *flat, fused)
-    stats, saved, index, belief = out
-    args = (torch.randn_like(stats), stats, saved, logits.detach(), targets, ref, index, belief, *flat, fused)
-    torch.library.opcheck(_token_stats_backward_op, args)
+    forward, backward = token_stats_arguments(fused, outputs, dtype)
+    torch.library.opcheck(schemas.token_stats, (forward[0].clone().requires_grad_(), *forward[1:]))
+    torch.library.opcheck(schemas.token_stats_backward, backward)
+
+
+@pytest.mark.parametrize("name", ["cpu", "eager"])
+def test_opcheck_of_every_op(name):
+    """None is left out: they are looked up where torch keeps them."""
+    u = OuterSum(torch.randn(3, 5, 7), torch.randn(3, 5, 4))
+    v = OuterSum(torch.randint(0, 7, (3, 6)), torch.randn(3, 6, 4).bfloat16())
+    packed = OuterSum(torch.randn(8, 7), torch.randn(8, 4), torch.tensor([0, 1, 6, 8]))
+    forward, backward = token_stats_arguments("cpu", ("logp", "entropy", "topk"), torch.float32)
+    pairs = [torch.randn(5), torch.randn(2, 3).bfloat16()], [torch.randn(5).half(), torch.randn(2, 3)]
+    samples = {
+        "token_stats": [forward],
+        "token_stats_backward": [backward],
+        "segment_dot": [(*pairs, name)],
+        "ghost_dot": [(*u, *[None] * 4, name), (*packed, *v, name)],
+    }
+    registered = {op.split("::")[1] for op in torch._C._dispatch_get_all_op_names() if op.startswith("pyunlearn::")}
+    assert samples.keys() == registered
+    for op, arguments in samples.items():
+        for sample in arguments:
+            torch.library.opcheck(getattr(torch.ops.pyunlearn, op).default, sample)
 
 
 def test_compile_fullgraph_equals_eager():
@@ -65,6 +90,7 @@ def test_missing_native_module_falls_back_and_says_so(monkeypatch):
     expected = pu.token_stats(logits, targets, ("logp", "greedy"))
     monkeypatch.setattr(backends.native, "unavailable", "the native module did not load (gone); build it")
     got = pu.token_stats(logits, targets, ("logp", "greedy"))
+    assert got.declined == {"fused kernels": "the native module did not load (gone); build it"}
     torch.testing.assert_close(got.logp, expected.logp)
     with pytest.raises(RuntimeError, match="backend='cpu' is not available: the native module did not load"):
         pu.token_stats(logits, targets, backend="cpu")
@@ -73,7 +99,7 @@ def test_missing_native_module_falls_back_and_says_so(monkeypatch):
 def test_backends_explain_themselves(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert backends.choose(None, cpu) == "cpu"
-    with pytest.raises(ValueError, match="cannot take tensors on cuda"):
+    with pytest.raises(ValueError, match=r"backend='cpu': needs one of .* for tensors on cuda"):
         backends.choose("cpu", cuda)
     with pytest.raises(ValueError, match="backend='cudnn': needs one of 'triton', 'cuda', 'cpu', 'eager' or None"):
         backends.choose("cudnn", cpu)
@@ -95,7 +121,7 @@ def test_triton_serves_cuda_tensors_and_says_why_it_cannot(monkeypatch):
     assert backends.choose(None, cpu) == "cpu"
     assert backends.choose("triton", cpu) == "triton"  # by name alone
     monkeypatch.delenv("TRITON_INTERPRET")
-    with pytest.raises(ValueError, match="backend='triton': cannot take tensors on cpu"):
+    with pytest.raises(ValueError, match=r"backend='triton': needs one of .* for tensors on cpu"):
         backends.choose("triton", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(RuntimeError, match=r"'triton' is not available: no CUDA device .*TRITON_INTERPRET=1"):

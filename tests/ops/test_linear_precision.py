@@ -7,9 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import pyunlearn as pu
+from benchmarks.measure import peak_bytes
 from pyunlearn.ops import memory, projection
-
-from .test_linear_token_stats import peak_bytes
 
 N, H, R, V = 33, 24, 3, 1500
 SLICES, BLOCKS = N * 2 * 300, V * 2 * 5  # budgets in bfloat16: slices of 256 columns, blocks of 5 rows
@@ -56,9 +55,9 @@ def test_half_precision_gradients_are_rounded_once(path, monkeypatch):
         add(self, d, rows, columns)
 
     monkeypatch.setattr(projection.Gradients, "add", watch)
-    found = gradients(*problem(), **PATHS[path])
+    ours = gradients(*problem(), **PATHS[path])
     assert len(tiles) == {"within": 1, "slices": 6}.get(path, 7)
-    for name, gradient in found.items():
+    for name, gradient in ours.items():
         assert gradient.dtype == torch.bfloat16
         error, scale = (gradient.double() - exact[name]).abs(), exact[name].abs()
         assert bool((error <= scale * 2**-8 + 2e-6 * scale.max()).all()), name
@@ -97,9 +96,9 @@ def test_no_hidden_copies(dtype, with_reference, fraction):
     small = n * h * 8 + n * 200  # dX in float32 twice, states and statistics
     if dtype == torch.bfloat16:  # what its GEMMs work in, or 256 columns cast to float32
         small += (n + h) * projection.NARROWEST * 4
-    assert peak_bytes(lambda: forward().backward()) - results <= logits // fraction + small
+    assert peak_bytes(lambda: forward().backward(), "cpu") - results <= logits // fraction + small
     with torch.no_grad():
-        assert peak_bytes(forward) <= logits // fraction + small
+        assert peak_bytes(forward, "cpu") <= logits // fraction + small
 
 
 BUDGETS = [None, N * 4 * 300, 0]
@@ -186,11 +185,11 @@ def test_an_adapter_equals_the_merged_head(budget, backend):
     h, w, bias, x, b = (tensor.requires_grad_() for tensor in tensors.values())
     reference = (h.detach() + 0.1, w.detach())
     rest = dict(outputs=("logp", "entropy", "kl_pq"), reference=reference, budget_bytes=budget, backend=backend)
-    found = pu.linear_token_stats(h, w, targets, bias, adapter=(x, b), **rest)
+    apart = pu.linear_token_stats(h, w, targets, bias, adapter=(x, b), **rest)
     joined = pu.linear_token_stats(torch.cat([h, x], 1), torch.cat([w, b], 1), targets, bias, **rest)
-    for name, value in found.as_dict().items():
+    for name, value in apart.as_dict().items():
         torch.testing.assert_close(value, joined.as_dict()[name], atol=1e-11, rtol=1e-11)
-    both = [sum(v.sum() for v in stats.as_dict().values()) for stats in (found, joined)]
+    both = [sum(v.sum() for v in stats.as_dict().values()) for stats in (apart, joined)]
     for a, c in zip(*(torch.autograd.grad(loss, (h, w, bias, x, b)) for loss in both), strict=True):
         torch.testing.assert_close(a, c, atol=1e-11, rtol=1e-11)
 

@@ -2,8 +2,10 @@ import importlib
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import pyunlearn as pu
+from benchmarks.measure import peak_bytes
 from pyunlearn.ops import OUTPUTS
 from pyunlearn.ops.backends import kernels
 from pyunlearn.ops.contract import Options
@@ -80,65 +82,50 @@ def test_extra_memory_stays_within_the_budget():
     hidden, weight = torch.randn(256, 32, requires_grad=True), torch.randn(8192, 32, requires_grad=True)
     targets = torch.randint(0, 8192, (256,))
     logits_bytes = 256 * 8192 * 4
-    peak = peak_bytes(
-        lambda: pu.linear_token_stats(hidden, weight, targets, budget_bytes=logits_bytes // 16).logp.sum().backward()
-    )
+
+    def bytes_of(budget):
+        call = lambda: pu.linear_token_stats(hidden, weight, targets, budget_bytes=budget).logp.sum().backward()  # noqa: E731
+        return peak_bytes(call, "cpu")
+
+    peak = bytes_of(logits_bytes // 16)
     results = weight.numel() * 4 + hidden.numel() * 4
     assert peak - results < logits_bytes / 8
-    full = peak_bytes(lambda: pu.linear_token_stats(hidden, weight, targets).logp.sum().backward())
+    full = bytes_of(None)
     assert full - results > logits_bytes / 2  # the measure sees a full buffer
 
 
-def peak_bytes(call) -> int:
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False) as prof:
-        call()
-    held = peak = 0
-    for event in sorted(
-        (e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"),
-        key=lambda e: e.start_ns(),
-    ):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
 @pytest.mark.parametrize("graph", [False, True])
-def test_without_a_graph_logits_stay_in_the_cache(monkeypatch, graph):
+def test_without_a_graph_logits_stay_in_the_cache(graph):
     x, w, targets = torch.randn(64, 8), torch.randn(20000, 8, requires_grad=True), torch.randint(0, 20000, (64,))
-    widths, made = [], module.both_logits
 
-    def both_logits(head, reference, columns):
-        widths.append(columns.stop - columns.start)
-        return made(head, reference, columns)
+    def call():
+        with torch.set_grad_enabled(graph):
+            return pu.linear_token_stats(x, w, targets, outputs=("logp", "entropy"))
 
-    monkeypatch.setattr(module, "both_logits", both_logits)
-    with torch.set_grad_enabled(graph):
-        stats = pu.linear_token_stats(x, w, targets, outputs=("logp", "entropy"))
-    assert (max(widths) * 64 * 4 <= module.CACHED) is not graph
-    assert sum(widths) == 20000
+    stats, peak = call(), peak_bytes(call, "cpu")
+    assert (peak < module.CACHED + 64 * 1024) is not graph
+    assert (peak > 64 * 20000 * 4) is graph
     logp = (x.double() @ w.detach().double().t()).log_softmax(-1)
     torch.testing.assert_close(stats.logp.detach().double(), logp[range(64), targets], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.entropy.detach().double(), -(logp.exp() * logp).sum(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_ignored_rows_never_reach_the_head(monkeypatch):
-    seen = []
-    original = module.both_logits
-    monkeypatch.setattr(
-        module, "both_logits", lambda head, *rest: seen.append(head.inputs[0].size(0)) or original(head, *rest)
-    )
+def test_ignored_rows_never_reach_the_head():
+    """Nor its products: those of 8 of 12 rows are made, forward and twice backward."""
     hidden = torch.randn(2, 6, H)
     hidden[0, 2:] = float("nan")
     targets = torch.randint(0, V, (2, 6))
     targets[0, 2:] = -100
     hidden.requires_grad_()
-    stats = pu.linear_token_stats(hidden, torch.randn(V, H), targets)
-    assert seen == [8]
+    weight = torch.randn(V, H, requires_grad=True)
+    with FlopCounterMode(display=False) as flops:
+        stats = pu.linear_token_stats(hidden, weight, targets)
+    assert flops.get_total_flops() == 2 * 8 * V * H
     assert stats.logp.shape == (2, 6)
     assert torch.equal(stats.logp == 0, ~stats.mask)
-    stats.logp.sum().backward()
+    with flops:
+        stats.logp.sum().backward()
+    assert flops.get_total_flops() == 2 * 2 * 8 * V * H
     assert hidden.grad[0, 2:].eq(0).all()
     assert hidden.grad.isfinite().all()
 

@@ -16,6 +16,7 @@ from scipy import stats
 import pyunlearn as pu
 from pyunlearn import _C
 from pyunlearn.ops import noise
+from pyunlearn.ops.backends import eager, kernels, tables
 from pyunlearn.ops.noise import Noise, Piece, Plan, fill, parameter_id
 
 from .conftest import FUSED
@@ -77,7 +78,7 @@ def test_known_answers(counter, key, expected):
     words = [int(word, 16) for word in expected.split()]
     assert list(philox(counter, key)) == words
     assert _C.philox(counter, key) == words
-    assert [int(word) for word in noise.philox([torch.tensor(word) for word in counter], key)] == words
+    assert [int(word) for word in eager.philox([torch.tensor(word) for word in counter], key)] == words
 
 
 @settings(max_examples=60, deadline=None)
@@ -157,8 +158,8 @@ def test_cuda_kernel(offset):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_chunks_and_threads_change_nothing(monkeypatch, backend, chunk, threads):
     whole = pu.gaussian_noise(3001, seed=1, name="w", offset=2**34 - 1500, backend=backend)
-    monkeypatch.setattr(noise, "CHUNK", chunk)
-    monkeypatch.setattr(noise, "EAGER_CHUNK", chunk)
+    monkeypatch.setattr(tables, "PERTURB_CHUNK", chunk)
+    monkeypatch.setattr(eager, "PERTURB_CHUNK", chunk)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
@@ -281,28 +282,19 @@ def test_unserved_dtypes_are_refused():
         (torch.int64, torch.int64, None),
         (torch.bfloat16, torch.float32, (0, 1.0)),
     ):
+        weights = None if source is None else torch.empty(0, dtype=source)
+        piece = Piece(weights, torch.empty(0, dtype=target), 0, torch.tensor([0]), 0)
         with pytest.raises(ValueError, match="perturb: "):
-            noise.perturb_kernel("cpu")(table, source, target, 0, remove, None)
+            kernels("cpu").perturb([piece], table, 0, None, remove)
 
 
 # ---- Triton ----------------------------------------------------------------------------------------------------------
-
-SET_UP = """
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("perturb", sys.argv[1])
-perturb = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(perturb)
-"""
 
 INTERPRETED = """
 import torch
 import pyunlearn as pu
 from pyunlearn.ops import noise
 from tests.ops.test_noise import check_pairs
-
-noise.choose = lambda backend, device: backend or "cpu"
-native = noise.perturb_kernel
-noise.perturb_kernel = lambda backend: perturb.perturb if backend == "triton" else native(backend)
 
 for numel, offset in ((1, 0), (5, 3), (1000, 0), (40001, 2**34 - 2000), (4096, 2**62 - 4096)):
     ours, eager = torch.empty(numel, dtype=torch.int32), torch.empty(numel, dtype=torch.int32)
@@ -321,13 +313,14 @@ COMPILED = """
 import re, triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from pyunlearn.triton_kernels import perturb
 
 constants = dict(SOURCE=tl.float32, TARGET=tl.float32, WIDE=tl.float32, WORDS=False, REMOVE=True, ADD=True)
 constants["BLOCKS"] = perturb.BLOCKS
 types = dict(table="*i64", remove_scale="i64", add_scale="i64") | {name: "constexpr" for name in constants}
-names = perturb.kernel.arg_names
+names = perturb.perturb_kernel.arg_names
 source = ASTSource(
-    perturb.kernel,
+    perturb.perturb_kernel,
     {name: types.get(name, "i32") for name in names},
     {(names.index(name),): value for name, value in constants.items()},
     {(0,): [["tt.divisibility", 16]]},
@@ -348,8 +341,8 @@ def test_triton(script, tmp_path):
     pytest.importorskip("triton")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     environment["TRITON_INTERPRET"] = "1" if script is INTERPRETED else "0"
-    (tmp_path / "script.py").write_text(SET_UP + script)
-    command = [sys.executable, str(tmp_path / "script.py"), str(ROOT / "triton_kernels/perturb.py")]
+    (tmp_path / "script.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "script.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
     assert done.stdout.strip() == "right", done.stderr[-3000:]
 

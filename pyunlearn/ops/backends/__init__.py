@@ -3,8 +3,9 @@
 `backend=None` takes the first available backend of the tensor's device in `ORDER`. Missing pieces raise when they are
 asked for by name, never at import.
 
-Eager apart, a backend is a module of five calls over one streaming state per row, `new_state`, `accumulate`, `finish`,
-`topk` and `backward`, as `native` has them; `kernels(name)` gives it.
+`kernels(name)` is a backend's module. All have perturb, segment_dot and ghost_dot. The fused ones have five calls over
+one streaming state per row, new_state, accumulate, finish, topk and backward, as `native` has them (which also has
+value_and_grad); the eager twin has token_stats, of which autograd makes the rest.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
-from . import native
+from ..._declined import decline
+from . import eager, native
 
 # The CUDA kernels serve when asked for by name; they become the default once they have been measured on a GPU.
 ORDER: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "eager"), "cuda": ("triton", "eager", "cuda")}
@@ -50,8 +51,10 @@ def interpreting() -> bool:
 
 
 def kernels(backend: str) -> ModuleType:
-    """The module behind a backend other than "eager"; triton is imported here and not before."""
-    return importlib.import_module(f".{backend}", __name__) if backend == "triton" else native
+    """The module behind a backend; triton is imported here and not before."""
+    if backend == "triton":
+        return importlib.import_module(f".{backend}", __name__)
+    return eager if backend == "eager" else native
 
 
 def serving(device: torch.device) -> tuple[str, ...]:
@@ -60,32 +63,22 @@ def serving(device: torch.device) -> tuple[str, ...]:
     return (*names, "triton") if device.type == "cpu" and interpreting() else names
 
 
-def perturb_kernel(backend: str) -> Callable[..., None]:
-    """The launch behind `noise.Plan.run` of a backend other than "eager"."""
-    if backend == "triton":
-        return importlib.import_module("pyunlearn.triton_kernels.perturb").perturb
-    return native.perturb
-
-
-def segment_dot_kernel(backend: str) -> Callable[..., None]:
-    """The launch behind `segment_dot` of a backend other than "eager"."""
-    if backend == "triton":
-        return importlib.import_module("pyunlearn.triton_kernels.segment_dot").segment_dot
-    return native.segment_dot
-
-
-def ghost_dot_kernel() -> Callable[..., torch.Tensor]:
-    """The launch behind `ghost_dot` of the backend "triton"; the others take matrix products from torch."""
-    return importlib.import_module("pyunlearn.triton_kernels.ghost").ghost_dot
-
-
 def choose(backend: str | None, device: torch.device) -> str:
     """The backend an op takes for tensors on `device`. ValueError or RuntimeError where `backend` cannot serve."""
     if backend is None:
-        return next(b for b in ORDER.get(device.type, ("eager",)) if not unavailable(b))
+        chosen = next(b for b in ORDER.get(device.type, ("eager",)) if not unavailable(b))
+        if chosen == "eager":
+            why_eager(device)
+        return chosen
     reason = unavailable(backend)
     if reason:
         raise RuntimeError(f"backend={backend!r} is not available: {reason}")
     if backend not in serving(device):
-        raise ValueError(f"backend={backend!r}: cannot take tensors on {device}; needs one of {serving(device)}")
+        raise ValueError(f"backend={backend!r}: needs one of {serving(device)} for tensors on {device}")
     return backend
+
+
+def why_eager(device: torch.device) -> dict[str, str]:
+    """{"fused kernels": why those that `device` has by default are not here}, logged once; empty where it has none."""
+    reason = unavailable(ORDER.get(device.type, ("eager",))[0])
+    return {"fused kernels": decline("fused kernels", reason)} if reason else {}

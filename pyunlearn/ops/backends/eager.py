@@ -1,4 +1,4 @@
-"""The eager twin: every statistic in plain PyTorch, any device and dtype, differentiable by autograd.
+"""The eager twin: every op in plain PyTorch, any device and dtype; the statistics are differentiable by autograd.
 
 It is the fallback where nothing faster is built and, in float64, the oracle of every test. Half precision is computed
 in float32, as in the fused backends.
@@ -6,13 +6,22 @@ in float32, as in the fused backends.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Options, check_range
+from . import blocks
+
+if TYPE_CHECKING:
+    from ..noise import Noise, Piece
+    from ..outer_sum import OuterSum
+
+PERTURB_CHUNK = 1 << 20  # a hundred bytes of temporaries for each
 
 
 def transform(logits: Tensor, options: Options) -> Tensor:
@@ -84,3 +93,70 @@ def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]], block: int = 1 << 22) ->
             x, y = x.double(), y.double()
             sums[:, i] += torch.stack((torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)))
     return sums
+
+
+def ghost_dot(u: OuterSum, v: OuterSum | None) -> Tensor:
+    """(B,) float64 of OuterSums of one dtype; v None: of u with itself. Integers alone are u's."""
+    return blocks.ghost_dot(u, v, segment_dot)
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def perturb(pieces: Sequence[Piece], table: Tensor, seed: int, add: Noise | None, remove: Noise | None) -> None:
+    """What the kernels do with the pieces, by chunks of its own: `table` is not read."""
+    for piece in pieces:
+        for at, place, first, count in zip(*(column.tolist() for column in piece.chunks(PERTURB_CHUNK)), strict=True):
+            target = piece.target[place : place + count]
+            source = None if piece.source is None else piece.source[at : at + count]
+            target.copy_(perturbed(piece, source, first, count, seed, add, remove))
+
+
+def perturbed(
+    piece: Piece, source: Tensor | None, first: int, count: int, seed: int, add: Noise | None, remove: Noise | None
+) -> Tensor:
+    """A chunk of a piece, (count,): bfloat16(source - remove) + add; without a source the noise, or its words."""
+    device, dtype = piece.target.device, torch.float64 if piece.target.dtype == torch.float64 else torch.float32
+
+    def noise(step: Noise) -> Tensor:
+        return normals(seed, step.draw, piece.parameter, first, count, device).float().to(dtype) * step.scale
+
+    if source is None:
+        assert add is not None
+        if piece.target.dtype == torch.int32:
+            return words(seed, add.draw, piece.parameter, first, count, device)
+        return noise(add)
+    if add is None and remove is None:
+        return source
+    value = source.to(dtype)
+    if remove is not None:
+        value = (value - noise(remove)).bfloat16().float()
+    return value if add is None else value + noise(add)
+
+
+def philox(counter: Sequence[Tensor | int], key: int) -> list[Tensor]:
+    """Ten rounds of Philox4x32: four words from four, as int64 in [0, 2^32). At least counter[0] is a tensor."""
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = (torch.as_tensor(word, dtype=torch.int64) for word in counter)
+    for i in range(10):
+        p, q = c0 * 0xD2511F53, c2 * 0xCD9E8D57  # 64 bits: the sign bit is one of them
+        k0, k1 = (key + i * 0x9E3779B9) & low, ((key >> 32) + i * 0xBB67AE85) & low
+        c0, c1, c2, c3 = (q >> 32 & low) ^ c1 ^ k0, q & low, (p >> 32 & low) ^ c3 ^ k1, p & low
+    return [c0, c1, c2, c3]
+
+
+def words(seed: int, draw: int, parameter: int, first: int, count: int, device: torch.device) -> Tensor:
+    """The words behind elements first .. first + count - 1 as int64, (count,)."""
+    block = torch.arange(first // 4, (first + count + 3) // 4, device=device)
+    four = philox((block & 0xFFFFFFFF, block >> 32, draw, parameter), seed)
+    return torch.stack(torch.broadcast_tensors(*four), -1).flatten()[first % 4 : first % 4 + count]
+
+
+def normals(seed: int, draw: int, parameter: int, first: int, count: int, device: torch.device) -> Tensor:
+    """The normals of elements first .. first + count - 1 in float64, (count,)."""
+    begin, end = first // 4 * 4, (first + count + 3) // 4 * 4
+    u, v = ((words(seed, draw, parameter, begin, end - begin, device).double() + 0.5) / 2**32).view(-1, 2).unbind(-1)
+    radius, angle = (-2 * u.log()).sqrt(), 2 * math.pi * v
+    z = torch.stack((radius * angle.cos(), radius * angle.sin()), -1).flatten()
+    return z[first - begin : first - begin + count]

@@ -7,12 +7,20 @@ to torch's current stream.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..contract import SAVED, Options, statistics_dtype
+from . import blocks, tables
+
+if TYPE_CHECKING:
+    from ..noise import Noise, Piece
+    from ..one_pass import TokenRule
+    from ..outer_sum import OuterSum
 
 unavailable = ""  # why nothing compiled can run; the package also works from eager PyTorch alone
 try:
@@ -25,10 +33,24 @@ def capsule(tensor: Tensor | None) -> Any:
     return None if tensor is None else torch._C._to_dlpack(tensor.detach())
 
 
-def _call(like: Tensor, options: Options, first_column: int, vocabulary: int) -> tuple[int | float, ...]:
-    """The arguments every native call ends with."""
-    how = (options.bits, options.temperature, options.softcap or 0.0, options.ignore_index)
-    return (*how, first_column, vocabulary, torch.get_num_threads(), _stream(like))
+def _call(like: Tensor, options: Options, vocabulary: int, first_column: int = 0) -> _C.Call:
+    return _make_call(_C, options, vocabulary, first_column, torch.get_num_threads(), _stream(like))
+
+
+@lru_cache(maxsize=256)  # a microsecond to make, and a training step asks for the same ones
+def _make_call(
+    module: ModuleType, options: Options, vocabulary: int, first_column: int, threads: int, stream: int
+) -> _C.Call:
+    return module.Call(
+        outputs=options.bits,
+        temperature=options.temperature,
+        softcap=options.softcap or 0.0,
+        ignore_index=options.ignore_index,
+        first_column=first_column,
+        vocabulary=vocabulary,
+        threads=threads,
+        stream=stream,
+    )
 
 
 def _stream(like: Tensor) -> int:
@@ -62,9 +84,14 @@ def accumulate(
     fresh: bool,
 ) -> None:
     """Merges columns [first, first + logits.size(-1)) of every row into `state`, or starts it afresh."""
-    reference = _like(reference, logits)
-    call = _call(logits, options, first, vocabulary)
-    _C.accumulate(capsule(logits), capsule(targets), capsule(reference), capsule(state), fresh, *call)
+    _C.accumulate(
+        _call(logits, options, vocabulary, first),
+        logits=capsule(logits),
+        targets=capsule(targets),
+        reference=capsule(_like(reference, logits)),
+        state=capsule(state),
+        fresh=fresh,
+    )
 
 
 def finish(
@@ -74,14 +101,13 @@ def finish(
     stats = state.new_zeros(len(options.outputs), *targets.shape)
     saved = state.new_empty(SAVED, *targets.shape)
     n = targets.numel()
-    call = _call(state, options, 0, vocabulary)
     _C.finish(
-        capsule(state),
-        capsule(targets),
-        has_reference,
-        capsule(_rows(stats, n)),
-        capsule(_rows(saved, n)),
-        *call,
+        _call(state, options, vocabulary),
+        state=capsule(state),
+        targets=capsule(targets),
+        has_reference=has_reference,
+        stats=capsule(_rows(stats, n)),
+        saved=capsule(_rows(saved, n)),
     )
     return stats, saved
 
@@ -91,8 +117,15 @@ def topk(logits: Tensor, targets: Tensor, stats: Tensor, saved: Tensor, options:
     k, n = options.k if "topk" in options.outputs else 0, targets.numel()
     index, belief = targets.new_empty(n, k, dtype=torch.int32), stats.new_empty(n, k)
     if k:
-        tensors = (logits, targets, _rows(stats, n), _rows(saved, n), index, belief)
-        _C.topk(*map(capsule, tensors), *_call(logits, options, 0, logits.size(-1)))
+        _C.topk(
+            _call(logits, options, logits.size(-1)),
+            logits=capsule(logits),
+            targets=capsule(targets),
+            stats=capsule(_rows(stats, n)),
+            saved=capsule(_rows(saved, n)),
+            index=capsule(index),
+            belief=capsule(belief),
+        )
     return index, belief
 
 
@@ -111,51 +144,84 @@ def backward(
     vocabulary: int | None = None,
 ) -> Tensor:
     """Writes d(logits) into `grad_logits`, which may be `logits` itself, and returns it."""
-    n = targets.numel()
-    reference = _like(reference, logits)
-    views = [_rows(t.to(saved.dtype).contiguous(), n) for t in (grad_stats, stats, saved)]
+    grad_stats, stats, saved = (
+        _rows(t.to(saved.dtype).contiguous(), targets.numel()) for t in (grad_stats, stats, saved)
+    )
     if index is not None and index.size(-1) == 0:
         index = belief = None
-    tensors = (*views, logits, targets, reference, index, belief, grad_logits)
-    _C.backward(*map(capsule, tensors), *_call(logits, options, first, vocabulary or logits.size(-1)))
+    _C.backward(
+        _call(logits, options, vocabulary or logits.size(-1), first),
+        grad_stats=capsule(grad_stats),
+        stats=capsule(stats),
+        saved=capsule(saved),
+        logits=capsule(logits),
+        targets=capsule(targets),
+        reference=capsule(_like(reference, logits)),
+        index=capsule(index),
+        belief=capsule(belief),
+        grad_logits=capsule(grad_logits),
+    )
     return grad_logits
 
 
 def value_and_grad(
-    rule: tuple[float, float, float],
-    weights: Tensor,
-    floor: Tensor | None,
     logits: Tensor,
     targets: Tensor,
+    weights: Tensor,
+    rule: TokenRule,
+    floor: Tensor | None,
     options: Options,
+    stats: Tensor,
     grad_logits: Tensor,
-) -> Tensor | None:
-    """The statistics, and d(logits) in `grad_logits`; None, and nothing done, where two passes serve."""
+) -> str:
+    """Fills the statistics and d(logits); or "why two passes serve better", and nothing is done."""
     n = targets.numel()
-    stats = weights.new_empty(weights.shape)
-    tensors = (_rows(weights, n), floor, logits, targets, _rows(stats, n), grad_logits)
-    call = _call(logits, options, 0, logits.size(-1))
-    if n and not _C.value_and_grad(rule, *map(capsule, tensors), *call):
-        return None
-    return stats
+    if n == 0:
+        return ""
+    reason = _C.value_and_grad(
+        _call(logits, options, logits.size(-1)),
+        logits=capsule(logits),
+        targets=capsule(targets),
+        weights=capsule(_rows(weights, n)),
+        alpha=rule.alpha,
+        gamma=rule.gamma,
+        beta=rule.beta,
+        floor=capsule(floor),
+        stats=capsule(_rows(stats, n)),
+        grad_logits=capsule(grad_logits),
+    )
+    return reason or ""
 
 
-def perturb(
-    table: Tensor,
-    source: torch.dtype | None,
-    target: torch.dtype,
-    seed: int,
-    remove: tuple[int, float] | None,
-    add: tuple[int, float] | None,
-) -> None:
-    """One pass over a table of chunks (csrc/cpu/perturb.h) in memory of these dtypes; noises are (draw, scale)."""
-    from_like = None if source is None else capsule(torch.empty(0, dtype=source))
-    to_like = capsule(torch.empty(0, dtype=target))
-    _C.perturb(capsule(table), from_like, to_like, seed, remove, add, torch.get_num_threads(), _stream(table))
+def perturb(pieces: Sequence[Piece], table: Tensor, seed: int, add: Noise | None, remove: Noise | None) -> None:
+    """One pass over the table of chunks (tables.py) of pieces that are of one kind."""
+    _, source, target = pieces[0].kind
+    _C.perturb(
+        table=capsule(table),
+        source=None if source is None else capsule(torch.empty(0, dtype=source)),
+        target=capsule(torch.empty(0, dtype=target)),
+        seed=seed,
+        remove=remove,
+        add=add,
+        threads=torch.get_num_threads(),
+        stream=_stream(table),
+    )
 
 
-def segment_dot(
-    pairs: Sequence[tuple[Tensor, Tensor]], table: Tensor, chunk: int, partials: Tensor, sums: Tensor
-) -> None:
-    """Fills `sums` (3, segments) from the addresses in `table` (csrc/cpu/segment_dot.h)."""
-    _C.segment_dot(capsule(table), chunk, capsule(partials), capsule(sums), torch.get_num_threads(), _stream(table))
+def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(3, pairs) float64 of flat pairs: <a, b>, <a, a>, <b, b>."""
+    table, partials, sums = tables.segment_table(pairs)
+    _C.segment_dot(
+        table=capsule(table),
+        chunk=tables.SEGMENT_CHUNK,
+        partials=capsule(partials),
+        sums=capsule(sums),
+        threads=torch.get_num_threads(),
+        stream=_stream(table),
+    )
+    return sums
+
+
+def ghost_dot(u: OuterSum, v: OuterSum | None) -> Tensor:
+    """(B,) float64 of OuterSums of one dtype; v None: of u with itself. Integers alone are u's."""
+    return blocks.ghost_dot(u, v, segment_dot)

@@ -5,17 +5,36 @@ A program streams one row; where rows are too few to fill the device, a part of 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
+from ...triton_kernels import ghost as ghost_kernels
 from ...triton_kernels import lanes
+from ...triton_kernels import perturb as perturb_kernels
+from ...triton_kernels import segment_dot as segment_kernels
 from ...triton_kernels import token_stats as kernels
+from ...triton_kernels import topk as topk_kernels
 from ..contract import NEEDS_REFERENCE, OUTPUTS, SAVED, Options, check_range, statistics_dtype
+from ..outer_sum import OuterSum, packed
+from . import tables
 
+if TYPE_CHECKING:
+    from ..noise import Noise, Piece
+
+TYPES = {
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float64: tl.float64,
+    torch.int32: tl.int32,
+}
 LAUNCH = dict(num_warps=kernels.WARPS, enable_fp_fusion=True)
 # Programs that fill an SM to the end of a launch, and columns below which a part of a row is not worth one.
 PROGRAMS, PART = 16, 4096
@@ -142,7 +161,7 @@ def topk(logits: Tensor, targets: Tensor, stats: Tensor, saved: Tensor, options:
     if k and rows:
         line = stats[options.outputs.index("topk")]
         with torch.cuda.device_of(logits):
-            kernels.topk_kernel[(rows,)](
+            topk_kernels.topk_kernel[(rows,)](
                 *place(logits), *place(targets, columns=False), line, saved, index, belief, k, rows,
                 inner_rows(targets), columns, options.ignore_index, *transform(options),
                 K=max(16, triton.next_power_of_2(k)), **compiled_for(options, [logits], columns), **LAUNCH,
@@ -182,3 +201,101 @@ def backward(
             **compiled_for(options, read, columns, written=[grad_logits]), **LAUNCH,
         )  # fmt: skip
     return grad_logits
+
+
+# ---- noise -----------------------------------------------------------------------------------------------------------
+
+
+def perturb(pieces: Sequence[Piece], table: Tensor, seed: int, add: Noise | None, remove: Noise | None) -> None:
+    """One pass over the table of chunks (tables.py) of pieces that are of one kind."""
+    _, source, target = pieces[0].kind
+    with torch.cuda.device_of(table):
+        perturb_kernels.perturb_kernel[(len(table),)](
+            table, signed(seed & 0xFFFFFFFF), signed(seed >> 32), *as_bits(remove), *as_bits(add),
+            SOURCE=None if source is None else TYPES[source], TARGET=TYPES[target],
+            WIDE=tl.float64 if target == torch.float64 else tl.float32, WORDS=target == torch.int32,
+            REMOVE=remove is not None, ADD=add is not None, BLOCKS=perturb_kernels.BLOCKS, num_warps=4,
+            enable_fp_fusion=False,  # noise is rounded before it is added; the polynomials say fma
+        )  # fmt: skip
+
+
+def as_bits(noise: Noise | None) -> tuple[int, int]:
+    """The draw as int32, the scale's float64 as int64: the kernel's arguments never change their types."""
+    draw, scale = noise or (0, 1.0)
+    return signed(draw), struct.unpack("<q", struct.pack("<d", scale))[0]
+
+
+def signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+# ---- inner products --------------------------------------------------------------------------------------------------
+
+
+def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """(3, pairs) float64 of flat pairs: <a, b>, <a, a>, <b, b>. A launch over the chunks for every pair of dtypes."""
+    aligned: dict[tuple[torch.dtype, torch.dtype], bool] = {}  # whether all of them begin at whole 16 bytes
+    for a, b in pairs:
+        starts = a.data_ptr() % 16 == 0 and b.data_ptr() % 16 == 0
+        aligned[a.dtype, b.dtype] = aligned.get((a.dtype, b.dtype), True) and starts
+    table, partials, sums = tables.segment_table(pairs)
+    segments, chunks, chunk = table.size(0), partials.size(0), tables.SEGMENT_CHUNK
+    with torch.cuda.device_of(table):
+        for (a_type, b_type), wide in aligned.items() if chunks else ():
+            segment_kernels.chunk_kernel[chunks,](
+                table, segments, chunk, partials, A=TYPES[a_type], B=TYPES[b_type], A_TYPE=tables.TYPES[a_type],
+                B_TYPE=tables.TYPES[b_type], ALIGNED=wide, BLOCK=1024, num_warps=4,
+            )  # fmt: skip
+        segment_kernels.finish_kernel[segments,](table, segments, chunk, partials, sums, BLOCK=128, num_warps=4)
+    return sums
+
+
+def ghost_dot(u: OuterSum, v: OuterSum | None) -> Tensor:
+    """(B,) float64 of OuterSums of one dtype; v None: of u with itself. Integers alone are u's."""
+    GRAM, LOOKUP, MATCH = ghost_kernels.GRAM, ghost_kernels.LOOKUP, ghost_kernels.MATCH
+    symmetric, u = v is None, packed(u)
+    v = u if v is None else packed(v)
+    left = GRAM if not u.one_hot else MATCH if v.one_hot else LOOKUP
+    u_left, u_right = in_steps(u.left) if left is GRAM else u.left, in_steps(u.right)
+    v_left, v_right = u_left, u_right
+    if not symmetric:
+        v_left, v_right = in_steps(v.left) if left is GRAM else v.left, in_steps(v.right)
+    widest = u_right.dtype if v.one_hot else torch.promote_types(u_right.dtype, v_left.dtype)
+    assert u.max_seqlen is not None
+    assert v.max_seqlen is not None
+    block, warps = tile_of(widest, max(u.max_seqlen, v.max_seqlen), left is MATCH)
+    u_tiles, v_tiles = triton.cdiv(u.max_seqlen, block), triton.cdiv(v.max_seqlen, block)
+    partials = u.right.new_zeros(u.num_sequences, u_tiles * v_tiles, dtype=torch.float64)
+    with torch.cuda.device_of(partials):
+        if partials.numel():
+            ghost_kernels.tile_kernel[partials.numel(),](
+                u_left, u_right, u.cu_seqlens, v_left, v_right, v.cu_seqlens, partials,
+                0 if v.one_hot else v_left.size(-1), u_right.size(-1), u_tiles, v_tiles,
+                LEFT=left.value, SYMMETRIC=symmetric, BLOCK=block, LEFT_STEP=step_of(v_left),
+                RIGHT_STEP=step_of(v_right), num_warps=warps,
+            )  # fmt: skip
+    return partials.sum(1)
+
+
+def tile_of(dtype: torch.dtype, longest: int, match: bool) -> tuple[int, int]:
+    """(positions on a side, warps): what registers hold of two tiles, operands and the sum in float64, unspilled."""
+    if dtype.itemsize == 2 and longest > 256 and not match and architecture() >= 90:
+        return 128, 8
+    return 64, 4 if dtype.itemsize == 2 else 8
+
+
+def architecture() -> int:
+    return 0 if triton.knobs.runtime.interpret else triton.runtime.driver.active.get_current_target().arch
+
+
+def step_of(rows: Tensor) -> int:
+    """Columns of a step."""
+    return {2: 64, 4: 16, 8: 16}[rows.itemsize]
+
+
+def in_steps(rows: Tensor) -> Tensor:
+    """With columns of 0 up to whole steps, on 16 bytes."""
+    if triton.knobs.runtime.interpret and rows.dtype == torch.bfloat16:
+        rows = rows.float()  # its tl.dot would take the bits for integers
+    more = -rows.size(-1) % step_of(rows)
+    return torch.nn.functional.pad(rows, (0, more)) if more or rows.data_ptr() % 16 else rows

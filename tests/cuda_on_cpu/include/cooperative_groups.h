@@ -13,7 +13,8 @@ struct cluster_group {
   void barrier_arrive() const {}
   void barrier_wait() const { sync(); }
   template <class T> T* map_shared_rank(T* here, unsigned rank) const {
-    return reinterpret_cast<T*>(cuda_on_cpu::cluster->local[rank] + (reinterpret_cast<char*>(here) - &cuda_on_cpu::local_mark));
+    return reinterpret_cast<T*>(cuda_on_cpu::cluster->local[rank] +
+                                (reinterpret_cast<char*>(here) - &cuda_on_cpu::local_mark));
   }
 };
 inline cluster_group this_cluster() { return {}; }

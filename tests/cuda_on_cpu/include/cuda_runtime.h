@@ -69,7 +69,9 @@ inline thread_local unsigned running = 0;
 inline thread_local Barrier block, warps[32];
 inline thread_local uint32_t slot[2][1024];
 inline thread_local std::function<void()> body;
-struct Free { void operator()(unsigned char* p) const { std::free(p); } };
+struct Free {
+  void operator()(unsigned char* p) const { std::free(p); }
+};
 inline thread_local std::unique_ptr<unsigned char[], Free> dynamic_shared;
 inline thread_local Cluster* cluster = nullptr;
 inline thread_local unsigned rank_in_cluster = 0;
@@ -151,17 +153,30 @@ inline unsigned __ballot_sync(unsigned, bool flag) {
   return votes;
 }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
-template <class V> V atomicAdd(V* at, V by) { const V before = *at; *at += by; return before; }
+template <class V> V atomicAdd(V* at, V by) {
+  const V before = *at;
+  *at += by;
+  return before;
+}
 
 // ---- the runtime --------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrClusterLaunch, cudaDevAttrMaxSharedMemoryPerBlockOptin };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrClusterLaunch,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
-struct cudaLaunchAttributeValue { struct { unsigned x, y, z; } clusterDim; };
-struct cudaLaunchAttribute { cudaLaunchAttributeID id; cudaLaunchAttributeValue val; };
+struct cudaLaunchAttributeValue {
+  struct { unsigned x, y, z; } clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes;
@@ -170,7 +185,10 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid value"; }
-inline cudaError_t cudaGetDevice(int* device) { *device = 0; return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidValue; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : attribute == cudaDevAttrClusterLaunch ? 1 : 227 << 10;
@@ -194,7 +212,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
     blockIdx = at, gridDim = grid, blockDim = threads;
     cluster = &shared, rank_in_cluster = rank;
     shared.local[rank] = &local_mark;
-    dynamic_shared.reset(static_cast<unsigned char*>(std::aligned_alloc(128, (config->dynamicSmemBytes + 128) / 128 * 128)));
+    dynamic_shared.reset(
+        static_cast<unsigned char*>(std::aligned_alloc(128, (config->dynamicSmemBytes + 128) / 128 * 128)));
     std::memset(dynamic_shared.get(), 0xff, config->dynamicSmemBytes);  // NaN in every format
     body = [&] { std::apply(kernel, arguments); };
     run_block(threads.x);

@@ -85,11 +85,11 @@ def run(
         upstream[:zero_rows] = 0
         loss = loss + (stats[name].double() * upstream).sum() if name in stats else loss
     loss.backward()
-    found = {name: value.detach().double() for name, value in stats.items()}
+    values = {name: value.detach().double() for name, value in stats.items()}
     for name, tensor in tensors.items():
         if tensor.grad is not None:
-            found["d" + name] = tensor.grad
-    return found
+            values["d" + name] = tensor.grad
+    return values
 
 
 def case(how: dict[str, Any], shard: bool) -> dict[str, Tensor]:
@@ -112,8 +112,8 @@ def case(how: dict[str, Any], shard: bool) -> dict[str, Tensor]:
     return run(tensors, **options)
 
 
-def whole(found: dict[str, Any]) -> dict[str, Tensor]:
-    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in found.items()}
+def whole(values: dict[str, Any]) -> dict[str, Tensor]:
+    return {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in values.items()}
 
 
 def refusals() -> dict[str, str]:
@@ -164,9 +164,18 @@ def gathered() -> Tensor:
     return Columns.of(weight).gather(state + 1000 * torch.distributed.get_rank())
 
 
+def declined() -> dict[str, dict[str, str]]:
+    """What a sharded head says of each output that it was asked for."""
+    tensors = problem(without=("x", "b", "ref_weight"))
+    weight = distribute_tensor(tensors["weight"], init_device_mesh("cpu", (2,)), [Shard(0)])
+    inputs = tensors["hidden"], weight, tensors["targets"]
+    return {name: pu.linear_token_stats(*inputs, outputs=name).declined for name in ("logp", "topk")}
+
+
 def sharded(_: Path) -> dict[str, Any]:
-    found = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
+    cases = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     again = {name: whole(case(how, shard=True)) for name, how in CASES.items()}
     local = case(CASES["within"], shard=True)
     layouts = {name: str(local["d" + name].placements) for name in ("weight", "bias", "b")}
-    return {"found": found, "again": again, "layouts": layouts, "refusals": refusals(), "gathered": gathered()}
+    results = {"cases": cases, "again": again, "layouts": layouts}
+    return results | {"refusals": refusals(), "gathered": gathered(), "declined": declined()}

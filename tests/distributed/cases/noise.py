@@ -57,8 +57,8 @@ def fsdp(mesh) -> dict[str, bool]:
         with pu.perturbed(whole, **NOISE):
             expected = whole(x)
         with pu.perturbed(sharded, **NOISE) as weights:
-            got, mode = sharded(x), weights.mode
-        return {"fsdp": torch.equal(got, expected) and mode == "copy", "after": torch.equal(sharded(x), clean)}
+            got, copied = sharded(x), weights.mode == "copy" and "overlay: sharded" in weights.declined
+        return {"fsdp": torch.equal(got, expected) and copied, "after": torch.equal(sharded(x), clean)}
 
 
 def refusals(mesh) -> dict[str, str]:

@@ -1,15 +1,11 @@
-// The part of the CPU token statistics that is compiled once per instruction set: work on one piece of one row.
-// Pointers to it are picked once, at run time (token_stats.cpp).
+// What is compiled once per instruction set: work on one piece of a row, one chunk, one stretch of two arrays. Pointers
+// to it are picked once, at run time (lane_functions.cpp).
 #pragma once
 #include <cstdint>
 
-#include "../tensor/view.h"
+#include "../tensor/call.h"
 
 namespace pu {
-
-struct Transform {  // z = softcap * tanh(x / softcap) / temperature; softcap 0 = none
-  double temperature = 1, softcap = 0;
-};
 
 // One piece of a row: n logits at x (and r), the first of them being column `first` of the row.
 struct Piece {
@@ -21,12 +17,6 @@ struct Piece {
   int64_t target;  // column in the row
 };
 
-struct Belief {  // the top-k lanes of a row
-  const int32_t* index;
-  const void* weight;  // float (double for float64 logits)
-  int64_t k;
-};
-
 struct LaneFunctions {
   const char* name;
   // state: RowState<float> (double for float64). wants: the sums to keep (Want).
@@ -35,6 +25,9 @@ struct LaneFunctions {
   void (*gradient)(const Transform&, const Piece&, const void* coefficients, int kind, const Belief&, void* out);
   // The k largest z of a whole row in falling order, the lowest column first among equals.
   void (*largest)(const Transform&, const Piece&, int64_t k, int32_t* index, void* z);
+  void (*perturb)(const Perturb&, const Chunk&);
+  // <a, b>, <a, a>, <b, b> over n elements.
+  void (*pair_sums)(DType a_type, const void* a, DType b_type, const void* b, int64_t n, double* sums);
 };
 
 LaneFunctions portable_lanes();
@@ -42,5 +35,18 @@ LaneFunctions portable_lanes();
 LaneFunctions avx2_lanes();
 LaneFunctions avx512_lanes();
 #endif
+#if defined(PU_LANES)  // a file that is compiled per instruction set
+inline namespace PU_ISA {
+void perturb_chunk(const Perturb&, const Chunk&);
+void pair_sums(DType a_type, const void* a, DType b_type, const void* b, int64_t n, double* sums);
+}  // namespace PU_ISA
+#endif
 
+namespace cpu {
+
+const LaneFunctions& lanes();  // the instruction set in use
+// "auto" or a name; returns what is in use afterwards. Throws on one this CPU lacks.
+const char* choose_lanes(const char* name);
+
+}  // namespace cpu
 }  // namespace pu

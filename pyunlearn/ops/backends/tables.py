@@ -1,0 +1,51 @@
+"""The tables of addresses that native and Triton kernels read: rows of csrc/tensor/call.h's Chunk and Segment."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..noise import Piece
+
+# Elements a block (GPU) or a piece of a thread's work (CPU) takes of what is perturbed, and of a pair.
+PERTURB_CHUNK, SEGMENT_CHUNK = 32768, 65536
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}  # csrc/tensor/view.h's DType
+
+
+def chunk_table(pieces: Sequence[Piece]) -> Tensor:
+    """A row of Chunk for every chunk of the pieces: (chunks, 5) int64 on their device."""
+    tables = []
+    for piece in pieces:
+        at, place, first, count = piece.chunks(PERTURB_CHUNK)
+        rows = torch.empty(len(at), 5, dtype=torch.int64)
+        rows[:, 0] = 0 if piece.source is None else piece.source.data_ptr() + at * piece.source.element_size()
+        rows[:, 1] = piece.target.data_ptr() + place * piece.target.element_size()
+        rows[:, 2], rows[:, 3], rows[:, 4] = first, count, piece.parameter
+        tables.append(rows)
+    return torch.cat(tables).to(pieces[0].target.device)
+
+
+def flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as (n,) in one order of elements: that of a's memory, so that a shared dense layout costs no copy."""
+    order = sorted(range(a.dim()), key=a.stride().__getitem__, reverse=True)
+    return tuple(t.detach().permute(order).reshape(-1) for t in (a, b))  # type: ignore[return-value]
+
+
+def segment_table(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of flat pairs: a row of Segment for each, (pairs, 6) int64; room for (chunks, 3) sums, and for (3, pairs)."""
+    rows, chunks = [], 0
+    for a, b in pairs:
+        rows.append((a.data_ptr(), b.data_ptr(), a.numel(), chunks, TYPES[a.dtype], TYPES[b.dtype]))
+        chunks += math.ceil(a.numel() / SEGMENT_CHUNK)
+    device = pairs[0][0].device
+    table = torch.tensor(
+        rows, dtype=torch.int64, pin_memory=device.type == "cuda"
+    )  # pinned: nothing waits for its copy
+    table = table.to(device, non_blocking=True)
+    partials = table.new_empty(chunks, 3, dtype=torch.float64)
+    return table, partials, table.new_empty(3, len(pairs), dtype=torch.float64)
