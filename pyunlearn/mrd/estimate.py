@@ -130,10 +130,11 @@ def mrd(
         num_tokens (of all samples), mode; shared_prefix, how many tokens all samples begin with and went through the
         model once a draw, not once a sample; declined, by optimisation that was not used, why ("shared prefix", "mode"
         for what "auto" did not take, "fused head", "fused attention"); share_linear_ok; by_heart_share, the share of
-        sum_t |r_t| that comes from tokens with L_t < 1e-6; and of the self-check, on at least 8 samples where there are as many: sigma_ratio, the
-        value at twice the sigma over that at sigma, and expected_ratio (2, or 4 for `definition`); noise_floor, what a
-        draw's statistic is at sigma / 1024 (all but rounding is gone), in units of `value` before normalisation, and
-        noise_share, it over the statistic at sigma. None where it does not apply, or where that step moves no weight.
+        sum_t |r_t| that comes from tokens with L_t < 1e-6; and of the self-check, on at least 8 samples where there are
+        as many: sigma_ratio, the value at twice the sigma over that at sigma, and expected_ratio (2, or 4 for
+        `definition`); noise_floor, what a draw's statistic is at sigma / 1024 (all but rounding is gone), in units of
+        `value` before normalisation, and noise_share, it over the statistic at sigma. None where it does not apply, or
+        where that step moves no weight.
 
     Raises:
         ValueError: an argument out of range; a half-precision model without allow_low_precision; a sample without a
