@@ -20,7 +20,7 @@ from transformers import (
 )
 
 import pyunlearn as pu
-from pyunlearn._declined import decline
+from pyunlearn import _declined
 
 from ..float64 import LLAMA, make_model
 from ..mrd.conftest import any_model, make_rows, model, pad  # noqa: F401 (fixtures)
@@ -67,7 +67,7 @@ def test_it_is_not_shared_where_that_spares_nothing(model, caplog):  # noqa: F81
         (with_prefix()[:1], "the 1 samples share 7 tokens, " + shared.format(0, 15)),
         ([*with_prefix([5]), ([6, 4, 8], [-100, -100, 8])], "the 4 samples share 0 tokens, " + shared.format(0, 32)),
     ):
-        decline.cache_clear()  # it is logged once
+        _declined._logged.clear()  # it is logged once
         with caplog.at_level(logging.INFO, "pyunlearn"):
             diagnostics = score(model, [pad(rows, 15)]).diagnostics
         assert diagnostics["shared_prefix"] == 0
