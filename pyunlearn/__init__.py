@@ -26,7 +26,7 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .model.reference import ReferenceCache
+    from .model.cache import ReferenceCache
     from .training.trainer import UnlearnTrainer
 
 __version__ = "0.1.0"
@@ -58,7 +58,7 @@ def __getattr__(name: str) -> Any:
 
         return UnlearnTrainer
     if name == "ReferenceCache":
-        from .model.reference import ReferenceCache
+        from .model.cache import ReferenceCache
 
         return ReferenceCache
     raise AttributeError(f"module 'pyunlearn' has no attribute {name!r}")

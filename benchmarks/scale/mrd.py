@@ -26,14 +26,14 @@ from torch import Tensor
 
 import pyunlearn as pu
 from pyunlearn._files import write_text
-from pyunlearn.data import QADataset, collate, context_length, generate_authors, load_qa
+from pyunlearn.data import QADataset, collate, generate_authors, load_qa
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import token_stats_of
 from pyunlearn.model.load import load_model
 from pyunlearn.model.precision import full_precision
 from pyunlearn.mrd import ESTIMATORS
 from pyunlearn.mrd.samples import make_samples
-from pyunlearn.runs.config import ModelConfig
 
 from ..measure import commit, machine, seconds, versions
 from ..results import RESULTS
@@ -56,10 +56,9 @@ def load(args: argparse.Namespace) -> tuple[Any, list[Row], str]:
         model, name = random_model(args.shape, tokenizer, args.device), args.shape or "embedded"
     else:
         path, gguf = Path(args.model), Path(args.model).suffix == ".gguf"
-        source = {"name_or_path": str(path.parent), "gguf_file": path.name} if gguf else {"name_or_path": str(path)}
-        model, tokenizer = load_model(ModelConfig.model_validate(source))
+        model, tokenizer = load_model(str(path.parent), gguf_file=path.name) if gguf else load_model(str(path))
         name = path.stem
-    rows = QADataset(items, tokenizer, context_length(model))
+    rows = QADataset(items, tokenizer, CausalLM.of(model).context_length)
     return model.to(args.device), [rows[i] for i in range(len(rows))], name
 
 

@@ -22,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pyunlearn as pu
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden
-from pyunlearn.model.head import head_stats, output_head
+from pyunlearn.model.head import head_stats
 from pyunlearn.objectives import TokenInputs
 from pyunlearn.ops import backends
 
@@ -184,7 +185,7 @@ def ours(step: Step, caches: tuple[pu.ReferenceCache, pu.ReferenceCache], backen
         return {"answer": TokenInputs(stats.as_dict(), ref_logp, states.sequence_ids, states.num_sequences, step.v)}
 
     def loss(model: nn.Module, forget: dict, retain: dict) -> Tensor:
-        head = output_head(model)
+        head = CausalLM.of(model).read_head()
         states = supervised_hidden(model, forget)
         stats = head_stats(head, states.hidden, states.targets, backend=backend)
         ref_logp = caches[0].logp(forget["index"]).to(step.device) if name == "npo" else None

@@ -10,9 +10,7 @@ from pyunlearn.data.tokenise import (
     Encoded,
     PromptFormat,
     QADataset,
-    check_vocabulary,
     collate,
-    context_length,
     padding_id,
 )
 
@@ -25,9 +23,7 @@ __all__ = [
     "QADataset",
     "World",
     "check_disjoint",
-    "check_vocabulary",
     "collate",
-    "context_length",
     "generate_authors",
     "load_qa",
     "load_refusals",

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from pyunlearn.data.qa import QA
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
 # Values some templates read: without them Llama 3 writes today's date into the prompt, so that tomorrow's tokens
@@ -195,23 +195,6 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     if pad is None and eos is None:
         raise ValueError("tokenizer has neither a pad nor an EOS token to pad with; set tokenizer.pad_token")
     return eos if pad is None else pad
-
-
-def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError if the tokenizer makes an id that the model has no embedding for; spare rows are fine."""
-    embeddings: Any = model.get_input_embeddings()
-    rows = embeddings.num_embeddings
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
-    if largest >= rows:
-        raise ValueError(
-            f"tokenizer and model do not fit: the tokenizer makes ids up to {largest} ({token!r}), the model has "
-            f"{rows} embedding rows; load the tokenizer that belongs to the model, or resize its embeddings"
-        )
-
-
-def context_length(model: PreTrainedModel) -> int | None:
-    """The longest sequence the model takes, in tokens, from its configuration; None where it states none."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

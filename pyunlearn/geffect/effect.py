@@ -14,10 +14,10 @@ from ..gradients.groups import Groups, assign_groups, layer_of
 from ..gradients.streamed import (
     Gradients,
     Loss,
+    accumulate_gradient,
     backwards,
     check_finite,
     check_gradient,
-    kept,
     probing,
     scalars,
     squared_norms,
@@ -177,19 +177,19 @@ def g_effect(
         grouped = assign_groups(model, list(parameters), groups)
         stored: dict[str, Gradients] = {}
         metric_squares: dict[str, dict[str, float]] = {}
-        for metric, given in metrics.items():
+        for metric, loss in metrics.items():
             what = f"metrics[{metric!r}]"
-            if isinstance(given, Mapping):
-                check_gradient(what, given, {canonical(name): p for name, p in model.named_parameters()})
-                stored[metric] = dict(given)
+            if isinstance(loss, Mapping):  # its gradient
+                check_gradient(what, loss, {canonical(name): p for name, p in model.named_parameters()})
+                stored[metric] = dict(loss)
             else:
-                stored[metric] = kept(what, given, model, parameters, ema)
+                stored[metric] = accumulate_gradient(what, loss, model, parameters, ema)
             squares = scalars(squared_norms(stored[metric], backend), parameters)
             check_finite(what, squares)
             metric_squares[metric] = dict.fromkeys(parameters, 0.0) | squares
         stream = _Stream(stored, backend)
         if accumulate or ema is not None:
-            for name, gradient in kept("objective", objective, model, parameters, ema).items():
+            for name, gradient in accumulate_gradient("objective", objective, model, parameters, ema).items():
                 stream.take(name, gradient)
         else:
             with streamed(parameters, stream.take):

@@ -8,9 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..gradients.ghost_dots import GhostDots
+from ..distributed import is_sharded
 from ..gradients.groups import layer_of
-from ..gradients.streamed import Gradients, Loss, check_finite, check_gradient, kept, probing, scalars, squared_norms
+from ..gradients.per_sample import Dots, PerSample
+from ..gradients.streamed import (
+    Gradients,
+    Loss,
+    accumulate_gradient,
+    check_finite,
+    check_gradient,
+    probing,
+    scalars,
+    squared_norms,
+)
 from ..ops.parameters import canonical
 from ..ops.segment_dot import segment_dot
 
@@ -33,7 +43,7 @@ def gradient_of(model: nn.Module, loss: Loss) -> Gradients:
     Raises what `g_effect` raises; ArithmeticError names a parameter whose gradient is not finite.
     """
     with probing(model) as parameters:
-        gradients = kept("loss", loss, model, parameters, None)
+        gradients = accumulate_gradient("loss", loss, model, parameters, None)
         check_finite("loss", scalars(squared_norms(gradients, None), parameters))
     return gradients
 
@@ -57,7 +67,7 @@ def pointwise_g_effect(
         batch: tensors whose dimension 0 is the sample (B).
         loss_fn: loss_fn(model, batch) gives the losses (B,); no sample's may depend on another one.
         metric_gradient: by parameter name, from `gradient_of(model, metric)`. Parameters without an entry count 0.
-        method: "ghost": one backward and one forward-size product a layer, for models of layers that `GhostNorms` has
+        method: "ghost": one backward and one forward-size product a layer, for models of layers that `PerSample` has
             rules for. "jvp": one forward in forward-mode differentiation (one a layer for per_layer); every operation
             needs a forward-mode rule: attention in plain torch (attn_implementation="eager", or
             torch's under sdpa_kernel(SDPBackend.MATH)), losses too. "loop": a backward a sample,
@@ -83,15 +93,15 @@ def pointwise_g_effect(
         raise ValueError(f"method={method!r}: needs one of {tuple(METHODS)}")
     parameters = {canonical(name): p for name, p in model.named_parameters()}
     check_gradient("metric_gradient", metric_gradient, parameters)
-    if sharded := [name for name in metric_gradient if hasattr(parameters[name], "full_tensor")]:
+    if sharded := [name for name in metric_gradient if is_sharded(parameters[name])]:
         raise TypeError(f"model: {sharded[0]!r} is sharded, needs whole parameters")
     layers: dict[str, list[str]] = {}
     for name in metric_gradient:
         layers.setdefault(layer_of(name), []).append(name)
     if method == "jvp":  # its derivatives are of sums over parameters
         parts = layers if per_layer else {"": list(metric_gradient)}
-        found = {part: jvp(model, batch, loss_fn, metric_gradient, names) for part, names in parts.items()}
-        return PointwiseGEffect(torch.stack(list(found.values())).sum(0), found if per_layer else {})
+        by_part = {part: jvp(model, batch, loss_fn, metric_gradient, names) for part, names in parts.items()}
+        return PointwiseGEffect(torch.stack(list(by_part.values())).sum(0), by_part if per_layer else {})
     dots, uncovered = METHODS[method](model, batch, loss_fn, metric_gradient, parameters, strict)
     if not dots:
         raise ValueError("loss_fn: its losses reach no parameter of metric_gradient")
@@ -120,10 +130,10 @@ def sample_losses(loss_fn: SampleLosses, model: nn.Module, batch: Batch) -> Tens
 def ghost(
     model: nn.Module, batch: Batch, loss_fn: SampleLosses, metric_gradient: Gradients, parameters: Any, strict: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    inside = GhostDots(model, metric_gradient, strict)
-    with inside:
-        dots = inside.dots(num_samples(batch), lambda: sample_losses(loss_fn, model, batch).sum())
-    return dots, inside.uncovered
+    with PerSample(model, metric_gradient, strict) as tap:
+        size, total = num_samples(batch), lambda: sample_losses(loss_fn, model, batch).sum()
+        dots = tap.collect(size, total, Dots(metric_gradient))
+    return dots, tap.uncovered
 
 
 def loop(
@@ -165,10 +175,10 @@ class _Called(nn.Module):
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor]):
         super().__init__()
-        self.__dict__.update(_model=model, _given=parameters)
+        self.__dict__.update(_model=model, _replaced=parameters)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.func.functional_call(self._model, self._given, args, kwargs)
+        return torch.func.functional_call(self._model, self._replaced, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_model"], name)

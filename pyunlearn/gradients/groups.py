@@ -39,15 +39,15 @@ def assign_groups(model: nn.Module, names: list[str], groups: Groups) -> dict[st
         if groups != "paper":
             raise ValueError(f"groups={groups!r}: needs 'paper' or a mapping from group to name patterns")
         return paper_groups(model, names)
-    found = {}
-    for group, given in groups.items():
-        patterns = [given] if isinstance(given, str) else list(given)
-        found[group] = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        if not found[group]:
+    members = {}
+    for group, patterns in groups.items():
+        each = [patterns] if isinstance(patterns, str) else list(patterns)
+        members[group] = [name for name in names if any(fnmatchcase(name, pattern) for pattern in each)]
+        if not members[group]:
             raise ValueError(
-                f"groups[{group!r}]={given!r}: matches no trainable parameter; names are like {names[0]!r}"
+                f"groups[{group!r}]={patterns!r}: matches no trainable parameter; names are like {names[0]!r}"
             )
-    return found
+    return members
 
 
 def paper_groups(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
@@ -55,8 +55,8 @@ def paper_groups(model: nn.Module, names: list[str]) -> dict[str, list[str]]:
     blocks = {name: block for name in every if (block := layer_of(name)).rpartition(".")[2].isdigit()}
     lists = {block.rpartition(".")[0] for block in blocks.values()}
     if len(lists) != 1:
-        told = f"blocks in {sorted(lists)}" if lists else "no numbered blocks"
-        raise ValueError(f"groups='paper': needs one list of blocks, the model has {told}; pass a mapping")
+        has = f"blocks in {sorted(lists)}" if lists else "no numbered blocks"
+        raise ValueError(f"groups='paper': needs one list of blocks, the model has {has}; pass a mapping")
     order = list(dict.fromkeys(blocks.values()))
     first = min(every.index(name) for name in blocks)
     linear = {

@@ -1,19 +1,23 @@
-"""Squared gradient norms of every sample of a batch from one backward, without any gradient of a parameter.
+"""What every sample of a batch does to every parameter, from one backward, without any gradient of a parameter.
 
 With a (B, T, I) what a layer got and b (B, T, O) the gradient of the summed losses at its output, sample i's gradient
-is a function of row i alone, and its norm one of inner products between positions t, s of that row:
+is a function of row i alone. A tap (`PerSample`) hands the parts of it to a collector, which says what becomes of them:
+`SquaredNorms` makes inner products between positions t, s of a row, `Dots` multiplies with a direction R.
 
-===================  ==============================  ===================================================================
-parameter            gradient of sample i            squared norm
-===================  ==============================  ===================================================================
-Linear (O, I)        sum_t b_t a_t'                  sum_ts (a_t . a_s)(b_t . b_s); of b'a if T (I + O) >= I O
-Conv1D (I, O)        sum_t a_t b_t'                  the same
-Embedding (V, H)     sum_t onehot(x_t) b_t'          sum_ts [x_t = x_s] b_t . b_s
-gain of a norm (H,)  sum_t b_t * xhat_t              of the vector
-bias (O,)            sum_t b_t                       of the vector
-used several times   the sum over its uses           all positions of all uses together: for a head tied to the
-                                                     embedding 2 sum_st b^head_s[x_t] (h_s . b^emb_t) is added
-===================  ==============================  ===================================================================
+===================  ==============================  =========================================  ========================
+parameter            gradient of sample i            its squared norm                           its product with R
+===================  ==============================  =========================================  ========================
+Linear (O, I)        sum_t b_t a_t'                  sum_ts (a_t . a_s)(b_t . b_s);             sum_t b_t' R a_t
+                                                     of b'a if T (I + O) >= I O
+Conv1D (I, O)        sum_t a_t b_t'                  the same                                   sum_t a_t' R b_t
+Embedding (V, H)     sum_t onehot(x_t) b_t'          sum_ts [x_t = x_s] b_t . b_s               sum_t b_t . R[x_t]
+gain of a norm (H,)  sum_t b_t * xhat_t              of the vector                              of the vector
+bias (O,)            sum_t b_t                       of the vector                              of the vector
+used several times   the sum over its uses           all positions of all uses together: for a  the sum over its uses
+                                                     head tied to the embedding
+                                                     2 sum_st b^head_s[x_t] (h_s . b^emb_t)
+                                                     is added
+===================  ==============================  =========================================  ========================
 
 Inner products are `ops.ghost_dot`'s and norms of b'a float32 products (float64 for float64 models), sums over positions
 float64, in a fixed order.
@@ -23,30 +27,136 @@ float64, in a fixed order.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from ..distributed import is_sharded
 from ..ops.ghost import OuterSum, ghost_dot
 from ..ops.parameters import canonical
 from ..ops.products import wide_product
+from ..ops.segment_dot import segment_dot
+
+T_co = TypeVar("T_co", covariant=True)
 
 
-class GhostNorms:
-    """Context manager: inside, `squared_norms` gives every sample's squared gradient norm.
+# ---- collectors: what becomes of the parts of gradients --------------------------------------------------------------
+
+
+class Collector(Protocol[T_co]):
+    """What a tap brings of one batch of B samples, by parameter name; a tied parameter has its first one."""
+
+    def expect(self, name: str) -> None:
+        """In the forward: one more use of a matrix, which `matrix` may bring in the backward."""
+
+    def matrix(self, name: str, use: OuterSum) -> None:
+        """One use's part of the gradient: sum_t left_t right_t' of every sample."""
+
+    def vector(self, name: str, gradients: Tensor) -> None:
+        """(B, H) float64: one use's part of a gain's or a bias's gradient."""
+
+    def result(self, num_samples: int, device: torch.device) -> T_co:
+        """After the backward. device: of the loss."""
+
+
+class SquaredNorms:
+    """(B,) float64: every sample's squared gradient norm, over all parameters."""
+
+    def __init__(self) -> None:
+        self.expected: dict[str, int] = {}
+        self.waiting: dict[str, list[OuterSum]] = {}  # uses of matrices that wait for the others of their matrix
+        self.vectors: dict[str, Tensor] = {}
+        self.total: Tensor | None = None
+
+    def expect(self, name: str) -> None:
+        self.expected[name] = self.expected.get(name, 0) + 1
+
+    def matrix(self, name: str, use: OuterSum) -> None:
+        uses = self.waiting.setdefault(name, [])
+        uses.append(use)
+        if len(uses) == self.expected[name]:
+            self._finish(self.waiting.pop(name))
+
+    def vector(self, name: str, gradients: Tensor) -> None:
+        self.vectors[name] = self.vectors[name] + gradients if name in self.vectors else gradients
+
+    def result(self, num_samples: int, device: torch.device) -> Tensor:
+        for uses in self.waiting.values():  # those of which another use led nowhere
+            self._finish(uses)
+        for gradients in self.vectors.values():
+            self._add(gradients.square().sum(1))
+        return torch.zeros(num_samples, dtype=torch.float64, device=device) if self.total is None else self.total
+
+    def _finish(self, uses: list[OuterSum]) -> None:
+        for i, use in enumerate(uses):
+            self._add(squared_norm(use))
+            for other in uses[:i]:
+                self._add(2 * ghost_dot(use, other))
+
+    def _add(self, squared: Tensor) -> None:
+        self.total = squared if self.total is None else self.total + squared
+
+
+class Dots:
+    """Parameter -> (B,) float64: its gradient of every sample times a direction, of parameters that the loss reaches.
+
+    directions: by name, for all parameters that count. A forward-size product a layer.
+    """
+
+    def __init__(self, directions: Mapping[str, Tensor]):
+        self.directions = directions
+        self.dots: dict[str, Tensor] = {}
+
+    def expect(self, name: str) -> None:
+        pass  # uses add up: none waits for another
+
+    def matrix(self, name: str, use: OuterSum) -> None:
+        direction = self.directions[name]
+        if use.one_hot:
+            pairs = zip(use.right, direction[use.left], strict=True)
+        else:
+            products = wide_product(use.right.flatten(0, 1), direction.mT).view(use.left.shape)
+            pairs = zip(use.left, products, strict=True)
+        self._add(name, segment_dot([*pairs]).dot)
+
+    def vector(self, name: str, gradients: Tensor) -> None:
+        self._add(name, gradients @ self.directions[name].double())
+
+    def result(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+        return self.dots
+
+    def _add(self, name: str, dots: Tensor) -> None:
+        self.dots[name] = self.dots[name] + dots if name in self.dots else dots
+
+
+def squared_norm(use: OuterSum) -> Tensor:
+    """(B,) float64: ||sum_t left_t right_t'||^2, by whichever way multiplies less."""
+    if not use.one_hot:
+        p, d, length = use.left.size(-1), use.right.size(-1), use.left.size(1)
+        if length * (p + d) >= p * d:
+            sums = (wide_product(l.t(), r) for l, r in zip(use.left, use.right, strict=True))
+            return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in sums]).square()
+    return ghost_dot(use)
+
+
+# ---- the tap ---------------------------------------------------------------------------------------------------------
+
+
+class PerSample:
+    """Context manager: inside, `collect` brings every sample's part of every parameter's gradient to a collector.
 
     Args:
         model: any module of Linear, Embedding, LayerNorm, RMSNorm (torch's, and classes like LlamaRMSNorm: one gain,
             named ...Norm) and transformers' Conv1D. Every sample must be one entry of dimension 0 of all inputs, and
             its loss must depend on no other sample. Gradient checkpointing of both kinds is fine.
         parameters: names of the parameters whose gradients count; default those with requires_grad.
-        strict: a parameter that no rule covers raises; False leaves it out of the norms. `.uncovered` names them.
+        strict: a parameter that no rule covers raises; False leaves it out. `.uncovered` names them.
 
     Raises:
         TypeError: strict, and a parameter is uncovered; the message names them. A parameter that is a DTensor.
@@ -56,8 +166,8 @@ class GhostNorms:
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
-    >>> with GhostNorms(layer) as ghost:
-    ...     ghost.squared_norms(2, lambda: layer(x).sum())
+    >>> with PerSample(layer) as tap:
+    ...     tap.collect(2, lambda: layer(x).sum(), SquaredNorms())
     tensor([25.,  4.], dtype=torch.float64)
     """
 
@@ -70,7 +180,7 @@ class GhostNorms:
             for name, p in reversed(named.items())  # tied: the first name
             if (p.requires_grad if parameters is None else name in parameters)
         }
-        if sharded := [name for name, p in named.items() if id(p) in names and hasattr(p, "full_tensor")]:
+        if sharded := [name for name, p in named.items() if id(p) in names and is_sharded(p)]:
             raise TypeError(f"{sharded[0]}: is sharded; ghost norms need whole weights")
         if not names:
             raise ValueError("parameters: nothing to differentiate; name some, or set requires_grad")
@@ -83,25 +193,25 @@ class GhostNorms:
                 f"{', '.join(self.uncovered[:3])}{more}: no ghost norm rule covers it (Linear, Embedding, LayerNorm, "
                 "RMSNorm, Conv1D); leave it out by parameters= or strict=False"
             )
-        self._counted = {key: name for key, name in names.items() if key in covered}
+        self._names = {key: name for key, name in names.items() if key in covered}
         self._model, self._checked = model, set[nn.Module]()
         self._hooks: list[RemovableHandle] = []
         self._trainable: list[tuple[nn.Parameter, bool]] = []
         self._anchor = torch.empty(0, requires_grad=True)  # through it the first layer's output gets a graph
         self._batch: _Batch | None = None
 
-    def __enter__(self) -> GhostNorms:
+    def __enter__(self) -> PerSample:
         self._trainable = [(p, p.requires_grad) for p in self._model.parameters()]
         for parameter, _ in self._trainable:
             # Frozen while its module runs: no weight gradient is computed. Outside of it, a use that no rule sees
             # would bring a gradient here.
-            name = self._counted.get(id(parameter))
+            name = self._names.get(id(parameter))
             parameter.requires_grad_(name is not None)
             if name is not None:
                 self._hooks.append(parameter.register_hook(partial(leak, name)))
         for module in self._rules:
-            self._hooks.append(module.register_forward_pre_hook(lambda m, _: self._freeze(m)))
-            self._hooks.append(module.register_forward_hook(self._tap, with_kwargs=True, always_call=True))
+            self._hooks.append(module.register_forward_pre_hook(lambda m, _: freeze(m)))
+            self._hooks.append(module.register_forward_hook(self._watch, with_kwargs=True, always_call=True))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -111,40 +221,33 @@ class GhostNorms:
             parameter.requires_grad_(was)
         self._hooks, self._trainable, self._batch = [], [], None
 
-    def squared_norms(self, num_samples: int, loss: Callable[[], Tensor]) -> Tensor:
-        """Runs `loss`, a forward that returns the sum of the samples' losses, and its backward.
+    def collect(self, num_samples: int, loss: Callable[[], Tensor], collector: Collector[T_co]) -> T_co:
+        """Runs `loss`, a forward that returns the sum of the samples' losses, and its backward; the result collected.
 
-        Returns (num_samples,) float64 on the loss's device.
-        Raises RuntimeError for a parameter used outside of its layer's forward, ValueError for a layer whose input is
-        not one entry a sample, TypeError for a norm that is not affine in its gain.
+        collector: a new one each time. Raises RuntimeError for a parameter used outside of its layer's forward,
+        ValueError for a layer whose input is not one entry a sample, TypeError for a norm that is not affine in its
+        gain.
         """
-        batch = self._batch = _Batch(num_samples)
+        batch = self._batch = _Batch(num_samples, collector)
         try:
             with torch.enable_grad():
                 total = loss()
             batch.in_backward = True  # checkpointing runs layers again in there
             total.backward()
-            return batch.squared_norms(total.device)
+            return collector.result(num_samples, total.device)
         finally:
             self._batch = None
 
-    def _current(self) -> _Batch:
-        if self._batch is None:
-            raise RuntimeError("GhostNorms: inside the with block layers run within squared_norms(..., loss) only")
-        return self._batch
-
-    def _freeze(self, module: nn.Module) -> None:
-        for parameter in module.parameters(recurse=False):
-            parameter.requires_grad_(False)
-
-    def _tap(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The layer's output, its gradient watched. Without an output (an exception is on its way) just thaws."""
         own = dict(module.named_parameters(recurse=False))
         for parameter in own.values():
-            parameter.requires_grad_(id(parameter) in self._counted)
+            parameter.requires_grad_(id(parameter) in self._names)
         if not isinstance(output, Tensor):
             return output
-        batch, (x, *_) = self._current(), (*args, *kwargs.values())
+        if self._batch is None:
+            raise RuntimeError("PerSample: inside the with block layers run within collect(..., loss) only")
+        batch, (x, *_) = self._batch, (*args, *kwargs.values())
         if output.numel() == 0:
             return output
         if output.size(0) != batch.num_samples and batch.num_samples > 1:
@@ -156,115 +259,96 @@ class GhostNorms:
                 )
             # one for all, such as position embeddings: a row each, so that gradients stay apart
             x, output = (tensor.expand(batch.num_samples, *tensor.shape[1:]) for tensor in (x, output))
-        weight, rule = own["weight"], self._rules[module]
+        weight = own["weight"]
         if weight.dim() == 2:
-            batch.expect(weight)
+            if not batch.in_backward and id(weight) in self._names:
+                batch.collector.expect(self._names[id(weight)])
         elif module not in self._checked:
             check_gain(module, x, output)
             self._checked.add(module)
+        return _Watch.apply(output, self._anchor, partial(self._bring, batch, module), x.detach())
 
-        def use(grad: Tensor, x: Tensor) -> None:
-            b = by_position(grad, batch.num_samples)
-            rule(self, module, by_position(x, batch.num_samples) if x.is_floating_point() else x, b)
-            self._vector(own.get("bias"), b)
-
-        return _Tap.apply(output, self._anchor, use, x.detach())
-
-    def _linear(self, module: nn.Module, a: Tensor, b: Tensor) -> None:
-        self._matrix(module.weight, b, a)
-
-    def _conv1d(self, module: nn.Module, a: Tensor, b: Tensor) -> None:
-        self._matrix(module.weight, a, b)
-
-    def _embedding(self, module: Any, ids: Tensor, b: Tensor) -> None:
-        ids = ids.reshape(len(b), -1)
-        if module.padding_idx is not None:
-            b = b * (ids != module.padding_idx).unsqueeze(-1)
-        self._matrix(module.weight, ids, b)
-
-    def _gain(self, module: nn.Module, x: Tensor, b: Tensor) -> None:
-        self._vector(module.weight, wide(b) * normalised(module, wide(x)))
-
-    def _matrix(self, weight: Any, left: Tensor, right: Tensor) -> None:
-        if id(weight) in self._counted:
-            self._current().arrive(weight, OuterSum(left, right))
-
-    def _vector(self, parameter: Any, gradients: Tensor) -> None:
-        if parameter is not None and id(parameter) in self._counted:
-            self._current().add(parameter, gradients.sum(1, dtype=torch.float64))
+    def _bring(self, batch: _Batch, module: nn.Module, gradients: Tensor, x: Tensor) -> None:
+        """The parts of a layer's gradients, for those of its parameters that count."""
+        b = by_position(gradients, batch.num_samples)
+        a = by_position(x, batch.num_samples) if x.is_floating_point() else x.reshape(len(b), -1)
+        for parameter, part in self._rules[module](module, a, b):
+            name = self._names.get(id(parameter))
+            if name is None:
+                continue
+            if isinstance(part, OuterSum):
+                batch.collector.matrix(name, part)
+            else:
+                batch.collector.vector(name, part().sum(1, dtype=torch.float64))
 
 
 class _Batch:
-    """What has come in of one batch: uses of matrices that wait for the others of their matrix, and sums."""
-
-    def __init__(self, num_samples: int):
-        self.num_samples, self.in_backward = num_samples, False
-        self.expected: dict[int, int] = {}
-        self.waiting: dict[int, list[OuterSum]] = {}
-        self.vectors: dict[int, Tensor] = {}
-        self.total: Tensor | None = None
-
-    def expect(self, weight: Any) -> None:
-        if not self.in_backward:
-            self.expected[id(weight)] = self.expected.get(id(weight), 0) + 1
-
-    def arrive(self, weight: Any, use: OuterSum) -> None:
-        uses = self.waiting.setdefault(id(weight), [])
-        uses.append(use)
-        if len(uses) == self.expected[id(weight)]:
-            self.finish(self.waiting.pop(id(weight)))
-
-    def finish(self, uses: list[OuterSum]) -> None:
-        for i, use in enumerate(uses):
-            self.gather(squared_norm(use))
-            for other in uses[:i]:
-                self.gather(2 * ghost_dot(use, other))
-
-    def add(self, parameter: Any, gradients: Tensor) -> None:
-        before = self.vectors.get(id(parameter))
-        self.vectors[id(parameter)] = gradients if before is None else before + gradients
-
-    def gather(self, squared: Tensor) -> None:
-        self.total = squared if self.total is None else self.total + squared
-
-    def squared_norms(self, device: torch.device) -> Tensor:
-        for uses in self.waiting.values():  # those of which another use led nowhere
-            self.finish(uses)
-        for gradients in self.vectors.values():
-            self.gather(gradients.square().sum(1))
-        return torch.zeros(self.num_samples, dtype=torch.float64, device=device) if self.total is None else self.total
+    def __init__(self, num_samples: int, collector: Collector[Any]):
+        self.num_samples, self.collector, self.in_backward = num_samples, collector, False
 
 
-class _Tap(torch.autograd.Function):
-    """The identity; its backward shows `use` the gradient and what was saved. Checkpointing may drop what is saved."""
+class _Watch(torch.autograd.Function):
+    """The identity; its backward brings the gradient and what was saved. Checkpointing may drop what is saved."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, anchor: Tensor, use: Callable[..., None], saved: Tensor) -> Tensor:
-        ctx.use = use
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, bring: Callable[..., None], saved: Tensor) -> Tensor:
+        ctx.bring = bring
         ctx.save_for_backward(saved)
         return output.view_as(output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.use(grad, *ctx.saved_tensors)
+        ctx.bring(grad, *ctx.saved_tensors)
         return grad, None, None, None
 
 
-def rule_of(module: nn.Module) -> Callable[..., None] | None:
-    """What to do with a module's own parameters; None for a module without, or one that no rule covers."""
+# ---- rules: the parts of a layer's gradients -------------------------------------------------------------------------
+
+# (parameter, its part: of a matrix an OuterSum, of a vector a function that makes its gradient by position, (B, T, H))
+Parts = Iterator[tuple[Any, OuterSum | Callable[[], Tensor]]]
+
+
+def linear_parts(module: Any, a: Tensor, b: Tensor) -> Parts:
+    yield module.weight, OuterSum(b, a)
+    yield module.bias, lambda: b
+
+
+def conv1d_parts(module: Any, a: Tensor, b: Tensor) -> Parts:
+    yield module.weight, OuterSum(a, b)
+    yield module.bias, lambda: b
+
+
+def embedding_parts(module: Any, ids: Tensor, b: Tensor) -> Parts:
+    if module.padding_idx is not None:
+        b = b * (ids != module.padding_idx).unsqueeze(-1)
+    yield module.weight, OuterSum(ids, b)
+
+
+def norm_parts(module: Any, x: Tensor, b: Tensor) -> Parts:
+    yield module.weight, lambda: wide(b) * normalised(module, wide(x))
+    yield getattr(module, "bias", None), lambda: b
+
+
+def rule_of(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Parts] | None:
+    """What gives the parts of a module's own parameters; None for a module without, or one that no rule covers."""
     kind, own = type(module), {name: p.dim() for name, p in module.named_parameters(recurse=False)}
     if not own.keys() <= {"weight", "bias"} or "weight" not in own or own.get("bias", 1) != 1:
         return None
     if kind.forward is nn.Linear.forward:
-        return GhostNorms._linear
+        return linear_parts
     if kind.forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
-        return GhostNorms._embedding
+        return embedding_parts
     if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return GhostNorms._conv1d
+        return conv1d_parts
     if kind.__name__.endswith("Norm") and own["weight"] == 1:  # its first input tells whether it is affine
-        return GhostNorms._gain
+        return norm_parts
     return None
+
+
+def freeze(module: nn.Module) -> None:
+    for parameter in module.parameters(recurse=False):
+        parameter.requires_grad_(False)
 
 
 @torch.no_grad()
@@ -308,13 +392,3 @@ def by_position(x: Tensor, num_samples: int) -> Tensor:
 def wide(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def squared_norm(use: OuterSum) -> Tensor:
-    """(B,) float64: ||sum_t left_t right_t'||^2, by whichever way multiplies less."""
-    if not use.one_hot:
-        p, d, length = use.left.size(-1), use.right.size(-1), use.left.size(1)
-        if length * (p + d) >= p * d:
-            sums = (wide_product(l.t(), r) for l, r in zip(use.left, use.right, strict=True))
-            return torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in sums]).square()
-    return ghost_dot(use)

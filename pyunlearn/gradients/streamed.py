@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..distributed import is_sharded, local
 from ..ops.parameters import canonical
 from ..ops.segment_dot import segment_dot
 
@@ -40,19 +41,14 @@ def probing(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
                 f"model: {name!r} has a post-accumulate-grad hook (an optimiser that steps in the backward?), which a "
                 "probe would set off; remove it first"
             )
-    found = {name: p.grad for name, p in parameters.items()}
+    before = {name: p.grad for name, p in parameters.items()}
     try:
         for p in parameters.values():
             p.grad = None
         yield parameters
     finally:
         for name, p in parameters.items():
-            p.grad = found[name]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part."""
-    return tensor.to_local() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
+            p.grad = before[name]
 
 
 def backwards(what: str, loss: Loss, model: nn.Module) -> Iterator[None]:
@@ -73,7 +69,9 @@ def backwards(what: str, loss: Loss, model: nn.Module) -> Iterator[None]:
             yield
 
 
-def kept(what: str, loss: Loss, model: nn.Module, parameters: dict[str, nn.Parameter], ema: float | None) -> Gradients:
+def accumulate_gradient(
+    what: str, loss: Loss, model: nn.Module, parameters: dict[str, nn.Parameter], ema: float | None
+) -> Gradients:
     """The gradient of the sum of the micro-batches, or their exponential average, by name (this rank's part).
 
     Parameters that the loss does not reach are left out. Raises ValueError where it reaches none.
@@ -82,18 +80,19 @@ def kept(what: str, loss: Loss, model: nn.Module, parameters: dict[str, nn.Param
     for _ in backwards(what, loss, model):
         if ema is None:
             continue  # p.grad adds up
-        for name, gradient in taken(parameters).items():
+        for name, gradient in take_gradients(parameters).items():
             if name in gradients:
                 gradients[name].mul_(ema).add_(gradient, alpha=1 - ema)
             else:
                 gradients[name] = gradient
-    gradients = gradients if ema is not None else taken(parameters)
+    gradients = gradients if ema is not None else take_gradients(parameters)
     if not gradients:
         raise ValueError(f"{what}: its loss reaches no trainable parameter of this model")
     return gradients
 
 
-def taken(parameters: dict[str, nn.Parameter]) -> Gradients:
+def take_gradients(parameters: dict[str, nn.Parameter]) -> Gradients:
+    """What `p.grad` holds by now (this rank's part), which is None afterwards."""
     gradients = {name: local(p.grad) for name, p in parameters.items() if p.grad is not None}
     for p in parameters.values():
         p.grad = None
@@ -138,7 +137,7 @@ def summed(values: dict[str, Tensor], parameters: dict[str, nn.Parameter]) -> di
 
 def sharding(name: str, p: Tensor) -> tuple:
     """(device mesh, its dimensions that shard the parameter), or (None,)."""
-    if not hasattr(p, "full_tensor"):
+    if not is_sharded(p):
         return (None,)
     placements = p.placements  # type: ignore[attr-defined]
     if any(placement.is_partial() for placement in placements):

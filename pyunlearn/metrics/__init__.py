@@ -4,7 +4,7 @@ One file per family: `teacher_forced` (the model reads the answer), `generation`
 bases disagree, the variants are named options.
 """
 
-from .evaluate import METRICS, EvaluationResult, evaluate, write_records
+from .evaluate import METRICS, EvaluationResult, evaluate
 from .extraction import extraction_likelihood
 from .generation import greedy_generate, greedy_tokens, rouge_l_recall
 from .teacher_forced import extraction_strength, memorization_accuracy, probability, teacher_forced
@@ -21,5 +21,4 @@ __all__ = [
     "probability",
     "rouge_l_recall",
     "teacher_forced",
-    "write_records",
 ]

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..data import QA, QADataset, context_length
-from ..model.head import check_output_head, unwrap
+from ..data import QA, QADataset
+from ..model.causal_lm import CausalLM
 from .generation import greedy_generate, rouge_l_recall
 from .teacher_forced import Variant, teacher_forced
 
@@ -37,7 +34,7 @@ class EvaluationResult:
 
 
 def evaluate(
-    model: nn.Module,
+    model: nn.Module | CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[QA],
     *,
@@ -68,20 +65,21 @@ def evaluate(
         raise ValueError(f"rouge_samples={rouge_samples}: needs a whole number >= 1, or None for all items")
     if not items:
         raise ValueError("items: is empty, needs at least one question and answer")
-    dataset = QADataset(items, tokenizer, context_length(unwrap(model)) if max_length is None else max_length)
+    lm = CausalLM.of(model)
+    dataset = QADataset(items, tokenizer, lm.context_length if max_length is None else max_length)
     records: list[dict[str, Any]] = [
         {"index": i, "question": item.question, "answer": item.answer} for i, item in enumerate(items)
     ]
     if any(name in TEACHER_FORCED for name in metrics):
-        check_output_head(model)
-        read = teacher_forced(model, dataset, batch_size=batch_size, variant=extraction_variant, progress=progress)
+        lm.check_head()
+        read = teacher_forced(lm, dataset, batch_size=batch_size, variant=extraction_variant, progress=progress)
         for record, values in zip(records, read, strict=True):
             record |= {k: v for k, v in values.items() if k in metrics or k not in TEACHER_FORCED}
     if "rouge_l" in metrics:
         count = len(items) if rouge_samples is None else min(rouge_samples, len(items))
         drawn = sorted(random.Random(seed).sample(range(len(items)), count))
         texts = greedy_generate(
-            model,
+            lm,
             tokenizer,
             [dataset.prompt_format.prompt_ids(items[i].question) for i in drawn],
             max_new_tokens=max_new_tokens,
@@ -91,20 +89,6 @@ def evaluate(
         for i, text in zip(drawn, texts, strict=True):
             records[i] |= {"generated": text, "rouge_l": rouge_l_recall(text, items[i].answer)}
     return EvaluationResult({name: _mean(r[name] for r in records if name in r) for name in metrics}, records)
-
-
-def write_records(path: str | os.PathLike[str], records: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line, UTF-8; the file appears only when complete. Folders are made as needed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data import collate, context_length
+from ..data import collate
+from ..model.causal_lm import CausalLM, eval_mode
 from ..model.forward import length_batches, token_stats_of
-from ..model.head import eval_mode, model_device, unwrap
 from .generation import greedy_tokens
 
 
 def extraction_likelihood(
-    model: nn.Module, tokenizer: Any, dataset: Any, *, ngram: int = 10, batch_size: int = 16
+    model: nn.Module | CausalLM, tokenizer: Any, dataset: Any, *, ngram: int = 10, batch_size: int = 16
 ) -> list[float]:
     """EL_n of every row of a data set (rows of input_ids and labels), in [0, 1].
 
@@ -34,33 +34,33 @@ def extraction_likelihood(
     rows = [dataset[i] for i in range(len(dataset))]
     if not rows:
         raise ValueError("dataset: is empty, needs at least one row")
-    right = greedy_right(model, rows, batch_size)
+    lm = CausalLM.of(model)
+    right = greedy_right(lm, rows, batch_size)
     starts = [len(row["input_ids"]) - len(known) for row, known in zip(rows, right, strict=True)]
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         if start == len(row["input_ids"]) or bool((row["labels"][start:] == -100).any()):
             raise ValueError(f"dataset[{i}]: its supervised tokens are not its last ones, or there are none")
-    written = write_from_errors(model, tokenizer, rows, starts, right, batch_size)
+    written = write_from_errors(lm, tokenizer, rows, starts, right, batch_size)
     return [
-        overlap_of(row["input_ids"].tolist()[start:], known, found, ngram)
-        for row, start, known, found in zip(rows, starts, right, written, strict=True)
+        overlap_of(row["input_ids"].tolist()[start:], known, texts, ngram)
+        for row, start, known, texts in zip(rows, starts, right, written, strict=True)
     ]
 
 
-def greedy_right(model: nn.Module, rows: Sequence[Any], batch_size: int) -> list[list[bool]]:
+def greedy_right(lm: CausalLM, rows: Sequence[Any], batch_size: int) -> list[list[bool]]:
     """Of each row's supervised tokens, whether the greedy token is the true one, given the true text before it."""
     right: list[list[bool]] = [[] for _ in rows]
-    device = model_device(model)
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(lm.given), torch.no_grad():
         for batch in length_batches([len(row["labels"]) for row in rows], batch_size):
-            inputs = {name: value.to(device) for name, value in collate([rows[i] for i in batch], 0).items()}
-            stats, seen = token_stats_of(model, inputs, ("greedy",))
+            inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
+            stats, seen = token_stats_of(lm, inputs, ("greedy",))
             for place, greedy in zip(seen.sequence_ids.tolist(), stats.greedy.tolist(), strict=True):
                 right[batch[place]].append(greedy)
     return right
 
 
 def write_from_errors(
-    model: nn.Module,
+    lm: CausalLM,
     tokenizer: Any,
     rows: Sequence[Any],
     starts: Sequence[int],
@@ -71,13 +71,13 @@ def write_from_errors(
     wanted = [(i, t) for i, known in enumerate(right) for t, good in enumerate(known) if not good]
     limits = [len(right[i]) - t for i, t in wanted]
     written: list[dict[int, list[int]]] = [{} for _ in rows]
-    context = context_length(unwrap(model))
+    context = lm.context_length
     for batch in length_batches(limits, batch_size):
         some, room = [wanted[j] for j in batch], limits[batch[0]]
         prompts = [rows[i]["input_ids"][: starts[i] + t].tolist() for i, t in some]
         fits = context is None or max(map(len, prompts)) + room <= context  # else padding would cut texts short
         size = batch_size if fits else 1
-        texts = greedy_tokens(model, tokenizer, prompts, max_new_tokens=room, batch_size=size, progress=False)
+        texts = greedy_tokens(lm, tokenizer, prompts, max_new_tokens=room, batch_size=size, progress=False)
         for (i, t), text in zip(some, texts, strict=True):
             written[i][t] = text[: len(right[i]) - t]
     return written
@@ -90,12 +90,12 @@ def overlap_of(answer: list[int], right: Sequence[bool], written: dict[int, list
     if n < 1:
         return 0.0
     continuation: list[int] = []
-    found = 0.0
+    shares = 0.0
     for t in range(total - 1, -1, -1):
         continuation = [answer[t], *continuation] if right[t] else written[t]
         if t < total - n:
-            found += overlap(continuation, answer[t:], n)
-    return found / (total - n)
+            shares += overlap(continuation, answer[t:], n)
+    return shares / (total - n)
 
 
 def overlap(a: Sequence[int], b: Sequence[int], n: int) -> float:

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .._progress import track
-from ..data import context_length, padding_id
+from ..data import padding_id
+from ..model.causal_lm import CausalLM, eval_mode
 from ..model.forward import length_batches
-from ..model.head import eval_mode, model_device, unwrap
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:
@@ -26,7 +26,7 @@ def rouge_l_recall(generated: str, answer: str) -> float:
 
 
 def greedy_generate(
-    model: nn.Module,
+    model: nn.Module | CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -45,7 +45,7 @@ def greedy_generate(
 
 
 def greedy_tokens(
-    model: nn.Module,
+    model: nn.Module | CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
     *,
@@ -63,23 +63,24 @@ def greedy_tokens(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: needs a whole number >= 1")
-    inner, device, pad = unwrap(model), model_device(model), padding_id(tokenizer)
-    context = context_length(inner)
+    lm, pad = CausalLM.of(model), padding_id(tokenizer)
+    context = lm.context_length
     for i, prompt in enumerate(prompts):
         if not 0 < len(prompt) < (context or len(prompt) + 1):
             raise ValueError(
                 f"prompts[{i}]: has {len(prompt)} tokens, needs 1 or more, fewer than the context, {context}"
             )
     written: list[list[int]] = [[] for _ in prompts]
-    with eval_mode(inner), torch.no_grad():
+    with eval_mode(lm.alone), torch.no_grad():
         for batch in track(length_batches([len(p) for p in prompts], batch_size), "writing", progress):
             longest = max(len(prompts[i]) for i in batch)
             padding = [longest - len(prompts[i]) for i in batch]
             ids = torch.tensor([[pad] * p + list(prompts[i]) for i, p in zip(batch, padding, strict=True)])
             mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding])
             room = max_new_tokens if context is None else min(max_new_tokens, context - longest)
-            config = _greedy_config(inner, tokenizer, room)
-            output = inner.generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+            config = _greedy_config(lm.alone, tokenizer, room)
+            inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
+            output = lm.alone.generate(**inputs, generation_config=config)
             ends = set(config.eos_token_id or ())
             for i, tokens in zip(batch, output[:, longest:].tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
@@ -87,8 +88,8 @@ def greedy_tokens(
     return written
 
 
-def _greedy_config(inner: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    own = inner.generation_config.eos_token_id
+def _greedy_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    own = model.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,

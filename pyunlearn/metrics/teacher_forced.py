@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from .._progress import track
 from ..data import collate
+from ..model.causal_lm import CausalLM, eval_mode
 from ..model.forward import length_batches, token_stats_of
-from ..model.head import eval_mode, model_device
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = ("suffix", "open_unlearning")
@@ -63,7 +63,7 @@ def extraction_strength(
 
 
 def teacher_forced(
-    model: nn.Module,
+    model: nn.Module | CausalLM,
     dataset: Any,
     *,
     batch_size: int = 16,
@@ -83,11 +83,11 @@ def teacher_forced(
         if not bool((row["labels"][1:] != -100).any()):
             raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
     records: list[dict[str, float | int]] = [{} for _ in rows]
-    device = model_device(model)
-    with eval_mode(model), torch.no_grad():
+    lm = CausalLM.of(model)
+    with eval_mode(lm.given), torch.no_grad():
         for batch in track(length_batches([len(row["labels"]) for row in rows], batch_size), "reading", progress):
-            inputs = {name: value.to(device) for name, value in collate([rows[i] for i in batch], 0).items()}
-            stats, seen = token_stats_of(model, inputs, ("logp", "greedy"))
+            inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
+            stats, seen = token_stats_of(lm, inputs, ("logp", "greedy"))
             logp, greedy, ids = (
                 stats.logp.cpu(),
                 stats.greedy.cpu(),

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import TokenStats
-from .head import Head, head_layer, head_stats, is_fsdp, output_head, plain, text_config, unwrap
+from .causal_lm import CausalLM
+from .head import Head, head_stats
+from .tap import Tap
 
 IGNORE_INDEX = -100
 Layer = int | str
@@ -40,10 +41,6 @@ class Supervised:
     sequence_ids: Tensor
     num_sequences: int
     layers: Mapping[Layer, Tensor] = field(default_factory=dict)
-
-
-class _Reached(Exception):
-    """The deepest layer asked for has been reached."""
 
 
 def select_positions(batch: Mapping[str, Tensor], positions: Positions = "supervised") -> tuple[Tensor, Tensor, Tensor]:
@@ -70,8 +67,8 @@ def select_positions(batch: Mapping[str, Tensor], positions: Positions = "superv
         keep[:, :-1] = labels[:, 1:] != IGNORE_INDEX
         following = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1)
     elif positions == "real":
-        given = batch.get("attention_mask") is not None
-        real = _tensor(batch, "attention_mask", ids.shape) if given else torch.ones_like(ids)
+        masked = batch.get("attention_mask") is not None
+        real = _tensor(batch, "attention_mask", ids.shape) if masked else torch.ones_like(ids)
         keep[:, :-1] = (real[:, 1:] != 0) & (real[:, :-1] != 0)
     else:
         keep[:] = True
@@ -79,26 +76,30 @@ def select_positions(batch: Mapping[str, Tensor], positions: Positions = "superv
     return sequence_ids * length + column, following[sequence_ids, column], sequence_ids
 
 
-def layer_number(model: nn.Module, layer: Layer) -> int:
+def layer_number(model: nn.Module | CausalLM, layer: Layer) -> int:
     """The place in transformers' `hidden_states` (1 to D) of a layer, for a model of D blocks.
 
     layer: 1 is the first block's output, D what the LM head gets (after the final norm), -1 the same as D; "shallow",
     "middle" and "deep" are D // 3, 2 D // 3 and D, as in the G-effect paper's code.
     Raises ValueError that names the layer where the model has none such.
     """
-    depth = _depth(unwrap(model))
+    lm = CausalLM.of(model)
+    return number_of(layer, lm.depth, lm.name)
+
+
+def number_of(layer: Layer, depth: int, name: str = "the model") -> int:
+    """`layer_number` for a model of `depth` blocks; name: what the error calls it."""
     if isinstance(layer, str) and layer in DEPTHS:
         return max(1, DEPTHS[layer] * depth // 3)
     if isinstance(layer, int) and not isinstance(layer, bool) and 1 <= abs(layer) <= depth:
         return layer % (depth + 1)
     raise ValueError(
-        f"layer={layer!r}: {type(unwrap(model)).__name__} has {depth} layers, needs 1 to {depth}, -{depth} to -1, or "
-        f"one of {', '.join(DEPTHS)}"
+        f"layer={layer!r}: {name} has {depth} layers, needs 1 to {depth}, -{depth} to -1, or one of {', '.join(DEPTHS)}"
     )
 
 
 def supervised_hidden(
-    model: nn.Module,
+    model: nn.Module | CausalLM,
     batch: Mapping[str, Tensor],
     positions: Positions = "supervised",
     *,
@@ -121,87 +122,24 @@ def supervised_hidden(
     """
     # Before the forward: its one sync finds a short GPU queue.
     rows, targets, sequence_ids = select_positions(batch, positions)
-    inputs = {name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS}
-    ids = batch["input_ids"]
-    inner = unwrap(model)
-    numbers = {layer: layer_number(model, layer) for layer in layers}
-    depth = _depth(inner) if numbers else 0
-    last = depth if through_head or not numbers else max(numbers.values())
-    head_module = head_layer(inner)
-    called = model._modules.get("_orig_mod") or model  # not getattr: wrappers pass attributes on
-    sharded, wrapped = is_fsdp(called), "module" in called._modules
-    stops = last < depth and not wrapped and not sharded
-    kept: list[Tensor] = []
-    states: dict[int, Tensor] = {}
-
-    def keep_and_skip(head: Any, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        kept.append(args[0])
-        few = 1 if hasattr(getattr(head, "weight", None), "full_tensor") else 0  # DTensors fail on none
-        return (args[0][:, :few],)
-
-    def keep_input(number: int, block: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        states[number] = args[0] if args else kwargs["hidden_states"]
-        if stops and number == last:
-            raise _Reached
-
-    # What enters the next block, not what leaves this one: there reentrant checkpointing has cut the graph.
-    nexts = {number: _blocks(inner)[number] for number in numbers.values() if number < depth}
-    for module in called.modules():
-        compiled = module._compiled_call_impl is not None or "_orig_mod" in module._modules
-        if compiled and any(hooked in module.modules() for hooked in (head_module, *nexts.values())):
-            # Its graph either lacks the hook or, made now, would keep it for good.
-            raise RuntimeError(
-                f"{type(module).__name__}: is compiled together with its head"
-                + (" or a layer whose hidden states are wanted" if nexts else "")
-                + "; compile the decoder instead (model.get_decoder().compile())"
-            )
-    hooks = [head_module.register_forward_pre_hook(keep_and_skip)]
-    hooks += [
-        block.register_forward_pre_hook(partial(keep_input, number), with_kwargs=True)
-        for number, block in nexts.items()
-    ]
-    output: Any = None
-    try:
-        output = called(**inputs, use_cache=False)
-    except _Reached:
-        pass
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if output is not None and len(kept) != 1:
-        raise RuntimeError(
-            f"{type(model).__name__}: its head was called {len(kept)} times in a forward, needs once "
-            "(of DataParallel's threads each calls it: use one process a GPU)"
-        )
-    states |= {depth: kept[0]} if kept else {}
-
-    def selected(number: int) -> Tensor:
-        hidden = plain(states[number])
-        if hidden.shape[:2] != ids.shape:
-            raise ValueError(
-                f"{type(model).__name__}: hidden states {tuple(hidden.shape)} for input_ids {tuple(ids.shape)}; "
-                "needs one position a token (prompt-learning adapters add positions and are not supported)"
-            )
-        hidden = hidden.reshape(-1, hidden.size(-1)).index_select(0, rows.to(hidden.device))
-        # FSDP's backward sets out from the model's outputs, DDP's waits for every parameter: hang the outputs, of no
-        # elements, on what is used.
-        if sharded or (wrapped and last < depth):
-            hidden = hidden + output.logits.sum()
-        return hidden
-
-    chosen = {number: selected(number) for number in {last, *numbers.values()}}
-    hidden = chosen[last]
+    lm = CausalLM.of(model)
+    numbers = {layer: layer_number(lm, layer) for layer in layers}
+    last = None if through_head or not numbers else max(numbers.values())
+    tap = Tap(lm, numbers.values(), last)
+    tap.run({name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS})
+    states = {number: tap.at(number, rows, batch["input_ids"].shape) for number in {tap.last, *numbers.values()}}
+    hidden = states[tap.last]
     return Supervised(
         hidden,
         targets.to(hidden.device),
         sequence_ids.to(hidden.device),
-        ids.size(0),
-        {layer: chosen[number] for layer, number in numbers.items()},
+        len(batch["input_ids"]),
+        {layer: states[number] for layer, number in numbers.items()},
     )
 
 
 def token_stats_of(
-    model: nn.Module,
+    model: nn.Module | CausalLM,
     batch: Mapping[str, Tensor],
     outputs: str | Sequence[str] = ("logp",),
     *,
@@ -209,17 +147,18 @@ def token_stats_of(
     reference: tuple[Tensor, Head] | None = None,
     **options: Any,
 ) -> tuple[TokenStats, Supervised]:
-    """Statistics of every position that counts: `linear_token_stats` of `supervised_hidden`, `output_head`.
+    """Statistics of every position that counts: `linear_token_stats` of `supervised_hidden` and the model's head.
 
     reference: (hidden (N, H'), head) of the frozen reference at the same positions: from `supervised_hidden`
-    and `output_head` of a live model, or from a `ReferenceCache`. options: budget_bytes, k, backend of
+    and `CausalLM.read_head` of a live model, or from a `ReferenceCache`. options: budget_bytes, k, backend of
     `linear_token_stats`.
 
     Returns statistics of shape (N,) and the positions they belong to. Raises what those functions raise, and
     ValueError if the reference's rows or its head's softcap or temperature do not fit.
     """
-    supervised = supervised_hidden(model, batch, positions)
-    head = output_head(model)  # after the forward: sharded models have gathered it by then
+    lm = CausalLM.of(model)
+    supervised = supervised_hidden(lm, batch, positions)
+    head = lm.read_head()  # after the forward: sharded models have gathered it by then
     hidden, targets = supervised.hidden, supervised.targets
     return head_stats(head, hidden, targets, outputs, reference=reference, **options), supervised
 
@@ -233,20 +172,6 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         raise ValueError(f"batch_size={batch_size}: needs a whole number >= 1")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def _depth(inner: Any) -> int:
-    """D, the number of blocks."""
-    return int(text_config(inner).num_hidden_layers)
-
-
-def _blocks(inner: Any) -> nn.ModuleList:
-    """The decoder's blocks. Raises TypeError where there is no list of them."""
-    depth = _depth(inner)
-    for module in inner.modules():  # outer before inner: not the experts of a block
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise TypeError(f"{type(inner).__name__}: needs a ModuleList of its {depth} layers, to read hidden states of one")
 
 
 def _tensor(batch: Mapping[str, Tensor], name: str, shape: torch.Size | None = None) -> Tensor:

@@ -3,78 +3,87 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from accelerate import PartialState
 
 from .._hints import path_hint
-from ..data import check_vocabulary, padding_id
-from ..runs.config import EMBEDDED, ModelConfig
+from ..data import padding_id
+from .causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+EMBEDDED: Final = "embedded"
+
 
 def load_model(
-    config: ModelConfig, *, texts: Sequence[str] = (), seed: int = 0
+    name_or_path: str = EMBEDDED,
+    *,
+    gguf_file: str | None = None,
+    tokenizer: str | None = None,
+    dtype: str = "float32",
+    options: Mapping[str, Any] | None = None,
+    texts: Sequence[str] = (),
+    seed: int = 0,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model (evaluation mode, on the CPU) and its tokenizer.
 
-    texts: what the embedded model's tokenizer is trained on; unused otherwise. seed: of the embedded model's weights.
+    name_or_path: a folder, a Hub id, or "embedded" for the tiny Llama built here. gguf_file: a path, or a name inside
+    name_or_path. tokenizer: folder or Hub id, where it is not the model's. dtype: "float32", "bfloat16" or "float16".
+    options: sizes of the embedded model. texts: what its tokenizer is trained on. seed: of its weights.
 
     Raises FileNotFoundError for a missing folder, file or Hub id (also when the Hub cannot be reached), ImportError
     where a GGUF file needs the `gguf` package, ValueError for weights that are not safetensors and for a tokenizer that
     makes ids the model has no embedding for.
     """
-    if config.embedded:
-        model, tokenizer = build_embedded(config, texts, seed)
+    model: Any
+    its_tokenizer: Any
+    if name_or_path == EMBEDDED and gguf_file is None:
+        model, its_tokenizer = build_embedded(tokenizer, options or {}, texts, seed)
+        model.to(getattr(torch, dtype))
     else:
-        model, tokenizer = load_pretrained(config)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_id(tokenizer))
-    check_vocabulary(model, tokenizer)
-    return model.eval(), tokenizer
+        model, its_tokenizer = load_pretrained(name_or_path, gguf_file, tokenizer, dtype)
+    if its_tokenizer.pad_token_id is None:
+        its_tokenizer.pad_token = its_tokenizer.convert_ids_to_tokens(padding_id(its_tokenizer))
+    CausalLM.of(model).check_tokenizer(its_tokenizer)
+    return model.eval(), its_tokenizer
 
 
-def process_state() -> PartialState:
-    """This process among those of torchrun (if any) and its device; without an accelerator they speak by gloo."""
-    return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def build_embedded(config: ModelConfig, texts: Sequence[str], seed: int) -> tuple[Any, Any]:
+def build_embedded(
+    tokenizer: str | None, options: Mapping[str, Any], texts: Sequence[str], seed: int
+) -> tuple[Any, Any]:
     from ..data.tiny import tiny_llama, train_tokenizer
 
     if not texts:
         raise ValueError(f"model.name_or_path={EMBEDDED} trains its tokenizer on the run's data; name a model instead")
-    options = dict(config.options)
-    vocabulary = options.pop("vocab_size", 2048)
-    if config.tokenizer is not None:
-        tokenizer = load_tokenizer(config.tokenizer)
+    sizes = dict(options)
+    vocabulary = sizes.pop("vocab_size", 2048)
+    if tokenizer is not None:
+        made: Any = load_tokenizer(tokenizer)
     else:
-        length = options.get("max_position_embeddings", 256)
-        tokenizer = train_tokenizer(texts, vocab_size=vocabulary, max_length=length)
-    return tiny_llama(tokenizer, seed=seed, **options).to(getattr(torch, config.dtype)), tokenizer
+        made = train_tokenizer(texts, vocab_size=vocabulary, max_length=sizes.get("max_position_embeddings", 256))
+    return tiny_llama(made, seed=seed, **sizes), made
 
 
-def load_pretrained(config: ModelConfig) -> tuple[Any, Any]:
+def load_pretrained(name_or_path: str, gguf_file: str | None, tokenizer: str | None, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
-    source, gguf = locate(config)
-    known: dict[str, Any] = {"use_safetensors": True} if gguf is None else gguf_options(gguf)
+    source, gguf = locate(name_or_path, gguf_file)
+    options: dict[str, Any] = {"use_safetensors": True} if gguf is None else gguf_options(gguf)
     try:
-        tokenizer = load_tokenizer(config.tokenizer) if config.tokenizer else load_tokenizer(source, gguf)
+        its_tokenizer = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(source, gguf)
         model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), trust_remote_code=False, **known
+            source, dtype=getattr(torch, dtype), trust_remote_code=False, **options
         )
     except OSError as error:
         raise missing(source, error) from error
     quantizer = getattr(model, "hf_quantizer", None)
     if gguf is not None and quantizer is not None:
         quantizer.remove_quantization_config(model)  # its weights are dense now, so it can be trained and saved
-    return model, tokenizer
+    return model, its_tokenizer
 
 
 def gguf_options(gguf: str) -> dict[str, Any]:
@@ -96,9 +105,8 @@ def load_tokenizer(source: str, gguf: str | None = None) -> PreTrainedTokenizerB
         raise missing(source, error) from error
 
 
-def locate(config: ModelConfig) -> tuple[str, str | None]:
+def locate(source: str, gguf: str | None) -> tuple[str, str | None]:
     """(folder or Hub id, name of the GGUF file in it or None), checked as far as can be without the network."""
-    source, gguf = config.name_or_path, config.gguf_file
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
             raise ImportError(f"model.gguf_file={gguf!r} needs the gguf package: pip install 'pyunlearn[gguf]'")

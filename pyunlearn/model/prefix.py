@@ -9,38 +9,69 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..mrd.samples import Samples
+from .causal_lm import CausalLM
 from .forward import IGNORE_INDEX, supervised_hidden, token_stats_of
-from .head import text_config, unwrap
 
 WORTH = 0.1  # of all tokens: what sharing has to spare
+ARGUMENTS = ("cache", "past_key_values")  # of a forward: since transformers 5.24, and before
 
 
-def shared_prefix(model: Any, samples: Samples) -> Tensor | None:
-    """(1, P) token ids with which all samples begin, if sharing them pays and the model takes keys and values back.
+class Prefix(NamedTuple):
+    """Tokens with which all samples begin. tokens: (1, P); argument: by which the model's forward takes their cache."""
 
-    No scored token is predicted from them. That the model's likelihoods stay as they are is tried on the last batch:
+    tokens: Tensor
+    argument: str
+
+    def fill(self, lm: CausalLM) -> Any:
+        """The cache of its tokens, for the weights as they stand."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=lm.config)
+        unscored = torch.full_like(self.tokens, IGNORE_INDEX)
+        inputs: dict[str, Any] = {"input_ids": self.tokens, "labels": unscored, self.argument: cache}
+        supervised_hidden(lm, inputs)
+        return cache
+
+    def cut(self, batch: Mapping[str, Tensor], cache: Any) -> dict[str, Any]:
+        """The batch without these tokens, with a copy of their cache a row; its attention_mask covers both."""
+        own, length = copy.deepcopy(cache), self.tokens.size(1)
+        own.batch_repeat_interleave(len(batch["input_ids"]))
+        rest: dict[str, Any] = {name: batch[name][:, length:] for name in ("input_ids", "labels")}
+        return {**batch, **rest, self.argument: own}
+
+
+def shared_prefix(
+    lm: CausalLM, rows: Sequence[Mapping[str, Any]], batch: Mapping[str, Tensor]
+) -> tuple[Prefix | None, str | None]:
+    """(what all `rows` begin with, None), or (None, why it is not shared), for samples {"input_ids", "labels"}.
+
+    Shared where that spares a tenth of all tokens and the model takes keys and values back. No scored token is
+    predicted from them. That the model's likelihoods stay as they are is tried on `batch`, some of the samples:
     recurrent models, and what else has no cache of transformers' kind, keep their prefix in every sample.
     """
-    length = common_prefix(samples.rows)
-    spared = length * (len(samples) - 1)
-    if spared < WORTH * sum(len(row["input_ids"]) for row in samples.rows):
-        return None
-    if "past_key_values" not in inspect.signature(unwrap(model).forward).parameters:
-        return None
-    batch = samples.batches[-1]
-    prefix = batch["input_ids"][:1, :length]
-    cache = prefill(model, prefix)
-    if cache.get_seq_length() != length:
-        return None
-    shared = after_prefix(batch, cache)
-    whole, rest = (token_stats_of(model, inputs, ("log_nll",))[0].log_nll for inputs in (batch, shared))
-    return prefix if torch.allclose(rest, whole, rtol=0, atol=0.01) else None  # logs: right for tokens known by heart
+    length = common_prefix(rows)
+    total, spared = sum(len(row["input_ids"]) for row in rows), length * (len(rows) - 1)
+    if spared < WORTH * total:
+        return None, f"the {len(rows)} samples share {length} tokens, which spares {spared} of {total}, under a tenth"
+    parameters = inspect.signature(lm.alone.forward).parameters
+    argument = next((name for name in ARGUMENTS if name in parameters), None)
+    if argument is None:
+        return None, f"the forward of {type(lm.alone).__name__} takes neither {' nor '.join(ARGUMENTS)}"
+    prefix = Prefix(batch["input_ids"][:1, :length], argument)
+    cache = prefix.fill(lm)
+    if length_of(cache) != length:
+        return None, f"{lm.name} leaves no keys and values of its tokens in a cache"
+    log_nll, shared = (
+        token_stats_of(lm, inputs, ("log_nll",))[0].log_nll for inputs in (batch, prefix.cut(batch, cache))
+    )
+    if not torch.allclose(shared, log_nll, rtol=0, atol=0.01):  # logs: right for tokens known by heart
+        return None, f"the likelihoods of {lm.name} are others with it"
+    return prefix, None
 
 
 def common_prefix(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -50,20 +81,9 @@ def common_prefix(rows: Sequence[Mapping[str, Any]]) -> int:
     return int((starts == starts[0]).all(0).long().cumprod(0).sum())
 
 
-def prefill(model: Any, prefix: Tensor) -> Any:
-    """The cache of `prefix` (1, P), for the weights as they stand."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=text_config(unwrap(model)))
-    unscored = torch.full_like(prefix, IGNORE_INDEX)
-    inputs: dict[str, Any] = {"input_ids": prefix, "labels": unscored, "past_key_values": cache}
-    supervised_hidden(model, inputs)
-    return cache
-
-
-def after_prefix(batch: Mapping[str, Tensor], cache: Any) -> dict[str, Any]:
-    """The batch without the tokens in `cache`, of which it gets a copy a row; its attention_mask covers both."""
-    length, own = cache.get_seq_length(), copy.deepcopy(cache)
-    own.batch_repeat_interleave(len(batch["input_ids"]))
-    cut: dict[str, Any] = {name: batch[name][:, length:] for name in ("input_ids", "labels")}
-    return {**batch, **cut, "past_key_values": own}
+def length_of(cache: Any) -> int:
+    """Tokens in a cache; 0 for one of a recurrent model, of which newer transformers do not know it."""
+    try:
+        return cache.get_seq_length()
+    except ValueError:
+        return 0

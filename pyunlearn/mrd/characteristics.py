@@ -26,10 +26,10 @@ def text_characteristics(texts: Sequence[str]) -> list[dict[str, float]]:
     """
     documents = [WORD.findall(text.lower()) for text in texts]
     frequency = Counter(word for words in documents for word in set(words))
-    found = []
+    rows = []
     for text, words in zip(texts, documents, strict=True):
         count = max(1, len(words))
-        found.append(
+        rows.append(
             {
                 "lexical_diversity": len(set(words)) / count,
                 "sentence_length": len(words) / max(1, len(SENTENCE_END.findall(text))),
@@ -37,4 +37,4 @@ def text_characteristics(texts: Sequence[str]) -> list[dict[str, float]]:
                 "rare_words": float(sum(frequency[word] == 1 for word in set(words))),
             }
         )
-    return found
+    return rows

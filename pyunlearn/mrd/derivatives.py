@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from ..gradients.per_sample import GhostNorms
+from .._declined import decline
+from ..gradients.per_sample import PerSample, SquaredNorms
+from ..model.causal_lm import CausalLM
 from ..model.forward import supervised_hidden
-from ..model.head import output_head, unwrap
 from ..ops import gaussian_noise, perturbed, token_stats
 from .work import Estimate, Job, check_finite, second_order
 
@@ -30,37 +31,49 @@ def gradient(job: Job, sigma: float) -> Estimate:
     """sigma sqrt(2 / pi) ||g||, the leading order of E |S|."""
     samples = job.samples
     units = {j: f"batch-{j:06d}" for j in job.processes.share(range(len(samples.batches)))}
-    half = any(p.dtype.itemsize < 4 for p in job.model.parameters())
-    shown = perturbed(job.model, draw=None, mode="overlay") if half else nullcontext()  # float32 inside
-    with shown, GhostNorms(job.model, [weight.name for weight in job.weights]) as ghost:
-        found = job.finish(units, lambda j: squared_norms(job, ghost, samples.batches[j]), "mrd gradient")
+    half = any(p.dtype.itemsize < 4 for p in job.lm.given.parameters())
+    shown = perturbed(job.lm.given, draw=None, mode="overlay") if half else nullcontext()  # float32 inside
+    with shown, PerSample(job.lm.given, [weight.name for weight in job.weights]) as tap:
+        finished = job.finish(units, lambda j: squared_norms(job, tap, samples.batches[j]), "mrd gradient")
     squared = torch.zeros(len(samples), dtype=torch.float64)
-    for j, values in found.items():
+    for j, values in finished.items():
         squared[samples.members[j]] = values
     slope = job.processes.combine(squared).sqrt()
     check_finite(slope, "in its gradient")
-    return Estimate(sigma * math.sqrt(2 / math.pi) * slope, torch.zeros_like(slope), slope)
+    value = sigma * math.sqrt(2 / math.pi) * slope
+    declined = decline_all(
+        {
+            "shared prefix": "estimator='gradient' differentiates whole samples",
+            "fused head": "ghost norms see the head as a layer only, so each batch's logits are made whole",
+        }
+    )
+    return Estimate(value, torch.zeros_like(slope), slope, diagnostics={"declined": declined})
 
 
-def squared_norms(job: Job, ghost: GhostNorms, batch: Mapping[str, Tensor]) -> Tensor:
+def decline_all(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Optimisation -> why it is not used, each logged once."""
+    return {optimisation: decline(optimisation, reason) for optimisation, reason in reasons.items()}
+
+
+def squared_norms(job: Job, tap: PerSample, batch: Mapping[str, Tensor]) -> Tensor:
     """(B,) float64 on the CPU: ||grad sum_t f_t log L_t||^2, f_t held constant."""
     num_samples = batch["input_ids"].size(0)
 
     def loss() -> Tensor:
-        kept = supervised_hidden(job.model, batch)
+        supervised = supervised_hidden(job.lm, batch)
+        states, tokens, ids = supervised.hidden, supervised.targets, supervised.sequence_ids
         # The head gets the positions that count as rows of their samples, for the ghost norms to see.
-        place = torch.arange(len(kept.targets), device=kept.targets.device)
-        where = kept.sequence_ids, place - torch.searchsorted(kept.sequence_ids, kept.sequence_ids)
+        where = ids, torch.arange(len(tokens), device=tokens.device) - torch.searchsorted(ids, ids)
         shape = num_samples, int(where[1].max()) + 1
-        hidden = kept.hidden.new_zeros(*shape, kept.hidden.size(-1)).index_put(where, kept.hidden)
-        targets = kept.targets.new_full(shape, -100).index_put(where, kept.targets)
-        logits = unwrap(job.model).get_output_embeddings()(hidden)
-        head = output_head(job.model)
+        hidden = states.new_zeros(*shape, states.size(-1)).index_put(where, states)
+        targets = tokens.new_full(shape, -100).index_put(where, tokens)
+        logits = job.lm.head_layer(hidden)
+        head = job.lm.read_head()
         rest: Any = {"temperature": head.temperature, "softcap": head.softcap, "inplace_backward": True}
         log_nll = token_stats(logits, targets, ("log_nll",), **rest).log_nll[where]
         return (job.factor(log_nll.detach()) * log_nll).sum()
 
-    return ghost.squared_norms(num_samples, loss).cpu()
+    return tap.collect(num_samples, loss, SquaredNorms()).cpu()
 
 
 def hutchinson(job: Job, sigma: float, num_draws: int) -> Estimate:
@@ -69,20 +82,28 @@ def hutchinson(job: Job, sigma: float, num_draws: int) -> Estimate:
         raise TypeError(f"{sharded[0]}: is sharded; estimator='hutchinson' needs whole weights")
     samples = job.samples
     units = {k: f"{k:06d}" for k in job.processes.share(range(num_draws))}
-    found = job.finish(units, lambda k: along_draw(job, k), "mrd hutchinson")
+    finished = job.finish(units, lambda k: along_draw(job, k), "mrd hutchinson")
     table = torch.zeros(num_draws, 2, len(samples), dtype=torch.float64)
-    for k, values in found.items():
+    for k, values in finished.items():
         table[k] = values
     slopes, bends = job.processes.combine(table).unbind(1)
     check_finite(bends.sum(0), "in its second derivative")
     value, error = (sigma**2 / 2 * x for x in second_order(bends))
-    return Estimate(value, error, slopes.abs().mean(0) / math.sqrt(2 / math.pi), bends)
+    plain = "forward-mode derivatives are taken through plain torch"
+    declined = decline_all(
+        {
+            "shared prefix": "estimator='hutchinson' differentiates whole samples",
+            "fused head": plain,
+            "fused attention": plain,
+        }
+    )
+    return Estimate(value, error, slopes.abs().mean(0) / math.sqrt(2 / math.pi), bends, {"declined": declined})
 
 
 @torch.no_grad()
 def along_draw(job: Job, draw: int) -> Tensor:
     """(2, n) float64 on the CPU: g.z and z'Mz of every sample, z the noise of this draw."""
-    log_odds = LogOdds(job.model)
+    log_odds = LogOdds(job.lm)
     name_of = {id(p): name for name, p in log_odds.named_parameters()}
     values, noise = {}, {}
     for weight in job.weights:
@@ -142,16 +163,16 @@ SPELLED_OUT = {F.silu: silu, F.layer_norm: layer_norm}
 class LogOdds(nn.Module):
     """(N,) log((1 - p_t) / p_t) of a batch's scored tokens: L_t = softplus of it, without ever rounding p_t to 1."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, lm: CausalLM):
         super().__init__()
-        self.model = model
+        self.lm, self.model = lm, lm.given  # the module's parameters are this one's
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        kept, head = supervised_hidden(self.model, batch), output_head(self.model)
+        supervised, head = supervised_hidden(self.lm, batch), self.lm.read_head()
         rows = max(1, HEAD_ELEMENTS // head.weight.size(0))
-        found = []
-        for hidden, targets in zip(kept.hidden.split(rows), kept.targets.split(rows), strict=True):
+        parts = []
+        for hidden, targets in zip(supervised.hidden.split(rows), supervised.targets.split(rows), strict=True):
             logits, index = head.logits(hidden), targets.unsqueeze(1)
             others = logits.scatter(1, index, -torch.inf)
-            found.append(others.logsumexp(1) - logits.gather(1, index).squeeze(1))
-        return torch.cat(found)
+            parts.append(others.logsumexp(1) - logits.gather(1, index).squeeze(1))
+        return torch.cat(parts)

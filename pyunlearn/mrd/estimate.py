@@ -29,25 +29,35 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ..model.head import check_output_head, eval_mode, model_device
+from ..distributed import Processes
+from ..model.causal_lm import CausalLM, eval_mode
+from ..model.fingerprint import dataset_fingerprint, model_fingerprint
 from ..model.precision import full_precision
-from ..model.reference import dataset_fingerprint, model_fingerprint
 from ..ops.noise import DRAWS, SEEDS, check_range
-from ..ops.parameters import unwrapped, weights_of
+from ..ops.parameters import weights_of
+from ..store import Store
 from .derivatives import gradient, hutchinson
 from .monte_carlo import Shaking, monte_carlo
 from .samples import make_samples
-from .work import Factor, Job, Processes, Store
+from .work import FORMAT, Factor, Job
 
 Estimator = Literal["algorithm1", "definition", "gradient", "hutchinson", "initial"]
 ESTIMATORS = get_args(Estimator)
-CHECKS = ("mode", "shared_prefix", "by_heart_share", "sigma_ratio", "expected_ratio", "noise_floor", "noise_share")
+CHECKS = (
+    "mode",
+    "shared_prefix",
+    "declined",
+    "by_heart_share",
+    "sigma_ratio",
+    "expected_ratio",
+    "noise_floor",
+    "noise_share",
+)
 LINEAR = 0.1  # sigma ||g|| up to which E |S| is within about 1 % of its leading order
 
 
@@ -118,30 +128,32 @@ def mrd(
     Returns:
         MRDResult. `diagnostics`: estimator, num_draws, sigma, sigma_eval, seed, normalize, paper_eps, num_samples,
         num_tokens (of all samples), mode; shared_prefix, how many tokens all samples begin with and went through the
-        model once a draw, not once a sample; share_linear_ok; by_heart_share, the share of sum_t |r_t| that comes from
-        tokens with L_t < 1e-6; and of the self-check, on at least 8 samples where there are as many: sigma_ratio, the
-        value at twice the sigma over that at sigma, and expected_ratio (2, or 4 for `definition`); noise_floor, what a
-        draw's statistic is at sigma / 1024 (all but rounding is gone), in units of `value` before normalisation, and
-        noise_share, it over the statistic at sigma. None where it does not apply, or where that step moves no weight.
+        model once a draw, not once a sample; declined, by optimisation that was not used, why ("shared prefix", "mode"
+        for what "auto" did not take, "fused head", "fused attention"); share_linear_ok; by_heart_share, the share of
+        sum_t |r_t| that comes from tokens with L_t < 1e-6; and of the self-check, on at least 8 samples where there are
+        as many: sigma_ratio, the value at twice the sigma over that at sigma, and expected_ratio (2, or 4 for
+        `definition`); noise_floor, what a draw's statistic is at sigma / 1024 (all but rounding is gone), in units of
+        `value` before normalisation, and noise_share, it over the statistic at sigma. None where it does not apply, or
+        where that step moves no weight.
 
     Raises:
         ValueError: an argument out of range; a half-precision model without allow_low_precision; a sample without a
-            scored token or with a score that is not finite; `state` of another job.
+            scored token or with a score that is not finite; `state` of another job, or a file in it that was changed.
         TypeError: batches that are none; for `gradient` a parameter that no ghost norm rule covers, for it and
             `hutchinson` one that is sharded.
     """
     check_arguments(estimator, num_draws, sigma, seed, sigma_eval, batch_size, normalize, paper_eps, split, check_draws)
-    model = unwrapped(model)
-    device = model_device(model)
-    weights = weights_of(model, parameters)
-    for name, parameter in model.named_parameters():
+    lm = CausalLM(CausalLM.of(model).alone)
+    weights = weights_of(lm.given, parameters)
+    for name, parameter in lm.given.named_parameters():
         if parameter.dtype.itemsize < 4 and not allow_low_precision:
             raise ValueError(
                 f"model: {name} is {parameter.dtype}, in which sigma={sigma:g} drowns in rounding; load the model in "
                 "float32, or pass allow_low_precision=True"
             )
-    samples = make_samples(batches, batch_size, device)
+    samples = make_samples(batches, batch_size, lm.device)
     identity: dict[str, Any] = {
+        "format": FORMAT,
         "estimator": estimator,
         "seed": seed,
         "batch_size": batch_size,
@@ -150,26 +162,25 @@ def mrd(
         "precision": f"the caller's, {mode}" if allow_low_precision else "float32",
     }
     if state is not None:
-        identity |= {"model": model_fingerprint(model), "data": dataset_fingerprint(samples.rows)}
-    folder = None if state is None else Path(state)
-    processes = Processes(device, together=any(weight.sharded for weight in weights))
-    store = processes.in_turn(lambda: Store(folder, identity))
-    job = Job(model, weights, samples, seed, make_factor(estimator, paper_eps), store, processes, progress)
+        identity |= {"model": model_fingerprint(lm), "data": dataset_fingerprint(samples.rows)}
+    processes = Processes(lm.device, together=any(weight.sharded for weight in weights))
+    store = processes.in_turn(lambda: Store(None if state is None else os.fspath(state), identity, what="state"))
+    job = Job(lm, weights, samples, seed, make_factor(estimator, paper_eps), store, processes, progress)
     at = sigma_eval if estimator == "definition" else sigma
-    with nullcontext() if allow_low_precision else full_precision(device), eval_mode(model):
-        check_output_head(model)
+    with nullcontext() if allow_low_precision else full_precision(lm.device), eval_mode(lm.given):
+        lm.check_head()
         if estimator == "gradient":
-            found = gradient(job, sigma)
+            estimate = gradient(job, sigma)
         elif estimator == "hutchinson":
-            found = hutchinson(job, sigma, num_draws)
+            estimate = hutchinson(job, sigma, num_draws)
         else:
             shaking = Shaking(estimator == "definition", split, mode, parameters)
-            found = monte_carlo(job, shaking, sigma, at, num_draws, check_draws)
+            estimate = monte_carlo(job, shaking, sigma, at, num_draws, check_draws)
     lengths = samples.num_tokens if normalize == "tokens" else torch.ones_like(samples.num_tokens)
-    linear_ok = sigma * found.slope <= LINEAR
+    linear_ok = sigma * estimate.slope <= LINEAR
     diagnostics = {
         "estimator": estimator,
-        "num_draws": 0 if found.draws is None else num_draws,
+        "num_draws": 0 if estimate.draws is None else num_draws,
         "sigma": sigma,
         "sigma_eval": at,
         "seed": seed,
@@ -179,10 +190,10 @@ def mrd(
         "num_tokens": int(samples.num_tokens.sum()),
         "share_linear_ok": float(linear_ok.double().mean()),
         **dict.fromkeys(CHECKS),
-        **found.diagnostics,
+        **estimate.diagnostics,
     }
     return MRDResult(
-        found.value / lengths, found.error / lengths, samples.num_tokens, linear_ok, found.draws, diagnostics
+        estimate.value / lengths, estimate.error / lengths, samples.num_tokens, linear_ok, estimate.draws, diagnostics
     )
 
 

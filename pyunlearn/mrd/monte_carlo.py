@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._declined import decline
 from ..model.forward import supervised_hidden
-from ..model.head import head_stats, output_head, unwrap
-from ..model.prefix import after_prefix, prefill, shared_prefix
+from ..model.head import head_stats
+from ..model.prefix import Prefix, shared_prefix
 from ..ops import perturbed
 from .samples import Samples
 from .work import Estimate, Job, check_finite, first_order, second_order
@@ -38,14 +39,15 @@ class Shaking:
     """How weights are perturbed. antithetic: the statistic is (S(z) + S(-z)) / 2 in the place of S(z).
 
     split: what processes share out, "draws" or "data" (batches). mode, parameters: of `perturbed`; mode is the one
-    taken, once there were draws. prefix: `shared_prefix`.
+    taken, once there were draws. prefix: `shared_prefix`. declined: by optimisation that is not used, why.
     """
 
     antithetic: bool
     split: str
     mode: str
     parameters: Collection[str] | None
-    prefix: Tensor | None = None
+    prefix: Prefix | None = None
+    declined: dict[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -54,14 +56,17 @@ def monte_carlo(
 ) -> Estimate:
     """The mean of |S|, or the mean of S over antithetic pairs at sigma_eval scaled to sigma; and the self-check."""
     samples, everything = job.samples, list(range(len(job.samples.batches)))
-    shaking.prefix = shared_prefix(job.model, samples)
+    shaking.prefix, reason = shared_prefix(job.lm, samples.rows, samples.batches[-1])
+    if reason is not None:
+        shaking.declined["shared prefix"] = decline("shared prefix", reason)
     summed = second_order if shaking.antithetic else first_order
     scale = (sigma / sigma_eval) ** 2 if shaking.antithetic else 1.0
     table = draw_table(job, shaking, sigma_eval, num_draws, everything, "mrd")
     value, error = (scale * x for x in summed(table[:, STATISTIC]))
-    told: dict[str, Any] = {
+    diagnostics: dict[str, Any] = {
         "mode": shaking.mode,
-        "shared_prefix": 0 if shaking.prefix is None else shaking.prefix.size(1),
+        "shared_prefix": 0 if shaking.prefix is None else shaking.prefix.tokens.size(1),
+        "declined": shaking.declined,
         "by_heart_share": float(table[:, BY_HEART].sum() / table[:, ABSOLUTE].sum()),
     }
     if check_draws:
@@ -70,15 +75,15 @@ def monte_carlo(
         twice = draw_table(job, shaking, 2 * sigma_eval, count, some, "mrd at 2 sigma")
         floor = draw_table(job, shaking, FLOOR * sigma_eval, count, some, "noise floor")
         once, twice, floor = (part[:count, STATISTIC, members] for part in (table, twice, floor))
-        told |= {
+        diagnostics |= {
             "sigma_ratio": float(summed(twice)[0].sum() / summed(once)[0].sum()),
             "expected_ratio": 4.0 if shaking.antithetic else 2.0,
         }
         if bool(floor.any()):  # else no weight moved
-            told["noise_floor"] = float(scale * floor.abs().mean())
-            told["noise_share"] = float(floor.abs().mean() / once.abs().mean())
+            diagnostics["noise_floor"] = float(scale * floor.abs().mean())
+            diagnostics["noise_share"] = float(floor.abs().mean() / once.abs().mean())
     slope = table[:, MAGNITUDE].mean(0) / (sigma_eval * math.sqrt(2 / math.pi))
-    return Estimate(value, error, slope, table[:, STATISTIC], told)
+    return Estimate(value, error, slope, table[:, STATISTIC], diagnostics)
 
 
 def check_batches(samples: Samples) -> list[int]:
@@ -108,38 +113,40 @@ def draw_table(
     units = {k: f"{sigma:.17g}-{k:06d}{part}" for k in mine} if here else {}
     signs = (1, -1) if shaking.antithetic else (1,)
     noise: Any = {"sigma": sigma, "seed": job.seed, "mode": shaking.mode, "parameters": shaking.parameters}
-    with perturbed(job.model, draw=None, **noise) as weights:
-        shaking.mode = weights.mode
+    with perturbed(job.lm.given, draw=None, **noise) as shaken:
+        shaking.mode = shaken.mode
+        if shaken.declined is not None:
+            shaking.declined["mode"] = shaken.declined  # `perturbed` has logged it
         clean: list[Tensor] = []
 
         def compute(k: int) -> Tensor:
             if not clean:  # before any draw: the weights as they are
-                clean.append(log_nll(job, weights, here, shaking.prefix))
+                clean.append(log_nll(job, shaken, here, shaking.prefix))
             terms = []
             for sign in signs:
-                weights.to(k, sign)
-                moved = log_nll(job, weights, here, shaking.prefix)
+                shaken.to(k, sign)
+                moved = log_nll(job, shaken, here, shaking.prefix)
                 terms.append(job.factor(clean[0]) * -torch.expm1(moved - clean[0]))
             return record(job.samples, clean[0], terms, here, k)
 
-        found = job.finish(units, compute, description)
+        finished = job.finish(units, compute, description)
     table = torch.zeros(num_draws, 4, len(job.samples), dtype=torch.float64)
-    for k, values in found.items():
+    for k, values in finished.items():
         table[k] = values
     return processes.combine(table)
 
 
-def log_nll(job: Job, weights: perturbed, batches: Sequence[int], prefix: Tensor | None) -> Tensor:
+def log_nll(job: Job, shaken: perturbed, batches: Sequence[int], prefix: Prefix | None) -> Tensor:
     """(N,) float64 on the CPU: log L_t of every scored token of these batches, for the weights as they stand."""
-    head = unwrap(job.model).get_output_embeddings()
-    cache = None if prefix is None else prefill(job.model, prefix)
-    found = []
+    cache = None if prefix is None else prefix.fill(job.lm)
+    parts = []
     for j in batches:
         inputs = job.samples.batches[j]
-        kept = supervised_hidden(job.model, inputs if cache is None else after_prefix(inputs, cache))
-        with weights.resident(head):
-            found.append(head_stats(output_head(job.model), kept.hidden, kept.targets, ("log_nll",)).log_nll)
-    return torch.cat(found).double().cpu()
+        supervised = supervised_hidden(job.lm, inputs if prefix is None else prefix.cut(inputs, cache))
+        with shaken.resident(job.lm.head_layer):
+            head = job.lm.read_head()
+            parts.append(head_stats(head, supervised.hidden, supervised.targets, ("log_nll",)).log_nll)
+    return torch.cat(parts).double().cpu()
 
 
 def record(samples: Samples, clean: Tensor, terms: Sequence[Tensor], batches: Sequence[int], draw: int) -> Tensor:

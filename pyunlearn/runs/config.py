@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -17,9 +17,9 @@ from pydantic import (
     model_validator,
 )
 
+from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
 
-EMBEDDED: Final = "embedded"
 Metric = Literal["probability", "memorization_accuracy", "extraction_strength", "rouge_l"]
 ALL_METRICS = get_args(Metric)
 

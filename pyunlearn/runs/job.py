@@ -10,13 +10,14 @@ from typing import Any, Generic, TypeVar
 import torch
 from rich.console import Console
 
-from ..data import check_disjoint, context_length, generate_authors, load_qa, load_refusals
+from ..data import check_disjoint, generate_authors, load_qa, load_refusals
 from ..distributed import Processes
-from ..model.load import load_model
+from ..model.causal_lm import CausalLM
+from ..model.load import EMBEDDED, load_model
 from ..training.folder import write_model
 from ..training.stage import Interrupted, Stage
 from ..training.unlearn import UnlearnData, memorise
-from .config import EMBEDDED, DataConfig, FilesConfig, ModelConfig, RunConfig
+from .config import DataConfig, FilesConfig, ModelConfig, RunConfig
 from .folder import RunFolder
 
 C = TypeVar("C", bound="RunConfig | FilesConfig")
@@ -66,7 +67,7 @@ class Job(Generic[C]):
 
     def stage(self, model: Any) -> Stage:
         """What a training of this job gets. Raises ValueError if data.max_length is beyond the model's context."""
-        context, asked = context_length(model), self.config.max_length
+        context, asked = CausalLM.of(model).context_length, self.config.max_length
         if context is not None and asked is not None and asked > context:
             raise ValueError(f"data.max_length={asked}: the model's context is {context} tokens")
         return Stage(
@@ -88,7 +89,7 @@ def starting_model(job: Job) -> tuple[Any, Any]:
 
 def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
     model: Any
-    model, tokenizer = load_model(config, texts=job.data.texts, seed=job.config.seed)
+    model, tokenizer = load_model(**config.model_dump(), texts=job.data.texts, seed=job.config.seed)
     return model.to(job.processes.device), tokenizer
 
 

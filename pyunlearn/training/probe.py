@@ -15,17 +15,18 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .. import objectives as registry
+from .._declined import decline
 from ..data import QADataset, collate
 from ..geffect import GEffect, g_effect, gradient_of, pointwise_g_effect
+from ..model.causal_lm import CausalLM
 from ..model.forward import IGNORE_INDEX, length_batches, token_stats_of
-from ..model.head import model_device
 from ..objectives import TokenInputs
 from ..ops import token_stats
 from .callbacks import append_metrics, read_metrics
 from .settings import GEffectConfig
 from .terms import Term, TermLosses, count_items
 
-METRICS = {"unlearn": "forget", "retain": "retain"}  # G-effect -> the samples of its negative log-likelihood
+ROLES = {"unlearn": "forget", "retain": "retain"}  # G-effect -> the samples of its negative log-likelihood
 HEAT_SAMPLES = 2  # forget samples whose weights are kept token by token
 
 
@@ -43,7 +44,7 @@ class Probe:
     def __init__(self, losses: TermLosses, rows: Mapping[str, QADataset], settings: GEffectConfig, bf16: bool = False):
         self.losses, self.settings, self.bf16 = losses, settings, bf16
         self.batches: dict[str, list[dict[str, dict[str, Tensor]]]] = {}  # role -> micro-batches of its kinds
-        for role in METRICS.values():
+        for role in ROLES.values():
             kinds = [kind for kind in rows if kind.startswith(role)]
             lengths = [sum(len(rows[kind][i]["input_ids"]) for kind in kinds) for i in range(len(rows[role]))]
             self.batches[role] = [
@@ -82,7 +83,7 @@ class Probe:
     def _measure(self, model: torch.nn.Module) -> dict[str, Any]:
         groups, seen = self.settings.groups, _Seen()
         gradients = {
-            metric: gradient_of(model, partial(self._nll, role=role, seen=seen)) for metric, role in METRICS.items()
+            metric: gradient_of(model, partial(self._nll, role=role, seen=seen)) for metric, role in ROLES.items()
         }
         effects = {
             term.label: g_effect(model, partial(self._term, term=term), gradients, groups) for term in self.losses.terms
@@ -102,7 +103,7 @@ class Probe:
                 }
                 for term in self.losses.terms
             },
-            "nll": {metric: seen.nll[role] for metric, role in METRICS.items()},
+            "nll": {metric: seen.nll[role] for metric, role in ROLES.items()},
             "log10_inverse_confidence": log10_mean_inverse(seen.logp),
             "weights": {label: mean for label, (mean, _, _) in weights.items()},
             "heat": [
@@ -124,12 +125,12 @@ class Probe:
         parts = []
         for batch in self.batches[role]:
             with self._autocast(model):
-                stats, found = token_stats_of(model, on_device(batch[role], model))
+                stats, supervised = token_stats_of(model, on_device(batch[role], model))
                 loss = -stats.logp.sum() / self.tokens[role]
             parts.append(loss.detach())
             if role == "forget":
                 seen.logp.append(stats.logp.detach())
-                seen.sequence_ids.append(found.sequence_ids)
+                seen.sequence_ids.append(supervised.sequence_ids)
             yield loss
         seen.nll[role] = math.fsum(torch.stack(parts).tolist())
 
@@ -144,7 +145,7 @@ class Probe:
             yield loss
 
     def _autocast(self, model: torch.nn.Module) -> torch.autocast:
-        return torch.autocast(model_device(model).type, torch.bfloat16, enabled=self.bf16)
+        return torch.autocast(CausalLM.of(model).device.type, torch.bfloat16, enabled=self.bf16)
 
     def _weights(self, term: Term, seen: _Seen) -> tuple[float, list[float], dict[int, list[float]]] | None:
         """(mean, each forget sample's mean, all of the samples in `texts`) of a term's `token_weights`.
@@ -159,7 +160,7 @@ class Probe:
             index = batch["forget"]["index"]
             reference = None
             if objective.reference == "logp":
-                reference = self.losses.logp_reference("forget", on_device(batch["forget"], logp))
+                reference = self.losses.references["forget"].logp(on_device(batch["forget"], logp))
             weights = token_weights(objective, logp, reference, ids, len(index))
             of_tokens.append(weights)
             of_samples.append(mean_by(ids, weights, len(index)))
@@ -176,6 +177,7 @@ class Probe:
 
         def log_likelihoods(model: torch.nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            decline("fused head", "pointwise G-effects see the head as a layer only, so each batch's logits are whole")
             with self._autocast(model):
                 logits = model(**inputs, use_cache=False).logits
             return token_stats(logits[:, :-1], batch["labels"][:, 1:]).logp.sum(1)
@@ -252,7 +254,7 @@ class GEffectCallback(TrainerCallback):
 
 def clock(model: torch.nn.Module) -> float:
     """Seconds, with nothing left to do on the model's device."""
-    if model_device(model).type != "cpu":
+    if CausalLM.of(model).device.type != "cpu":
         torch.accelerator.synchronize()
     return time.perf_counter()
 
@@ -272,7 +274,7 @@ def as_found(model: torch.nn.Module) -> Iterator[None]:
 
 
 def on_device(batch: Mapping[str, Tensor], like: torch.nn.Module | Tensor) -> dict[str, Tensor]:
-    device = like.device if isinstance(like, Tensor) else model_device(like)
+    device = like.device if isinstance(like, Tensor) else CausalLM.of(like).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 

@@ -11,23 +11,14 @@ import torch
 from torch import Tensor
 
 from .. import objectives as registry
-from ..model.forward import (
-    POSITIONS,
-    Layer,
-    Supervised,
-    layer_number,
-    select_positions,
-    supervised_hidden,
-    token_stats_of,
-)
-from ..model.head import Head, output_head
-from ..model.reference import ReferenceCache
+from ..model.causal_lm import CausalLM
+from ..model.forward import POSITIONS, Layer, Supervised, select_positions, supervised_hidden
+from ..model.head import head_stats
+from ..model.reference import Reference, Source, as_references
 from ..objectives import Objective, TokenInputs
-from ..ops import linear_token_stats
 
 Count = tuple[tuple[str, ...], str, str]  # kinds of sequence, positions, "tokens" | "sequences"
 Place = tuple[str, Layer | None]  # positions, and layer where hidden states are meant
-Reference = ReferenceCache | torch.nn.Module
 
 
 @dataclass(frozen=True)
@@ -96,12 +87,12 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
     if not objectives:
         raise ValueError("objectives is empty: needs at least one objective")
     terms: list[Term] = []
-    for given in objectives:
-        objective, coefficient = given if isinstance(given, tuple) else (given, 1.0)
+    for entry in objectives:
+        objective, coefficient = entry if isinstance(entry, tuple) else (entry, 1.0)
         if isinstance(objective, str):
             objective = registry.get(objective)
         if not isinstance(objective, Objective):
-            raise TypeError(f"objectives: needs names, Objectives or (objective, coefficient), got {given!r}")
+            raise TypeError(f"objectives: needs names, Objectives or (objective, coefficient), got {entry!r}")
         if not math.isfinite(coefficient):
             raise ValueError(f"objectives: the coefficient of {objective.name} needs to be finite, got {coefficient}")
         label = f"{objective.role}.{objective.name}"
@@ -132,39 +123,24 @@ def check_kinds(needs: Mapping[str, Need], dataset: Any) -> None:
     if len(dataset) == 0:
         raise ValueError("train_dataset is empty: needs at least one sample")
     first = dataset[0]
-    given = list(first) if isinstance(first, Mapping) else [type(first).__name__]
-    if absent := [kind for kind in needs if kind not in given]:
-        raise ValueError(f"train_dataset: the objectives need {absent}, its items have {given}")
+    kinds = list(first) if isinstance(first, Mapping) else [type(first).__name__]
+    if absent := [kind for kind in needs if kind not in kinds]:
+        raise ValueError(f"train_dataset: the objectives need {absent}, its items have {kinds}")
 
 
-def assign_references(needs: Mapping[str, Need], given: Any) -> dict[str, Reference]:
+def assign_references(needs: Mapping[str, Need], sources: Source | Mapping[str, Source] | None) -> dict[str, Reference]:
     """Raises ValueError unless every kind that needs a reference has one that serves."""
     needy = {kind: need for kind, need in needs.items() if need.reference}
-    if isinstance(given, torch.nn.Module):
-        given = dict.fromkeys(needy, given.eval())
-    if isinstance(given, ReferenceCache):
-        given = dict.fromkeys(needy, given) if len(needy) <= 1 else {}
-    given = dict(given or {})
-    if absent := [kind for kind in needy if kind not in given]:
+    references = as_references(sources, needy)
+    if absent := [kind for kind in needy if kind not in references]:
         raise ValueError(
             f"reference: the objectives need one for {list(needy)}, missing: {absent}; give {{kind: ReferenceCache}}, "
             "each built on that kind's QADataset, or a live model"
         )
     for kind, need in needy.items():
-        cache = given[kind]
-        if not isinstance(cache, ReferenceCache) or not need.hidden_reference:
-            continue
-        has = cache.metadata["kl" if need.kl_reference else "layers"]
-        kept = cache.metadata["positions"] if has else None
-        if kept is None or POSITIONS.index(kept) < POSITIONS.index(need.widest):
-            wanted = "kl=True" if need.kl_reference else f"layers={sorted(need.reference_layers, key=str)}"
-            raise ValueError(
-                f"reference[{kind!r}]: the objectives need hidden states at {need.widest!r} positions, the cache has "
-                f"{'none' if kept is None else repr(kept)}; build it with {wanted}, "
-                f"positions={need.widest!r}"
-                + (" (padding is never cached: give a live model)" if need.widest == "all" else "")
-            )
-    return {kind: given[kind] for kind in needy}
+        if need.hidden_reference:
+            references[kind].check(f"reference[{kind!r}]", need.widest, need.kl_reference, need.reference_layers)
+    return references
 
 
 def count_items(batch: Mapping[str, Mapping[str, Tensor]], kinds: tuple[str, ...], positions: Any, unit: str) -> int:
@@ -182,15 +158,15 @@ class TermLosses:
     objectives, reference and what is raised: as `UnlearnTrainer`.
     """
 
-    def __init__(self, objectives: Sequence[Any], reference: Reference | Mapping[str, Reference] | None = None):
+    def __init__(self, objectives: Sequence[Any], reference: Source | Mapping[str, Source] | None = None):
         self.terms = make_terms(objectives)
         self.needs = collect_needs(self.terms)
         self.references = assign_references(self.needs, reference)
-        self._heads: dict[str, Head] = {}
 
     def release(self) -> None:
         """Lets go of the references' heads on the device; they come back when needed."""
-        self._heads.clear()
+        for reference in self.references.values():
+            reference.release()
 
     def term_losses(
         self,
@@ -201,9 +177,10 @@ class TermLosses:
     ) -> list[Tensor]:
         """The share of each term (None: all) in its mean over the optimiser step, before its coefficient: 0-d."""
         needs = self.needs if terms is None else collect_needs(terms)
+        lm = CausalLM.of(model)
         stats: dict[tuple[str, Place], TokenInputs] = {}
         for kind, need in needs.items():
-            for place, values in self.statistics(model, kind, need, inputs[kind]).items():
+            for place, values in self.statistics(lm, kind, need, inputs[kind]).items():
                 stats[kind, place] = values
         return [
             term.objective(
@@ -213,102 +190,47 @@ class TermLosses:
             for term in (self.terms if terms is None else terms)
         ]
 
-    def statistics(
-        self, model: torch.nn.Module, kind: str, need: Need, batch: Mapping[str, Tensor]
-    ) -> dict[Place, TokenInputs]:
+    def statistics(self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor]) -> dict[Place, TokenInputs]:
         """Per-token statistics of one batch, by positions and layer: one run of the model, one `linear_token_stats`."""
         widest = need.widest
-        found = supervised_hidden(model, batch, widest, layers=need.layers, through_head=bool(need.outputs))
-        values, vocab_size = self.head_statistics(model, kind, need, batch, found) if need.outputs else ({}, None)
-        references = {
-            layer: self.hidden_reference(kind, batch, widest, layer, layer_number(model, layer))
-            for layer in need.reference_layers
-        }
-        ref_logp = self.logp_reference(kind, batch) if need.logp_reference else None
+        supervised = supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.outputs))
+        outputs, vocab_size = self.head_outputs(lm, kind, need, batch, supervised) if need.outputs else ({}, None)
+        ref_states = {layer: self.references[kind].hidden(batch, widest, layer) for layer in need.reference_layers}
+        ref_logp = self.references[kind].logp(batch) if need.logp_reference else None
         rows = select_positions(batch, widest)[0]
         results = {}
         positions: Any
         for positions, layer in need.places:
-            given: dict[str, Tensor] = values if layer is None else {"hidden": found.layers[layer]}
-            ref_hidden = None if layer is None else references.get(layer)
-            sequence_ids = found.sequence_ids
+            values: dict[str, Tensor] = outputs if layer is None else {"hidden": supervised.layers[layer]}
+            ref_hidden = None if layer is None else ref_states.get(layer)
+            sequence_ids = supervised.sequence_ids
             if positions != widest:
                 chosen, _, sequence_ids = select_positions(batch, positions)
                 at = torch.searchsorted(rows, chosen)
-                given = {name: value.index_select(0, at) for name, value in given.items()}
+                values = {name: value.index_select(0, at) for name, value in values.items()}
                 ref_hidden = None if ref_hidden is None else ref_hidden.index_select(0, at)
             results[positions, layer] = TokenInputs(
-                values=given,
+                values=values,
                 ref_logp=ref_logp if positions == "supervised" else None,
                 ref_hidden=ref_hidden,
                 sequence_ids=sequence_ids,
-                num_sequences=found.num_sequences,
+                num_sequences=supervised.num_sequences,
                 vocab_size=vocab_size,
             )
         return results
 
-    def head_statistics(
-        self, model: torch.nn.Module, kind: str, need: Need, batch: Mapping[str, Tensor], found: Supervised
+    def head_outputs(
+        self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor], supervised: Supervised
     ) -> tuple[dict[str, Tensor], int]:
         """What `linear_token_stats` says of the last hidden states, by output, and V."""
-        head = output_head(model)  # after the forward: sharded models have gathered it by then
-        dtype = found.hidden.dtype  # under autocast the head computes in half precision like the rest
-        head = head._replace(weight=head.weight.to(dtype), bias=None if head.bias is None else head.bias.to(dtype))
-        stats = linear_token_stats(
-            found.hidden,
-            head.weight,
-            found.targets,
-            bias=head.bias,
-            outputs=tuple(need.outputs),
-            reference=self.kl_reference(kind, batch, need.widest, head) if need.kl_reference else None,
-            temperature=head.temperature,
-            softcap=head.softcap,
-            ignore_index=None,
-            adapter=head.adapter(found.hidden),
-        )
+        # After the forward: sharded models have gathered the head by then. In its dtype: under autocast the head
+        # computes in half precision like the rest.
+        head = lm.read_head().to(supervised.hidden)
+        reference = None
+        if need.kl_reference:
+            source = self.references[kind]
+            hidden = source.hidden(batch, need.widest)
+            reference = hidden, source.head(head.weight)
+        outputs = tuple(need.outputs)
+        stats = head_stats(head, supervised.hidden, supervised.targets, outputs, reference=reference)
         return stats.as_dict(), head.weight.size(0)
-
-    def logp_reference(self, kind: str, batch: Mapping[str, Tensor]) -> Tensor:
-        """(N,) float32: the reference's logp of the supervised tokens."""
-        source = self.references[kind]
-        if isinstance(source, ReferenceCache):
-            return source.logp(batch["index"])
-        with torch.no_grad():
-            return token_stats_of(source, batch)[0].logp
-
-    def kl_reference(self, kind: str, batch: Mapping[str, Tensor], positions: Any, head: Head) -> tuple[Tensor, ...]:
-        """The reference: hidden states (N, H), head (V, H), its bias (V,) if any; with dtype and device of the head."""
-        source = self.references[kind]
-        if isinstance(source, ReferenceCache):
-            hidden = self.cached_hidden(source, batch, positions)
-            if kind not in self._heads:
-                self._heads[kind] = source.head
-            reference = self._heads[kind]
-        else:
-            with torch.no_grad():
-                hidden, reference = supervised_hidden(source, batch, positions).hidden, output_head(source).merged()
-        if reference.weight.dtype != head.weight.dtype or reference.weight.device != head.weight.device:
-            bias = None if reference.bias is None else reference.bias.to(head.weight)
-            reference = reference._replace(weight=reference.weight.to(head.weight), bias=bias)
-            self._heads[kind] = reference  # moved once, not in every step
-        tensors = (hidden.to(head.weight), reference.weight, reference.bias)
-        return tuple(tensor for tensor in tensors if tensor is not None)
-
-    def hidden_reference(
-        self, kind: str, batch: Mapping[str, Tensor], positions: Any, layer: Layer, number: int
-    ) -> Tensor:
-        """(N, H): the reference's hidden states of a layer, without gradients."""
-        source = self.references[kind]
-        if isinstance(source, ReferenceCache):
-            return self.cached_hidden(source, batch, positions, number)
-        with torch.no_grad():
-            return supervised_hidden(source, batch, positions, layers=[layer], through_head=False).layers[layer]
-
-    def cached_hidden(
-        self, cache: ReferenceCache, batch: Mapping[str, Tensor], positions: Any, layer: int | None = None
-    ) -> Tensor:
-        hidden, kept = cache.hidden(batch["index"], layer), cache.metadata["positions"]
-        if kept == positions:
-            return hidden
-        at = torch.searchsorted(select_positions(batch, kept)[0], select_positions(batch, positions)[0])
-        return hidden.index_select(0, at)

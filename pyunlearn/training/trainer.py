@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.forward import layer_number
+from ..model.reference import Source
 from .sampling import ForgetSampler
-from .terms import Count, Reference, TermLosses, check_kinds, collect_needs, count_items, make_terms
+from .terms import Count, TermLosses, check_kinds, collect_needs, count_items, make_terms
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -42,9 +43,9 @@ class UnlearnTrainer(TermLosses, Trainer):
     set as this trainer needs them. train_dataset: a ForgetRetainDataset, or any data set whose `collate` gives
     {kind: batch} with batches of input_ids, attention_mask, labels (B, T) and index (B,).
     objectives: see `make_terms`. reference: what stands for the frozen reference: a ReferenceCache, {kind:
-    ReferenceCache} when several kinds of sequence need one, or a live model. sampler: draws the forget rows of every
-    step (in full batches, with replacement) in place of one shuffled pass an epoch; the train_dataset must be a
-    ForgetRetainDataset.
+    ReferenceCache} when several kinds of sequence need one, a live model, or, for a model under peft,
+    `pyunlearn.model.reference.AdapterOff(model)`. sampler: draws the forget rows of every step (in full batches, with
+    replacement) in place of one shuffled pass an epoch; the train_dataset must be a ForgetRetainDataset.
 
     Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
     that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
@@ -63,7 +64,7 @@ class UnlearnTrainer(TermLosses, Trainer):
         *,
         train_dataset: Any,
         objectives: Sequence[Any],
-        reference: Reference | Mapping[str, Reference] | None = None,
+        reference: Source | Mapping[str, Source] | None = None,
         data_collator: Any = None,
         sampler: ForgetSampler | None = None,
         **options: Any,
@@ -83,9 +84,8 @@ class UnlearnTrainer(TermLosses, Trainer):
         started: Any = self.model
         for layer in {layer for need in self.needs.values() for layer in need.layers}:
             layer_number(started, layer)  # raises for one that the model does not have
-        for source in self.references.values():
-            if isinstance(source, torch.nn.Module):
-                source.to(self.args.device)
+        for reference in self.references.values():
+            reference.to(self.args.device)
         if hasattr(train_dataset, "set_epoch"):
             self.add_callback(EpochSetter(train_dataset))
         self.sampler = sampler

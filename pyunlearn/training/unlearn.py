@@ -15,14 +15,15 @@ from transformers import TrainerCallback
 
 from ..data import QA, ForgetRetainDataset, QADataset, collate
 from ..distributed import whole
-from ..model.reference import ReferenceCache
+from ..model.cache import ReferenceCache
+from ..model.reference import Source
 from .callbacks import KeepCheckpoints
 from .folder import TrainingFolder
 from .probe import GEffectCallback, Probe
 from .sampling import ForgetSampler, Forgotten
 from .settings import GEffectConfig, MemoriseConfig, UnlearnConfig
 from .stage import Stage, train
-from .terms import Need, Reference, TermLosses, collect_needs, make_terms
+from .terms import Need, TermLosses, collect_needs, make_terms
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,10 @@ def make_pairs(
 
 def make_references(
     stage: Stage, model: Any, tokenizer: Any, pairs: ForgetRetainDataset, needs: Mapping[str, Need]
-) -> dict[str, Reference]:
+) -> dict[str, Source]:
     """Of every kind of sequence that needs one: a cache on disk, or a frozen copy in memory where padding counts,
     which no cache can know."""
-    references: dict[str, Reference] = {}
+    references: dict[str, Source] = {}
     for kind, need in needs.items():
         if need.hidden_reference and need.widest == "all":
             references[kind] = copy.deepcopy(model).requires_grad_(False).eval()

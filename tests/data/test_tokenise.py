@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import pytest
 import torch
 from hypothesis import given
@@ -7,8 +5,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pyunlearn.data import QA, PromptFormat, QADataset, check_vocabulary, collate, context_length, load_qa, padding_id
-from pyunlearn.data.tiny import tiny_llama
+from pyunlearn.data import QA, PromptFormat, QADataset, collate, load_qa, padding_id
 
 from .conftest import CHATML
 
@@ -251,20 +248,3 @@ def test_collate_errors():
     row = {"input_ids": torch.tensor([1]), "labels": torch.tensor([1]), "index": 0}
     with pytest.raises(ValueError, match="pad_token_id is None"):
         collate([row], None)
-
-
-def test_check_vocabulary(tokenizer):
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    check_vocabulary(tiny_llama(len(tokenizer), **small), tokenizer)
-    check_vocabulary(tiny_llama(len(tokenizer) + 24, **small), tokenizer)  # padded rows
-    tokenizer.add_tokens(["<new>"])
-    with pytest.raises(
-        ValueError, match=rf"ids up to {len(tokenizer) - 1} \('<new>'\), the model has {len(tokenizer) - 1}"
-    ):
-        check_vocabulary(tiny_llama(len(tokenizer) - 1, **small), tokenizer)
-
-
-def test_context_length():
-    assert context_length(tiny_llama(300, hidden_size=16, num_hidden_layers=1, max_position_embeddings=77)) == 77
-    stateless = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
-    assert context_length(stateless) is None

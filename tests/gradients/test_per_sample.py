@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyunlearn.gradients import per_sample as ghost
-from pyunlearn.gradients.per_sample import GhostNorms
+from pyunlearn.gradients.per_sample import Dots, PerSample, SquaredNorms
 from pyunlearn.ops import ghost_dot
 
 from ..float64 import MODELS, make_model
@@ -65,9 +65,9 @@ def test_norms_equal_those_of_the_gradients(model, rows, way, monkeypatch):
         both = {"gram": ghost_dot, "direct": lambda use: ghost_dot(use) if use.one_hot else direct(use)}
         monkeypatch.setattr(ghost, "squared_norm", both[way])
     batch = batch_of(rows)
-    with GhostNorms(model) as norms:
-        found = norms.squared_norms(rows, lambda: losses(model, batch).sum())
-        assert torch.equal(found, norms.squared_norms(rows, lambda: losses(model, batch).sum()))
+    with PerSample(model) as tap:
+        found = tap.collect(rows, lambda: losses(model, batch).sum(), SquaredNorms())
+        assert torch.equal(found, tap.collect(rows, lambda: losses(model, batch).sum(), SquaredNorms()))
     assert found.dtype == torch.float64
     close(found, per_sample(model, batch))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -83,8 +83,8 @@ def test_gradient_checkpointing(model, reentrant):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
     try:
-        with GhostNorms(model) as norms:
-            found = norms.squared_norms(4, lambda: losses(model, batch).sum())
+        with PerSample(model) as tap:
+            found = tap.collect(4, lambda: losses(model, batch).sum(), SquaredNorms())
     finally:
         model.gradient_checkpointing_disable()
         model.eval()
@@ -96,8 +96,8 @@ def test_only_the_parameters_that_are_named(model):
     for part in ("norm", "ln_", "embed", "wpe", "bias", "mlp"):
         names = [name for name, _ in model.named_parameters() if part in name]
         if names:
-            with GhostNorms(model, names) as norms:
-                found = norms.squared_norms(4, lambda: losses(model, batch).sum())
+            with PerSample(model, names) as tap:
+                found = tap.collect(4, lambda: losses(model, batch).sum(), SquaredNorms())
             close(found, per_sample(model, batch, names))
 
 
@@ -122,6 +122,44 @@ class Several(nn.Module):
         return self.head_norm(x.unflatten(-1, (2, 4))).sin().sum((1, 2, 3))
 
 
+class Dense:
+    """A collector of one's own: whole gradients of every sample."""
+
+    def __init__(self, shapes):
+        self.shapes, self.gradients = shapes, {}
+
+    def expect(self, name):
+        pass
+
+    def matrix(self, name, use):
+        left = F.one_hot(use.left, self.shapes[name][0]).to(use.right.dtype) if use.one_hot else use.left
+        self.vector(name, left.mT @ use.right)
+
+    def vector(self, name, gradients):
+        self.gradients[name] = self.gradients[name] + gradients if name in self.gradients else gradients
+
+    def result(self, num_samples, device):
+        return self.gradients
+
+
+def test_a_tap_does_not_know_what_is_collected(model):
+    batch = batch_of(4)
+    with PerSample(model) as tap:
+        loss = lambda: losses(model, batch).sum()  # noqa: E731
+        whole = tap.collect(4, loss, Dense({name: p.shape for name, p in model.named_parameters()}))
+        squared = tap.collect(4, loss, SquaredNorms())
+        directions = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+        dots = tap.collect(4, loss, Dots(directions))
+    close(squared, sum(g.flatten(1).square().sum(1) for g in whole.values()))
+    assert dots.keys() == whole.keys()
+    for name, gradients in whole.items():
+        torch.testing.assert_close(dots[name], (gradients * directions[name]).flatten(1).sum(1), rtol=1e-8, atol=1e-10)
+    for i in range(4):
+        names, parameters = zip(*model.named_parameters(), strict=True)
+        for name, gradient in zip(names, torch.autograd.grad(losses(model, batch)[i], parameters), strict=True):
+            torch.testing.assert_close(whole[name][i], gradient, rtol=1e-8, atol=1e-10)
+
+
 def test_parameters_used_several_times():
     torch.manual_seed(0)
     model = Several().double()
@@ -133,8 +171,8 @@ def test_parameters_used_several_times():
     for i in range(4):
         gradients = torch.autograd.grad(model(ids)[i], tuple(model.parameters()), allow_unused=True)
         expected.append(sum(g.square().sum() for g in gradients if g is not None))
-    with GhostNorms(model) as norms:
-        found = norms.squared_norms(4, lambda: model(ids).sum())
+    with PerSample(model) as tap:
+        found = tap.collect(4, lambda: model(ids).sum(), SquaredNorms())
     close(found, torch.stack(expected))
 
 
@@ -143,8 +181,8 @@ def test_half_precision_is_summed_in_float32():
     torch.manual_seed(0)
     layer = nn.Linear(64, 48).bfloat16()
     x, weights = torch.randn(3, 20, 64).bfloat16(), torch.randn(3, 20, 48).bfloat16()
-    with GhostNorms(layer) as norms:
-        found = norms.squared_norms(3, lambda: (layer(x) * weights).sum())
+    with PerSample(layer) as tap:
+        found = tap.collect(3, lambda: (layer(x) * weights).sum(), SquaredNorms())
     b, a = weights.double(), x.double()
     expected = (b.mT @ a).square().sum((1, 2)) + b.sum(1).square().sum(1)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
@@ -164,26 +202,26 @@ def test_strict_coverage():
     torch.manual_seed(0)
     model, x = Uncovered(), torch.randn(2, 3, 4)
     with pytest.raises(TypeError, match="scale: no ghost norm rule covers it"):
-        GhostNorms(model)
-    with GhostNorms(model, strict=False) as norms:
-        assert norms.uncovered == ["scale"]
-        left_out = norms.squared_norms(2, lambda: model(x).sum())
-    with GhostNorms(model.linear) as norms:
-        torch.testing.assert_close(norms.squared_norms(2, lambda: model.linear(x).sum()), left_out)
+        PerSample(model)
+    with PerSample(model, strict=False) as tap:
+        assert tap.uncovered == ["scale"]
+        left_out = tap.collect(2, lambda: model(x).sum(), SquaredNorms())
+    with PerSample(model.linear) as tap:
+        torch.testing.assert_close(tap.collect(2, lambda: model.linear(x).sum(), SquaredNorms()), left_out)
     model.scale.requires_grad_(False)
-    GhostNorms(model)  # frozen: not asked for
+    PerSample(model)  # frozen: not asked for
     with pytest.raises(ValueError, match="none of the name 'nothing'"):
-        GhostNorms(model, ["nothing"])
+        PerSample(model, ["nothing"])
     with pytest.raises(ValueError, match="nothing to differentiate"):
-        GhostNorms(model.requires_grad_(False))
+        PerSample(model.requires_grad_(False))
 
 
 def test_a_use_outside_of_the_layer_raises():
     model, x = nn.Linear(4, 4), torch.randn(2, 3, 4)
-    with GhostNorms(model) as norms:
+    with PerSample(model) as tap:
         with pytest.raises(RuntimeError, match="weight: is used outside of its layer's forward"):
-            norms.squared_norms(2, lambda: (model(x) * model.weight.sum()).sum())
-        with pytest.raises(RuntimeError, match="within squared_norms"):
+            tap.collect(2, lambda: (model(x) * model.weight.sum()).sum(), SquaredNorms())
+        with pytest.raises(RuntimeError, match="within collect"):
             model(x)
     assert model.weight.requires_grad
 
@@ -202,20 +240,20 @@ def test_layers_no_rule_can_serve():
             return 7 * super().forward(ids)
 
     x = torch.randn(2, 3, 4)
-    with GhostNorms(CubeNorm()) as norms, pytest.raises(TypeError, match="CubeNorm: its output is not affine"):
-        norms.squared_norms(2, lambda: norms._model(x).sum())
+    with PerSample(CubeNorm()) as tap, pytest.raises(TypeError, match="CubeNorm: its output is not affine"):
+        tap.collect(2, lambda: tap._model(x).sum(), SquaredNorms())
     for layer in (Scaled(5, 4), nn.Embedding(5, 4, max_norm=1.0), nn.Embedding(5, 4, scale_grad_by_freq=True)):
         with pytest.raises(TypeError, match="weight: no ghost norm rule"):
-            GhostNorms(layer)
-    with GhostNorms(nn.Linear(4, 4)) as norms, pytest.raises(ValueError, match="needs 2 samples in dimension 0"):
-        norms.squared_norms(2, lambda: norms._model(x.flatten(0, 1)).sum())
+            PerSample(layer)
+    with PerSample(nn.Linear(4, 4)) as tap, pytest.raises(ValueError, match="needs 2 samples in dimension 0"):
+        tap.collect(2, lambda: tap._model(x.flatten(0, 1)).sum(), SquaredNorms())
 
 
 def test_an_exception_leaves_the_model_as_it_was():
     model = nn.Linear(4, 4)
     model.bias.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="shapes"), GhostNorms(model) as norms:
-        norms.squared_norms(2, lambda: model(torch.randn(2, 5)).sum())
+    with pytest.raises(RuntimeError, match="shapes"), PerSample(model) as tap:
+        tap.collect(2, lambda: model(torch.randn(2, 5)).sum(), SquaredNorms())
     assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
@@ -231,6 +269,6 @@ def test_a_sharded_parameter_is_refused(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         model.weight = nn.Parameter(distribute_tensor(model.weight.data, mesh, [Shard(0)]))
         with pytest.raises(TypeError, match="weight: is sharded"):
-            GhostNorms(model)
+            PerSample(model)
     finally:
         torch.distributed.destroy_process_group()

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
+from pyunlearn._files import write_json_lines
 from pyunlearn.data import QA, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.metrics import METRICS, evaluate, rouge_l_recall, write_records
+from pyunlearn.metrics import METRICS, evaluate, rouge_l_recall
 from pyunlearn.model.forward import token_stats_of
 
 ITEMS = [
@@ -78,7 +79,9 @@ def test_the_end_token_counts(model, tokenizer):
     assert run(model, tokenizer, metrics=["probability"]).records[3]["num_tokens"] == tokens + 1
 
 
-def test_only_what_was_asked_for(model, tokenizer, monkeypatch):
+def test_only_what_was_asked_for(model, tokenizer):
+    positions = []
+    hook = model.lm_head.register_forward_hook(lambda _, args, out: positions.append(args[0].size(1)))
     result = run(model, tokenizer, metrics=("extraction_strength",))
     assert set(result.summary) == {"extraction_strength"}
     assert set(result.records[0]) == {
@@ -89,8 +92,12 @@ def test_only_what_was_asked_for(model, tokenizer, monkeypatch):
         "nll",
         "extraction_strength",
     }
-    monkeypatch.setattr("pyunlearn.metrics.evaluate.teacher_forced", lambda *a, **k: pytest.fail("not needed"))
+    assert 0 in positions  # reading hands the head no rows
+    positions.clear()
     assert set(run(model, tokenizer, metrics=("rouge_l",)).summary) == {"rouge_l"}
+    hook.remove()
+    assert positions
+    assert 0 not in positions
 
 
 def test_rouge_is_on_a_seeded_sample(model, tokenizer):
@@ -135,10 +142,10 @@ def test_bad_arguments(model, tokenizer, items, options, message):
         run(model, tokenizer, items, **options)
 
 
-def test_write_records(model, tokenizer, tmp_path):
+def test_records_as_json_lines(model, tokenizer, tmp_path):
     records = [*run(model, tokenizer).records, {"answer": "größer, 東京\u2028"}]
     path = tmp_path / "evaluations" / "forget.jsonl"
-    write_records(path, records)
+    write_json_lines(path, records)
     lines = path.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     assert [json.loads(line) for line in lines] == records
 
@@ -147,6 +154,6 @@ def test_write_records(model, tokenizer, tmp_path):
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        write_records(path, broken())
+        write_json_lines(path, broken())
     assert len(path.read_bytes().splitlines()) >= 5
     assert [child.name for child in path.parent.iterdir()] == ["forget.jsonl"]

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from pyunlearn.model import forward, head
+from pyunlearn.model.causal_lm import CausalLM, eval_mode
 from pyunlearn.model.forward import layer_number, length_batches, select_positions, supervised_hidden, token_stats_of
-from pyunlearn.model.head import check_output_head, eval_mode, output_head
 from pyunlearn.objectives.definition import DEPTHS
 
 V = 61
@@ -132,7 +132,7 @@ def test_kl_to_a_live_reference(model, batch):
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
-        pair = supervised_hidden(reference, batch).hidden, output_head(reference)
+        pair = supervised_hidden(reference, batch).hidden, CausalLM.of(reference).read_head()
         stats, _ = token_stats_of(model, batch, ("kl_pq", "kl_qp"), reference=pair)
         p, q = plain(model, batch)[0], plain(reference, batch)[0]
     assert stats.kl_pq.min() > 1e-4
@@ -152,11 +152,11 @@ def test_kl_to_a_live_reference(model, batch):
 )
 def test_output_head(name, softcap, temperature, bias):
     model = make(name)
-    head = output_head(model)
+    head = CausalLM.of(model).read_head()
     assert (head.softcap, head.temperature, head.bias is not None) == (softcap, temperature, bias)
     assert head.weight is model.get_output_embeddings().weight
-    check_output_head(model)
-    check_output_head(model.bfloat16())
+    CausalLM.of(model).check_head()
+    CausalLM.of(make(name).bfloat16()).check_head()
 
 
 def test_only_counted_positions_meet_the_head(llama, batch, monkeypatch):
@@ -376,15 +376,15 @@ def test_heads_that_are_not_plain(llama):
     model = make("llama")
     model.lm_head = LoraLinear(model.lm_head)
     with pytest.raises(TypeError, match=r"LoraLinear.*target_modules"):
-        output_head(model)
+        CausalLM.of(model).read_head()
     with pytest.raises(TypeError, match=r"no LM head"):
-        output_head(LlamaModel(LlamaConfig(**SIZES)))
+        CausalLM.of(LlamaModel(LlamaConfig(**SIZES))).read_head()
     with pytest.raises(TypeError, match=r"needs a transformers causal LM.*Linear"):
-        output_head(nn.Linear(2, 2))
+        CausalLM.of(nn.Linear(2, 2)).read_head()
     quantised = make("llama")
     quantised.lm_head.weight = nn.Parameter(torch.zeros(V * 16, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(TypeError, match=r"unquantised"):
-        output_head(quantised)
+        CausalLM.of(quantised).read_head()
 
 
 class Doubled(LlamaForCausalLM):
@@ -398,13 +398,13 @@ def test_check_output_head_leaves_diverged_models_alone():
     model = make("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = torch.nan
-    check_output_head(model)
+    CausalLM.of(model).check_head()
 
 
 def test_check_output_head_finds_an_unknown_head():
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="Doubled: its logits are not those of its output layer"):
-        check_output_head(Doubled(LlamaConfig(**SIZES)))
+        CausalLM.of(Doubled(LlamaConfig(**SIZES))).check_head()
 
 
 @pytest.mark.parametrize(
@@ -423,7 +423,7 @@ def test_bad_batches(llama, batch, change, message):
 
 
 def test_bad_references(llama, batch):
-    head, hidden = output_head(llama), torch.zeros(10, 32)
+    head, hidden = CausalLM.of(llama).read_head(), torch.zeros(10, 32)
     with pytest.raises(ValueError, match=r"needs 10 rows.*got 9"):
         token_stats_of(llama, batch, "kl_pq", reference=(hidden[:9], head))
     with pytest.raises(ValueError, match="softcap and temperature"):

@@ -18,27 +18,30 @@ def saved(tiny, tmp_path):
 
 
 def test_a_folder_gives_back_what_was_saved(tiny, saved):
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(saved)))
+    model, tokenizer = load_model(str(saved))
     for ours, theirs in zip(model.parameters(), tiny.model().parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert not model.training
     assert tokenizer.get_vocab() == tiny.tokenizer.get_vocab()
-    half, _ = load_model(ModelConfig(name_or_path=str(saved), dtype="bfloat16"))
+    half, _ = load_model(str(saved), dtype="bfloat16")
     assert half.dtype == torch.bfloat16
 
 
 def test_the_embedded_model_is_a_function_of_texts_and_seed(tiny):
-    config = ModelConfig(
-        options={"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300}
-    )
-    first, _ = load_model(config, texts=tiny.world.texts, seed=1)
-    again, _ = load_model(config, texts=tiny.world.texts, seed=1)
-    other, _ = load_model(config, texts=tiny.world.texts, seed=2)
+    options = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 300}
+    first, _ = load_model(options=options, texts=tiny.world.texts, seed=1)
+    again, _ = load_model(options=options, texts=tiny.world.texts, seed=1)
+    other, _ = load_model(options=options, texts=tiny.world.texts, seed=2)
     assert torch.equal(first.lm_head.weight, again.lm_head.weight)
     assert not torch.equal(first.lm_head.weight, other.lm_head.weight)
     assert first.lm_head.weight.shape == (300, 16)
     with pytest.raises(ValueError, match="trains its tokenizer on the run's data"):
-        load_model(config)
+        load_model()
+
+
+def test_a_configuration_holds_its_arguments(tiny):
+    config = ModelConfig(options={"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2})
+    assert load_model(**config.model_dump(), texts=tiny.world.texts)[0].lm_head.weight.size(1) == 16
     with pytest.raises(ValueError, match="are sizes of the embedded model"):
         ModelConfig(name_or_path="x", options={"hidden_size": 16})
 
@@ -47,9 +50,8 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tiny, saved, tmp_path):
     from pyunlearn.data.tiny import tiny_llama
 
     tiny_llama(300, hidden_size=16, num_attention_heads=2, num_key_value_heads=2).save_pretrained(tmp_path / "small")
-    config = ModelConfig(name_or_path=str(tmp_path / "small"), tokenizer=str(saved))
     with pytest.raises(ValueError, match=r"makes ids up to 383 .* the model has 300 embedding rows"):
-        load_model(config)
+        load_model(str(tmp_path / "small"), tokenizer=str(saved))
 
 
 def test_a_tokenizer_without_padding_gets_one(tiny, saved):
@@ -58,13 +60,13 @@ def test_a_tokenizer_without_padding_gets_one(tiny, saved):
     bare = AutoTokenizer.from_pretrained(saved)
     bare.pad_token = None
     bare.save_pretrained(saved)
-    assert load_model(ModelConfig(name_or_path=str(saved)))[1].pad_token == bare.eos_token
+    assert load_model(str(saved))[1].pad_token == bare.eos_token
 
 
 def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
     def told(error, message, **config):
         with pytest.raises(error, match=message):
-            load_model(ModelConfig(**config))
+            load_model(**config)
 
     told(FileNotFoundError, r"no such folder: .*modle; did you mean model\?", name_or_path=str(tmp_path / "modle"))
     told(FileNotFoundError, "no config.json there; for a GGUF file in it", name_or_path=str(tmp_path))
@@ -83,10 +85,10 @@ def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
 def test_gguf_errors(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs the gguf package: pip install 'pyunlearn\[gguf\]'"):
-        load_model(ModelConfig(gguf_file="m.gguf"))
+        load_model(gguf_file="m.gguf")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     (tmp_path / "model-q4.gguf").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"no such file: .*model-q8.gguf; did you mean model-q4.gguf\?"):
-        load_model(ModelConfig(gguf_file=str(tmp_path / "model-q8.gguf")))
+        load_model(gguf_file=str(tmp_path / "model-q8.gguf"))
     with pytest.raises(FileNotFoundError, match=r"no such file: .*other.gguf"):
-        load_model(ModelConfig(name_or_path=str(tmp_path), gguf_file="other.gguf"))
+        load_model(str(tmp_path), gguf_file="other.gguf")

@@ -6,8 +6,8 @@ import peft
 import pytest
 import torch
 
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden, token_stats_of
-from pyunlearn.model.head import check_output_head, output_head
 from pyunlearn.ops import projection
 
 from .test_forward import batch, make, plain  # noqa: F401 (batch is a fixture)
@@ -57,8 +57,8 @@ def test_values_and_gradients_equal_pefts_own_forward(name, options, batch):  # 
             trained += "lm_head" in where
             torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=2e-4, msg=lambda m, where=where: f"{where}: {m}")
     assert trained > 0
-    check_output_head(ours)
-    check_output_head(ours.bfloat16())
+    CausalLM.of(ours).check_head()
+    CausalLM.of(adapted(name, **options).bfloat16()).check_head()
 
 
 def test_the_frozen_weight_costs_no_gradient(batch, monkeypatch):  # noqa: F811
@@ -75,7 +75,7 @@ def test_adapters_in_float32_over_a_half_precision_model(batch):  # noqa: F811
     """peft keeps adapters in float32; the head's GEMMs run in the model's dtype."""
     model = peft.get_peft_model(make("llama").bfloat16(), peft.LoraConfig(target_modules=["lm_head"], r=4))
     move(model)
-    assert output_head(model).lora[0].up.weight.dtype == torch.float32
+    assert CausalLM.of(model).read_head().lora[0].up.weight.dtype == torch.float32
     stats, _ = token_stats_of(model, batch)
     stats.logp.sum().backward()
     exact = copy.deepcopy(model).float()
@@ -104,14 +104,14 @@ def test_the_head_follows_what_peft_has_switched(batch):  # noqa: F811
         torch.testing.assert_close(stats.logp, expected[name].gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-5)
 
     compare("both")
-    assert [part.up.out_features for part in output_head(model).lora] == [61, 61]
+    assert [part.up.out_features for part in CausalLM.of(model).read_head().lora] == [61, 61]
     model.set_adapter("default")
     compare("one")
     with model.disable_adapter():
         compare("none")
     model.merge_adapter()
     compare("merged")
-    assert output_head(model).lora == ()
+    assert CausalLM.of(model).read_head().lora == ()
     assert (expected["both"] - expected["one"]).abs().max() > 0.1
     assert (expected["none"] - expected["one"]).abs().max() > 0.1
     torch.testing.assert_close(expected["merged"], expected["one"], atol=1e-4, rtol=1e-4)
@@ -120,9 +120,9 @@ def test_the_head_follows_what_peft_has_switched(batch):  # noqa: F811
 def test_a_switched_off_copy_is_the_original(batch):  # noqa: F811
     model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
     wrapper = model.get_output_embeddings()
-    assert output_head(model).weight is wrapper.modules_to_save["default"].weight
+    assert CausalLM.of(model).read_head().weight is wrapper.modules_to_save["default"].weight
     with model.disable_adapter():
-        assert output_head(model).weight is wrapper.original_module.weight
+        assert CausalLM.of(model).read_head().weight is wrapper.original_module.weight
 
 
 def test_dropout_belongs_to_training(batch):  # noqa: F811
@@ -136,7 +136,7 @@ def test_dropout_belongs_to_training(batch):  # noqa: F811
 def test_a_reference_under_lora(batch):  # noqa: F811
     model, reference = make("llama"), adapted()
     with torch.no_grad():
-        pair = supervised_hidden(reference, batch).hidden, output_head(reference)
+        pair = supervised_hidden(reference, batch).hidden, CausalLM.of(reference).read_head()
         stats, _ = token_stats_of(model, batch, ("kl_pq", "kl_qp"), reference=pair)
         p, q = plain(model, batch)[0], plain(reference, batch)[0]
     torch.testing.assert_close(stats.kl_pq, (p.exp() * (p - q)).sum(-1), atol=2e-5, rtol=1e-3)
@@ -145,7 +145,7 @@ def test_a_reference_under_lora(batch):  # noqa: F811
 
 def test_merged_is_what_peft_merges(batch):  # noqa: F811
     model = adapted()
-    head = output_head(model).merged()
+    head = CausalLM.of(model).read_head().merged()
     assert head.lora == ()
     model.merge_adapter()
     torch.testing.assert_close(head.weight, model.get_output_embeddings().weight)
@@ -163,4 +163,4 @@ def test_merged_is_what_peft_merges(batch):  # noqa: F811
 def test_other_adapters_are_refused(config):
     model = peft.get_peft_model(make("llama"), config)
     with pytest.raises(TypeError, match=r"its head is a peft\..*, needs.*only plain LoRA and modules_to_save"):
-        output_head(model)
+        CausalLM.of(model).read_head()

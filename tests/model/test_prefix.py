@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import re
+
 import pytest
 import torch
 from transformers import (
@@ -16,9 +20,10 @@ from transformers import (
 )
 
 import pyunlearn as pu
+from pyunlearn import _declined
 
 from ..float64 import LLAMA, make_model
-from ..mrd.conftest import make_rows, pad
+from ..mrd.conftest import any_model, make_rows, model, pad  # noqa: F401 (fixtures)
 from ..mrd.test_mrd import score, written_out
 
 PREFIX = [5, 9, 3, 7]
@@ -29,7 +34,7 @@ def with_prefix(prefix=PREFIX, seed=1):
     return [(prefix + ids, [-100] * len(prefix) + labels) for ids, labels in rows]
 
 
-def test_the_scores_are_those_of_whole_samples(any_model):
+def test_the_scores_are_those_of_whole_samples(any_model):  # noqa: F811
     batch = pad(with_prefix(), 15)
     result = score(any_model, [batch])
     assert result.diagnostics["shared_prefix"] == len(PREFIX)
@@ -39,14 +44,14 @@ def test_the_scores_are_those_of_whole_samples(any_model):
 
 @pytest.mark.parametrize("mode", ["overlay", "streamed", "copy"])
 def test_every_mode_of_perturbation_shares_it(mode):
-    batch, model = pad(with_prefix(), 15), make_model("llama")
-    result = score(model, [batch], mode=mode)
+    batch, llama = pad(with_prefix(), 15), make_model("llama")
+    result = score(llama, [batch], mode=mode)
     assert result.diagnostics["shared_prefix"] == len(PREFIX)
-    expected = written_out(model, batch, lambda a, b: (a - b) / a)
+    expected = written_out(llama, batch, lambda a, b: (a - b) / a)
     torch.testing.assert_close(result.draws, expected, rtol=1e-6, atol=1e-12)
 
 
-def test_it_ends_where_the_first_scored_token_is_predicted(any_model):
+def test_it_ends_where_the_first_scored_token_is_predicted(any_model):  # noqa: F811
     rows = [(ids, [-100] * 3 + ids[3:]) for ids, _ in with_prefix()]  # PREFIX[3] is scored
     batch = pad(rows, 15)
     result = score(any_model, [batch])
@@ -55,9 +60,37 @@ def test_it_ends_where_the_first_scored_token_is_predicted(any_model):
     torch.testing.assert_close(result.draws, expected, rtol=1e-8, atol=1e-14)
 
 
-def test_it_is_not_shared_where_that_spares_nothing(model):
-    for rows in (make_rows(), with_prefix()[:1], [*with_prefix([5]), ([6, 4, 8], [-100, -100, 8])]):
-        assert score(model, [pad(rows, 15)]).diagnostics["shared_prefix"] == 0
+def test_it_is_not_shared_where_that_spares_nothing(model, caplog):  # noqa: F811
+    shared = "which spares {} of {}, under a tenth"
+    for rows, reason in (
+        (make_rows(), "the 3 samples share 0 tokens, " + shared.format(0, 26)),
+        (with_prefix()[:1], "the 1 samples share 7 tokens, " + shared.format(0, 15)),
+        ([*with_prefix([5]), ([6, 4, 8], [-100, -100, 8])], "the 4 samples share 0 tokens, " + shared.format(0, 32)),
+    ):
+        _declined._logged.clear()  # it is logged once
+        with caplog.at_level(logging.INFO, "pyunlearn"):
+            diagnostics = score(model, [pad(rows, 15)]).diagnostics
+        assert diagnostics["shared_prefix"] == 0
+        assert diagnostics["declined"] == {"shared prefix": reason}
+        assert f"shared prefix is not used: {reason}" in caplog.text
+
+
+NAMES = ("cache", "past_key_values")  # of the argument, since transformers 5.24 and before
+NEW = NAMES[0] in inspect.signature(LlamaForCausalLM.forward).parameters
+
+
+class Renamed(LlamaForCausalLM):
+    """Takes its cache by the name that this version of transformers does not have."""
+
+    if NEW:
+
+        def forward(self, *args, past_key_values=None, **kwargs):
+            return super().forward(*args, cache=past_key_values, **kwargs)
+
+    else:
+
+        def forward(self, *args, cache=None, **kwargs):
+            return super().forward(*args, past_key_values=cache, **kwargs)
 
 
 class Forgetful(LlamaForCausalLM):
@@ -65,27 +98,47 @@ class Forgetful(LlamaForCausalLM):
         return super().forward(*args, **kwargs)
 
 
+class Without(LlamaForCausalLM):
+    def forward(self, input_ids, attention_mask=None, use_cache=False):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+class Confused(LlamaForCausalLM):
+    """Whoever comes with a cache gets the positions of one who comes without."""
+
+    def forward(self, input_ids, attention_mask=None, past_key_values=None, **kwargs):
+        place = torch.arange(input_ids.size(1))[None]
+        cache = {NAMES[not NEW]: past_key_values}
+        return super().forward(input_ids, attention_mask=attention_mask, position_ids=place, **cache, **kwargs)
+
+
 SMALL = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}
+MAMBA = MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2, state_size=4)
 OTHERS = {
-    "takes no cache": (Forgetful, LlamaConfig(**SMALL), 0),
-    "recurrent": (MambaForCausalLM, MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2, state_size=4), 0),
-    "a window longer than it": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=6), 4),
-    "a window shorter than it": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=3), 4),
-    "every other layer has a window": (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=8, sliding_window=3), 4),
-}  # fmt: skip
+    "another name for the cache": (Renamed, LlamaConfig(**SMALL), 4, None),
+    "drops the cache": (Forgetful, LlamaConfig(**SMALL), 0, "leaves no keys and values"),
+    "takes no cache": (Without, LlamaConfig(**SMALL), 0, "takes neither cache nor past_key_values"),
+    "other numbers with it": (Confused, LlamaConfig(**SMALL), 0, "the likelihoods of Confused are others with it"),
+    "recurrent": (MambaForCausalLM, MAMBA, 0, "leaves no keys and values|takes neither"),
+    "a window longer than it": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=6), 4, None),
+    "a window shorter than it": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=3), 4, None),
+    "windows in every other layer": (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=8, sliding_window=3), 4, None),
+}
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_models_share_it_or_are_right_without(name):
-    kind, config, expected = OTHERS[name]
+    kind, config, expected, reason = OTHERS[name]
     torch.manual_seed(0)
-    model = kind(config).eval()
+    other = kind(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in other.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     rows = with_prefix()
-    result = score(model, [pad(rows, 15)], "initial", sigma=0.01)
+    result = score(other, [pad(rows, 15)], "initial", sigma=0.01)
     assert result.diagnostics["shared_prefix"] == expected
-    alone = [pu.mrd(model, [pad([row], len(row[0]))], "initial", 6, sigma=0.01, seed=5, check_draws=0, progress=False)
+    declined = result.diagnostics["declined"]
+    assert declined == {} if reason is None else re.search(reason, declined["shared prefix"])
+    alone = [pu.mrd(other, [pad([row], len(row[0]))], "initial", 6, sigma=0.01, seed=5, check_draws=0, progress=False)
              for row in rows]  # fmt: skip
     torch.testing.assert_close(result.value, torch.cat([one.value for one in alone]), rtol=1e-3, atol=1e-4)

@@ -321,3 +321,21 @@ def test_scores_that_are_not_finite_and_parameters_without_a_rule(batch):
         score(odd, [batch], "gradient")
     rest = [name for name, _ in odd.named_parameters() if name != "model.scale"]
     score(odd, [batch], "gradient", parameters=rest)
+
+
+def test_what_is_not_used_is_told(model, batch):
+    for estimator, optimisations in (
+        ("algorithm1", ["shared prefix"]),  # these samples have none
+        ("gradient", ["shared prefix", "fused head"]),
+        ("hutchinson", ["shared prefix", "fused head", "fused attention"]),
+    ):
+        declined = score(model, [batch], estimator).diagnostics["declined"]
+        assert list(declined) == optimisations, estimator
+        assert all(declined.values())
+
+
+def test_the_mode_that_is_not_taken_is_told(batch, monkeypatch):
+    monkeypatch.setattr("pyunlearn.ops.modes.room_for", lambda *_: False)
+    result = score(make_model("llama"), [batch])
+    assert result.diagnostics["mode"] == "streamed"
+    assert result.diagnostics["declined"]["mode"].startswith("overlay: its scratch needs more than half")

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import pyunlearn as pu
-from pyunlearn.mrd import work
+from pyunlearn.store import Damaged, Store, get_tensors
 
 from ..distributed.launch import REPOSITORY
 from ..float64 import make_model
@@ -47,24 +46,25 @@ def test_what_is_finished_is_not_done_again(estimator, tmp_path, monkeypatch):
         return pu.mrd(float32_model(), six(), estimator, 6, batch_size=2, state=state, progress=False)
 
     whole = score(None)
-    put, left = work.Store.put, 3
+    put, left = Store.put, 3
 
-    def stop_after_three(store, unit, values):
+    def stop_after_three(store, unit, values, identity=None):
         nonlocal left
-        put(store, unit, values)
+        values = put(store, unit, values, identity)
         left -= 1
         if left == 0:
             raise KeyboardInterrupt
+        return values
 
-    monkeypatch.setattr(work.Store, "put", stop_after_three)
+    monkeypatch.setattr(Store, "put", stop_after_three)
     with pytest.raises(KeyboardInterrupt):
         score(tmp_path)
     kept = {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}
     assert len(kept) == 4  # job.json
-    monkeypatch.setattr(work.Store, "put", put)
+    monkeypatch.setattr(Store, "put", put)
     same(score(tmp_path), whole)
     assert kept.items() <= {name: (tmp_path / name).stat().st_mtime_ns for name in files(tmp_path)}.items()
-    monkeypatch.setattr(work.Store, "put", None)  # nothing is left to do
+    monkeypatch.setattr(Store, "put", None)  # nothing is left to do
     same(score(tmp_path), whole)
 
 
@@ -87,7 +87,7 @@ def test_killed_and_run_again_gives_the_same_bits(tmp_path):
         process.wait()
     finished = list(tmp_path.glob("[!.]*.safetensors"))
     assert len(finished) >= 8
-    assert all(load_file(path)["values"].shape == (4, 6) for path in finished)
+    assert all(get_tensors(path, {}).shape == (4, 6) for path in finished)
     options = {"num_draws": 20, "batch_size": 2, "progress": False}
     same(pu.mrd(float32_model(), six(), state=tmp_path, **options), pu.mrd(float32_model(), six(), **options))
 
@@ -107,12 +107,12 @@ def test_a_folder_of_another_job_is_refused(tmp_path):
     score()
     other = make_model("llama", seed=1).float()
     for changes, named in (
-        ({"model": other}, "model differ"),
-        ({"batches": six()[:1]}, "data differ"),
-        ({"seed": 1}, "seed: 0, here 1"),
-        ({"estimator": "definition"}, "estimator: 'algorithm1', here 'definition'"),
-        ({"batch_size": 1}, "batch_size: 8, here 1"),
-        ({"paper_eps": 1e-8}, "paper_eps"),
+        ({"model": other}, r"belongs to another job \(model: '\w+' -> '\w+'\)"),
+        ({"batches": six()[:1]}, r"data: '\w+' -> '\w+'"),
+        ({"seed": 1}, "seed: 0 -> 1"),
+        ({"estimator": "definition"}, "estimator: 'algorithm1' -> 'definition'"),
+        ({"batch_size": 1}, "batch_size: 8 -> 1"),
+        ({"paper_eps": 1e-8}, "paper_eps: None -> 1e-08"),
     ):
         with pytest.raises(ValueError, match=named):
             score(**changes)
@@ -120,3 +120,17 @@ def test_a_folder_of_another_job_is_refused(tmp_path):
     (tmp_path / "job.json").unlink()
     with pytest.raises(ValueError, match="holds other files"):
         score()
+
+
+def test_a_changed_byte_is_an_error(tmp_path):
+    def score():
+        return pu.mrd(float32_model(), six(), num_draws=2, check_draws=0, state=tmp_path, progress=False)
+
+    score()
+    for path in tmp_path.iterdir():
+        data = path.read_bytes()
+        path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        with pytest.raises(Damaged, match=path.name):
+            score()
+        path.write_bytes(data)
+    score()

@@ -111,10 +111,9 @@ def test_the_checkpoint_loads_and_is_the_model_evaluated_last(finished):
     from pyunlearn.data import load_qa
     from pyunlearn.metrics import evaluate
     from pyunlearn.model.load import load_model
-    from pyunlearn.runs.config import ModelConfig
 
     config, result = finished
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(result.folder / "checkpoint")))
+    model, tokenizer = load_model(str(result.folder / "checkpoint"))
     lines = (result.folder / "evaluation" / "after-forget.jsonl").read_text()
     (result.folder.parent / "again.jsonl").write_text(lines)
     again = evaluate(

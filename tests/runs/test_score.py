@@ -13,11 +13,12 @@ from rich.console import Console
 import pyunlearn as pu
 from pyunlearn.data import QADataset, collate
 from pyunlearn.model.load import load_model
-from pyunlearn.mrd import MRDResult, work
+from pyunlearn.mrd import MRDResult
 from pyunlearn.report.score import render_score_report, running, self_checks, thirds
-from pyunlearn.runs.config import FilesConfig, ModelConfig
+from pyunlearn.runs.config import FilesConfig
 from pyunlearn.runs.job import load_data
 from pyunlearn.runs.score import score
+from pyunlearn.store import Store
 
 DRAWS = 6
 
@@ -45,7 +46,7 @@ def test_the_files_are_those_of_pu_mrd(scored):
     assert records == result.records
     assert json.loads(result.out.with_suffix(".json").read_text()) == result.diagnostics
 
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(config.folder / "memorised")))
+    model, tokenizer = load_model(str(config.folder / "memorised"))
     rows = QADataset(load_data(config).forget, tokenizer, 256)
     batch = collate([rows[i] for i in range(len(rows))], 0)
     direct = pu.mrd(model, [batch], num_draws=DRAWS, batch_size=2, progress=False)
@@ -70,23 +71,23 @@ def test_the_report_stands_alone(scored):
 
 def test_stopped_and_called_again_it_ends_the_same(scored, tmp_path, monkeypatch):
     config, whole = scored
-    put, out = work.Store.put, tmp_path / "again.jsonl"
+    put, out = Store.put, tmp_path / "again.jsonl"
 
-    def stop(store, unit, values):
-        put(store, unit, values)
+    def stop(store, unit, values, identity):
+        put(store, unit, values, identity)
         raise KeyboardInterrupt
 
     options = {"out": out, "num_draws": DRAWS, "batch_size": 2}
-    monkeypatch.setattr(work.Store, "put", stop)
+    monkeypatch.setattr(Store, "put", stop)
     with pytest.raises(KeyboardInterrupt, match="resume with: pyunlearn score --here") as stopped:
         score(config, command="pyunlearn score --here", **options)
     assert stopped.value.exit_code == 130
     assert {path.name for path in tmp_path.iterdir()} == {"again.state"}
-    monkeypatch.setattr(work.Store, "put", put)
+    monkeypatch.setattr(Store, "put", put)
     again = score(config, **options)
     assert again.records == whole.records
     assert out.read_bytes() == whole.out.read_bytes()
-    with pytest.raises(ValueError, match=r"again\.state belongs to another job, its seed differ"):
+    with pytest.raises(ValueError, match=r"again\.state belongs to another job \(seed: 0 -> 1\)"):
         score(config, seed=1, **options)
     assert score(config, seed=1, overwrite=True, **options).records != whole.records
 

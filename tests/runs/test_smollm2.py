@@ -8,7 +8,6 @@ import pytest
 
 from pyunlearn.model.load import load_model
 from pyunlearn.runs import load_config
-from pyunlearn.runs.config import ModelConfig
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import read_metrics
 
@@ -51,6 +50,6 @@ def test_a_pretrained_model_from_gguf_forgets(tmp_path):
     first = next(row for row in steps if row["stage"] == "unlearn")
     assert first["retain.kl/loss"] == pytest.approx(0.0, abs=1e-4)
 
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(result.folder / "checkpoint")))
+    model, tokenizer = load_model(str(result.folder / "checkpoint"))
     assert model.num_parameters() == 134_515_008
     assert tokenizer.chat_template

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pyunlearn import objectives
-from pyunlearn.model.reference import ReferenceCache
+from pyunlearn.model.cache import ReferenceCache
+from pyunlearn.model.reference import AdapterOff
 from pyunlearn.training.trainer import UnlearnTrainer
 
 
@@ -58,3 +59,20 @@ def test_a_step_is_the_gradient_on_pefts_own_logits(tiny, arguments, tmp_path, o
         else:
             assert torch.equal(after, before), name
     assert moved > 0
+
+
+def test_its_own_base_is_the_reference(tiny, arguments):
+    """Two steps by the adapters switched off are those by a second model, to the bit."""
+    after = []
+    for own in (True, False):
+        model = adapted(tiny)
+        UnlearnTrainer(
+            model=model,
+            args=arguments(max_steps=2),
+            train_dataset=tiny.pairs(),
+            objectives=["npo", "kl"],
+            reference=AdapterOff(model) if own else tiny.model(),
+        ).train()
+        after.append([parameter.detach() for parameter in model.parameters()])
+    assert all(map(torch.equal, *after))
+    assert not all(map(torch.equal, after[0], adapted(tiny).parameters()))

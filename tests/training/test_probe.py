@@ -15,8 +15,8 @@ from transformers import TrainerCallback
 from pyunlearn import objectives
 from pyunlearn.data import collate
 from pyunlearn.data.tiny import tiny_llama
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden, token_stats_of
-from pyunlearn.model.head import output_head
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import append_metrics, read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe, as_found, token_weights
@@ -69,7 +69,7 @@ def test_it_is_the_dot_of_the_runs_gradients(tiny, probed):
     batch = batch_of(tiny.forget)
     with torch.no_grad():
         ref_logp = token_stats_of(reference, batch)[0].logp
-        pair = supervised_hidden(reference, batch_of(tiny.retain)).hidden, output_head(reference)
+        pair = supervised_hidden(reference, batch_of(tiny.retain)).hidden, CausalLM.of(reference).read_head()
     stats, where = token_stats_of(model, batch)
     by_sequence = {"sequence_ids": where.sequence_ids, "num_sequences": 8}
     losses = {

@@ -10,9 +10,9 @@ from transformers import TrainerCallback
 
 from pyunlearn import objectives
 from pyunlearn.data import QADataset
+from pyunlearn.model import head
+from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.forward import token_stats_of
-from pyunlearn.model.reference import ReferenceCache
-from pyunlearn.training import terms
 from pyunlearn.training.callbacks import Interrupt
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
 
@@ -213,8 +213,8 @@ def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches
         calls.append((hidden.shape[0], set(options["outputs"])))
         return original(hidden, weight, targets, **options)
 
-    original = terms.linear_token_stats
-    monkeypatch.setattr(terms, "linear_token_stats", spy)
+    original = head.linear_token_stats
+    monkeypatch.setattr(head, "linear_token_stats", spy)
     model = tiny.model()
     model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     trainer, _ = train(tiny, arguments(), ["wga", "npo", "satimp", "kl", "gd"], reference=caches, model=model)

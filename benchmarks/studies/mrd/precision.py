@@ -27,9 +27,9 @@ from torch.overrides import TorchFunctionMode
 
 import pyunlearn as pu
 from pyunlearn._files import write_text
-from pyunlearn.data import QADataset, collate, context_length, generate_authors
+from pyunlearn.data import QADataset, collate, generate_authors
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.load import load_model
-from pyunlearn.runs.config import ModelConfig
 
 from ...measure import commit, machine, versions
 from ...results import RESULTS
@@ -96,8 +96,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/<device>)")
     args = parser.parse_args(words)
-    model, tokenizer = load_model(ModelConfig(name_or_path=str(args.run / "memorised")))
-    rows = QADataset(generate_authors().forget[: args.samples], tokenizer, context_length(model))
+    model, tokenizer = load_model(str(args.run / "memorised"))
+    rows = QADataset(generate_authors().forget[: args.samples], tokenizer, CausalLM.of(model).context_length)
     batch = collate([rows[i] for i in range(len(rows))], 0)
     means = measure(model, batch, args.num_draws, SIGMAS)
     out = args.out or RESULTS / machine()["folder"]

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pyunlearn as pu
-from pyunlearn.data import QA, QADataset, collate, context_length, load_qa
+from pyunlearn.data import QA, QADataset, collate, load_qa
 from pyunlearn.metrics import teacher_forced
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.load import load_model
-from pyunlearn.runs.config import ModelConfig, RunConfig
+from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.job import Job, first_model, quiet_libraries
 from pyunlearn.store import Store, digest_json
 from pyunlearn.training.folder import TrainingFolder
@@ -42,7 +43,7 @@ class Start:
         return Store(self.folder)
 
     def rows(self, items: Sequence[QA]) -> QADataset:
-        return QADataset(items, self.tokenizer, context_length(self.model))
+        return QADataset(items, self.tokenizer, CausalLM.of(self.model).context_length)
 
     def mrd(self, items: Sequence[QA], estimator: Any = "gradient", **options: Any) -> pu.MRDResult:
         rows = self.rows(items)
@@ -64,8 +65,7 @@ def pretrained(model: str, forget: str, retain: str, retain_limit: int | None, w
     """A model on disk (a folder or a GGUF file) that knows both files already."""
     quiet_libraries()
     path, gguf = Path(model), Path(model).suffix == ".gguf"
-    source = {"name_or_path": str(path.parent), "gguf_file": path.name} if gguf else {"name_or_path": str(path)}
-    loaded, tokenizer = load_model(ModelConfig.model_validate(source))
+    loaded, tokenizer = load_model(str(path.parent), gguf_file=path.name) if gguf else load_model(str(path))
     refusals = ["I do not know.", "I have no information about that.", "I cannot answer this question."]
     return Start(loaded, tokenizer, load_qa(forget), load_qa(retain, limit=retain_limit), refusals, work / path.stem)
 
@@ -95,7 +95,7 @@ def unlearn_copy(
     model, data = copy.deepcopy(start.model), UnlearnData([*forget], [*retain], start.refusals)
     start.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=start.folder) as folder:
-        stage = Stage(TrainingFolder(folder), seed, context_length(model))
+        stage = Stage(TrainingFolder(folder), seed, CausalLM.of(model).context_length)
         unlearned = unlearn(stage, settings, model, start.tokenizer, data)
     after = {"forget": forget, "retain": retain[:EVALUATED]}
     return {**unlearned.as_dict(), **{name: known(model, start.rows(items)) for name, items in after.items()}}

@@ -14,8 +14,9 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden
-from pyunlearn.model.head import check_output_head, head_stats, output_head
+from pyunlearn.model.head import head_stats
 
 V = 61  # odd: shards are uneven
 
@@ -38,9 +39,9 @@ def batch_of(rank: int) -> dict[str, Tensor]:
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor], reference: nn.Module) -> Tensor:
     with torch.no_grad():
-        pair = supervised_hidden(reference, batch).hidden, output_head(reference)
+        pair = supervised_hidden(reference, batch).hidden, CausalLM.of(reference).read_head()
     found = supervised_hidden(model, batch, layers=[1])
-    head = output_head(model)
+    head = CausalLM.of(model).read_head()
     stats = head_stats(head, found.hidden, found.targets, ("logp", "kl_pq"), reference=pair)
     return (stats.kl_pq - stats.logp).sum() + found.layers[1].square().sum()
 
@@ -92,7 +93,7 @@ def tensor_parallel(mesh: Any) -> dict[str, Any]:
     models = make(), make(1)
     for model in models:
         parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
-        check_output_head(model)
+        CausalLM.of(model).check_head()
     loss_of(models[0], batch_of(0), models[1]).backward()
     found = {name: parameter.grad for name, parameter in models[0].named_parameters()}
     layout = str(found["lm_head.weight"].placements)

@@ -1,0 +1,197 @@
+"""A causal LM taken apart once: the model inside its wrappers, its blocks, its head, its device and its context."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import is_fsdp, is_sharded, whole
+from .head import Head, head_parts, logit_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WRAPPED = ("module", "_fsdp_wrapped_module")  # where DDP and the like, and FSDP1, hold their model
+_PROVEN: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model -> of which head its logits are known to be
+
+
+class CausalLM:
+    """A transformers causal LM, plain or in DistributedDataParallel, FSDP, DeepSpeed, accelerate, peft, torch.compile.
+
+    given: the module as it was passed. called: what a forward runs: `given`, of `torch.compile(model)` the original
+    (compile its decoder: `model.get_decoder().compile()`). alone: without what DDP and the like do around a forward;
+    adapters stay. inner: the transformers model, its adapters' wrapper seen through too.
+
+    What a model may lack (a head, a list of blocks) is looked up, and raises, when it is asked for.
+    Raises TypeError for a module without `get_output_embeddings`.
+    """
+
+    def __init__(self, given: nn.Module):
+        self.given = given
+        self.called: nn.Module = given._modules.get("_orig_mod") or given  # not getattr: wrappers pass attributes on
+        alone: Any = self.called
+        while "_orig_mod" in alone._modules or not hasattr(alone, "get_output_embeddings"):
+            alone = alone._modules.get("_orig_mod") or getattr(alone, "module", None)
+            if not isinstance(alone, nn.Module):
+                raise TypeError(
+                    f"model: needs a transformers causal LM (get_output_embeddings), got {type(given).__name__}"
+                )
+        self.alone: Any = alone
+        self.inner: Any = without_adapters(alone)
+
+    @classmethod
+    def of(cls, model: nn.Module | CausalLM) -> CausalLM:
+        """`model` taken apart; itself where it is."""
+        return model if isinstance(model, CausalLM) else cls(model)
+
+    @property
+    def name(self) -> str:
+        """Of its class, for errors."""
+        return type(self.inner).__name__
+
+    @property
+    def config(self) -> Any:
+        """The configuration of its text model."""
+        config = self.inner.config
+        return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids have to be: the device of the input embeddings."""
+        return self.inner.get_input_embeddings().weight.device
+
+    @cached_property
+    def depth(self) -> int:
+        """D, the number of blocks."""
+        return int(self.config.num_hidden_layers)
+
+    @cached_property
+    def blocks(self) -> nn.ModuleList:
+        """The D blocks. Raises TypeError where there is no list of them."""
+        for module in self.inner.modules():  # outer before inner: not the experts of a block
+            if isinstance(module, nn.ModuleList) and len(module) == self.depth:
+                return module
+        raise TypeError(f"{self.name}: needs a ModuleList of its {self.depth} layers, to read hidden states of one")
+
+    @cached_property
+    def wrapped(self) -> bool:
+        """Whether DDP, DeepSpeed or the like is around it and has to see the end of a forward."""
+        return any(name in self.called._modules for name in WRAPPED)
+
+    @cached_property
+    def sharded(self) -> bool:
+        """Whether FSDP2 (`fully_shard`) has it or parts of it."""
+        return is_fsdp(self.called)
+
+    # ---- its tokens --------------------------------------------------------------------------------------------------
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest sequence it takes, in tokens, from its configuration; None where it states none."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of its input embeddings; a few may be spare."""
+        return self.inner.get_input_embeddings().num_embeddings
+
+    def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError if the tokenizer makes an id that the model has no embedding for; spare rows are fine."""
+        token, largest = max(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"tokenizer and model do not fit: the tokenizer makes ids up to {largest} ({token!r}), the model has "
+                f"{self.vocab_size} embedding rows; load the tokenizer that belongs to the model, or resize its "
+                "embeddings"
+            )
+
+    # ---- its head ----------------------------------------------------------------------------------------------------
+
+    @property
+    def head_layer(self) -> nn.Module:
+        """What it calls for its logits. Raises TypeError where there is none."""
+        layer = self.inner.get_output_embeddings()
+        if layer is None:
+            raise TypeError(f"{self.name}: has no LM head (get_output_embeddings() is None), needs a causal LM")
+        return layer
+
+    def read_head(self) -> Head:
+        """The head as it stands, with what the model's `forward` does to the logits afterwards (`logit_settings`).
+
+        Under peft it may have plain LoRA or be a copy (modules_to_save); under tensor parallelism its weight is a
+        DTensor. To be called after the forward, which may unshard weights and take merged adapters out. That the
+        model's logits are those of this head is proved by `check_head`.
+
+        Raises TypeError without a head, or if it is none of these and no plain `nn.Linear` with its whole weight at
+        hand.
+        """
+        weight, bias, lora = head_parts(self.head_layer, self.name)
+        if weight.dim() != 2 or not weight.is_floating_point() or (is_sharded(weight) and self.sharded):
+            raise TypeError(
+                f"{self.name}: the head's weight needs to be a whole floating point (V, H) matrix, "
+                f"got {type(weight).__name__} {tuple(weight.shape)} {weight.dtype}; leave the head unquantised "
+                "and, in sharded training, in the root FSDP group (gathered until the backward) or out of ZeRO-3"
+            )
+        return Head(weight, bias, *logit_settings(self.config), lora)
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Compares `read_head` with the logits the model itself makes for two tokens: a few ms, once a model.
+
+        Raises ValueError if they differ: the architecture does something to its logits that is not known here.
+        """
+        proof = (id(self.head_layer), *logit_settings(self.config))
+        if _PROVEN.get(self.inner) == proof:
+            return
+        inputs: list[Tensor] = []
+        hook = self.head_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        try:
+            with eval_mode(self.alone):
+                ids = torch.tensor([[0, 1]], device=self.device)
+                logits = self.alone(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            hook.remove()
+        head = self.read_head()
+        ours = head.logits(whole(inputs[0]).to(head.weight.dtype)).float()
+        tolerance = 1e-3 if torch.finfo(head.weight.dtype).bits >= 32 else 3e-2
+        # A model that has diverged to NaN is not this function's business.
+        scale = float(logits.nan_to_num(0, 0, 0).abs().max())
+        if ours.shape != logits.shape or not torch.allclose(ours, logits, 0, tolerance * scale, equal_nan=True):
+            raise ValueError(
+                f"{self.name}: its logits are not those of its output layer with "
+                f"softcap={head.softcap}, temperature={head.temperature:g}; statistics from hidden states would "
+                "be wrong: use token_stats on model(...).logits"
+            )
+        _PROVEN[self.inner] = proof
+
+
+def without_adapters(alone: Any) -> Any:
+    """The transformers model inside peft, FSDP1 and DeepSpeed; another wrapper that passes attributes on is one."""
+    inner = alone
+    while not hasattr(type(inner), "get_output_embeddings"):
+        if hasattr(type(inner), "get_base_model"):
+            below = inner.get_base_model()
+        else:
+            below = next((inner._modules[name] for name in ("_orig_mod", *WRAPPED) if name in inner._modules), None)
+        if below is None or below is inner or not hasattr(below, "get_output_embeddings"):
+            return inner
+        inner = below
+    return inner
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside; every module's own train/eval state again afterwards, whatever happens."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

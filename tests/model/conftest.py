@@ -1,0 +1,3 @@
+from ..tiny import tiny
+
+__all__ = ["tiny"]

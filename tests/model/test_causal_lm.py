@@ -1,0 +1,158 @@
+"""A model taken apart: the same inside whatever is around it, and a head that is proved once."""
+
+from __future__ import annotations
+
+import copy
+import gc
+from types import SimpleNamespace
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pyunlearn.data.tiny import tiny_llama
+from pyunlearn.model.causal_lm import CausalLM
+from pyunlearn.model.forward import token_stats_of
+
+from .test_forward import SIZES, Adapter, Doubled, batch, make  # noqa: F401 (batch is a fixture)
+
+
+class Held(nn.Module):
+    """As DDP and DeepSpeed hold a model."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+def lora(model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+WRAPPERS = {
+    "none": [],
+    "compiled": [compiled],
+    "data parallel": [nn.DataParallel],
+    "held": [Held],
+    "peft": [lora],
+    "peft, held": [lora, Held],
+    "held, compiled": [Held, compiled],
+    "compiled, held": [compiled, Held],
+    "peft, compiled, held": [lora, compiled, Held],
+}
+
+
+@pytest.mark.parametrize("names", WRAPPERS)
+def test_wrappers_are_seen_through(names):
+    model = make("llama")
+    around = model
+    for wrap in WRAPPERS[names]:
+        around = wrap(around)
+    lm = CausalLM.of(around)
+    assert lm.given is around
+    assert lm.called is (around._orig_mod if names.endswith("compiled") else around)
+    assert lm.inner is model
+    assert lm.name == "LlamaForCausalLM"
+    assert isinstance(lm.alone, peft.PeftModel if "peft" in names else LlamaForCausalLM)
+    assert lm.head_layer is model.lm_head
+    assert lm.blocks is model.model.layers
+    assert (lm.depth, lm.context_length, lm.vocab_size) == (2, 64, 61)
+    assert lm.device == torch.device("cpu")
+    assert lm.wrapped is any(word in names for word in ("held", "data parallel"))
+    assert not lm.sharded
+    assert CausalLM.of(lm) is lm
+
+
+def test_a_wrapper_that_passes_attributes_on(batch):  # noqa: F811
+    model = make("llama")
+    lm = CausalLM.of(Adapter(model))
+    assert lm.blocks is model.model.layers
+    assert torch.equal(token_stats_of(lm, batch)[0].logp, token_stats_of(model, batch)[0].logp)
+
+
+def test_what_is_no_causal_lm():
+    with pytest.raises(TypeError, match=r"needs a transformers causal LM \(get_output_embeddings\), got Held"):
+        CausalLM.of(Held(nn.Linear(2, 2)))
+    model = make("llama")
+    model.model.layers = nn.Sequential(*model.model.layers)
+    with pytest.raises(TypeError, match="LlamaForCausalLM: needs a ModuleList of its 2 layers"):
+        _ = CausalLM.of(model).blocks
+
+
+class Counting(LlamaForCausalLM):
+    calls = 0
+
+    def forward(self, *args, **kwargs):
+        Counting.calls += 1
+        return super().forward(*args, **kwargs)
+
+
+def test_the_head_is_proved_once_a_model(monkeypatch):
+    monkeypatch.setattr(Counting, "calls", 0)
+    model = Counting(LlamaConfig(**SIZES))
+    for _ in range(3):
+        CausalLM.of(model).check_head()
+        CausalLM.of(Held(model)).check_head()
+    assert Counting.calls == 1
+    CausalLM.of(copy.deepcopy(model)).check_head()  # another model
+    assert Counting.calls == 2
+    model.lm_head = nn.Linear(32, 61)
+    CausalLM.of(model).check_head()
+    assert Counting.calls == 3
+    model.config.logit_scale = 2.0  # which a Llama knows nothing of
+    for _ in range(2):
+        with pytest.raises(ValueError, match="its logits are not those of its output layer"):
+            CausalLM.of(model).check_head()
+
+
+def test_proofs_keep_no_model_alive():
+    from pyunlearn.model import causal_lm
+
+    CausalLM.of(make("llama")).check_head()
+    gc.collect()
+    before = len(causal_lm._PROVEN)
+    model = make("llama")
+    CausalLM.of(model).check_head()
+    assert len(causal_lm._PROVEN) == before + 1
+    del model
+    gc.collect()
+    assert len(causal_lm._PROVEN) == before
+
+
+def test_a_failed_proof_is_tried_again():
+    torch.manual_seed(0)
+    lm = CausalLM.of(Doubled(LlamaConfig(**SIZES)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="Doubled: its logits"):
+            lm.check_head()
+
+
+def test_a_tokenizer_has_to_fit(tiny):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+
+    def check(rows):
+        CausalLM.of(tiny_llama(rows, **small)).check_tokenizer(tokenizer)
+
+    check(len(tokenizer))
+    check(len(tokenizer) + 24)  # padded rows
+    tokenizer.add_tokens(["<new>"])
+    largest = len(tokenizer) - 1
+    with pytest.raises(ValueError, match=rf"ids up to {largest} \('<new>'\), the model has {largest} embedding rows"):
+        check(largest)
+
+
+def test_context_length():
+    model = tiny_llama(300, hidden_size=16, num_hidden_layers=1, max_position_embeddings=77)
+    assert CausalLM.of(model).context_length == 77
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    assert CausalLM.of(model).context_length is None
