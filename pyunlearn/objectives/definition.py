@@ -60,7 +60,7 @@ Seed = Annotated[
 ]
 
 BATCHES = ("refusal", "answer")
-CONTEXT = ("vocab_size", "num_tokens")
+CONTEXT = ("vocab_size", "num_tokens", "inverse_length")
 STATISTICS = {
     "logp": "log-probability of each target under the model",
     "ref_logp": "the same of the frozen reference; never differentiated",
@@ -126,6 +126,7 @@ class Variant:
     context: tuple[str, ...]
     formula: str
     positions: str
+    reduction: str
     changes: str = ""
     slope: float | None = None
     rule: Callable[[Options], TokenRule] | None = None
@@ -173,7 +174,6 @@ class Definition:
     name: str
     role: str
     level: str
-    reduction: str
     source: str
     summary: str
     body: str
@@ -192,6 +192,7 @@ def read_variant(
     batch: str,
     formula: str,
     positions: str,
+    reduction: str,
     changes: str,
     slope: float | None,
     rule: Callable[[Options], TokenRule] | None,
@@ -215,7 +216,9 @@ def read_variant(
         raise ValueError(f"{function.__name__}: needs a positional parameter named after a statistic, such as logp")
     if rule is not None and slope is None:
         raise ValueError(f"{function.__name__}: rule needs a slope, d(loss of a token)/d(statistic) apart from it")
-    return Variant(function, tuple(statistics), options, tuple(context), formula, positions, changes, slope, rule)
+    return Variant(
+        function, tuple(statistics), options, tuple(context), formula, positions, reduction, changes, slope, rule
+    )
 
 
 def read_statistic(name: str, batch: str) -> Statistic:
@@ -225,11 +228,11 @@ def read_statistic(name: str, batch: str) -> Statistic:
     return statistic
 
 
-def signature(variant: Variant, preset: str, reduction: str) -> inspect.Signature:
+def signature(variant: Variant, preset: str) -> inspect.Signature:
     """The signature of the public function: statistics, masks, options, then what all objectives take."""
     either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     keywords: list[Any] = [(option.name, option.default, option.kind) for option in variant.options.values()]
-    keywords += [("preset", preset, str), ("reduction", reduction, str), ("count", None, Count | None)]
+    keywords += [("preset", preset, str), ("reduction", variant.reduction, str), ("count", None, Count | None)]
     keywords += [*((name, None, Tensor | None) for name in variant.sequence_ids), ("num_sequences", None, int | None)]
     parameters = [inspect.Parameter(name, either, annotation=Tensor) for name in variant.tensors]
     parameters += [inspect.Parameter(name, either, default=None, annotation=Tensor | None) for name in variant.masks]
@@ -264,7 +267,7 @@ def docstring(definition: Definition) -> str:
         "\n".join(["Args:", *(wrap(f"{name}: {what}", 4) for name, what in arguments.items())]),
         "Returns: 0-d loss to be minimised; 0 with zero gradients if no token is supervised.\n"
         "Raises: ValueError, TypeError or IndexError naming the argument that does not fit.",
-        f"Defaults: {', '.join(defaults)}, reduction = {definition.reduction}.",
+        f"Defaults: {', '.join(defaults)}, reduction = {variant.reduction}.",
         "\n".join(["Presets:", *(f"    {name}: {each.changes}" for name, each in definition.variants.items())]),
         wrap(f"Source: {definition.source}"),
     ]

@@ -106,6 +106,8 @@ class Objective:
             keywords["vocab_size"] = self._vocab_size(stats[variant.batches[0]].vocab_size)
         if self.definition.level == "token":
             (layout,) = layouts.values()
+            if "inverse_length" in variant.context:
+                keywords["inverse_length"] = layout.inverse_length()
             return reduce_tokens(variant.function(*tensors, **keywords), layout, self.reduction, count)
 
         size = common_size(list(layouts.values()))

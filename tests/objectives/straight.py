@@ -14,6 +14,7 @@ PRESETS = [(row.name, preset) for row in objectives.table() for preset in row.pr
 CASES = [(name, preset, reduction) for name, preset in PRESETS for reduction in objectives.get(name).variant.reductions]
 STOPPED = ("wga", "tnpo", "wtnpo", "satimp")
 PAIRED = ("dpo", "ap")
+BROADCAST = (("rmu", "open_unlearning"), ("rr", "open_unlearning"))
 
 
 @dataclass
@@ -107,6 +108,8 @@ def straight_loss(name: str, preset: str, reduction: str, raw: dict[str, Raw], *
         if all(tokens[batch] for batch in used):
             values.append(SEQUENCE[name](tokens, preset, options))
             lengths.append(len(tokens[used[0]]))
+    if (name, preset) in BROADCAST:  # (B,) sums over (B, 1) lengths are (B, B)
+        values = [value * sum(1 / n for n in lengths) / len(lengths) for value in values]
     if reduction == "sum":
         return sum(values)
     if reduction == "token_mean":
@@ -194,14 +197,14 @@ def me(tokens, preset, options):
 def rmu(tokens, preset, options):
     c, size = options.get("c", 20.0 if preset == "wmdp" else 2.0), 4
     u = torch.rand(size, generator=torch.Generator().manual_seed(options.get("seed", 0))).double()
-    u = c * (u / sum(x**2 for x in u) ** 0.5 if preset == "wmdp" else u)
-    power = 1 if preset == "g_effect_code" else 2
-    return sum(abs(p[j] - u[j]) ** power / size for p, _, _ in tokens["answer"] for j in range(size))
+    u = c * (u / sum(x**2 for x in u) ** 0.5 if preset in ("wmdp", "open_unlearning") else u)
+    total = sum((p[j] - u[j]) ** 2 for p, _, _ in tokens["answer"] for j in range(size))
+    return total if preset == "paper" else total / size
 
 
 def rr(tokens, preset, options):
     total = sum((p[j] - q[j]) ** 2 for p, q, _ in tokens["answer"] for j in range(4))
-    return total / 4 if preset == "wmdp" else total
+    return total if preset == "paper" else total / 4
 
 
 def kl(tokens, preset, options):

@@ -79,6 +79,7 @@ def test_defaults(name):
         ("satimp", "open_unlearning", {"beta2": 1.0}),
         ("dpo", "standard", {"factor": 1.0}),
         ("rmu", "wmdp", {"c": 20.0}),
+        ("rmu", "open_unlearning", {}),
         ("dpo", "closer_look_code", {}),
     ],
 )
@@ -106,6 +107,7 @@ class TestNeeds:
         ("kl", "open_unlearning"): (("kl_qp",), "kl", ("answer",), "all", "tokens"),
         ("rmu", "paper"): ((), None, ("answer",), "supervised", "tokens"),
         ("rmu", "wmdp"): ((), None, ("answer",), "all", "tokens"),
+        ("rmu", "open_unlearning"): ((), None, ("answer",), "supervised", "sequences"),
         ("rr", "paper"): ((), "hidden", ("answer",), "supervised", "tokens"),
     }
 
@@ -277,6 +279,7 @@ class TestOwn:
             ({}, lambda *, gamma=2.0: 0.0, "needs a positional parameter named after a statistic"),
             ({}, lambda refusal_logp, answer_logp: 0.0, "need level='sequence'"),
             ({}, lambda logp, *, num_tokens: 0.0, "num_tokens needs level='sequence'"),
+            ({"slope": 1.0}, lambda logp, *, inverse_length: 0.0, "inverse_length needs level='token' and no slope"),
         ],
     )
     def test_what_cannot_be_registered(self, options, function, message):

@@ -140,7 +140,7 @@ def test_a_step_of_rmu_and_rr_is_their_gradient_on_all_hidden_states(tiny, argum
         return hidden[batch[kind]["labels"][:, 1:] != -100]
 
     u = torch.rand(32, generator=torch.Generator().manual_seed(7))
-    rmu = (states(model, "forget", 1) - c * u).square().mean()  # of two blocks, 1 is shallow and middle
+    rmu = (states(model, "forget", 1) - c * u).square().sum(-1).mean()  # of two blocks, 1 is shallow and middle
     with torch.no_grad():
         ref_hidden = states(reference, "retain", 1)
     rr = (states(model, "retain", 1) - ref_hidden).square().sum(-1).mean()
