@@ -91,9 +91,9 @@ class ReferenceCache:
         else; OSError if the disk is too full.
         """
         path = Path(path)
-        if positions == "all":
+        if positions in ("followed", "all"):
             raise ValueError(
-                "positions='all': what a model says at padding depends on the batch, so it is not cached; "
+                f"positions={positions!r}: what a model says at padding depends on the batch, so it is not cached; "
                 "use positions='real', or a live reference model"
             )
         if positions not in ("supervised", "real"):

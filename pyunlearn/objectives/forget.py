@@ -103,7 +103,7 @@ def tnpo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 4.0, epsilon: NonNe
     "wtnpo",
     formula="mean of -sg(w_t) l_t, w_t = 2 p_t^(beta+alpha) / (p_t^beta + p°_t^beta + epsilon)",
     source=f"{G_EFFECT}, Appendix D.2",
-    presets={"g_effect_code": {"epsilon": 1e-5}},
+    presets={"g_effect_code": {"beta": 4.0, "epsilon": 1e-5}},
     slope=1.0,
     rule=lambda o: TokenRule(alpha=o["alpha"], beta=o["beta"]),
 )
@@ -117,7 +117,7 @@ def wtnpo(
 ) -> Tensor:
     """Weighted token-wise NPO: the weights of `tnpo` times those of `wga`.
 
-    alpha = 0 is `tnpo`. The paper's beta is 5 (1 % and 5 % of TOFU) and 7 (10 %).
+    alpha = 0 is `tnpo`. The paper's beta is 5 (1 % and 5 % of TOFU) and 7 (10 %); its code's default is 4.
 
     >>> wtnpo(torch.tensor([[0.5]]).log(), torch.tensor([[0.5]]).log(), alpha=1.0)
     tensor(-0.3466)
@@ -179,8 +179,12 @@ def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) 
 def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
     """Maximising entropy: towards the uniform distribution at every position. Bounded: 0 <= loss <= log V.
 
-    The paper weighs it 0.1 against the retain loss (1.0 continual, 0.5 real-world). The authors' code
-    turns the divergence around; the 1e-12 it adds inside the log is left out.
+    The paper weighs it 0.1 against the retain loss (1.0 continual, 0.5 real-world). The authors' code turns the
+    divergence around and counts padding: every row is padded with EOS to 500 tokens (300 real-world), and all 499
+    predictions weigh alike, which makes an answer's about 499/n times weaker than the equation does. The preset
+    `closer_look_code` counts the padding that the batch has: for theirs pad alike, by `ForgetRetainDataset(pad_to=500)`
+    with EOS as the pad token. Rows padded to their batch's longest make it depend on how a step is split. The 1e-12
+    that the code adds inside the log is left out.
 
     >>> me(torch.tensor([[0.0, math.log(4.0)]]), vocab_size=4)  # half of log 4
     tensor(0.6931)
@@ -189,7 +193,11 @@ def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
 
 
 @register_preset(
-    "me", "closer_look_code", formula="mean over all tokens of KL(U || p_t) = uniform_ce_t - log V", slope=1.0
+    "me",
+    "closer_look_code",
+    formula="mean over all positions but the last, prompt and padding too, of KL(U || p_t) = uniform_ce_t - log V",
+    positions="followed",
+    slope=1.0,
 )
 def me_closer_look_code(uniform_ce: Tensor, *, vocab_size: int) -> Tensor:
     return uniform_ce - math.log(vocab_size)

@@ -82,7 +82,9 @@ class Objective:
 
     @property
     def positions(self) -> str:
-        """The "supervised" tokens, all "real" ones (the prompt's too), or "all" positions, padding too."""
+        """The "supervised" tokens, all "real" ones (the prompt's too), or, padding too, all "followed" by another
+        position or "all" positions.
+        """
         return self.variant.positions
 
     @property

@@ -17,7 +17,7 @@ from .reduction import TokenInputs
 
 ROLES = ("forget", "retain")
 LEVELS = ("token", "sequence")
-POSITIONS = ("supervised", "real", "all")  # as in pyunlearn.model.forward
+POSITIONS = ("supervised", "real", "followed", "all")  # as in pyunlearn.model.forward
 SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences")
 
 Function = Callable[..., Tensor]
@@ -100,7 +100,7 @@ def register(
         role: "forget" or "retain".
         level: "token" or "sequence".
         batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
-        positions: "supervised", "real" (the prompt's tokens too) or "all" (every position, padding too).
+        positions: "supervised", "real" (the prompt's tokens too), "followed" (padding too, but the last one) or "all".
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.
         formula, source: for the documentation.
         preset: the name of the function's own defaults.

@@ -84,7 +84,7 @@ class Need:
 
     @property
     def widest(self) -> Any:
-        """The positions that hold all the others: supervised, real and all are nested."""
+        """The positions that hold all the others: `POSITIONS` are nested."""
         return max(self.positions, key=POSITIONS.index)
 
 
@@ -162,7 +162,7 @@ def assign_references(needs: Mapping[str, Need], given: Any) -> dict[str, Refere
                 f"reference[{kind!r}]: the objectives need hidden states at {need.widest!r} positions, the cache has "
                 f"{'none' if kept is None else repr(kept)}; build it with {wanted}, "
                 f"positions={need.widest!r}"
-                + (" (padding is never cached: give a live model)" if need.widest == "all" else "")
+                + (" (padding is never cached: give a live model)" if need.widest in ("followed", "all") else "")
             )
     return {kind: given[kind] for kind in needy}
 

@@ -218,7 +218,11 @@ SEQUENCE = {
     "idk": lambda tokens, preset, options: nll(tokens["refusal"]),
     "wga": weighted(lambda p, q, preset, options: p ** options.get("alpha", 5.0 if preset == "g_effect_code" else 1.0)),
     "tnpo": weighted(tnpo_weight),
-    "wtnpo": weighted(lambda p, q, preset, options: tnpo_weight(p, q, preset, options, beta=5.0, alpha=1.5)),
+    "wtnpo": weighted(
+        lambda p, q, preset, options: tnpo_weight(
+            p, q, preset, options, beta=4.0 if preset == "g_effect_code" else 5.0, alpha=1.5
+        )
+    ),
     "satimp": weighted(satimp_weight),
     "npo": npo,
     "simnpo": simnpo,

@@ -206,6 +206,20 @@ def test_padding_counts_for_the_open_unlearning_kl_and_needs_a_live_reference(ti
         train(tiny, arguments(), ["wga", term], reference=caches)
 
 
+def test_me_of_its_authors_code_counts_padded_rows(tiny, arguments):
+    """KL(U || p) over all predictions of rows of one length, whatever of them is padding."""
+    pairs = tiny.pairs(pad_to=120)
+    trainer, _ = train(tiny, arguments(), [objectives.get("me", preset="closer_look_code")], pairs)
+    batch = pairs.collate([pairs[i] for i in range(8)])["forget"]
+    with torch.no_grad():
+        logits = tiny.model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    p, uniform = logits.softmax(-1).flatten(0, 1), 1 / logits.size(-1)
+    divergence = torch.nn.functional.kl_div((p + 1e-12).log(), torch.full_like(p, uniform), reduction="none").sum(-1)
+    log = trainer.state.log_history[0]
+    assert log["forget.me/count"] == len(divergence) == 8 * 119
+    assert log["forget.me/loss"] == pytest.approx(divergence.mean().item(), rel=1e-4)
+
+
 def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches, monkeypatch):
     calls, forwards = [], []
 
