@@ -106,7 +106,7 @@ def simnpo(
     *,
     beta: float = 4.5,
     margin: float = 0.0,
-    preset: str = "open_unlearning",
+    preset: str = "paper",
     reduction: str = "sequence_mean",
     count: int | float | Tensor | None = None,
     sequence_ids: Tensor | None = None,

@@ -136,6 +136,13 @@ class Variant:
         return tuple(dict.fromkeys(statistic.batch for statistic in self.statistics))
 
     @property
+    def told(self) -> str:
+        """What the preset changes and divides by, and whether a step's split into batches matters to it."""
+        split = "depends on how a step is split into batches"
+        matters = self.positions in ("followed", "all") or "inverse_length" in self.context
+        return "; ".join([self.changes, f"reduction = {self.reduction}", *([split] if matters else [])])
+
+    @property
     def reductions(self) -> tuple[str, ...]:
         """A pair of sequences has no one number of tokens to divide by."""
         return REDUCTIONS if len(self.batches) == 1 else ("sequence_mean", "sum")
@@ -169,11 +176,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Definition:
-    """One registered objective, with every preset."""
+    """One registered objective, with every preset. paper_reduction: what its paper's equation does."""
 
     name: str
     role: str
     level: str
+    paper_reduction: str
     source: str
     summary: str
     body: str
@@ -253,7 +261,7 @@ def docstring(definition: Definition) -> str:
     arguments |= {name: option.domain.text for name, option in variant.options.items()}
     arguments |= {
         "preset": "which formula and defaults, see below",
-        "reduction": " or ".join(variant.reductions),
+        "reduction": " or ".join(variant.reductions) + f'; "paper": as in the equation, {definition.paper_reduction}',
         "count": "denominator in place of the batch's own number of supervised tokens (token_mean) or of "
         "sequences that hold one (sequence_*); a number or 0-d tensor, say of the whole optimiser step",
     }
@@ -268,7 +276,7 @@ def docstring(definition: Definition) -> str:
         "Returns: 0-d loss to be minimised; 0 with zero gradients if no token is supervised.\n"
         "Raises: ValueError, TypeError or IndexError naming the argument that does not fit.",
         f"Defaults: {', '.join(defaults)}, reduction = {variant.reduction}.",
-        "\n".join(["Presets:", *(f"    {name}: {each.changes}" for name, each in definition.variants.items())]),
+        "\n".join(["Presets:", *(f"    {name}: {each.told}" for name, each in definition.variants.items())]),
         wrap(f"Source: {definition.source}"),
     ]
     return "\n\n".join(part for part in parts if part)

@@ -23,6 +23,7 @@ CLOSER_LOOK = "Yuan et al., A Closer Look at Machine Unlearning for LLMs, ICLR 2
 
 @register(
     "ga",
+    paper_reduction="sequence_mean",
     formula="mean of -l_t",
     source=f"{CLOSER_LOOK}, Eq. 1; {G_EFFECT}, Section 4.1",
     presets={"g_effect_code": {}, "closer_look_code": {}, "open_unlearning": {}},
@@ -39,6 +40,7 @@ def ga(logp: Tensor) -> Tensor:
 
 @register(
     "wga",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(p_t^alpha) l_t",
     source=f"{G_EFFECT}, Eq. 2 and Appendix D.1",
     presets={"g_effect_code": {"alpha": 5.0}, "open_unlearning": {}},
@@ -81,6 +83,7 @@ def npo_weight(logp: Tensor, ref_logp: Tensor, beta: float, epsilon: float) -> T
 
 @register(
     "tnpo",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(w_t) l_t, w_t = 2 p_t^beta / (p_t^beta + p°_t^beta + epsilon)",
     source=f"{G_EFFECT}, Eq. 6 and Appendix D.2",
     presets={"g_effect_code": {"epsilon": 1e-5}},
@@ -101,6 +104,7 @@ def tnpo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 4.0, epsilon: NonNe
 
 @register(
     "wtnpo",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(w_t) l_t, w_t = 2 p_t^(beta+alpha) / (p_t^beta + p°_t^beta + epsilon)",
     source=f"{G_EFFECT}, Appendix D.2",
     presets={"g_effect_code": {"beta": 4.0, "epsilon": 1e-5}},
@@ -128,28 +132,30 @@ def wtnpo(
 @register(
     "simnpo",
     level="sequence",
-    formula="-(2/beta) mean over sequences of log sigmoid(beta (L/n - margin))",
+    formula="-(2/beta) mean over sequences of log sigmoid(beta L/n - margin)",
     source="Fan et al., Simplicity Prevails: Rethinking Negative Preference Optimization, NeurIPS 2025",
-    preset="open_unlearning",
 )
 def simnpo(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
     """NPO without a reference: the length-normalised loss takes the place of the log-ratio.
 
-    The authors' code and OpenUnlearning have the margin inside beta, the paper outside (preset `paper`).
+    The paper has the margin outside beta, the authors' code and OpenUnlearning inside (preset `open_unlearning`).
 
     >>> simnpo(torch.tensor([[-2.0, -4.0]]), beta=1.0)
     tensor(0.0972)
     """
-    return -2.0 / beta * F.logsigmoid(beta * (-logp / num_tokens - margin))
-
-
-@register_preset("simnpo", "paper", formula="-(2/beta) mean over sequences of log sigmoid(beta L/n - margin)")
-def simnpo_paper(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
     return -2.0 / beta * F.logsigmoid(-beta * logp / num_tokens - margin)
+
+
+@register_preset(
+    "simnpo", "open_unlearning", formula="-(2/beta) mean over sequences of log sigmoid(beta (L/n - margin))"
+)
+def simnpo_open_unlearning(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
+    return -2.0 / beta * F.logsigmoid(beta * (-logp / num_tokens - margin))
 
 
 @register(
     "satimp",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(p_t^beta1 (1 - p_t)^beta2) l_t",
     source="Yang et al., Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning, ICML 2025",
     presets={"open_unlearning": {"beta2": 1.0}},
@@ -172,6 +178,7 @@ def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) 
 @register(
     "me",
     positions="real",
+    paper_reduction="sequence_token_mean",
     formula="mean over all tokens, the question's too, of KL(p_t || U) = log V - H_t",
     source=f"{CLOSER_LOOK}, Eq. 6",
     slope=-1.0,

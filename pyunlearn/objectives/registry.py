@@ -25,10 +25,12 @@ _PUBLIC: dict[str, Function] = {}
 
 
 def get(name: str, *, preset: str | None = None, reduction: str | None = None, **options: Any) -> Objective:
-    """A configured objective.
+    """A configured objective. reduction: None for the preset's, "paper" for that of the paper's equation.
 
     >>> get("wga", alpha=5.0).options
     {'alpha': 5.0}
+    >>> get("wga").reduction, get("wga", reduction="paper").reduction
+    ('token_mean', 'sequence_mean')
 
     Raises: ValueError on an unknown name, preset, reduction or option (with the nearest ones), or on a value
         out of range.
@@ -39,7 +41,8 @@ def get(name: str, *, preset: str | None = None, reduction: str | None = None, *
     for option in options:
         check_known(f"{name}: option", option, (*variant.options, "preset", "reduction"))
     reduction = variant.reduction if reduction is None else reduction
-    check_known(f"{name}: reduction", reduction, variant.reductions)
+    check_known(f"{name}: reduction", reduction, (*variant.reductions, "paper"))
+    reduction = definition.paper_reduction if reduction == "paper" else reduction
     values = {key: option.check(name, options.get(key, option.default)) for key, option in variant.options.items()}
     return Objective(name, preset, reduction, values)
 
@@ -51,13 +54,15 @@ def names(role: str | None = None) -> tuple[str, ...]:
 
 
 class Row(NamedTuple):
-    """One line of `table()`. `defaults` has preset and reduction too; `presets` says what each changes."""
+    """One line of `table()`. `defaults` has preset and reduction too; `presets` says what each changes, and its
+    reduction; `paper_reduction` is that of the paper's equation."""
 
     name: str
     role: str
     formula: str
     defaults: dict[str, Any]
     presets: dict[str, str]
+    paper_reduction: str
     source: str
     summary: str
 
@@ -67,8 +72,9 @@ def table() -> list[Row]:
     rows = []
     for chosen in map(get, names()):
         defaults = {**chosen.options, "preset": chosen.preset, "reduction": chosen.reduction}
-        presets = {name: variant.changes for name, variant in chosen.definition.variants.items()}
-        rows.append(Row(chosen.name, chosen.role, chosen.formula, defaults, presets, chosen.source, chosen.summary))
+        presets = {name: variant.told for name, variant in chosen.definition.variants.items()}
+        by = chosen.definition.paper_reduction
+        rows.append(Row(chosen.name, chosen.role, chosen.formula, defaults, presets, by, chosen.source, chosen.summary))
     return rows
 
 
@@ -80,6 +86,7 @@ def register(
     batch: str = "answer",
     positions: str = "supervised",
     reduction: str | None = None,
+    paper_reduction: str | None = None,
     formula: str = "",
     source: str = "",
     preset: str = "paper",
@@ -102,6 +109,7 @@ def register(
         batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
         positions: "supervised", "real" (the prompt's tokens too), "followed" (padding too, but the last one) or "all".
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.
+        paper_reduction: what `reduction="paper"` is, that of the paper's equation; None: the default one.
         formula, source: for the documentation.
         preset: the name of the function's own defaults.
         presets: name -> option values, for other defaults of the same function.
@@ -126,6 +134,8 @@ def register(
         variant = read_variant(function, batch, formula, positions, usual, "as above", slope, rule)
         check_level(name, level, variant)
         check_known(f"{name}: reduction", usual, variant.reductions)
+        equation = paper_reduction or usual
+        check_known(f"{name}: paper_reduction", equation, variant.reductions)
         variants = {preset: variant}
         for other, changed in (presets or {}).items():
             options = dict(variant.options)
@@ -135,7 +145,7 @@ def register(
             changes = ", ".join(f"{key} = {value}" for key, value in changed.items()) or f"as {preset}"
             variants[other] = replace(variant, options=options, changes=changes)
         summary, _, body = inspect.cleandoc(function.__doc__ or name).partition("\n")
-        DEFINITIONS[name] = Definition(name, role, level, source, summary, body.strip(), preset, variants)
+        DEFINITIONS[name] = Definition(name, role, level, equation, source, summary, body.strip(), preset, variants)
 
         def objective(*args: Any, **named: Any) -> Tensor:
             return _call(name, args, named)

@@ -34,6 +34,7 @@ def target(hidden: Tensor, c: float, seed: int, norm: bool = False) -> Tensor:
 
 @register(
     "rmu",
+    paper_reduction="sequence_token_mean",
     formula="mean of ||h_t - c u||^2, u ~ U[0, 1)^H drawn once from `seed`",
     source=f"{WMDP}, Section 4; {G_EFFECT}, Eq. 8",
 )
@@ -85,6 +86,7 @@ def rmu_open_unlearning(
 @register(
     "rr",
     role="retain",
+    paper_reduction="sequence_token_mean",
     formula="mean of ||h_t - h°_t||^2",
     source=f"{G_EFFECT}, Eq. 19; {WMDP}, Section 4",
 )

@@ -98,6 +98,17 @@ def from_logp(objective, logp: Tensor, reference: Tensor, **layout) -> objective
     return objectives.TokenInputs(values, reference, ref_hidden=wide(reference), **layout)
 
 
+def equation(name: str, raw: dict[str, Raw]) -> Tensor:
+    """As the paper writes it: the mean over sequences of the sum over their tokens, or of their tokens' mean."""
+    rows = len(raw["answer"].targets)
+    parts = [{batch: each.part(slice(row, row + 1)) for batch, each in raw.items()} for row in range(rows)]
+    kinds = ("refusal", "answer") if name in PAIRED else ("refusal",) if name == "idk" else ("answer",)
+    parts = [part for part in parts if all(part[batch].mask.any() for batch in kinds)]
+    losses = [straight_loss(name, "paper", "sum", part) for part in parts]
+    lengths = [int(part["answer"].mask.sum()) if name in ("me", "rmu", "rr") else 1 for part in parts]  # 1/|s| sum
+    return sum(loss / n for loss, n in zip(losses, lengths, strict=True)) / len(losses)
+
+
 def straight_loss(name: str, preset: str, reduction: str, raw: dict[str, Raw], **options: float) -> Tensor:
     """The loss of spec and papers by loops, with `options` in place of the defaults written here."""
     values: list[Tensor] = []  # per sequence: the sum over its tokens, or its own value

@@ -19,7 +19,7 @@ from pyunlearn.objectives import TokenInputs
 from pyunlearn.objectives.stub import stub
 from pyunlearn.ops import TokenRule
 
-from .straight import NAMES, PRESETS
+from .straight import BROADCAST, NAMES, PRESETS
 
 LOGP = -torch.rand(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -146,7 +146,13 @@ class TestDocumentation:
                 "preset": o.get(row.name).preset,
                 "reduction": o.get(row.name).reduction,
             }
-            assert "paper" in row.presets
+            assert row.defaults["preset"] == "paper"
+            assert row.paper_reduction == o.get(row.name, reduction="paper").reduction
+            for preset, changes in row.presets.items():
+                chosen = o.get(row.name, preset=preset)
+                assert f"; reduction = {chosen.reduction}" in changes
+                uneven = chosen.positions in ("all", "followed") or (row.name, preset) in BROADCAST
+                assert uneven == ("depends on how a step is split" in changes)
             assert "\n" not in row.summary
 
     @pytest.mark.parametrize("row", o.table(), ids=NAMES)

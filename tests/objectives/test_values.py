@@ -9,7 +9,7 @@ from pyunlearn import objectives, token_stats
 from pyunlearn.objectives.definition import STATISTICS, WIDE
 from pyunlearn.ops import OUTPUTS
 
-from .straight import CASES, NAMES, PRESETS, SEQUENCE, batches, inputs, make, straight_loss
+from .straight import CASES, NAMES, PRESETS, SEQUENCE, batches, equation, inputs, make, straight_loss
 
 OTHER_OPTIONS = {
     "wga": {"alpha": 2.5},
@@ -47,6 +47,16 @@ def test_value_and_gradient(name, preset, reduction, flat):
     raw = batches(seed=len(name))
     ours = objectives.get(name, preset=preset, reduction=reduction)(inputs(raw, flat))
     agree(ours, straight_loss(name, preset, reduction, raw), raw, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
+def test_paper_reduction_is_the_equations(name, flat):
+    raw = batches(seed=len(name))
+    lengths = {int(n) for n in raw["answer"].mask.sum(-1) if n}
+    assert len(lengths) > 1  # else the reductions that differ would agree
+    ours = objectives.get(name, reduction="paper")(inputs(raw, flat))
+    agree(ours, equation(name, raw), raw, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(("name", "preset"), [case for case in PRESETS if case[0] in OTHER_OPTIONS])
