@@ -142,6 +142,7 @@ def me(
     mask: Tensor | None = None,
     *,
     vocab_size: int,
+    positions: str = "real",
     preset: str = "paper",
     reduction: str = "token_mean",
     count: int | float | Tensor | None = None,

@@ -1,7 +1,7 @@
 """What the registry knows of an objective, read from the signature of its function and told in its docstring.
 
 Positional parameters name the statistics it works on, keyword-only parameters with a default are its options.
-`Positive` and `NonNegative` annotate an option's range, `Layer` and `Seed` what else it may be.
+`Positive` and `NonNegative` annotate an option's range, `Layer`, `Masked` and `Seed` what else it may be.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ Layer = Annotated[
         lambda value: value in DEPTHS if isinstance(value, str) else is_whole(value) and value != 0,
     ),
 ]
+Masked = Annotated[str, Domain('"real" or "supervised"', lambda value: value in ("real", "supervised"))]
 Seed = Annotated[
     int, Domain("a whole number from 0 to 2**63 - 1", lambda value: is_whole(value) and 0 <= value < 2**63)
 ]

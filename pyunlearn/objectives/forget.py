@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.one_pass import TokenRule
-from .definition import NonNegative, Positive
+from .definition import Masked, NonNegative, Positive
 from .one_pass import sigmoid_floor
 from .registry import register, register_preset
 
@@ -183,7 +183,7 @@ def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) 
     source=f"{CLOSER_LOOK}, Eq. 6",
     slope=-1.0,
 )
-def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
+def me(entropy: Tensor, *, vocab_size: int, positions: Masked = "real") -> Tensor:
     """Maximising entropy: towards the uniform distribution at every position. Bounded: 0 <= loss <= log V.
 
     The paper weighs it 0.1 against the retain loss (1.0 continual, 0.5 real-world). The authors' code turns the
@@ -191,7 +191,8 @@ def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
     predictions weigh alike, which makes an answer's about 499/n times weaker than the equation does. The preset
     `closer_look_code` counts the padding that the batch has: for theirs pad alike, by `ForgetRetainDataset(pad_to=500)`
     with EOS as the pad token. Rows padded to their batch's longest make it depend on how a step is split. The 1e-12
-    that the code adds inside the log is left out.
+    that the code adds inside the log is left out. Where a model is run for it, `positions="supervised"` leaves the
+    question out (Appendix E.5: less stable on the retain set).
 
     >>> me(torch.tensor([[0.0, math.log(4.0)]]), vocab_size=4)  # half of log 4
     tensor(0.6931)

@@ -83,9 +83,9 @@ class Objective:
     @property
     def positions(self) -> str:
         """The "supervised" tokens, all "real" ones (the prompt's too), or, padding too, all "followed" by another
-        position or "all" positions.
+        position or "all" positions. The option of this name, where there is one, chooses.
         """
-        return self.variant.positions
+        return self.options.get("positions", self.variant.positions)
 
     @property
     def unit(self) -> str:

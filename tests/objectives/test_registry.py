@@ -53,7 +53,7 @@ DEFAULTS = {
     "wtnpo": {"alpha": 1.5, "beta": 5.0, "epsilon": 0.0},
     "simnpo": {"beta": 4.5, "margin": 0.0},
     "satimp": {"beta1": 5.0, "beta2": 0.1},
-    "me": {},
+    "me": {"positions": "real"},
     "idk": {},
     "dpo": {"beta": 0.1, "factor": 2.0},
     "gd": {},
@@ -124,6 +124,9 @@ class TestNeeds:
             "rr": "middle",
         }
         assert [o.get("rr", layer=layer).layer for layer in (3, -1, "deep")] == [3, -1, "deep"]
+
+    def test_an_option_may_choose_the_positions(self):
+        assert [o.get("me", positions=each).positions for each in ("real", "supervised")] == ["real", "supervised"]
 
     def test_unit_follows_the_reduction(self):
         units = {reduction: o.get("ga", reduction=reduction).unit for reduction in o.REDUCTIONS}
@@ -358,6 +361,7 @@ class TestOwn:
         (lambda: o.wga(LOGP, vocab_size=5), "wga: argument='vocab_size': "),
         (lambda: o.me(LOGP), "me: vocab_size=None: needs V, a whole number >= 1"),
         (lambda: o.me(LOGP, vocab_size=0), "me: vocab_size=0: needs V"),
+        (lambda: o.get("me", positions="all"), 'me: positions=\'all\': needs "real" or "supervised"'),
         (lambda: o.ga(LOGP, count=-1), "count=-1: needs a finite number >= 0"),
         (lambda: o.ga(LOGP, count=math.nan), "count=nan: needs a finite number >= 0"),
         (lambda: o.ga(LOGP, count=torch.ones(2)), "count: needs a number or a 0-d tensor, got shape (2,)"),

@@ -202,6 +202,9 @@ def test_padding_counts_for_the_open_unlearning_kl_and_needs_a_live_reference(ti
     log = trainer.state.log_history[0]
     batch = tiny.pairs().collate([tiny.pairs()[i] for i in range(8)])["retain"]
     assert log["retain.kl/count"] == batch["input_ids"].numel()
+    one_by_one = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    split, _ = train(tiny, one_by_one, ["wga", term], reference=tiny.model(seed=1))
+    assert split.state.log_history[0]["retain.kl/count"] == batch["attention_mask"].sum() < batch["input_ids"].numel()
     with pytest.raises(ValueError, match="padding is never cached: give a live model"):
         train(tiny, arguments(), ["wga", term], reference=caches)
 
