@@ -138,7 +138,8 @@ def wtnpo(
 def simnpo(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
     """NPO without a reference: the length-normalised loss takes the place of the log-ratio.
 
-    The paper has the margin outside beta, the authors' code and OpenUnlearning inside (preset `open_unlearning`).
+    The paper has the margin outside beta, the authors' code and OpenUnlearning inside (preset `open_unlearning`,
+    which weighs it 0.125 beside a retain loss of weight 1).
 
     >>> simnpo(torch.tensor([[-2.0, -4.0]]), beta=1.0)
     tensor(0.0972)
@@ -165,7 +166,8 @@ def simnpo_open_unlearning(logp: Tensor, *, num_tokens: Tensor, beta: Positive =
 def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) -> Tensor:
     """Saturation and importance: tokens that are well known, but not certain, count most.
 
-    beta2 = 0 is `wga` with alpha = beta1.
+    beta2 = 0 is `wga` with alpha = beta1. The paper weighs the retain loss 0.1 beside it; OpenUnlearning's settings
+    weigh this one 0.1 beside a retain loss of weight 1.
 
     >>> satimp(torch.tensor([[0.5]]).log(), beta1=1.0, beta2=1.0)
     tensor(-0.1733)
