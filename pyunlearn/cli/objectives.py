@@ -10,16 +10,23 @@ from .shared import Debug, clean_errors
 
 
 def objectives(debug: Debug = False) -> None:
-    """List the objectives (role, what each needs, its options with their defaults) and the recipes made of them."""
+    """List the objectives (role, options with their defaults), their presets, and the recipes made of them."""
     with clean_errors(debug):
         from ..objectives import table as objective_table
         from ..recipes import names, read
 
-        table = Table("name", "role", "what it does", "options and defaults", "presets")
+        table = Table("name", "role", "what it does", "options and defaults")
+        title = "unlearn.forget.preset=NAME; unlearn.forget.reduction=paper reduces as the paper's equation does"
+        presets = Table("objective", "preset", "what it changes, and how it is reduced", title=title)
         for row in objective_table():
             options = "\n".join(f"{key} = {value}" for key, value in row.defaults.items() if key != "preset")
-            table.add_row(row.name, row.role, escape(row.summary), escape(options), escape("\n".join(row.presets)))
+            if row.paper_reduction != row.defaults["reduction"]:
+                options += f"\n(the paper's: {row.paper_reduction})"
+            table.add_row(row.name, row.role, escape(row.summary), escape(options))
+            for preset, changes in row.presets.items():
+                presets.add_row(row.name, preset, escape(changes.removeprefix("as above; ")))
         Console().print(table)
+        Console().print(presets)
         recipes = Table("recipe", "forget", "retain", "samples drawn", title="unlearn.recipe=NAME, or NAME+mrd")
         for name in names():
             settings = read(name).unlearn

@@ -27,6 +27,8 @@ class ForgetRetainDataset(Dataset):
     refusals: texts, drawn afresh for each (seed, epoch, index); with fixed_refusals each question keeps the refusal of
         epoch 0 in all epochs (what a cached reference needs: see `refusal`).
     refuse: any of "forget", "retain".
+    pad_to: pads every row to this many tokens, as code bases do whose losses count padding; None: to the longest of its
+        kind in the batch.
 
     Everything is a function of (seed, epoch, i), whatever the number of dataloader workers; the epoch is in shared
     memory, so that set_epoch reaches workers that are already running.
@@ -43,6 +45,7 @@ class ForgetRetainDataset(Dataset):
         refuse: Sequence[str] = (),
         fixed_refusals: bool = False,
         seed: int = 0,
+        pad_to: int | None = None,
     ):
         unknown = sorted(set(refuse) - set(ROLES))
         if unknown:
@@ -56,6 +59,7 @@ class ForgetRetainDataset(Dataset):
         self.refuse = tuple(role for role in ROLES if role in refuse)
         self.fixed_refusals = fixed_refusals
         self.seed = seed
+        self.pad_to = pad_to
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         for role in self.refuse:
             self._check_refusals(self._rows(role))
@@ -105,7 +109,7 @@ class ForgetRetainDataset(Dataset):
         if not items:
             raise ValueError("items is empty: nothing to collate")
         pad = self.forget.pad_token_id
-        return {kind: collate([item[kind] for item in items], pad) for kind in items[0]}
+        return {kind: collate([item[kind] for item in items], pad, self.pad_to) for kind in items[0]}
 
     def _rows(self, role: str) -> QADataset:
         rows = self.forget if role == "forget" else self.retain

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -168,20 +169,29 @@ class QADataset(Dataset):
         return {"input_ids": input_ids, "labels": labels, "index": int(index) % len(self)}
 
 
-def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
-    """Stack B rows, right padded to the longest (T): input_ids, attention_mask, labels (B, T), index (B,), all int64.
+def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to: int | None = None) -> dict[str, Tensor]:
+    """Stack B rows, right padded to T: input_ids, attention_mask, labels (B, T), index (B,), all int64.
 
-    Padding has attention_mask 0 and labels -100. Raises ValueError for no rows or no pad_token_id.
+    T is pad_to, or the longest row's length. Padding has attention_mask 0 and labels -100.
+    Raises ValueError for no rows, no pad_token_id, or a row longer than pad_to.
     """
     if not rows:
         raise ValueError("rows is empty: nothing to collate")
     if pad_token_id is None:
         raise ValueError("pad_token_id is None; take it from padding_id(tokenizer)")
     ids, labels = [row["input_ids"] for row in rows], [row["labels"] for row in rows]
+    longest = max(map(len, ids))
+    if pad_to is not None and pad_to < longest:
+        raise ValueError(f"pad_to={pad_to}: needs at least the longest row's {longest} tokens")
+
+    def padded(tensors: Sequence[Tensor], value: int) -> Tensor:
+        stacked = pad_sequence(list(tensors), batch_first=True, padding_value=value)
+        return stacked if pad_to is None else F.pad(stacked, (0, pad_to - longest), value=value)
+
     return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
-        "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_value=0),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX),
+        "input_ids": padded(ids, pad_token_id),
+        "attention_mask": padded([torch.ones_like(i) for i in ids], 0),
+        "labels": padded(labels, IGNORE_INDEX),
         "index": torch.tensor([row["index"] for row in rows], dtype=torch.int64),
     }
 

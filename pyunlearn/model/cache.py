@@ -28,7 +28,16 @@ from .._progress import track
 from ..store import HEADER, UNREADABLE, Damaged, digest_tensors, header_of, read_header, tensor_bytes
 from .causal_lm import CausalLM, eval_mode
 from .fingerprint import dataset_fingerprint, model_fingerprint
-from .forward import Layer, Positions, layer_number, length_batches, number_of, select_positions, supervised_hidden
+from .forward import (
+    PADDED,
+    Layer,
+    Positions,
+    layer_number,
+    length_batches,
+    number_of,
+    select_positions,
+    supervised_hidden,
+)
 from .head import Head, head_stats
 
 FORMAT = "pyunlearn-reference-2"
@@ -98,13 +107,13 @@ class ReferenceCache:
         file appears under its name only when complete: an interrupted build leaves nothing. With several
         processes, build in one.
         Raises Damaged for a cache that was changed; ValueError for no rows, a row without supervised tokens, one whose
-        "index" is not its place, a layer that the model does not have, non-finite log-probabilities, positions="all",
+        "index" is not its place, a layer that the model does not have, non-finite log-probabilities, padded positions,
         or a `path` that holds something else; OSError if the disk is too full.
         """
         path = Path(path)
-        if positions == "all":
+        if positions in PADDED:
             raise ValueError(
-                "positions='all': what a model says at padding depends on the batch, so it is not cached; "
+                f"positions={positions!r}: what a model says at padding depends on the batch, so it is not cached; "
                 "use positions='real', or a live reference model"
             )
         if positions not in ("supervised", "real"):

@@ -23,8 +23,9 @@ from .tap import Tap
 IGNORE_INDEX = -100
 Layer = int | str
 DEPTHS = {"shallow": 1, "middle": 2, "deep": 3}  # thirds of the blocks, as in pyunlearn.objectives
-Positions = Literal["supervised", "real", "all"]
-POSITIONS = ("supervised", "real", "all")
+Positions = Literal["supervised", "real", "followed", "all"]
+POSITIONS = ("supervised", "real", "followed", "all")  # each holds those before it
+PADDED = ("followed", "all")  # hold padding, of which a model says what the batch makes it say
 NOT_MODEL_INPUTS = ("labels", "index")
 
 
@@ -47,9 +48,9 @@ def select_positions(batch: Mapping[str, Tensor], positions: Positions = "superv
     """Which of a batch's B*T positions count: (rows, targets, sequence_ids), each (N,) int64; row = b*T + t.
 
     "supervised": labels[b, t + 1] != -100, the next label is the target. "real": tokens t and t + 1 are both
-    real (attention_mask; all are where there is none). "all": every position, padding and the last one too,
-    as in losses over unmasked logits; the last position has no next token and gets its own as a placeholder:
-    use "all" for statistics that need no target (entropy, KL).
+    real (attention_mask; all are where there is none). "followed": every position but the last, padding too, as in
+    losses over shifted, unmasked logits. "all": the last one too, as in losses over unmasked logits; it has no next
+    token and gets its own as a placeholder: use "all" for statistics that need no target (entropy, KL).
 
     Runs where the labels are: with the batch still on the CPU this costs a GPU no synchronisation.
     Raises ValueError for unknown positions, missing or misshapen tensors.
@@ -71,7 +72,7 @@ def select_positions(batch: Mapping[str, Tensor], positions: Positions = "superv
         real = _tensor(batch, "attention_mask", ids.shape) if masked else torch.ones_like(ids)
         keep[:, :-1] = (real[:, 1:] != 0) & (real[:, :-1] != 0)
     else:
-        keep[:] = True
+        keep[:, : length if positions == "all" else -1] = True
     sequence_ids, column = keep.nonzero(as_tuple=True)
     return sequence_ids * length + column, following[sequence_ids, column], sequence_ids
 

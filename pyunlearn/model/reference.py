@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .cache import ReferenceCache
 from .causal_lm import CausalLM, eval_mode
-from .forward import POSITIONS, Layer, Positions, select_positions, supervised_hidden, token_stats_of
+from .forward import PADDED, POSITIONS, Layer, Positions, select_positions, supervised_hidden, token_stats_of
 from .head import Head
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -69,7 +69,7 @@ class Cached:
             raise ValueError(
                 f"{name}: the objectives need hidden states at {positions!r} positions, the cache has "
                 f"{'none' if stored is None else repr(stored)}; build it with {options}, positions={positions!r}"
-                + (" (padding is never cached: give a live model)" if positions == "all" else "")
+                + (" (padding is never cached: give a live model)" if positions in PADDED else "")
             )
         for layer in layers:
             self.cache.find_layer(layer)

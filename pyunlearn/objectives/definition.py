@@ -1,7 +1,7 @@
 """What the registry knows of an objective, read from the signature of its function and told in its docstring.
 
 Positional parameters name the statistics it works on, keyword-only parameters with a default are its options.
-`Positive` and `NonNegative` annotate an option's range, `Layer` and `Seed` what else it may be.
+`Positive` and `NonNegative` annotate an option's range, `Layer`, `Masked` and `Seed` what else it may be.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ Layer = Annotated[
         lambda value: value in DEPTHS if isinstance(value, str) else is_whole(value) and value != 0,
     ),
 ]
+Masked = Annotated[str, Domain('"real" or "supervised"', lambda value: value in ("real", "supervised"))]
 Seed = Annotated[
     int, Domain("a whole number from 0 to 2**63 - 1", lambda value: is_whole(value) and 0 <= value < 2**63)
 ]
 
 BATCHES = ("refusal", "answer")
-CONTEXT = ("vocab_size", "num_tokens")
+CONTEXT = ("vocab_size", "num_tokens", "inverse_length")
 STATISTICS = {
     "logp": "log-probability of each target under the model",
     "ref_logp": "the same of the frozen reference; never differentiated",
@@ -126,6 +127,7 @@ class Variant:
     context: tuple[str, ...]
     formula: str
     positions: str
+    reduction: str
     changes: str = ""
     slope: float | None = None
     rule: Callable[[Options], TokenRule] | None = None
@@ -133,6 +135,13 @@ class Variant:
     @property
     def batches(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(statistic.batch for statistic in self.statistics))
+
+    @property
+    def told(self) -> str:
+        """What the preset changes and divides by, and whether a step's split into batches matters to it."""
+        split = "depends on how a step is split into batches"
+        matters = self.positions in ("followed", "all") or "inverse_length" in self.context
+        return "; ".join([self.changes, f"reduction = {self.reduction}", *([split] if matters else [])])
 
     @property
     def reductions(self) -> tuple[str, ...]:
@@ -168,12 +177,12 @@ class Variant:
 
 @dataclass(frozen=True)
 class Definition:
-    """One registered objective, with every preset."""
+    """One registered objective, with every preset. paper_reduction: what its paper's equation does."""
 
     name: str
     role: str
     level: str
-    reduction: str
+    paper_reduction: str
     source: str
     summary: str
     body: str
@@ -192,6 +201,7 @@ def read_variant(
     batch: str,
     formula: str,
     positions: str,
+    reduction: str,
     changes: str,
     slope: float | None,
     rule: Callable[[Options], TokenRule] | None,
@@ -215,7 +225,9 @@ def read_variant(
         raise ValueError(f"{function.__name__}: needs a positional parameter named after a statistic, such as logp")
     if rule is not None and slope is None:
         raise ValueError(f"{function.__name__}: rule needs a slope, d(loss of a token)/d(statistic) apart from it")
-    return Variant(function, tuple(statistics), options, tuple(context), formula, positions, changes, slope, rule)
+    return Variant(
+        function, tuple(statistics), options, tuple(context), formula, positions, reduction, changes, slope, rule
+    )
 
 
 def read_statistic(name: str, batch: str) -> Statistic:
@@ -225,11 +237,11 @@ def read_statistic(name: str, batch: str) -> Statistic:
     return statistic
 
 
-def signature(variant: Variant, preset: str, reduction: str) -> inspect.Signature:
+def signature(variant: Variant, preset: str) -> inspect.Signature:
     """The signature of the public function: statistics, masks, options, then what all objectives take."""
     either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     keywords: list[Any] = [(option.name, option.default, option.kind) for option in variant.options.values()]
-    keywords += [("preset", preset, str), ("reduction", reduction, str), ("count", None, Count | None)]
+    keywords += [("preset", preset, str), ("reduction", variant.reduction, str), ("count", None, Count | None)]
     keywords += [*((name, None, Tensor | None) for name in variant.sequence_ids), ("num_sequences", None, int | None)]
     parameters = [inspect.Parameter(name, either, annotation=Tensor) for name in variant.tensors]
     parameters += [inspect.Parameter(name, either, default=None, annotation=Tensor | None) for name in variant.masks]
@@ -250,7 +262,7 @@ def docstring(definition: Definition) -> str:
     arguments |= {name: option.domain.text for name, option in variant.options.items()}
     arguments |= {
         "preset": "which formula and defaults, see below",
-        "reduction": " or ".join(variant.reductions),
+        "reduction": " or ".join(variant.reductions) + f'; "paper": as in the equation, {definition.paper_reduction}',
         "count": "denominator in place of the batch's own number of supervised tokens (token_mean) or of "
         "sequences that hold one (sequence_*); a number or 0-d tensor, say of the whole optimiser step",
     }
@@ -264,8 +276,8 @@ def docstring(definition: Definition) -> str:
         "\n".join(["Args:", *(wrap(f"{name}: {what}", 4) for name, what in arguments.items())]),
         "Returns: 0-d loss to be minimised; 0 with zero gradients if no token is supervised.\n"
         "Raises: ValueError, TypeError or IndexError naming the argument that does not fit.",
-        f"Defaults: {', '.join(defaults)}, reduction = {definition.reduction}.",
-        "\n".join(["Presets:", *(f"    {name}: {each.changes}" for name, each in definition.variants.items())]),
+        f"Defaults: {', '.join(defaults)}, reduction = {variant.reduction}.",
+        "\n".join(["Presets:", *(f"    {name}: {each.told}" for name, each in definition.variants.items())]),
         wrap(f"Source: {definition.source}"),
     ]
     return "\n\n".join(part for part in parts if part)

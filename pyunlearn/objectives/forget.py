@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.one_pass import TokenRule
-from .definition import NonNegative, Positive
+from .definition import Masked, NonNegative, Positive
 from .one_pass import sigmoid_floor
 from .registry import register, register_preset
 
@@ -23,6 +23,7 @@ CLOSER_LOOK = "Yuan et al., A Closer Look at Machine Unlearning for LLMs, ICLR 2
 
 @register(
     "ga",
+    paper_reduction="sequence_mean",
     formula="mean of -l_t",
     source=f"{CLOSER_LOOK}, Eq. 1; {G_EFFECT}, Section 4.1",
     presets={"g_effect_code": {}, "closer_look_code": {}, "open_unlearning": {}},
@@ -39,6 +40,7 @@ def ga(logp: Tensor) -> Tensor:
 
 @register(
     "wga",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(p_t^alpha) l_t",
     source=f"{G_EFFECT}, Eq. 2 and Appendix D.1",
     presets={"g_effect_code": {"alpha": 5.0}, "open_unlearning": {}},
@@ -81,6 +83,7 @@ def npo_weight(logp: Tensor, ref_logp: Tensor, beta: float, epsilon: float) -> T
 
 @register(
     "tnpo",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(w_t) l_t, w_t = 2 p_t^beta / (p_t^beta + p°_t^beta + epsilon)",
     source=f"{G_EFFECT}, Eq. 6 and Appendix D.2",
     presets={"g_effect_code": {"epsilon": 1e-5}},
@@ -101,9 +104,10 @@ def tnpo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 4.0, epsilon: NonNe
 
 @register(
     "wtnpo",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(w_t) l_t, w_t = 2 p_t^(beta+alpha) / (p_t^beta + p°_t^beta + epsilon)",
     source=f"{G_EFFECT}, Appendix D.2",
-    presets={"g_effect_code": {"epsilon": 1e-5}},
+    presets={"g_effect_code": {"beta": 4.0, "epsilon": 1e-5}},
     slope=1.0,
     rule=lambda o: TokenRule(alpha=o["alpha"], beta=o["beta"]),
 )
@@ -117,7 +121,7 @@ def wtnpo(
 ) -> Tensor:
     """Weighted token-wise NPO: the weights of `tnpo` times those of `wga`.
 
-    alpha = 0 is `tnpo`. The paper's beta is 5 (1 % and 5 % of TOFU) and 7 (10 %).
+    alpha = 0 is `tnpo`. The paper's beta is 5 (1 % and 5 % of TOFU) and 7 (10 %); its code's default is 4.
 
     >>> wtnpo(torch.tensor([[0.5]]).log(), torch.tensor([[0.5]]).log(), alpha=1.0)
     tensor(-0.3466)
@@ -128,28 +132,31 @@ def wtnpo(
 @register(
     "simnpo",
     level="sequence",
-    formula="-(2/beta) mean over sequences of log sigmoid(beta (L/n - margin))",
+    formula="-(2/beta) mean over sequences of log sigmoid(beta L/n - margin)",
     source="Fan et al., Simplicity Prevails: Rethinking Negative Preference Optimization, NeurIPS 2025",
-    preset="open_unlearning",
 )
 def simnpo(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
     """NPO without a reference: the length-normalised loss takes the place of the log-ratio.
 
-    The authors' code and OpenUnlearning have the margin inside beta, the paper outside (preset `paper`).
+    The paper has the margin outside beta, the authors' code and OpenUnlearning inside (preset `open_unlearning`,
+    which weighs it 0.125 beside a retain loss of weight 1).
 
     >>> simnpo(torch.tensor([[-2.0, -4.0]]), beta=1.0)
     tensor(0.0972)
     """
-    return -2.0 / beta * F.logsigmoid(beta * (-logp / num_tokens - margin))
-
-
-@register_preset("simnpo", "paper", formula="-(2/beta) mean over sequences of log sigmoid(beta L/n - margin)")
-def simnpo_paper(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
     return -2.0 / beta * F.logsigmoid(-beta * logp / num_tokens - margin)
+
+
+@register_preset(
+    "simnpo", "open_unlearning", formula="-(2/beta) mean over sequences of log sigmoid(beta (L/n - margin))"
+)
+def simnpo_open_unlearning(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, margin: float = 0.0) -> Tensor:
+    return -2.0 / beta * F.logsigmoid(beta * (-logp / num_tokens - margin))
 
 
 @register(
     "satimp",
+    paper_reduction="sequence_mean",
     formula="mean of -sg(p_t^beta1 (1 - p_t)^beta2) l_t",
     source="Yang et al., Exploring Criteria of Loss Reweighting to Enhance LLM Unlearning, ICML 2025",
     presets={"open_unlearning": {"beta2": 1.0}},
@@ -159,7 +166,8 @@ def simnpo_paper(logp: Tensor, *, num_tokens: Tensor, beta: Positive = 4.5, marg
 def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) -> Tensor:
     """Saturation and importance: tokens that are well known, but not certain, count most.
 
-    beta2 = 0 is `wga` with alpha = beta1.
+    beta2 = 0 is `wga` with alpha = beta1. The paper weighs the retain loss 0.1 beside it; OpenUnlearning's settings
+    weigh this one 0.1 beside a retain loss of weight 1.
 
     >>> satimp(torch.tensor([[0.5]]).log(), beta1=1.0, beta2=1.0)
     tensor(-0.1733)
@@ -172,15 +180,21 @@ def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) 
 @register(
     "me",
     positions="real",
+    paper_reduction="sequence_token_mean",
     formula="mean over all tokens, the question's too, of KL(p_t || U) = log V - H_t",
     source=f"{CLOSER_LOOK}, Eq. 6",
     slope=-1.0,
 )
-def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
+def me(entropy: Tensor, *, vocab_size: int, positions: Masked = "real") -> Tensor:
     """Maximising entropy: towards the uniform distribution at every position. Bounded: 0 <= loss <= log V.
 
-    The paper weighs it 0.1 against the retain loss (1.0 continual, 0.5 real-world). The authors' code
-    turns the divergence around; the 1e-12 it adds inside the log is left out.
+    The paper weighs it 0.1 against the retain loss (1.0 continual, 0.5 real-world). The authors' code turns the
+    divergence around and counts padding: every row is padded with EOS to 500 tokens (300 real-world), and all 499
+    predictions weigh alike, which makes an answer's about 499/n times weaker than the equation does. The preset
+    `closer_look_code` counts the padding that the batch has: for theirs pad alike, by `ForgetRetainDataset(pad_to=500)`
+    with EOS as the pad token. Rows padded to their batch's longest make it depend on how a step is split. The 1e-12
+    that the code adds inside the log is left out. Where a model is run for it, `positions="supervised"` leaves the
+    question out (Appendix E.5: less stable on the retain set).
 
     >>> me(torch.tensor([[0.0, math.log(4.0)]]), vocab_size=4)  # half of log 4
     tensor(0.6931)
@@ -189,7 +203,11 @@ def me(entropy: Tensor, *, vocab_size: int) -> Tensor:
 
 
 @register_preset(
-    "me", "closer_look_code", formula="mean over all tokens of KL(U || p_t) = uniform_ce_t - log V", slope=1.0
+    "me",
+    "closer_look_code",
+    formula="mean over all positions but the last, prompt and padding too, of KL(U || p_t) = uniform_ce_t - log V",
+    positions="followed",
+    slope=1.0,
 )
 def me_closer_look_code(uniform_ce: Tensor, *, vocab_size: int) -> Tensor:
     return uniform_ce - math.log(vocab_size)

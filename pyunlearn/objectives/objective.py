@@ -82,8 +82,10 @@ class Objective:
 
     @property
     def positions(self) -> str:
-        """The "supervised" tokens, all "real" ones (the prompt's too), or "all" positions, padding too."""
-        return self.variant.positions
+        """The "supervised" tokens, all "real" ones (the prompt's too), or, padding too, all "followed" by another
+        position or "all" positions. The option of this name, where there is one, chooses.
+        """
+        return self.options.get("positions", self.variant.positions)
 
     @property
     def unit(self) -> str:
@@ -106,6 +108,8 @@ class Objective:
             keywords["vocab_size"] = self._vocab_size(stats[variant.batches[0]].vocab_size)
         if self.definition.level == "token":
             (layout,) = layouts.values()
+            if "inverse_length" in variant.context:
+                keywords["inverse_length"] = layout.inverse_length()
             return reduce_tokens(variant.function(*tensors, **keywords), layout, self.reduction, count)
 
         size = common_size(list(layouts.values()))

@@ -139,6 +139,12 @@ class Layout:
         """(S,) number of supervised tokens, in the statistics' dtype."""
         return self.sum_by_sequence(self.fill(torch.ones_like(self.like)))
 
+    def inverse_length(self) -> Tensor:
+        """0-d mean of 1 / (number of supervised tokens) over the sequences of this batch that have one."""
+        tokens = self.tokens_by_sequence()
+        present = tokens > 0
+        return (present / tokens.clamp_min(1)).sum() / present.sum().clamp_min(1)
+
 
 def check_matches(name: str, tensor: Tensor, like_name: str, like: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     """Raises unless `tensor` has the shape and device of `like` and one of the dtypes."""

@@ -17,7 +17,7 @@ from .reduction import TokenInputs
 
 ROLES = ("forget", "retain")
 LEVELS = ("token", "sequence")
-POSITIONS = ("supervised", "real", "all")  # as in pyunlearn.model.forward
+POSITIONS = ("supervised", "real", "followed", "all")  # as in pyunlearn.model.forward
 SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences")
 
 Function = Callable[..., Tensor]
@@ -25,10 +25,12 @@ _PUBLIC: dict[str, Function] = {}
 
 
 def get(name: str, *, preset: str | None = None, reduction: str | None = None, **options: Any) -> Objective:
-    """A configured objective.
+    """A configured objective. reduction: None for the preset's, "paper" for that of the paper's equation.
 
     >>> get("wga", alpha=5.0).options
     {'alpha': 5.0}
+    >>> get("wga").reduction, get("wga", reduction="paper").reduction
+    ('token_mean', 'sequence_mean')
 
     Raises: ValueError on an unknown name, preset, reduction or option (with the nearest ones), or on a value
         out of range.
@@ -38,8 +40,9 @@ def get(name: str, *, preset: str | None = None, reduction: str | None = None, *
     preset, variant = definition.variant(preset)
     for option in options:
         check_known(f"{name}: option", option, (*variant.options, "preset", "reduction"))
-    reduction = definition.reduction if reduction is None else reduction
-    check_known(f"{name}: reduction", reduction, variant.reductions)
+    reduction = variant.reduction if reduction is None else reduction
+    check_known(f"{name}: reduction", reduction, (*variant.reductions, "paper"))
+    reduction = definition.paper_reduction if reduction == "paper" else reduction
     values = {key: option.check(name, options.get(key, option.default)) for key, option in variant.options.items()}
     return Objective(name, preset, reduction, values)
 
@@ -51,13 +54,15 @@ def names(role: str | None = None) -> tuple[str, ...]:
 
 
 class Row(NamedTuple):
-    """One line of `table()`. `defaults` has preset and reduction too; `presets` says what each changes."""
+    """One line of `table()`. `defaults` has preset and reduction too; `presets` says what each changes, and its
+    reduction; `paper_reduction` is that of the paper's equation."""
 
     name: str
     role: str
     formula: str
     defaults: dict[str, Any]
     presets: dict[str, str]
+    paper_reduction: str
     source: str
     summary: str
 
@@ -67,8 +72,9 @@ def table() -> list[Row]:
     rows = []
     for chosen in map(get, names()):
         defaults = {**chosen.options, "preset": chosen.preset, "reduction": chosen.reduction}
-        presets = {name: variant.changes for name, variant in chosen.definition.variants.items()}
-        rows.append(Row(chosen.name, chosen.role, chosen.formula, defaults, presets, chosen.source, chosen.summary))
+        presets = {name: variant.told for name, variant in chosen.definition.variants.items()}
+        by = chosen.definition.paper_reduction
+        rows.append(Row(chosen.name, chosen.role, chosen.formula, defaults, presets, by, chosen.source, chosen.summary))
     return rows
 
 
@@ -80,6 +86,7 @@ def register(
     batch: str = "answer",
     positions: str = "supervised",
     reduction: str | None = None,
+    paper_reduction: str | None = None,
     formula: str = "",
     source: str = "",
     preset: str = "paper",
@@ -100,8 +107,9 @@ def register(
         role: "forget" or "retain".
         level: "token" or "sequence".
         batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
-        positions: "supervised", "real" (the prompt's tokens too) or "all" (every position, padding too).
+        positions: "supervised", "real" (the prompt's tokens too), "followed" (padding too, but the last one) or "all".
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.
+        paper_reduction: what `reduction="paper"` is, that of the paper's equation; None: the default one.
         formula, source: for the documentation.
         preset: the name of the function's own defaults.
         presets: name -> option values, for other defaults of the same function.
@@ -123,13 +131,11 @@ def register(
         check_known(f"{name}: level", level, LEVELS)
         check_known(f"{name}: batch", batch, BATCHES)
         check_known(f"{name}: positions", positions, POSITIONS)
-        variant = read_variant(function, batch, formula, positions, "as above", slope, rule)
-        check_separable(name, level, variant)
-        if level == "token" and len(variant.batches) > 1:
-            raise ValueError(f"{name}: statistics of {variant.batches} together need level='sequence'")
-        if "num_tokens" in variant.context and (level == "token" or len(variant.batches) > 1):
-            raise ValueError(f"{name}: num_tokens needs level='sequence' and a single batch")
+        variant = read_variant(function, batch, formula, positions, usual, "as above", slope, rule)
+        check_level(name, level, variant)
         check_known(f"{name}: reduction", usual, variant.reductions)
+        equation = paper_reduction or usual
+        check_known(f"{name}: paper_reduction", equation, variant.reductions)
         variants = {preset: variant}
         for other, changed in (presets or {}).items():
             options = dict(variant.options)
@@ -139,7 +145,7 @@ def register(
             changes = ", ".join(f"{key} = {value}" for key, value in changed.items()) or f"as {preset}"
             variants[other] = replace(variant, options=options, changes=changes)
         summary, _, body = inspect.cleandoc(function.__doc__ or name).partition("\n")
-        DEFINITIONS[name] = Definition(name, role, level, usual, source, summary, body.strip(), preset, variants)
+        DEFINITIONS[name] = Definition(name, role, level, equation, source, summary, body.strip(), preset, variants)
 
         def objective(*args: Any, **named: Any) -> Tensor:
             return _call(name, args, named)
@@ -158,12 +164,14 @@ def register_preset(
     *presets: str,
     formula: str,
     positions: str | None = None,
+    reduction: str | None = None,
     slope: float | None = None,
     rule: Callable[[Options], TokenRule] | None = None,
 ) -> Callable[[Function], Function]:
     """Decorator: another formula for the objective `name`, under its own presets. Returns the function.
 
-    slope, rule: of this formula, as in `register`; those of the other presets are not taken over.
+    positions, reduction: of this formula; None: as the objective's own. slope, rule: as in `register`; those of the
+    other presets are not taken over.
 
     Raises: ValueError on an unknown objective or a signature that cannot be read.
     """
@@ -173,8 +181,10 @@ def register_preset(
         definition = DEFINITIONS[name]
         usual = definition.variant(None)[1]
         changes = f"loss = {formula}" + (f"; positions = {positions}" if positions else "")
-        variant = read_variant(function, usual.batches[0], formula, positions or usual.positions, changes, slope, rule)
-        check_separable(name, definition.level, variant)
+        where, by = positions or usual.positions, reduction or usual.reduction
+        variant = read_variant(function, usual.batches[0], formula, where, by, changes, slope, rule)
+        check_level(name, definition.level, variant)
+        check_known(f"{name}: reduction", by, variant.reductions)
         definition.variants.update(dict.fromkeys(presets, variant))
         _document(name)
         return function
@@ -182,8 +192,15 @@ def register_preset(
     return decorate
 
 
-def check_separable(name: str, level: str, variant: Variant) -> None:
-    """Raises ValueError for a slope where no token's gradient depends on that token's statistic alone."""
+def check_level(name: str, level: str, variant: Variant) -> None:
+    """Raises ValueError for what there is at the other level only, and for a slope where no token's gradient depends on
+    that token's statistic alone."""
+    if level == "token" and len(variant.batches) > 1:
+        raise ValueError(f"{name}: statistics of {variant.batches} together need level='sequence'")
+    if "num_tokens" in variant.context and (level == "token" or len(variant.batches) > 1):
+        raise ValueError(f"{name}: num_tokens needs level='sequence' and a single batch")
+    if "inverse_length" in variant.context and (level == "sequence" or variant.slope is not None):
+        raise ValueError(f"{name}: inverse_length needs level='token' and no slope")
     statistics = [statistic.name for statistic in variant.statistics if statistic.name not in REFERENCE]
     if variant.slope is not None and (level != "token" or len(statistics) != 1 or statistics[0] in WIDE):
         raise ValueError(f"{name}: slope needs level='token' and one statistic a token, got {level}, {statistics}")
@@ -193,7 +210,7 @@ def _document(name: str) -> None:
     """Writes signature and docstring of the public function, with the presets known so far."""
     function, definition = cast(Any, _PUBLIC[name]), DEFINITIONS[name]
     preset, variant = definition.variant(None)
-    function.__signature__ = signature(variant, preset, definition.reduction)
+    function.__signature__ = signature(variant, preset)
     function.__doc__ = docstring(definition)
 
 

@@ -34,25 +34,31 @@ def target(hidden: Tensor, c: float, seed: int, norm: bool = False) -> Tensor:
 
 @register(
     "rmu",
-    formula="mean of ||h_t - c u||^2 / H, u ~ U[0, 1)^H drawn once from `seed`",
+    paper_reduction="sequence_token_mean",
+    formula="mean of ||h_t - c u||^2, u ~ U[0, 1)^H drawn once from `seed`",
     source=f"{WMDP}, Section 4; {G_EFFECT}, Eq. 8",
 )
 def rmu(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "middle", seed: Seed = 0) -> Tensor:
     """Representation misdirection: the forget set's hidden states move to one random vector.
 
-    c (2 to 20) and `layer` matter much. u depends on `seed` and H alone, so that a resumed run has the same one. The
-    authors of WMDP, and OpenUnlearning, make u a unit vector (preset `wmdp`, with c = 20); the authors of the G-effect
-    take the mean of |h - c u| (`g_effect_code`).
+    The plain square, on the scale of `rr`: with equal weights the two are Eq. 8 + Eq. 19. Code bases divide by H (the
+    presets, each with `rr`'s of the same name where there is one): coefficient 1 there is 1/H here.
+
+    c and `layer` matter much; the G-effect paper has c = 4 at layer 9 of Phi-1.5 and c = 2 at layer 21 of Llama-2-7B.
+    u depends on `seed` and H alone, so that a resumed run has the same one. `wmdp` and `open_unlearning` make it a unit
+    vector. OpenUnlearning's loss is meant as the mean over sequences of their token mean; its broadcasting multiplies
+    the mean of sums by the mean of 1/n instead, which is 4/3 of that for equal losses at 2 and 6 tokens, and depends on
+    how a step is split. It reads the supervised tokens' own states, here as everywhere those that predict them.
 
     >>> rmu(torch.zeros(1, 3, 8), c=0.0)
     tensor(0.)
     """
-    return (hidden - target(hidden, c, seed)).square().mean(-1)
+    return (hidden - target(hidden, c, seed)).square().sum(-1)
 
 
-@register_preset("rmu", "g_effect_code", formula="mean of ||h_t - c u||_1 / H")
+@register_preset("rmu", "g_effect_code", "uwc_code", formula="mean of ||h_t - c u||^2 / H")
 def rmu_g_effect_code(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "middle", seed: Seed = 0) -> Tensor:
-    return (hidden - target(hidden, c, seed)).abs().mean(-1)
+    return (hidden - target(hidden, c, seed)).square().mean(-1)
 
 
 @register_preset(
@@ -65,16 +71,29 @@ def rmu_wmdp(hidden: Tensor, *, c: NonNegative = 20.0, layer: Layer = "middle", 
     return (hidden - target(hidden, c, seed, norm=True)).square().mean(-1)
 
 
+@register_preset(
+    "rmu",
+    "open_unlearning",
+    formula="mean over sequences of the sum of ||h_t - c u / ||u|| ||^2 / H, times the batch's mean of 1/n",
+    reduction="sequence_mean",
+)
+def rmu_open_unlearning(
+    hidden: Tensor, *, inverse_length: Tensor, c: NonNegative = 2.0, layer: Layer = "middle", seed: Seed = 0
+) -> Tensor:
+    return inverse_length * rmu_wmdp(hidden, c=c, layer=layer, seed=seed)
+
+
 @register(
     "rr",
     role="retain",
+    paper_reduction="sequence_token_mean",
     formula="mean of ||h_t - h°_t||^2",
     source=f"{G_EFFECT}, Eq. 19; {WMDP}, Section 4",
 )
 def rr(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> Tensor:
     """Representation retention: hidden states on the retain set stay where the reference has them.
 
-    Not divided by H, unlike `rmu`; preset `wmdp` is.
+    Not divided by H, like `rmu`; the presets are, as those of `rmu` with the same name.
 
     >>> rr(torch.ones(1, 3, 8), torch.zeros(1, 3, 8))
     tensor(8.)
@@ -90,3 +109,15 @@ def rr(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> Tensor
 )
 def rr_wmdp(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> Tensor:
     return (hidden - ref_hidden).square().mean(-1)
+
+
+@register_preset(
+    "rr",
+    "open_unlearning",
+    formula="mean over sequences of the sum of ||h_t - h°_t||^2 / H, times the batch's mean of 1/n",
+    reduction="sequence_mean",
+)
+def rr_open_unlearning(
+    hidden: Tensor, ref_hidden: Tensor, *, inverse_length: Tensor, layer: Layer = "middle"
+) -> Tensor:
+    return inverse_length * rr_wmdp(hidden, ref_hidden, layer=layer)

@@ -13,6 +13,7 @@ from .registry import register, register_preset
 @register(
     "gd",
     role="retain",
+    paper_reduction="sequence_mean",
     formula="mean of l_t",
     source=f"{CLOSER_LOOK}, Eq. 4; {G_EFFECT}, Eq. 17",
     presets={"g_effect_code": {}, "closer_look_code": {}, "open_unlearning": {}},
@@ -30,6 +31,7 @@ def gd(logp: Tensor) -> Tensor:
 @register(
     "kl",
     role="retain",
+    paper_reduction="sequence_mean",
     formula="mean over supervised tokens of KL(p_t || p°_t)",
     source=f"{CLOSER_LOOK}, Eq. 5; {G_EFFECT}, Eq. 18",
     slope=1.0,
@@ -37,7 +39,9 @@ def gd(logp: Tensor) -> Tensor:
 def kl(kl_pq: Tensor) -> Tensor:
     """Stay close to the reference's distributions on the retain set.
 
-    The public code bases compute the other direction, over all positions, prompt and padding too.
+    The public code bases compute the other direction, over all positions, prompt and padding too (the presets). Rows
+    are padded to the longest of their batch, so that theirs depends on how a step is split: a step of one batch of 8
+    and one of 8 batches of 1 have other counts and other losses.
 
     >>> kl(torch.tensor([[0.5, 1.5]]))
     tensor(1.)

@@ -40,11 +40,11 @@ def functions(definition: Definition) -> str:
     usual = definition.default_preset
     presets: dict[tuple[str, ...], list[str]] = {}
     for preset, variant in definition.variants.items():
-        presets.setdefault(tuple(signature(variant, preset, definition.reduction).parameters), []).append(preset)
+        presets.setdefault(tuple(signature(variant, preset).parameters), []).append(preset)
     text = ""
     for alike in sorted(presets.values(), key=lambda alike: usual in alike):
         shown = usual if usual in alike else alike[0]
-        parameters = signature(definition.variants[shown], shown, definition.reduction).parameters.values()
+        parameters = signature(definition.variants[shown], shown).parameters.values()
         listed = [str(parameter).replace("torch.", "").replace("'", '"') for parameter in parameters]
         listed.insert([parameter.kind for parameter in parameters].index(inspect.Parameter.KEYWORD_ONLY), "*")
         if shown != usual:

@@ -13,6 +13,7 @@ from .registry import register
 @register(
     "idk",
     batch="refusal",
+    paper_reduction="sequence_mean",
     formula="mean of l_t over the refusals' tokens",
     source=f"Maini et al., TOFU, COLM 2024 (as PO); {CLOSER_LOOK}, Eq. 3",
     presets={"g_effect_code": {}, "closer_look_code": {}},

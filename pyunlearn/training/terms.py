@@ -75,7 +75,7 @@ class Need:
 
     @property
     def widest(self) -> Any:
-        """The positions that hold all the others: supervised, real and all are nested."""
+        """The positions that hold all the others: `POSITIONS` are nested."""
         return max(self.positions, key=POSITIONS.index)
 
 

@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from ..data import QA, ForgetRetainDataset, QADataset, collate
 from ..distributed import whole
 from ..model.cache import ReferenceCache
+from ..model.forward import PADDED
 from ..model.reference import Source
 from .callbacks import KeepCheckpoints
 from .folder import TrainingFolder
@@ -156,7 +157,7 @@ def make_references(
     which no cache can know."""
     references: dict[str, Source] = {}
     for kind, need in needs.items():
-        if need.hidden_reference and need.widest == "all":
+        if need.hidden_reference and need.widest in PADDED:
             references[kind] = copy.deepcopy(model).requires_grad_(False).eval()
         elif need.reference:
             with stage.processes.first_first():  # the others find a file that fits

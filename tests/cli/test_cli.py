@@ -69,6 +69,8 @@ def test_objectives_lists_every_one_and_every_recipe(call):
     for name in (*objectives.names(), *recipes.names()):
         assert re.search(rf"\W{name}\W", text), name
     assert re.search(r"\Wcga\W+ga\W+mrd, one an update\W", text)
+    assert re.search(r"\Wwtnpo\W+g_effect_code\W+beta = 4.0, epsilon = 1e-05; reduction =\W+token_mean\W", text)
+    assert re.search(r"\Wap\W+paper\W+reduction = sequence_mean\W", text)
 
 
 def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):

@@ -248,3 +248,16 @@ def test_collate_errors():
     row = {"input_ids": torch.tensor([1]), "labels": torch.tensor([1]), "index": 0}
     with pytest.raises(ValueError, match="pad_token_id is None"):
         collate([row], None)
+    with pytest.raises(ValueError, match="pad_to=1: needs at least the longest row's 2 tokens"):
+        collate([row, {**row, "input_ids": torch.tensor([1, 2]), "labels": torch.tensor([1, 2])}], 0, pad_to=1)
+
+
+def test_collate_to_one_length():
+    row = {"input_ids": torch.tensor([5, 6]), "labels": torch.tensor([-100, 6]), "index": 3}
+    batch = collate([row], 2, pad_to=4)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 2, 2]],
+        "attention_mask": [[1, 1, 0, 0]],
+        "labels": [[-100, 6, -100, -100]],
+        "index": [3],
+    }

@@ -382,8 +382,11 @@ def test_bad_datasets(model, path, rows, message):
 
 
 def test_bad_arguments(model, rows, path):
-    with pytest.raises(ValueError, match="padding depends on the batch"):
-        build(model, rows, path, kl=True, positions="all")
+    for positions in ("all", "followed"):
+        with pytest.raises(
+            ValueError, match=f"positions='{positions}': what a model says at padding depends on the batch"
+        ):
+            build(model, rows, path, kl=True, positions=positions)
     with pytest.raises(ValueError, match="positions='prompt'"):
         build(model, rows, path, positions="prompt")
     with pytest.raises(ValueError, match="batch_size=0"):

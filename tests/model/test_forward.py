@@ -193,6 +193,11 @@ def test_select_positions_by_hand():
         [6, 7, 8, 10],
         [0, 0, 0, 1],
     ]
+    assert [t.tolist() for t in select_positions(batch, "followed")] == [
+        [0, 1, 2, 4, 5, 6],
+        [6, 7, 8, 10, 0, 0],
+        [0, 0, 0, 1, 1, 1],
+    ]
     rows, targets, sequence_ids = select_positions(batch, "all")
     assert rows.tolist() == list(range(8))
     assert targets.tolist() == [6, 7, 8, 8, 10, 0, 0, 0]

@@ -14,6 +14,7 @@ PRESETS = [(row.name, preset) for row in objectives.table() for preset in row.pr
 CASES = [(name, preset, reduction) for name, preset in PRESETS for reduction in objectives.get(name).variant.reductions]
 STOPPED = ("wga", "tnpo", "wtnpo", "satimp")
 PAIRED = ("dpo", "ap")
+BROADCAST = (("rmu", "open_unlearning"), ("rr", "open_unlearning"))
 
 
 @dataclass
@@ -97,6 +98,17 @@ def from_logp(objective, logp: Tensor, reference: Tensor, **layout) -> objective
     return objectives.TokenInputs(values, reference, ref_hidden=wide(reference), **layout)
 
 
+def equation(name: str, raw: dict[str, Raw]) -> Tensor:
+    """As the paper writes it: the mean over sequences of the sum over their tokens, or of their tokens' mean."""
+    rows = len(raw["answer"].targets)
+    parts = [{batch: each.part(slice(row, row + 1)) for batch, each in raw.items()} for row in range(rows)]
+    kinds = ("refusal", "answer") if name in PAIRED else ("refusal",) if name == "idk" else ("answer",)
+    parts = [part for part in parts if all(part[batch].mask.any() for batch in kinds)]
+    losses = [straight_loss(name, "paper", "sum", part) for part in parts]
+    lengths = [int(part["answer"].mask.sum()) if name in ("me", "rmu", "rr") else 1 for part in parts]  # 1/|s| sum
+    return sum(loss / n for loss, n in zip(losses, lengths, strict=True)) / len(losses)
+
+
 def straight_loss(name: str, preset: str, reduction: str, raw: dict[str, Raw], **options: float) -> Tensor:
     """The loss of spec and papers by loops, with `options` in place of the defaults written here."""
     values: list[Tensor] = []  # per sequence: the sum over its tokens, or its own value
@@ -107,6 +119,8 @@ def straight_loss(name: str, preset: str, reduction: str, raw: dict[str, Raw], *
         if all(tokens[batch] for batch in used):
             values.append(SEQUENCE[name](tokens, preset, options))
             lengths.append(len(tokens[used[0]]))
+    if (name, preset) in BROADCAST:  # (B,) sums over (B, 1) lengths are (B, B)
+        values = [value * sum(1 / n for n in lengths) / len(lengths) for value in values]
     if reduction == "sum":
         return sum(values)
     if reduction == "token_mean":
@@ -194,14 +208,14 @@ def me(tokens, preset, options):
 def rmu(tokens, preset, options):
     c, size = options.get("c", 20.0 if preset == "wmdp" else 2.0), 4
     u = torch.rand(size, generator=torch.Generator().manual_seed(options.get("seed", 0))).double()
-    u = c * (u / sum(x**2 for x in u) ** 0.5 if preset == "wmdp" else u)
-    power = 1 if preset == "g_effect_code" else 2
-    return sum(abs(p[j] - u[j]) ** power / size for p, _, _ in tokens["answer"] for j in range(size))
+    u = c * (u / sum(x**2 for x in u) ** 0.5 if preset in ("wmdp", "open_unlearning") else u)
+    total = sum((p[j] - u[j]) ** 2 for p, _, _ in tokens["answer"] for j in range(size))
+    return total if preset == "paper" else total / size
 
 
 def rr(tokens, preset, options):
     total = sum((p[j] - q[j]) ** 2 for p, q, _ in tokens["answer"] for j in range(4))
-    return total / 4 if preset == "wmdp" else total
+    return total if preset == "paper" else total / 4
 
 
 def kl(tokens, preset, options):
@@ -215,7 +229,11 @@ SEQUENCE = {
     "idk": lambda tokens, preset, options: nll(tokens["refusal"]),
     "wga": weighted(lambda p, q, preset, options: p ** options.get("alpha", 5.0 if preset == "g_effect_code" else 1.0)),
     "tnpo": weighted(tnpo_weight),
-    "wtnpo": weighted(lambda p, q, preset, options: tnpo_weight(p, q, preset, options, beta=5.0, alpha=1.5)),
+    "wtnpo": weighted(
+        lambda p, q, preset, options: tnpo_weight(
+            p, q, preset, options, beta=4.0 if preset == "g_effect_code" else 5.0, alpha=1.5
+        )
+    ),
     "satimp": weighted(satimp_weight),
     "npo": npo,
     "simnpo": simnpo,

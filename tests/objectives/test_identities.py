@@ -114,8 +114,8 @@ def test_npo_needs_only_the_ratio():
 def test_simnpo_presets_differ_in_the_margins_place():
     logp, _ = logps()
     outside = o.simnpo(logp, beta=4.5, margin=4.5 * 0.3, preset="paper")
-    same(o.simnpo(logp, beta=4.5, margin=0.3), outside, logp)
-    same(o.simnpo(logp), o.simnpo(logp, preset="paper"), logp)
+    same(o.simnpo(logp, beta=4.5, margin=0.3, preset="open_unlearning"), outside, logp)
+    same(o.simnpo(logp), o.simnpo(logp, preset="open_unlearning"), logp)
 
 
 def test_simnpo_does_not_feel_the_length():
@@ -257,6 +257,27 @@ def test_rmu_and_rr_vanish_where_they_lead():
     assert o.rmu(hidden, seed=2) != o.rmu(hidden, seed=3)
     assert o.rr(hidden, hidden).item() == 0
     torch.testing.assert_close(o.rr(hidden, hidden + 1), torch.tensor(8.0, dtype=torch.float64))
+
+
+def test_rmu_and_rr_have_one_scale():
+    """Eq. 8 and Eq. 19 of the G-effect paper: the same step away from where they vanish costs the same."""
+    u = torch.rand(576, generator=torch.Generator().manual_seed(0))
+    goal = (4.0 * u).expand(2, 3, 576)
+    for preset, divisor in (("paper", 1), ("g_effect_code", 576)):
+        assert o.rmu(goal + 1.5, c=4.0, preset=preset).item() == pytest.approx(1.5**2 * 576 / divisor)
+    assert o.rr(goal + 1.5, goal).item() == pytest.approx(1.5**2 * 576)
+
+
+def test_open_unlearnings_rmu_multiplies_two_means():
+    """Sums (B,) over lengths (B, 1): mean(sum) * mean(1/n), not the mean of sum / n."""
+    hidden = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(3))
+    mask = torch.arange(6) < torch.tensor([[2], [6]])
+    u = torch.rand(8, generator=torch.Generator().manual_seed(0))
+    squares = (hidden - 2 * u / u.norm()).square()
+    want = ((squares * mask[..., None]).mean(2).sum(1) / mask.sum(-1, keepdim=True)).mean()  # as coded there
+    torch.testing.assert_close(o.rmu(hidden, mask, preset="open_unlearning"), want)
+    ones, zeros = torch.ones(2, 6, 8), torch.zeros(2, 6, 8)
+    assert o.rr(ones, zeros, mask, preset="open_unlearning").item() == pytest.approx(4 / 3)  # a mean of ratios: 1
 
 
 def test_reference_gets_no_gradient():

@@ -19,7 +19,7 @@ from pyunlearn.objectives import TokenInputs
 from pyunlearn.objectives.stub import stub
 from pyunlearn.ops import TokenRule
 
-from .straight import NAMES, PRESETS
+from .straight import BROADCAST, NAMES, PRESETS
 
 LOGP = -torch.rand(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -53,7 +53,7 @@ DEFAULTS = {
     "wtnpo": {"alpha": 1.5, "beta": 5.0, "epsilon": 0.0},
     "simnpo": {"beta": 4.5, "margin": 0.0},
     "satimp": {"beta1": 5.0, "beta2": 0.1},
-    "me": {},
+    "me": {"positions": "real"},
     "idk": {},
     "dpo": {"beta": 0.1, "factor": 2.0},
     "gd": {},
@@ -75,10 +75,11 @@ def test_defaults(name):
         ("wga", "g_effect_code", {"alpha": 5.0}),
         ("npo", "g_effect_code", {"beta": 0.5}),
         ("tnpo", "g_effect_code", {"epsilon": 1e-5}),
-        ("wtnpo", "g_effect_code", {"epsilon": 1e-5}),
+        ("wtnpo", "g_effect_code", {"beta": 4.0, "epsilon": 1e-5}),
         ("satimp", "open_unlearning", {"beta2": 1.0}),
         ("dpo", "standard", {"factor": 1.0}),
         ("rmu", "wmdp", {"c": 20.0}),
+        ("rmu", "open_unlearning", {}),
         ("dpo", "closer_look_code", {}),
     ],
 )
@@ -98,7 +99,7 @@ class TestNeeds:
         ("tnpo", "paper"): (("logp",), "logp", ("answer",), "supervised", "tokens"),
         ("simnpo", "paper"): (("logp",), None, ("answer",), "supervised", "sequences"),
         ("me", "paper"): (("entropy",), None, ("answer",), "real", "tokens"),
-        ("me", "closer_look_code"): (("uniform_ce",), None, ("answer",), "real", "tokens"),
+        ("me", "closer_look_code"): (("uniform_ce",), None, ("answer",), "followed", "tokens"),
         ("idk", "paper"): (("logp",), None, ("refusal",), "supervised", "tokens"),
         ("dpo", "paper"): (("logp",), "logp", ("refusal", "answer"), "supervised", "sequences"),
         ("ap", "paper"): (("logp",), None, ("refusal", "answer"), "supervised", "sequences"),
@@ -106,6 +107,7 @@ class TestNeeds:
         ("kl", "open_unlearning"): (("kl_qp",), "kl", ("answer",), "all", "tokens"),
         ("rmu", "paper"): ((), None, ("answer",), "supervised", "tokens"),
         ("rmu", "wmdp"): ((), None, ("answer",), "all", "tokens"),
+        ("rmu", "open_unlearning"): ((), None, ("answer",), "supervised", "sequences"),
         ("rr", "paper"): ((), "hidden", ("answer",), "supervised", "tokens"),
     }
 
@@ -122,6 +124,9 @@ class TestNeeds:
             "rr": "middle",
         }
         assert [o.get("rr", layer=layer).layer for layer in (3, -1, "deep")] == [3, -1, "deep"]
+
+    def test_an_option_may_choose_the_positions(self):
+        assert [o.get("me", positions=each).positions for each in ("real", "supervised")] == ["real", "supervised"]
 
     def test_unit_follows_the_reduction(self):
         units = {reduction: o.get("ga", reduction=reduction).unit for reduction in o.REDUCTIONS}
@@ -144,7 +149,13 @@ class TestDocumentation:
                 "preset": o.get(row.name).preset,
                 "reduction": o.get(row.name).reduction,
             }
-            assert "paper" in row.presets
+            assert row.defaults["preset"] == "paper"
+            assert row.paper_reduction == o.get(row.name, reduction="paper").reduction
+            for preset, changes in row.presets.items():
+                chosen = o.get(row.name, preset=preset)
+                assert f"; reduction = {chosen.reduction}" in changes
+                uneven = chosen.positions in ("all", "followed") or (row.name, preset) in BROADCAST
+                assert uneven == ("depends on how a step is split" in changes)
             assert "\n" not in row.summary
 
     @pytest.mark.parametrize("row", o.table(), ids=NAMES)
@@ -277,6 +288,7 @@ class TestOwn:
             ({}, lambda *, gamma=2.0: 0.0, "needs a positional parameter named after a statistic"),
             ({}, lambda refusal_logp, answer_logp: 0.0, "need level='sequence'"),
             ({}, lambda logp, *, num_tokens: 0.0, "num_tokens needs level='sequence'"),
+            ({"slope": 1.0}, lambda logp, *, inverse_length: 0.0, "inverse_length needs level='token' and no slope"),
         ],
     )
     def test_what_cannot_be_registered(self, options, function, message):
@@ -349,6 +361,7 @@ class TestOwn:
         (lambda: o.wga(LOGP, vocab_size=5), "wga: argument='vocab_size': "),
         (lambda: o.me(LOGP), "me: vocab_size=None: needs V, a whole number >= 1"),
         (lambda: o.me(LOGP, vocab_size=0), "me: vocab_size=0: needs V"),
+        (lambda: o.get("me", positions="all"), 'me: positions=\'all\': needs "real" or "supervised"'),
         (lambda: o.ga(LOGP, count=-1), "count=-1: needs a finite number >= 0"),
         (lambda: o.ga(LOGP, count=math.nan), "count=nan: needs a finite number >= 0"),
         (lambda: o.ga(LOGP, count=torch.ones(2)), "count: needs a number or a 0-d tensor, got shape (2,)"),

@@ -9,7 +9,7 @@ from pyunlearn import objectives, token_stats
 from pyunlearn.objectives.definition import STATISTICS, WIDE
 from pyunlearn.ops import OUTPUTS
 
-from .straight import CASES, NAMES, PRESETS, SEQUENCE, batches, inputs, make, straight_loss
+from .straight import CASES, NAMES, PRESETS, SEQUENCE, batches, equation, inputs, make, straight_loss
 
 OTHER_OPTIONS = {
     "wga": {"alpha": 2.5},
@@ -49,6 +49,16 @@ def test_value_and_gradient(name, preset, reduction, flat):
     agree(ours, straight_loss(name, preset, reduction, raw), raw, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
+def test_paper_reduction_is_the_equations(name, flat):
+    raw = batches(seed=len(name))
+    lengths = {int(n) for n in raw["answer"].mask.sum(-1) if n}
+    assert len(lengths) > 1  # else the reductions that differ would agree
+    ours = objectives.get(name, reduction="paper")(inputs(raw, flat))
+    agree(ours, equation(name, raw), raw, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize(("name", "preset"), [case for case in PRESETS if case[0] in OTHER_OPTIONS])
 def test_options(name, preset):
     raw, options = batches(seed=3), OTHER_OPTIONS[name]
@@ -79,11 +89,11 @@ def test_hidden_states_in_half_precision_and_any_layout():
     hidden = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
     mask = torch.tensor([[True, True, False], [False, True, True]])
     u = 4.0 * torch.rand(8, generator=torch.Generator().manual_seed(5))
-    want = ((hidden[mask] - u) ** 2).sum() / (4 * 8)
+    want = ((hidden[mask] - u) ** 2).sum() / 4
     torch.testing.assert_close(objectives.rmu(hidden, mask, c=4.0, seed=5), want)
     torch.testing.assert_close(objectives.rmu(hidden.double(), mask, c=4.0, seed=5), want.double())
     half = hidden.bfloat16()
-    want = ((half.float()[mask] - u) ** 2).sum() / (4 * 8)
+    want = ((half.float()[mask] - u) ** 2).sum() / 4
     torch.testing.assert_close(objectives.rmu(half[mask], c=4.0, seed=5), want)
     reference = half + 1
     want = (half.float() - reference.float())[mask].square().sum() / 4

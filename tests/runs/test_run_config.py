@@ -55,6 +55,7 @@ def test_metrics_are_those_of_the_package():
             "unlearn.retain.preset=open_unlearning",
             lambda c: c.unlearn.retain[0].objective().positions == "all",
         ),
+        ("unlearn.forget.reduction=paper", lambda c: c.unlearn.forget[0].objective().reduction == "sequence_mean"),
         ("unlearn.forget.reduction=sum", lambda c: c.unlearn.forget[0].objective().reduction == "sum"),
         ("memorise=null", lambda c: c.memorise is None),
         ("output=some/where", lambda c: c.folder == Path("some/where")),

@@ -140,7 +140,7 @@ def test_a_step_of_rmu_and_rr_is_their_gradient_on_all_hidden_states(tiny, argum
         return hidden[batch[kind]["labels"][:, 1:] != -100]
 
     u = torch.rand(32, generator=torch.Generator().manual_seed(7))
-    rmu = (states(model, "forget", 1) - c * u).square().mean()  # of two blocks, 1 is shallow and middle
+    rmu = (states(model, "forget", 1) - c * u).square().sum(-1).mean()  # of two blocks, 1 is shallow and middle
     with torch.no_grad():
         ref_hidden = states(reference, "retain", 1)
     rr = (states(model, "retain", 1) - ref_hidden).square().sum(-1).mean()
@@ -202,8 +202,25 @@ def test_padding_counts_for_the_open_unlearning_kl_and_needs_a_live_reference(ti
     log = trainer.state.log_history[0]
     batch = tiny.pairs().collate([tiny.pairs()[i] for i in range(8)])["retain"]
     assert log["retain.kl/count"] == batch["input_ids"].numel()
+    one_by_one = arguments(per_device_train_batch_size=1, gradient_accumulation_steps=8)
+    split, _ = train(tiny, one_by_one, ["wga", term], reference=tiny.model(seed=1))
+    assert split.state.log_history[0]["retain.kl/count"] == batch["attention_mask"].sum() < batch["input_ids"].numel()
     with pytest.raises(ValueError, match="padding is never cached: give a live model"):
         train(tiny, arguments(), ["wga", term], reference=caches)
+
+
+def test_me_of_its_authors_code_counts_padded_rows(tiny, arguments):
+    """KL(U || p) over all predictions of rows of one length, whatever of them is padding."""
+    pairs = tiny.pairs(pad_to=120)
+    trainer, _ = train(tiny, arguments(), [objectives.get("me", preset="closer_look_code")], pairs)
+    batch = pairs.collate([pairs[i] for i in range(8)])["forget"]
+    with torch.no_grad():
+        logits = tiny.model()(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    p, uniform = logits.softmax(-1).flatten(0, 1), 1 / logits.size(-1)
+    divergence = torch.nn.functional.kl_div((p + 1e-12).log(), torch.full_like(p, uniform), reduction="none").sum(-1)
+    log = trainer.state.log_history[0]
+    assert log["forget.me/count"] == len(divergence) == 8 * 119
+    assert log["forget.me/loss"] == pytest.approx(divergence.mean().item(), rel=1e-4)
 
 
 def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches, monkeypatch):

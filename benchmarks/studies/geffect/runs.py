@@ -36,8 +36,13 @@ def sums(name: str, **options: Any) -> list[dict[str, Any]]:
     return [{"name": name, "reduction": "sequence_mean", "options": options}]
 
 
+def means(name: str, **options: Any) -> list[dict[str, Any]]:
+    """RMU and RR as in the paper's equations: the mean over a sequence's tokens, then over sequences."""
+    return [{"name": name, "reduction": "sequence_token_mean", "options": options}]
+
+
 def misdirected(layer: str, c: float) -> dict[str, Any]:
-    return {"forget": [{"name": "rmu", "options": {"layer": layer, "c": c}}], "retain": []}
+    return {"forget": means("rmu", layer=layer, c=c), "retain": []}
 
 
 def forgets(name: str, **options: Any) -> dict[str, Any]:
@@ -64,8 +69,8 @@ RUNS: dict[str, dict[str, Any]] = {
     **{f"rmu-{layer}-{c}": misdirected(layer, c) for layer in DEPTHS for c in SCALES},
     "npo+gd": {**forgets("npo", beta=0.5), "retain": sums("gd")},
     "npo+kl": {**forgets("npo", beta=0.5), "retain": sums("kl")},
-    "npo+rr": {**forgets("npo", beta=0.5), "retain": [{"name": "rr"}]},
-    "rmu+rr": {**misdirected("middle", 5), "retain": [{"name": "rr"}]},
+    "npo+rr": {**forgets("npo", beta=0.5), "retain": means("rr")},
+    "rmu+rr": {**misdirected("middle", 5), "retain": means("rr")},
 }
 SCATTERED = tuple(f"npo-{beta}" for beta in BETAS)
 HEATED = ("tnpo-4", "wtnpo-5-1.5")

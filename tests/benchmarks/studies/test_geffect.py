@@ -74,7 +74,11 @@ def test_records_of_terms_and_samples(study):
     for points in record["points"].values():
         assert {len(values) for values in points.values()} == {2}
     assert record["rows"][0]["weights"] == {"forget.npo": pytest.approx(1, abs=1e-5)}
-    record = runs.compute(base, "rmu+rr", runs.settings_of(base, "rmu+rr"), out.parent / "work")  # not rounded
+    settings = runs.settings_of(base, "rmu+rr")
+    for role in ("forget", "retain"):  # Eq. 8 and 19, on one scale
+        (term,) = settings["unlearn"][role]
+        assert (term["reduction"], term.keys() & {"preset", "coefficient"}) == ("sequence_token_mean", set())
+    record = runs.compute(base, "rmu+rr", settings, out.parent / "work")  # not rounded
     for row in record["rows"]:
         for metric, total in row["total"].items():
             assert total == pytest.approx(sum(term[metric] for term in row["terms"].values()), rel=1e-5)
