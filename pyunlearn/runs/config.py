@@ -6,7 +6,7 @@ pretrained model otherwise (no memorise stage, learning rate 1e-5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
@@ -45,6 +45,15 @@ class ModelConfig(Section):
     def embedded(self) -> bool:
         return self.name_or_path == EMBEDDED and self.gguf_file is None
 
+    def named_paths(self) -> dict[str, str | None]:
+        """What may be a file or a folder, by key."""
+        inside = None if self.gguf_file is None else str(Path(self.name_or_path) / self.gguf_file)
+        return {
+            "model.name_or_path": None if self.name_or_path == EMBEDDED else self.name_or_path,
+            "model.gguf_file": self.gguf_file if self.name_or_path == EMBEDDED else inside,
+            "model.tokenizer": self.tokenizer,
+        }
+
     @model_validator(mode="after")
     def options_fit(self) -> ModelConfig:
         if self.options and not self.embedded:
@@ -52,6 +61,11 @@ class ModelConfig(Section):
                 f"options={sorted(self.options)} are sizes of the embedded model; a pretrained one has its own"
             )
         return self
+
+
+def existing(named: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
+    """(key, path) of those that are files or folders here, and not names on the Hub."""
+    return ((key, Path(name)) for key, name in named.items() if name is not None and Path(name).exists())
 
 
 class SourceConfig(Section):
@@ -178,6 +192,12 @@ class RunConfig(Section):
     def folder(self) -> Path:
         return Path(self.output) if self.output else Path("runs") / self.name
 
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        """(key, path) of all that the run reads and that is a file or a folder here."""
+        sources = {"data.forget": self.data.forget, "data.retain": self.data.retain}
+        named = {key: source.path for key, source in sources.items() if source is not None}
+        yield from existing({"data.refusals": self.data.refusals, **named, **self.model.named_paths()})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out: loading it gives this configuration again."""
         return self.model_dump(mode="json")
@@ -194,6 +214,10 @@ class FilesConfig(Section):
     max_length: int | None = None
     memorise: None = None
     folder: Path = Path()
+
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        """(key, path) of all that the job reads and that is a file or a folder here."""
+        yield from existing({"--data": self.data.path, **self.model.named_paths()})
 
     @classmethod
     def of(

@@ -64,6 +64,25 @@ class Job(Generic[C]):
             signum = getattr(interrupt, "exit_code", 130) - 128
             raise Interrupted(f"{what}\nresume with: {self.command}{again}", signum) from None
 
+    @contextmanager
+    def opened(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+        """The run folder, opened for the block (see `RunFolder.open`); a job of files alone has none.
+
+        What was to be overwritten is back if the block raises before `first_model` has loaded a model.
+        """
+        if not isinstance(self.config, RunConfig):
+            yield
+            return
+        with self.processes.first_first():
+            if self.processes.first:
+                self.folder.open(self.config, resume=resume, overwrite=overwrite)
+        try:
+            yield
+        except BaseException:
+            if self.processes.first:
+                self.folder.recover()
+            raise
+
     def stage(self, model: Any) -> Stage:
         """What a training of this job gets. Raises ValueError if data.max_length is beyond the model's context."""
         context, asked = context_length(model), self.config.max_length
@@ -96,6 +115,8 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
     """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so."""
     model, tokenizer = starting_model(job)
     stage = job.stage(model)
+    if job.processes.first and isinstance(job.config, RunConfig):
+        job.folder.settle()
     if job.config.memorise is not None and not job.folder.memorised.is_dir():
         job.console.print("[bold]memorise[/] so that there is something to forget")
         memorise(stage, job.config.memorise, model, tokenizer, job.data)

@@ -48,17 +48,15 @@ def run(
 ) -> RunResult:
     """Runs `config` to its end and writes its folder (see `folder`).
 
-    resume: take up the same run where it stopped. overwrite: delete the folder first. console: None is silent. command:
+    resume: take up the same run where it stopped. overwrite: begin anew; what the folder holds goes as soon as the new
+    run has loaded its model. console: None is silent. command:
     what was typed, for the messages. Under torchrun every process trains, and the first one evaluates and writes.
 
-    Raises FileExistsError for a folder that is not this run's, Interrupted after Ctrl-C, NonFiniteLossError, and what
-    loading of data and model raises, before anything is trained.
+    Raises FileExistsError for a folder that is not this run's, ValueError for one that is no run's own, Interrupted
+    after Ctrl-C, NonFiniteLossError, and what loading of data and model raises, before anything is trained.
     """
     job = Job.start(config, console, command)
-    if job.processes.first:
-        job.folder.open(config, resume=resume, overwrite=overwrite)
-    job.processes.wait()
-    with job.interruptible(" --resume"):
+    with job.interruptible(" --resume"), job.opened(resume=resume, overwrite=overwrite):
         if not job.folder.evaluation("after.json").is_file():
             compute(job)
         result = finish(job)

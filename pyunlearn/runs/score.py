@@ -52,12 +52,8 @@ def score(
     """
     check_arguments(**options)  # before anything is memorised
     job = Job.start(config, console, command)
-    if isinstance(config, RunConfig):
-        if job.processes.first:
-            job.folder.open(config, resume=True)
-        job.processes.wait()
     out = out or job.folder.path / "scores.jsonl"
-    with job.interruptible():
+    with job.interruptible(), job.opened(resume=True):
         model, tokenizer, stage = first_model(job)
         rows, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), out.with_suffix(".state")
         if overwrite and job.processes.first:

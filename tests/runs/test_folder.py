@@ -1,0 +1,138 @@
+"""Which folders a run takes, and that nothing of the user's goes with what it overwrites."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pyunlearn.runs import job as job_module
+from pyunlearn.runs.folder import MOVING, OLD, RunFolder, is_run_file
+from pyunlearn.runs.run import run
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def finished(tiny_config):
+    """A run folder with results, and its configuration."""
+    config = tiny_config()
+    folder = RunFolder(config.folder)
+    folder.open(config)
+    (folder.path / "checkpoint").mkdir()
+    (folder.path / "checkpoint" / "model.safetensors").write_text("weeks of work")
+    folder.report.write_text("the report")
+    return config
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", [".", "..", "../..", "/", "~", "~/..", "here/..", "link"])
+def test_a_place_that_is_no_runs_own_is_refused(tiny_config, tmp_path, monkeypatch, place, overwrite):
+    home, work = tmp_path / "home" / "me", tmp_path / "work" / "deep"
+    for folder in (home, work):
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text("a: 1")
+        (folder / ".pyunlearn").write_text("{}")
+    (work / "link").symlink_to(home)
+    (work / "here").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    before = content(tmp_path)
+    config = tiny_config({"output": os.path.expanduser(place)})
+    with pytest.raises(ValueError, match=r"output='.*': needs a folder of the run's own, this (is|holds) the \w+ dir"):
+        RunFolder(config.folder).open(config, overwrite=overwrite)
+    config = tiny_config({"output": None, "name": ".."})
+    with pytest.raises(ValueError, match="needs a folder of the run's own"):
+        RunFolder(config.folder).open(config, overwrite=overwrite)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_config_yaml_does_not_make_a_run_folder(tiny_config, overwrite):
+    """Not a foreign one, and not a copy of a run's own."""
+    config = tiny_config()
+    config.folder.mkdir()
+    for text in ("editor: vim", yaml.safe_dump({**config.to_dict(), "versions": {"pyunlearn": "0"}})):
+        (config.folder / "config.yaml").write_text(text)
+        with pytest.raises(FileExistsError, match=r"is not a run folder \(no \.pyunlearn\); it is left alone"):
+            RunFolder(config.folder).open(config, resume=True, overwrite=overwrite)
+        assert content(config.folder) == {"config.yaml": text}
+
+
+def test_a_file_is_no_folder(tiny_config):
+    config = tiny_config()
+    config.folder.write_text("thesis")
+    with pytest.raises(FileExistsError, match="is not a run folder"):
+        RunFolder(config.folder).open(config, overwrite=True)
+    assert config.folder.read_text() == "thesis"
+
+
+def test_files_of_the_users_in_a_run_folder_are_not_overwritten(finished, tiny_config):
+    folder = RunFolder(finished.folder)
+    (folder.path / "notes.txt").write_text("mine")
+    before = content(folder.path)
+    with pytest.raises(FileExistsError, match=r"also holds notes\.txt, no files of a run; move them away"):
+        folder.open(finished, overwrite=True)
+    (folder.path / "notes.txt").unlink()
+    reads = tiny_config({"model": {"tokenizer": str(folder.checkpoint)}})
+    with pytest.raises(FileExistsError, match=r"model.tokenizer=.*checkpoint is in .*; choose --set output"):
+        folder.open(reads, overwrite=True)
+    assert content(folder.path) == {name: text for name, text in before.items() if name != "notes.txt"}
+
+
+def test_every_name_that_a_run_gives_is_known():
+    for path in vars(RunFolder(Path("run"))).values():
+        assert path == Path("run") or is_run_file(path.relative_to("run").parts[0])
+    assert is_run_file(".checkpoint.tmp")
+    assert not is_run_file(".git")
+    assert not is_run_file("scores.txt")
+
+
+def test_old_results_stay_until_the_new_run_has_its_model(finished, tiny_config, monkeypatch):
+    """A run that fails before puts them back; one that has loaded its model removes them."""
+    folder, before = RunFolder(finished.folder), content(finished.folder)
+
+    def fails(*args, **kwargs):
+        assert (folder.path / OLD / "report.html").is_file()
+        assert not folder.report.exists()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module, "load_model", fails)
+        with pytest.raises(KeyboardInterrupt):
+            run(tiny_config({"seed": 5}), overwrite=True)
+    assert content(folder.path) == before
+
+    def memorise(*args):
+        assert not (folder.path / OLD).exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(job_module, "memorise", memorise)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_config({"seed": 5}), overwrite=True)
+    assert set(content(folder.path)) == {".pyunlearn", "config.yaml"}
+    assert yaml.safe_load(folder.config.read_text())["seed"] == 5
+
+
+def test_what_a_killed_run_was_to_overwrite_comes_back(finished):
+    """Killed on the way aside, before the new run began, and on the way back."""
+    folder, before = RunFolder(finished.folder), content(finished.folder)
+    (folder.path / MOVING).mkdir()
+    folder.report.rename(folder.path / MOVING / "report.html")
+    folder.recover()
+    assert content(folder.path) == before
+    folder._move_aside()
+    folder.recover()
+    assert content(folder.path) == before
+    folder.open(finished, overwrite=True)
+    assert not folder.computed
+    folder.recover()
+    assert content(folder.path) == before
+    folder.open(finished, overwrite=True)
+    folder.metrics.write_text("")  # the new run has begun: it had loaded its model
+    folder.recover()
+    assert set(content(folder.path)) == {".pyunlearn", "config.yaml", "metrics.jsonl"}
