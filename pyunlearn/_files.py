@@ -30,6 +30,21 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises OSError that names `path` if no file or folder can be written there; its folder is made if it is missing.
+
+    For who would otherwise find out at the end of a long computation.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}: {error.filename})") from None
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """UTF-8, as it stands."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -17,6 +17,7 @@ from ..training.stage import Stage
 from .config import EvaluateConfig, FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
+from .outputs import check_records_file
 
 SETS = ("forget", "retain")
 
@@ -71,8 +72,10 @@ def evaluate_files(
 ) -> dict[str, float]:
     """Metric means of a model on disk or on the Hub over a file or Hub data set; records go to `out`.
 
-    Raises what `load_model`, `load_qa` and `metrics.evaluate` raise.
+    Raises what `load_model`, `load_qa` and `metrics.evaluate` raise, and before those as `check_records_file`.
     """
+    if out is not None:
+        check_records_file(config, Path(out))
     job, settings = Job.start(config, console, command), config.evaluate
     with job.interruptible():
         model, tokenizer, stage = first_model(job)

@@ -14,7 +14,7 @@ from rich.table import Table
 from .._files import write_json, write_text
 from ..report.figures import as_file
 from ..report.geffect import figures, render_geffect
-from ..store import Store
+from ..store import Store, belongs
 from ..training.callbacks import read_metrics
 from ..training.probe import Probe
 from ..training.settings import GEffectConfig
@@ -23,6 +23,8 @@ from .config import ModelConfig, RunConfig
 from .folder import RunFolder
 from .job import Job, loaded, starting_model
 from .overrides import load_config
+
+FORMAT = "pyunlearn-geffect-1"
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ def measure_run(
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
     models = saved_models(job)
     place = job.folder.geffect / "rows"
-    if overwrite:
+    if overwrite and belongs(place, FORMAT):
         shutil.rmtree(place, ignore_errors=True)
     try:
-        store = Store(place, {"format": "pyunlearn-geffect-1", "settings": compared(probing)}, "--run")
+        store = Store(place, {"format": FORMAT, "settings": compared(probing)}, "--run")
     except ValueError as error:
         raise ValueError(f"{error}, or --overwrite") from None
     with job.interruptible():

@@ -21,6 +21,7 @@ from ..mrd.characteristics import text_characteristics
 from ..report.score import render_score_report, self_checks
 from .config import FilesConfig, RunConfig
 from .job import Job, first_model
+from .outputs import check_score_files, score_files
 
 SHOWN = 3  # hardest and easiest samples on the console
 
@@ -48,24 +49,28 @@ def score(
     out: JSON lines, default scores.jsonl in the run's folder (for files: here); beside it go .json (diagnostics), .html
     (report) and .state (finished draws). overwrite: forget those. options: of `mrd`.
 
-    Raises as `run` does, and as `mrd`.
+    Raises as `run` does, as `mrd`, and before anything is computed as `check_score_files`.
     """
     check_arguments(**options)  # before anything is memorised
     job = Job.start(config, console, command)
     out = out or job.folder.path / "scores.jsonl"
+    files = score_files(out)
     with job.interruptible(), job.opened(resume=True):
+        with job.processes.first_first():
+            if job.processes.first:
+                check_score_files(config, out)
         model, tokenizer, stage = first_model(job)
-        rows, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), out.with_suffix(".state")
+        rows, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), files["finished draws"]
         if overwrite and job.processes.first:
             shutil.rmtree(drawn, ignore_errors=True)
         job.processes.wait()
         batches = [collate([rows[i]], rows.pad_token_id) for i in range(len(rows))]
         result = mrd(model, batches, state=drawn, progress=stage.progress, **options)
         records = make_records(rows.items, result, teacher_forced(model, rows, progress=stage.progress))
-        scored = ScoreResult(records, result.diagnostics, out, out.with_suffix(".html"))
+        scored = ScoreResult(records, result.diagnostics, out, files["report"])
         if job.processes.first:
             write_json_lines(out, records)
-            write_json(out.with_suffix(".json"), result.diagnostics)
+            write_json(files["diagnostics"], result.diagnostics)
             write_text(scored.report, render_score_report(records, result, command))
             tell(scored, job.console)
         job.processes.wait()
