@@ -50,6 +50,14 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
+    """Of a file of ours. Raises ValueError that names it, and tells the remedy, if it is not JSON; OSError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is damaged, it is not JSON ({error}); {remedy}") from None
+
+
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Indented JSON. Raises ValueError for NaN and infinity, which JSON does not have."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")

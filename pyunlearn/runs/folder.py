@@ -8,7 +8,7 @@ checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
 table.json, table.md, report.html
 and what the trainings keep: see `pyunlearn.training.folder`
-.pyunlearn         the mark of a run folder: no other is taken up, replaced or removed
+.pyunlearn         the mark of a run folder, and fingerprints of what the run reads: no other is taken up or removed
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import os
 import platform
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
 
-from .._files import write_json, write_text
+from .._files import read_json, write_json, write_text
 from ..store import differences
 from ..training.folder import TrainingFolder
 from .config import RunConfig
@@ -50,14 +51,22 @@ class RunFolder(TrainingFolder):
         self.checkpoint = self.path / "checkpoint"
         self.report = self.path / "report.html"
 
-    def open(self, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    def open(
+        self,
+        config: RunConfig,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        reads: Mapping[str, str] | None = None,
+    ) -> None:
         """Makes the folder, or takes up an existing one of the same run.
 
+        reads: `fingerprints` of what the run reads; what was computed from other data or another model is not taken up.
         overwrite: what is there is moved aside until the new run is known to begin: `settle` removes it, `recover`
         puts it back.
 
         Raises ValueError for a place that is not a run's own, FileExistsError if the folder holds something else,
-        another configuration, or this run without `resume`.
+        another configuration, results of other data or of another model, or this run without `resume`.
         """
         self._check_place()
         self.recover()
@@ -70,8 +79,8 @@ class RunFolder(TrainingFolder):
                 self._check_overwrite(config)
                 self._move_aside()
             elif self.computed:
-                self._compare(config, resume)
-        write_json(self.path / MARK, {"folder": "a run of pyunlearn"})
+                self._compare(config, reads, resume)
+        write_json(self.path / MARK, {"folder": "a run of pyunlearn", "reads": None if reads is None else dict(reads)})
         write_text(self.config, config_text(config))
 
     @property
@@ -129,7 +138,7 @@ class RunFolder(TrainingFolder):
             if place in (path.resolve(), *path.resolve().parents):
                 raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --set output=...")
 
-    def _compare(self, config: RunConfig, resume: bool) -> None:
+    def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
         there, here = (
             {key: value for key, value in values.items() if key not in NOT_COMPARED}
             for values in (yaml.safe_load(self.config.read_text(encoding="utf-8")), config.to_dict())
@@ -139,6 +148,13 @@ class RunFolder(TrainingFolder):
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); choose --set output=... or --overwrite"
+            )
+        mark = read_json(self.path / MARK, f"delete {self.path}, or choose --set output=...")
+        known = mark.get("reads") if isinstance(mark, dict) else None
+        if known and reads and (other := [key for key in {**reads, **known} if known.get(key) != reads.get(key)]):
+            raise FileExistsError(
+                f"{self.path} holds results of other content: {', '.join(other)} changed since the run began; bring it "
+                "back, choose --set output=... or --overwrite"
             )
         if not resume:
             state = "a finished run" if self.report.is_file() else "an unfinished run"

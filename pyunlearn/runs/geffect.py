@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..training.probe import Probe
 from ..training.settings import GEffectConfig
 from ..training.unlearn import make_probe
 from .config import ModelConfig, RunConfig
+from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
 from .job import Job, loaded, starting_model
 from .overrides import load_config
@@ -45,7 +45,8 @@ def measure_run(
 ) -> GEffectResult:
     """Probes every saved model of the run in `path`, and writes its folder geffect/. What is done is kept.
 
-    changes: of the run's own `geffect` settings (`GEffectConfig`). overwrite: measure everything again.
+    changes: of the run's own `geffect` settings (`GEffectConfig`). overwrite: measure everything again. What was
+    measured with other weights or other data is measured again in any case.
 
     Raises FileNotFoundError for no such folder or no saved model, ValueError for a folder that is not a run's, results
     of other settings, several processes, and what `g_effect` raises; Interrupted after Ctrl-C.
@@ -64,7 +65,8 @@ def measure_run(
     except ValueError as error:
         raise ValueError(f"{error}, or --overwrite") from None
     with job.interruptible():
-        identities = {step: {"model": fingerprint(job, source)} for step, source in models.items()}
+        reads = {**data_fingerprints(job.data), "reference": model_fingerprints(models[0])}
+        identities = {step: {**model_fingerprints(source), **reads} for step, source in models.items()}
         probe: list[Probe] = []
 
         def measure(step: int) -> dict[str, Any]:
@@ -118,19 +120,6 @@ def saved_models(job: Job[RunConfig]) -> dict[int, ModelConfig]:
         step: ModelConfig(name_or_path=str(path), dtype=config.model.dtype) for step, path in sorted(paths.items())
     }
     return models if config.memorise is not None else {0: config.model, **models}
-
-
-def fingerprint(job: Job[RunConfig], source: ModelConfig) -> str:
-    """BLAKE2b (32 hex digits) over the weights' files of a folder; the name of a model that is none."""
-    files = sorted(Path(source.name_or_path).glob("*.safetensors"))
-    if not files:
-        return f"{source.name_or_path} {source.gguf_file}"
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with open(file, "rb") as content:
-            while block := content.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
 
 
 def result_file(folder: RunFolder) -> Path:

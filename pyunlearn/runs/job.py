@@ -17,6 +17,7 @@ from ..training.folder import write_model
 from ..training.stage import Interrupted, Stage
 from ..training.unlearn import UnlearnData, memorise
 from .config import EMBEDDED, DataConfig, FilesConfig, ModelConfig, RunConfig
+from .fingerprint import fingerprints
 from .folder import RunFolder
 
 C = TypeVar("C", bound="RunConfig | FilesConfig")
@@ -75,7 +76,8 @@ class Job(Generic[C]):
             return
         with self.processes.first_first():
             if self.processes.first:
-                self.folder.open(self.config, resume=resume, overwrite=overwrite)
+                reads = fingerprints(self.config, self.data)
+                self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads)
         try:
             yield
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import yaml
 
 from pyunlearn.runs import job as job_module
+from pyunlearn.runs.config import ModelConfig, RunConfig
+from pyunlearn.runs.fingerprint import fingerprints, model_fingerprints
 from pyunlearn.runs.folder import MOVING, OLD, RunFolder, is_run_file
+from pyunlearn.runs.job import load_data
 from pyunlearn.runs.run import run
 
 
@@ -136,3 +140,72 @@ def test_what_a_killed_run_was_to_overwrite_comes_back(finished):
     folder.metrics.write_text("")  # the new run has begun: it had loaded its model
     folder.recover()
     assert set(content(folder.path)) == {".pyunlearn", "config.yaml", "metrics.jsonl"}
+
+
+def test_results_of_other_data_or_another_model_are_not_taken_up(tiny_config, tmp_path):
+    """Told by what changed; a file that only lies elsewhere, or has other keys, is the same data."""
+    rows = [{"question": f"Who wrote book {i}?", "answer": f"Author number {i} did."} for i in range(4)]
+    files, model = {name: tmp_path / f"{name}.jsonl" for name in ("forget", "retain")}, tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_bytes(b"weights")
+
+    def write(name, items):
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in items))
+
+    write("forget", rows[:2])
+    write("retain", rows[2:])
+    names = {name: str(file) for name, file in files.items()}
+    config = RunConfig.model_validate(
+        {"output": str(tmp_path / "run"), "model": {"name_or_path": str(model)}, "data": {"source": "files", **names}}
+    )
+
+    def open_folder(**options):
+        folder = RunFolder(config.folder)
+        folder.open(config, reads=fingerprints(config, load_data(config)), **options)
+        return folder
+
+    open_folder().metrics.write_text("")
+    write("forget", [{**row, "more": 1} for row in rows[:2]])
+    open_folder(resume=True)
+    write("forget", [rows[0], {**rows[1], "answer": "Nobody."}])
+    for options in ({}, {"resume": True}):
+        with pytest.raises(FileExistsError, match=r"results of other content: data\.forget changed since the run beg"):
+            open_folder(**options)
+    write("forget", rows[:2])
+    (model / "model.safetensors").write_bytes(b"weightz")
+    write("retain", rows[2:3])
+    with pytest.raises(FileExistsError, match=r"of other content: data\.retain, model changed"):
+        open_folder(resume=True)
+    open_folder(overwrite=True).settle()
+    open_folder(resume=True)
+
+
+def test_fingerprints_of_models(tmp_path):
+    def of(**changes):
+        return model_fingerprints(ModelConfig(**changes))
+
+    assert of() == {"model": "embedded None"}
+    assert of(name_or_path="some/model", tokenizer="other/one") == {"model": "some/model None",
+                                                                    "model.tokenizer": "other/one"}  # fmt: skip
+    folder = tmp_path / "model"
+    folder.mkdir()
+    known = []
+    for name, text in (("model.safetensors", "a"), ("model.safetensors", "b"), ("config.json", "{}"),
+                       ("tokenizer.json", "{}"), ("chat_template.jinja", "x")):  # fmt: skip
+        (folder / name).write_text(text)
+        known.append(of(name_or_path=str(folder))["model"])
+    assert len(set(known)) == 5
+    (folder / "README.md").write_text("read me")
+    assert of(name_or_path=str(folder))["model"] == known[-1]
+    (folder / "m.gguf").write_text("1")
+    packed = of(name_or_path=str(folder), gguf_file="m.gguf")
+    assert packed == of(gguf_file=str(folder / "m.gguf"))
+    (folder / "m.gguf").write_text("2")
+    assert packed != of(gguf_file=str(folder / "m.gguf"))
+
+
+def test_a_damaged_mark_is_told(finished):
+    folder = RunFolder(finished.folder)
+    (folder.path / ".pyunlearn").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"\.pyunlearn: is damaged, it is not JSON \(.*\); delete .*run, or choose"):
+        folder.open(finished, resume=True)
