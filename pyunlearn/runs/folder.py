@@ -8,6 +8,7 @@ checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
 table.json, table.md, report.html
 and what the trainings keep: see `pyunlearn.training.folder`
+.lock              while a job works here: which process it is
 .pyunlearn         the mark of a run folder, and fingerprints of what the run reads: no other is taken up or removed
 """
 
@@ -29,15 +30,15 @@ from .config import RunConfig
 
 # What does not change a run's results.
 NOT_COMPARED = ("output", "num_threads", "versions")
-MARK = ".pyunlearn"
+MARK, LOCK = ".pyunlearn", ".lock"
 OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten: whole, and on its way there or back
-BEGUN = {MARK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
+BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
 RUN_FILES = BEGUN | {
     "memorised", "evaluation", "unlearning.json", "checkpoint", "geffect", "table.json", "table.md", "report.html",
     "training", "metrics.jsonl", "reference", "checkpoints",
 }  # fmt: skip
 SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
-LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old)")  # see `_files`
+LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`
 
 
 class RunFolder(TrainingFolder):
@@ -50,6 +51,7 @@ class RunFolder(TrainingFolder):
         self.unlearning = self.path / "unlearning.json"
         self.checkpoint = self.path / "checkpoint"
         self.report = self.path / "report.html"
+        self.lock = self.path / LOCK
 
     def open(
         self,
@@ -68,13 +70,9 @@ class RunFolder(TrainingFolder):
         Raises ValueError for a place that is not a run's own, FileExistsError if the folder holds something else,
         another configuration, results of other data or of another model, or this run without `resume`.
         """
-        self._check_place()
+        self.check_place()
         self.recover()
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            if not self.marked:
-                raise FileExistsError(
-                    f"{self.path} exists and is not a run folder (no {MARK}); it is left alone: choose --set output=..."
-                )
+        if self.marked:
             if overwrite:
                 self._check_overwrite(config)
                 self._move_aside()
@@ -105,25 +103,32 @@ class RunFolder(TrainingFolder):
         elif old.is_dir():
             os.replace(old, moving)
         if moving.is_dir():
-            for path in moving.iterdir():
+            for path in sorted(moving.iterdir(), key=lambda path: path.name != MARK):
                 os.replace(path, self.path / path.name)
             moving.rmdir()
 
     def _move_aside(self) -> None:
         moving = self.path / MOVING
         moving.mkdir()
-        for path in self.path.iterdir():
-            if path != moving:
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == MARK):  # it is marked all the time
+            if path not in (moving, self.lock):
                 os.replace(path, moving / path.name)
         os.replace(moving, self.path / OLD)
 
-    def _check_place(self) -> None:
-        """Raises ValueError for the working directory and the home directory, and what they are in."""
+    def check_place(self) -> None:
+        """Raises ValueError for the working directory and the home directory, and what they are in; FileExistsError for
+        a file, and for a folder that holds anything and is not a run's.
+        """
         place = self.path.resolve()
         for name, taken in (("working", Path.cwd()), ("home", Path.home().resolve())):
             if place == taken or place in taken.parents:
                 where = f"is the {name} directory" if place == taken else f"holds the {name} directory"
                 raise ValueError(f"output={str(self.path)!r}: needs a folder of the run's own, this {where} {taken}")
+        filled = self.path.is_dir() and {path.name for path in self.path.iterdir()} - {LOCK, OLD, MOVING}
+        if (filled and not self.marked) or self.path.is_file():
+            raise FileExistsError(
+                f"{self.path} exists and is not a run folder (no {MARK}); it is left alone: choose --set output=..."
+            )
 
     def _check_overwrite(self, config: RunConfig) -> None:
         """Raises FileExistsError if there are other files than a run's, or some that the new run reads."""

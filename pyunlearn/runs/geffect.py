@@ -49,22 +49,22 @@ def measure_run(
     measured with other weights or other data is measured again in any case.
 
     Raises FileNotFoundError for no such folder or no saved model, ValueError for a folder that is not a run's, results
-    of other settings, several processes, and what `g_effect` raises; Interrupted after Ctrl-C.
+    of other settings, several processes, and what `g_effect` raises; InUse; Interrupted after Ctrl-C.
     """
     config = run_config(Path(path))
     probing = GEffectConfig.model_validate((config.geffect or GEffectConfig()).model_dump() | changes)
     job = Job.start(config.model_copy(update={"output": str(path)}), console, command)
     if job.processes.count > 1:
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
-    models = saved_models(job)
-    place = job.folder.geffect / "rows"
-    if overwrite and belongs(place, FORMAT):
-        shutil.rmtree(place, ignore_errors=True)
-    try:
-        store = Store(place, {"format": FORMAT, "settings": compared(probing)}, "--run")
-    except ValueError as error:
-        raise ValueError(f"{error}, or --overwrite") from None
-    with job.interruptible():
+    with job.interruptible(), job.locked(job.folder.lock, job.folder.path):
+        models = saved_models(job)
+        place = job.folder.geffect / "rows"
+        if overwrite and belongs(place, FORMAT):
+            shutil.rmtree(place, ignore_errors=True)
+        try:
+            store = Store(place, {"format": FORMAT, "settings": compared(probing)}, "--run")
+        except ValueError as error:
+            raise ValueError(f"{error}, or --overwrite") from None
         reads = {**data_fingerprints(job.data), "reference": model_fingerprints(models[0])}
         identities = {step: {**model_fingerprints(source), **reads} for step, source in models.items()}
         probe: list[Probe] = []

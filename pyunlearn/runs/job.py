@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from ..training.unlearn import UnlearnData, memorise
 from .config import EMBEDDED, DataConfig, FilesConfig, ModelConfig, RunConfig
 from .fingerprint import fingerprints
 from .folder import RunFolder
+from .lock import held
 
 C = TypeVar("C", bound="RunConfig | FilesConfig")
 
@@ -67,23 +69,38 @@ class Job(Generic[C]):
 
     @contextmanager
     def opened(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
-        """The run folder, opened for the block (see `RunFolder.open`); a job of files alone has none.
+        """The run folder, this job's alone and opened for the block (see `RunFolder.open`); one of files has none.
 
         What was to be overwritten is back if the block raises before `first_model` has loaded a model.
+
+        Raises InUse if another job works there.
         """
         if not isinstance(self.config, RunConfig):
             yield
             return
         with self.processes.first_first():
             if self.processes.first:
-                reads = fingerprints(self.config, self.data)
-                self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads)
-        try:
+                self.folder.check_place()
+        with self.locked(self.folder.lock, self.folder.path):
+            with self.processes.first_first():
+                if self.processes.first:
+                    reads = fingerprints(self.config, self.data)
+                    self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads)
+            try:
+                yield
+            except BaseException:
+                if self.processes.first:
+                    self.folder.recover()
+                raise
+
+    @contextmanager
+    def locked(self, lock: Path, what: Path) -> Iterator[None]:
+        """`held` by the first process for all of them."""
+        with ExitStack() as stack:
+            with self.processes.first_first():
+                if self.processes.first:
+                    stack.enter_context(held(lock, what))
             yield
-        except BaseException:
-            if self.processes.first:
-                self.folder.recover()
-            raise
 
     def stage(self, model: Any) -> Stage:
         """What a training of this job gets. Raises ValueError if data.max_length is beyond the model's context."""

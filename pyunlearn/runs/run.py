@@ -52,8 +52,9 @@ def run(
     run has loaded its model. console: None is silent. command:
     what was typed, for the messages. Under torchrun every process trains, and the first one evaluates and writes.
 
-    Raises FileExistsError for a folder that is not this run's, ValueError for one that is no run's own, Interrupted
-    after Ctrl-C, NonFiniteLossError, and what loading of data and model raises, before anything is trained.
+    Raises FileExistsError for a folder that is not this run's, ValueError for one that is no run's own, InUse where
+    another job works there, Interrupted after Ctrl-C, NonFiniteLossError, and what loading of data and model raises,
+    before anything is trained.
     """
     job = Job.start(config, console, command)
     with job.interruptible(" --resume"), job.opened(resume=resume, overwrite=overwrite):

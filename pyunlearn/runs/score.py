@@ -55,10 +55,11 @@ def score(
     job = Job.start(config, console, command)
     out = out or job.folder.path / "scores.jsonl"
     files = score_files(out)
-    with job.interruptible(), job.opened(resume=True):
-        with job.processes.first_first():
-            if job.processes.first:
-                check_score_files(config, out)
+    with job.processes.first_first():
+        if job.processes.first:
+            check_score_files(config, out)
+    lock = out.with_name(f".{out.name}.lock")
+    with job.interruptible(), job.opened(resume=True), job.locked(lock, out):
         model, tokenizer, stage = first_model(job)
         rows, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), files["finished draws"]
         if overwrite and job.processes.first:

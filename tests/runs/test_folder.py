@@ -129,7 +129,11 @@ def test_what_a_killed_run_was_to_overwrite_comes_back(finished):
     folder.report.rename(folder.path / MOVING / "report.html")
     folder.recover()
     assert content(folder.path) == before
+    folder.open(finished, resume=True)
+    before = content(folder.path)
     folder._move_aside()
+    assert not folder.marked
+    folder.check_place()
     folder.recover()
     assert content(folder.path) == before
     folder.open(finished, overwrite=True)
