@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import secrets
@@ -10,6 +11,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+SEAL = "digests.json"  # of a folder: see `seal`
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -96,6 +99,39 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], Any]) -> N
         restore(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside_of(path), ignore_errors=True)
+
+
+def seal(folder: str | os.PathLike[str]) -> None:
+    """Writes digests.json, which knows all files of the folder by their content: the last, the sign that it is whole.
+
+    {path: BLAKE2b, 32 hex digits}.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
+    write_json(folder / SEAL, {path.relative_to(folder).as_posix(): digest_file(path) for path in files})
+
+
+def check_seal(folder: str | os.PathLike[str], remedy: str) -> None:
+    """Raises ValueError that names the first file of a sealed folder that is missing or not as it was written."""
+    folder = Path(folder)
+    digests = read_json(folder / SEAL, remedy)
+    if not isinstance(digests, dict):
+        raise ValueError(f"{folder / SEAL}: is damaged, it holds no digests; {remedy}")
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing; {remedy}")
+        if digest_file(path) != digest:
+            raise ValueError(f"{path}: is damaged, it is not what was written; {remedy}")
+
+
+def digest_file(path: Path) -> str:
+    """BLAKE2b (32 hex digits) over the content."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def restore(path: str | os.PathLike[str]) -> None:

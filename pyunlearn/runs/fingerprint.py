@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from .._files import digest_file
 from ..data import QA
 from ..store import digest_json
 from ..training.unlearn import UnlearnData
@@ -49,12 +49,5 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 def digest_files(files: Iterable[Path]) -> str | None:
     """Over names and content of those that are there; None where there is none."""
-    digest, any_file = hashlib.blake2b(digest_size=16), False
-    for file in files:
-        if file.is_file():
-            any_file = True
-            digest.update(f"{file.name} {file.stat().st_size} ".encode())
-            with open(file, "rb") as content:
-                while block := content.read(1 << 24):
-                    digest.update(block)
-    return digest.hexdigest() if any_file else None
+    digests = {file.name: digest_file(file) for file in files if file.is_file()}
+    return digest_json(digests) if digests else None

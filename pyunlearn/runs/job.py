@@ -11,6 +11,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from rich.console import Console
 
+from .._files import SEAL, check_seal
 from ..data import check_disjoint, context_length, generate_authors, load_qa, load_refusals
 from ..distributed import Processes
 from ..model.load import load_model
@@ -125,7 +126,11 @@ def starting_model(job: Job) -> tuple[Any, Any]:
 
 
 def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
+    """Raises what `load_model` raises, and ValueError for a model of a run that is not what was written."""
     model: Any
+    folder = Path(config.name_or_path)
+    if (folder / SEAL).is_file():
+        check_seal(folder, f"make the model again, or delete {folder / SEAL} if it was changed on purpose")
     model, tokenizer = load_model(config, texts=job.data.texts, seed=job.config.seed)
     return model.to(job.processes.device), tokenizer
 

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .._files import write_folder
+from .._files import SEAL, seal, write_folder
 
 
 class TrainingFolder:
@@ -31,10 +31,13 @@ class TrainingFolder:
         return self.path / "training" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The latest resumable checkpoint that was written to its end (trainer_state.json comes last)."""
-        steps = {step: path for step, path in numbered(self.training(stage), "checkpoint-").items()
-                 if (path / "trainer_state.json").is_file()}  # fmt: skip
+        """The resumable checkpoint of the most steps that was written to its end (its seal comes last)."""
+        steps = {step: path for step, path in self.checkpoints(stage).items() if (path / SEAL).is_file()}
         return steps[max(steps)] if steps else None
+
+    def checkpoints(self, stage: str) -> dict[int, Path]:
+        """Optimiser step -> the resumable checkpoint there, whole or not."""
+        return numbered(self.training(stage), "checkpoint-")
 
     def remove_training(self, stage: str) -> None:
         """The resumable checkpoints of a finished stage."""
@@ -55,10 +58,11 @@ def numbered(folder: Path, prefix: str) -> dict[int, Path]:
 
 
 def write_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """Model (safetensors) and tokenizer in a folder that is there whole or not at all."""
+    """Model (safetensors) and tokenizer in a folder that is there whole or not at all, sealed (`_files.seal`)."""
 
     def fill(temporary: Path) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        seal(temporary)
 
     write_folder(path, fill)

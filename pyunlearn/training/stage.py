@@ -11,8 +11,9 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .._files import check_seal
 from ..distributed import Processes
-from .callbacks import Interrupt, MetricsWriter, ProgressBar
+from .callbacks import Interrupt, MetricsWriter, ProgressBar, SealCheckpoints
 from .folder import TrainingFolder
 from .sampling import ForgetSampler
 from .settings import TrainingConfig
@@ -69,9 +70,13 @@ def train(
 ) -> int:
     """The stage `name` to its end, from its last checkpoint if there is one: how many optimiser steps it has.
 
-    Raises Interrupted after Ctrl-C, with a checkpoint saved, and NonFiniteLossError naming the last good checkpoint.
+    Raises Interrupted after Ctrl-C, with a checkpoint saved, NonFiniteLossError naming the last good checkpoint, and
+    ValueError naming a file of the last checkpoint that is missing or damaged.
     """
     folder, last = stage.folder, stage.folder.last_checkpoint(name)
+    with stage.processes.first_first():
+        if last is not None and stage.processes.first:
+            check_seal(last, f"delete {last}: the checkpoint before it, or the start of the stage, is taken then")
     bar = ProgressBar(name, stage.console)
     with Interrupt(stage.console) as interrupt:
         trainer = UnlearnTrainer(
@@ -81,7 +86,14 @@ def train(
             objectives=objectives,
             reference=reference,
             sampler=sampler,
-            callbacks=[MetricsWriter(folder.metrics, name), *callbacks, bar, interrupt, SkipLastSave()],
+            callbacks=[
+                MetricsWriter(folder.metrics, name),
+                *callbacks,
+                bar,
+                interrupt,
+                SkipLastSave(),
+                SealCheckpoints(folder, name),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         try:
@@ -119,7 +131,7 @@ def training_arguments(stage: Stage, name: str, settings: TrainingConfig) -> Tra
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        save_total_limit=None,  # SealCheckpoints removes them: transformers goes by the files' times
         seed=stage.seed,
         data_seed=stage.seed,
         dataloader_pin_memory=torch.cuda.is_available(),

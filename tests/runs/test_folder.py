@@ -15,6 +15,7 @@ from pyunlearn.runs.fingerprint import fingerprints, model_fingerprints
 from pyunlearn.runs.folder import MOVING, OLD, RunFolder, is_run_file
 from pyunlearn.runs.job import load_data
 from pyunlearn.runs.run import run
+from pyunlearn.training.folder import write_model
 
 
 def content(folder):
@@ -213,3 +214,16 @@ def test_a_damaged_mark_is_told(finished):
     (folder.path / ".pyunlearn").write_text("[" * 100_000)
     with pytest.raises(ValueError, match=r"\.pyunlearn: is damaged, it is not JSON \(.*\); delete .*run, or choose"):
         folder.open(finished, resume=True)
+
+
+def test_a_damaged_model_of_a_run_is_not_loaded(tiny, tiny_config):
+    config = tiny_config()
+    folder = RunFolder(config.folder)
+    write_model(folder.memorised, tiny.model(), tiny.tokenizer)
+    job = job_module.Job.start(config, None, "")
+    job_module.starting_model(job)
+    weights = bytearray((folder.memorised / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (folder.memorised / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=r"model\.safetensors: is damaged, .* make the model again, or delete .*json"):
+        job_module.starting_model(job)
