@@ -29,6 +29,10 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say whose
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

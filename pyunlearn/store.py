@@ -232,7 +232,7 @@ def check_unit(path: Path, unit: Any) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(path, f"no JSON: {error}") from None
 
 

@@ -20,6 +20,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -146,7 +147,7 @@ class RunFolder(TrainingFolder):
     def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
         there, here = (
             {key: value for key, value in values.items() if key not in NOT_COMPARED}
-            for values in (yaml.safe_load(self.config.read_text(encoding="utf-8")), config.to_dict())
+            for values in (self._read_config(), config.to_dict())
         )
         changed = differences(there, here)
         if changed:
@@ -164,6 +165,16 @@ class RunFolder(TrainingFolder):
         if not resume:
             state = "a finished run" if self.report.is_file() else "an unfinished run"
             raise FileExistsError(f"{self.path} holds {state}; choose --resume, --overwrite or --set output=...")
+
+    def _read_config(self) -> dict[str, Any]:
+        why = "it holds no keys"
+        try:
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            values, why = None, " ".join(str(error).split())
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.config}: cannot be read ({why}); choose --overwrite or --set output=...")
+        return values
 
     def result(self, stage: str) -> Path:
         """Where the model goes that a stage leaves."""

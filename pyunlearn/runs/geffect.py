@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_json, write_text
+from .._terminal import shown, visible
 from ..report.figures import as_file
 from ..report.geffect import figures, render_geffect
 from ..store import Store, belongs
@@ -160,7 +161,7 @@ def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
     for row in rows:
         effect = row["geffect"]
         if "not_finite" in effect:
-            table.add_row(str(row["step"]), effect["not_finite"])
+            table.add_row(str(row["step"]), shown(effect["not_finite"]))
         else:
             numbers = [effect[key][metric] for key in ("total", "nll") for metric in ("unlearn", "retain")]
             table.add_row(str(row["step"]), *(f"{number:.4g}" for number in numbers))
@@ -168,4 +169,4 @@ def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
     if len(rows) <= 2:
         job.console.print("only the ends: --set unlearn.keep_steps=N makes pyunlearn run keep models on the way")
     lines = [f"report  {job.folder.geffect / 'geffect.html'}", f"numbers {result_file(job.folder)}"]
-    job.console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

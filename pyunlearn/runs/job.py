@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
 
 from .._files import SEAL, check_seal
 from ..data import check_disjoint, context_length, generate_authors, load_qa, load_refusals
@@ -23,6 +26,7 @@ from .fingerprint import fingerprints
 from .folder import RunFolder
 from .lock import held
 
+UNREADABLE = (SafetensorError, StrictDataclassError, KeyError, JSONDecodeError)  # of damaged files
 C = TypeVar("C", bound="RunConfig | FilesConfig")
 
 
@@ -131,8 +135,27 @@ def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
     folder = Path(config.name_or_path)
     if (folder / SEAL).is_file():
         check_seal(folder, f"make the model again, or delete {folder / SEAL} if it was changed on purpose")
-    model, tokenizer = load_model(config, texts=job.data.texts, seed=job.config.seed)
+    try:
+        model, tokenizer = load_model(config, texts=job.data.texts, seed=job.config.seed)
+    except Exception as error:
+        if isinstance(error, UNREADABLE) or type(error) is Exception:  # tokenizers' own
+            raise unreadable(config, error) from error
+        raise
     return model.to(job.processes.device), tokenizer
+
+
+def unreadable(config: ModelConfig, error: Exception) -> ValueError:
+    """The one error for a model whose files are not what their names say: which file, where it can be told."""
+    name = config.name_or_path
+    for file in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except SafetensorError as broken:
+            return ValueError(f"{file}: is damaged or no safetensors file ({broken}); fetch or make it again")
+    files = "config.json" if isinstance(error, StrictDataclassError) else "model or tokenizer files"
+    told = " ".join(str(error).split())
+    return ValueError(f"model.name_or_path={name!r}: its {files} cannot be read ({told}); fetch or make it again")
 
 
 def first_model(job: Job) -> tuple[Any, Any, Stage]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .._files import write_json, write_json_lines, write_text
+from .._terminal import shown, visible
 from ..data import QA, QADataset, collate
 from ..metrics.teacher_forced import teacher_forced
 from ..mrd import MRDResult, check_arguments, mrd
@@ -100,19 +100,19 @@ def tell(scored: ScoreResult, console: Console) -> None:
     """The hardest and the easiest samples, the self-check, and where everything is."""
     diagnostics = scored.diagnostics
     ranked = sorted(scored.records, key=lambda record: record["mrd"])
-    shown = ranked if len(ranked) <= 2 * SHOWN else [*ranked[:SHOWN], *ranked[-SHOWN:]]
+    ends = ranked if len(ranked) <= 2 * SHOWN else [*ranked[:SHOWN], *ranked[-SHOWN:]]
     title = f"{diagnostics['estimator']} of {len(ranked)} samples, hardest to unlearn first"
     table = Table("question", title=title, title_justify="left")
     for column in ("MRD", "standard error", "tokens"):
         table.add_column(column, justify="right")
-    for place, record in enumerate(shown):
+    for place, record in enumerate(ends):
         error = "" if record["standard_error"] is None else f"{record['standard_error']:.2g}"
         numbers = [f"{record['mrd']:.4g}", error, str(record["num_tokens"])]
-        gap = len(shown) < len(ranked) and place == SHOWN - 1
-        table.add_row(escape(record["question"]), *numbers, end_section=gap)
+        gap = len(ends) < len(ranked) and place == SHOWN - 1
+        table.add_row(shown(record["question"]), *numbers, end_section=gap)
     console.print(table)
     for check in self_checks(diagnostics):
         mark = "[bold green]ok[/]   " if check["met"] else "[bold yellow]check[/]"
-        console.print(f"{mark} {escape(check['text'])}", highlight=False, soft_wrap=True)
+        console.print(f"{mark} {shown(check['text'])}", highlight=False, soft_wrap=True)
     lines = [f"report  {scored.report}", f"scores  {scored.out}"]
-    console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

@@ -14,7 +14,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from .._files import check_seal
 from ..distributed import Processes
 from .callbacks import Interrupt, MetricsWriter, ProgressBar, SealCheckpoints
-from .folder import TrainingFolder
+from .folder import TrainingFolder, named_failures
 from .sampling import ForgetSampler
 from .settings import TrainingConfig
 from .trainer import NonFiniteLossError, UnlearnTrainer
@@ -70,8 +70,9 @@ def train(
 ) -> int:
     """The stage `name` to its end, from its last checkpoint if there is one: how many optimiser steps it has.
 
-    Raises Interrupted after Ctrl-C, with a checkpoint saved, NonFiniteLossError naming the last good checkpoint, and
-    ValueError naming a file of the last checkpoint that is missing or damaged.
+    Raises Interrupted after Ctrl-C, with a checkpoint saved, NonFiniteLossError naming the last good checkpoint,
+    ValueError naming a file of the last checkpoint that is missing or damaged, and OSError naming the folder where no
+    checkpoint can be written.
     """
     folder, last = stage.folder, stage.folder.last_checkpoint(name)
     with stage.processes.first_first():
@@ -97,7 +98,8 @@ def train(
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            with named_failures(folder.training(name)):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except NonFiniteLossError as error:
             last = folder.last_checkpoint(name)
             raise NonFiniteLossError(f"{name}: {error}. Last good checkpoint: {last or 'none yet'}") from None
