@@ -18,7 +18,7 @@ from ..store import Store, belongs
 from ..training.callbacks import read_metrics
 from ..training.probe import Probe
 from ..training.settings import GEffectConfig
-from ..training.unlearn import make_probe
+from ..training.unlearn import check_model, make_probe
 from .config import ModelConfig, RunConfig
 from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
@@ -135,6 +135,7 @@ def compared(settings: GEffectConfig) -> dict[str, Any]:
 def prepare(job: Job[RunConfig], probing: GEffectConfig) -> Probe:
     """The probe, whose reference is the model that unlearning started from."""
     model, tokenizer = starting_model(job)
+    check_model(job.config.unlearn, probing, model)
     return make_probe(job.stage(model), job.config.unlearn, probing, model, tokenizer, job.data)
 
 

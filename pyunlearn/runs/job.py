@@ -20,7 +20,7 @@ from ..distributed import Processes
 from ..model.load import load_model
 from ..training.folder import write_model
 from ..training.stage import Interrupted, Stage
-from ..training.unlearn import UnlearnData, memorise
+from ..training.unlearn import UnlearnData, check_model, memorise
 from .config import EMBEDDED, DataConfig, FilesConfig, ModelConfig, RunConfig
 from .fingerprint import fingerprints
 from .folder import RunFolder
@@ -147,6 +147,8 @@ def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
 def unreadable(config: ModelConfig, error: Exception) -> ValueError:
     """The one error for a model whose files are not what their names say: which file, where it can be told."""
     name = config.name_or_path
+    if config.embedded:
+        return ValueError(f"model.options={config.options}: {' '.join(str(error).split())}")
     for file in sorted(Path(name).glob("*.safetensors")):
         try:
             with safe_open(str(file), framework="pt"):
@@ -159,11 +161,16 @@ def unreadable(config: ModelConfig, error: Exception) -> ValueError:
 
 
 def first_model(job: Job) -> tuple[Any, Any, Stage]:
-    """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so."""
+    """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so.
+
+    Raises ValueError, before anything is memorised, for settings that the model does not have.
+    """
     model, tokenizer = starting_model(job)
     stage = job.stage(model)
-    if job.processes.first and isinstance(job.config, RunConfig):
-        job.folder.settle()
+    if isinstance(job.config, RunConfig):
+        check_model(job.config.unlearn, job.config.geffect, model)
+        if job.processes.first:
+            job.folder.settle()
     if job.config.memorise is not None and not job.folder.memorised.is_dir():
         job.console.print("[bold]memorise[/] so that there is something to forget")
         memorise(stage, job.config.memorise, model, tokenizer, job.data)

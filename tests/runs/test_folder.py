@@ -227,3 +227,22 @@ def test_a_damaged_model_of_a_run_is_not_loaded(tiny, tiny_config):
     (folder.memorised / "model.safetensors").write_bytes(weights)
     with pytest.raises(ValueError, match=r"model\.safetensors: is damaged, .* make the model again, or delete .*json"):
         job_module.starting_model(job)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unlearn": {"forget": [{"name": "rmu", "options": {"layer": 7}}]}}, "layer=7: LlamaForCausalLM has 2 layers"),
+        ({"unlearn": {"retain": [{"name": "rr", "options": {"layer": 3}}]}}, "layer=3: LlamaForCausalLM has 2 layers"),
+        (
+            {"geffect": {"groups": {"mine": ["transformer.h.*"]}}},
+            r"groups\['mine'\]=.*: matches no trainable parameter",
+        ),
+        ({"model": {"options": {"hidden_act": 3}}}, r"model\.options=.*hidden_act"),
+    ],
+)
+def test_what_the_model_does_not_have_is_told_before_anything_is_computed(finished, tiny_config, changes, message):
+    before = content(finished.folder)
+    with pytest.raises(ValueError, match=message):
+        run(tiny_config(changes), overwrite=True)
+    assert content(finished.folder) == before  # of the run that was to be overwritten
