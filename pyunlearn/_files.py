@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import secrets
@@ -10,6 +11,8 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+SEAL = "digests.json"  # of a folder: see `seal`
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -26,13 +29,40 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is None:  # a full disk does not say whose
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises OSError that names `path` if no file or folder can be written there; its folder is made if it is missing.
+
+    For who would otherwise find out at the end of a long computation.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        temporary.unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}: {error.filename})") from None
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """UTF-8, as it stands."""
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: str | os.PathLike[str], remedy: str) -> Any:
+    """Of a file of ours. Raises ValueError that names it, and tells the remedy, if it is not JSON; OSError."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is damaged, it is not JSON ({error}); {remedy}") from None
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -73,6 +103,39 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], Any]) -> N
         restore(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(aside_of(path), ignore_errors=True)
+
+
+def seal(folder: str | os.PathLike[str]) -> None:
+    """Writes digests.json, which knows all files of the folder by their content: the last, the sign that it is whole.
+
+    {path: BLAKE2b, 32 hex digits}.
+    """
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
+    write_json(folder / SEAL, {path.relative_to(folder).as_posix(): digest_file(path) for path in files})
+
+
+def check_seal(folder: str | os.PathLike[str], remedy: str) -> None:
+    """Raises ValueError that names the first file of a sealed folder that is missing or not as it was written."""
+    folder = Path(folder)
+    digests = read_json(folder / SEAL, remedy)
+    if not isinstance(digests, dict):
+        raise ValueError(f"{folder / SEAL}: is damaged, it holds no digests; {remedy}")
+    for name, digest in digests.items():
+        path = folder / name
+        if not path.is_file():
+            raise ValueError(f"{path}: is missing; {remedy}")
+        if digest_file(path) != digest:
+            raise ValueError(f"{path}: is damaged, it is not what was written; {remedy}")
+
+
+def digest_file(path: Path) -> str:
+    """BLAKE2b (32 hex digits) over the content."""
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def restore(path: str | os.PathLike[str]) -> None:

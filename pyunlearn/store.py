@@ -198,6 +198,16 @@ def own(folder: Path, owner: dict[str, Any], what: str) -> None:
         write_text(manifest, json.dumps(make_unit(manifest.stem, owner, None), indent=1) + "\n")
 
 
+def belongs(folder: Path, format: str) -> bool:
+    """Whether the folder is marked as a job's whose identity has this beginning of a `format`."""
+    try:
+        mark = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    identity = mark.get("value", mark) if isinstance(mark, dict) else None
+    return isinstance(identity, dict) and str(identity.get("format")).startswith(format)
+
+
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
@@ -222,7 +232,7 @@ def check_unit(path: Path, unit: Any) -> dict[str, Any]:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(path, f"no JSON: {error}") from None
 
 

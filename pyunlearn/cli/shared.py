@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from collections.abc import Iterator
@@ -11,12 +12,15 @@ from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from safetensors import SafetensorError
+
+from .._terminal import shown
 
 T = TypeVar("T")  # of an option that one command needs and another may leave out
 
 # What bad input raises anywhere in the package; anything else is a bug and keeps its traceback.
-USER_ERRORS = (ValueError, TypeError, IndexError, OSError, ImportError, ArithmeticError)
+USER_ERRORS = (ValueError, TypeError, IndexError, OSError, ImportError, ArithmeticError, SafetensorError)
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 Config = Annotated[
     Path | None,
@@ -51,11 +55,13 @@ def clean_errors(debug: bool) -> Iterator[None]:
         if debug:
             raise
         text = str(error) or type(error).__name__
-        console.print(f"[bold red]error:[/] [red]{escape(text)}[/]", highlight=False, soft_wrap=True)
+        if isinstance(error, OSError) and error.errno in NO_SPACE:
+            text += "; free some space, then the same command (run: with --resume) goes on"
+        console.print(f"[bold red]error:[/] [red]{shown(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
         if str(interrupt):
-            console.print(escape(str(interrupt)), highlight=False, soft_wrap=True)
+            console.print(shown(interrupt), highlight=False, soft_wrap=True)
         raise typer.Exit(getattr(interrupt, "exit_code", 130)) from None
 
 

@@ -77,6 +77,8 @@ def load_qa(
             row = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
+        except RecursionError as error:
+            raise ValueError(f"{where}: not valid JSON (it is too deep)") from error
         items.append(_to_qa(row, where))
     if not items:
         raise ValueError(f"{path} holds no question-answer pairs")

@@ -55,6 +55,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048, max_length: in
     )
 
 
+SIZES = {
+    "hidden_size": 160,
+    "intermediate_size": 448,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+}  # unless told
+
+
 def tiny_llama(tokenizer: PreTrainedTokenizerBase | int, seed: int = 0, **config: Any) -> LlamaForCausalLM:
     """A randomly initialised Llama (float32, CPU), a function of its arguments; global random state stays as it is.
 
@@ -69,12 +79,7 @@ def tiny_llama(tokenizer: PreTrainedTokenizerBase | int, seed: int = 0, **config
         raise ValueError(f"the vocabulary needs at least one token, got {vocab_size}")
     fields = {
         "vocab_size": vocab_size,
-        "hidden_size": 160,
-        "intermediate_size": 448,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 256,
+        **SIZES,
         "tie_word_embeddings": True,
         "initializer_range": 0.05,  # at this width it learns twice as fast as from the usual 0.02
     }

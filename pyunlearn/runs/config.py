@@ -6,7 +6,8 @@ pretrained model otherwise (no memorise stage, learning rate 1e-5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,6 +18,7 @@ from pydantic import (
     model_validator,
 )
 
+from .._hints import check_known
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
 
@@ -26,6 +28,17 @@ ALL_METRICS = get_args(Metric)
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message has one line per problem: the key, what came, what is needed."""
+
+
+def as_threads(value: Any) -> Any:
+    """Raises ValueError for a number of threads that the system would not start."""
+    most = max(1024, os.cpu_count() or 1)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise ValueError(f"needs an integer from 1 to {most}, got {value!r}; this machine has {os.cpu_count()} cores")
+    return value
+
+
+Threads = Annotated[int, BeforeValidator(as_threads)]
 
 
 class ModelConfig(Section):
@@ -45,13 +58,56 @@ class ModelConfig(Section):
     def embedded(self) -> bool:
         return self.name_or_path == EMBEDDED and self.gguf_file is None
 
+    def named_paths(self) -> dict[str, str | None]:
+        """What may be a file or a folder, by key."""
+        inside = None if self.gguf_file is None else str(Path(self.name_or_path) / self.gguf_file)
+        return {
+            "model.name_or_path": None if self.name_or_path == EMBEDDED else self.name_or_path,
+            "model.gguf_file": self.gguf_file if self.name_or_path == EMBEDDED else inside,
+            "model.tokenizer": self.tokenizer,
+        }
+
     @model_validator(mode="after")
     def options_fit(self) -> ModelConfig:
         if self.options and not self.embedded:
             raise ValueError(
                 f"options={sorted(self.options)} are sizes of the embedded model; a pretrained one has its own"
             )
+        if self.options:
+            check_options(self.options)
         return self
+
+
+# What the embedded model takes beside the sizes of `data.tiny`.
+OPTIONS = ("vocab_size", "head_dim", "hidden_act", "initializer_range", "rms_norm_eps", "rope_parameters",
+           "attention_bias", "attention_dropout", "mlp_bias", "tie_word_embeddings")  # fmt: skip
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options of the embedded model that are unknown or do not fit together."""
+    from ..data.tiny import SIZES
+
+    for key, value in options.items():
+        check_known("options", key, [*SIZES, *OPTIONS])
+        is_size = key in SIZES or key in ("vocab_size", "head_dim")
+        if is_size and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"options.{key}={value!r}: needs an integer of 1 at least")
+    sizes = {**SIZES, **options}
+    hidden, heads, shared = (sizes[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if hidden % heads or heads % shared:
+        raise ValueError(
+            f"options: hidden_size={hidden} needs to be a multiple of num_attention_heads={heads}, and that one of "
+            f"num_key_value_heads={shared}"
+        )
+    if sizes.get("head_dim", hidden // heads) % 2:
+        raise ValueError(
+            f"options: a head has hidden_size / num_attention_heads={hidden // heads}, needs an even number"
+        )
+
+
+def existing(named: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
+    """(key, path) of those that are files or folders here, and not names on the Hub."""
+    return ((key, Path(name)) for key, name in named.items() if name is not None and Path(name).exists())
 
 
 class SourceConfig(Section):
@@ -131,7 +187,7 @@ class RunConfig(Section):
     name: str = Field(default="unlearn", pattern=r"^[\w.-]+$")
     output: str | None = Field(default=None, description="the run's folder; None is runs/<name>")
     seed: int = Field(default=0, ge=0, lt=2**31)
-    num_threads: int | None = Field(default=None, ge=1, description="CPU threads; None leaves torch's choice")
+    num_threads: Threads | None = Field(default=None, description="CPU threads; None leaves torch's choice")
     model: ModelConfig = Field(default_factory=ModelConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     memorise: MemoriseConfig | None = None
@@ -178,6 +234,12 @@ class RunConfig(Section):
     def folder(self) -> Path:
         return Path(self.output) if self.output else Path("runs") / self.name
 
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        """(key, path) of all that the run reads and that is a file or a folder here."""
+        sources = {"data.forget": self.data.forget, "data.retain": self.data.retain}
+        named = {key: source.path for key, source in sources.items() if source is not None}
+        yield from existing({"data.refusals": self.data.refusals, **named, **self.model.named_paths()})
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out: loading it gives this configuration again."""
         return self.model_dump(mode="json")
@@ -190,10 +252,14 @@ class FilesConfig(Section):
     data: SourceConfig
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     seed: int = 0
-    num_threads: int | None = None
+    num_threads: Threads | None = None
     max_length: int | None = None
     memorise: None = None
     folder: Path = Path()
+
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        """(key, path) of all that the job reads and that is a file or a folder here."""
+        yield from existing({"--data": self.data.path, **self.model.named_paths()})
 
     @classmethod
     def of(

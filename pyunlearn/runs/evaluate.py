@@ -10,13 +10,15 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .._files import write_json, write_json_lines
+from .._files import read_json, write_json, write_json_lines
+from .._terminal import visible
 from ..data import QA
 from ..metrics import evaluate
 from ..training.stage import Stage
 from .config import EvaluateConfig, FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
+from .outputs import check_records_file
 
 SETS = ("forget", "retain")
 
@@ -51,15 +53,31 @@ def evaluate_sets(
 
 
 def read_summaries(folder: RunFolder, moment: str) -> dict[str, dict[str, float]]:
-    return json.loads(folder.evaluation(f"{moment}.json").read_text(encoding="utf-8"))
+    """Raises ValueError that names the file if it is damaged."""
+    path = folder.evaluation(f"{moment}.json")
+    summaries = read_json(path, evaluate_again(path))
+    if not isinstance(summaries, dict) or not all(isinstance(summaries.get(name), dict) for name in SETS):
+        raise ValueError(f"{path}: is damaged, it has no means of both sets; {evaluate_again(path)}")
+    return summaries
 
 
 def read_records(folder: RunFolder, moment: str) -> dict[str, list[dict[str, Any]]]:
-    records = {}
-    for name in SETS:
-        with open(folder.evaluation(f"{moment}-{name}.jsonl"), encoding="utf-8") as lines:
-            records[name] = [json.loads(line) for line in lines]
+    """Raises ValueError that names file and line if one is damaged."""
+    return {name: read_lines(folder.evaluation(f"{moment}-{name}.jsonl")) for name in SETS}
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    records = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            records.append(json.loads(line))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}:{number}: is damaged, no JSON ({error}); {evaluate_again(path)}") from None
     return records
+
+
+def evaluate_again(path: Path) -> str:
+    return f"delete {path.parent}, and --resume evaluates again"
 
 
 def evaluate_files(
@@ -71,8 +89,10 @@ def evaluate_files(
 ) -> dict[str, float]:
     """Metric means of a model on disk or on the Hub over a file or Hub data set; records go to `out`.
 
-    Raises what `load_model`, `load_qa` and `metrics.evaluate` raise.
+    Raises what `load_model`, `load_qa` and `metrics.evaluate` raise, and before those as `check_records_file`.
     """
+    if out is not None:
+        check_records_file(config, Path(out))
     job, settings = Job.start(config, console, command), config.evaluate
     with job.interruptible():
         model, tokenizer, stage = first_model(job)
@@ -94,5 +114,5 @@ def evaluate_files(
         table.add_row(metric, f"{value:.4f}")
     job.console.print(table)
     if out is not None:
-        job.console.print(f"records: {out}", soft_wrap=True, markup=False)
+        job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)
     return result.summary

@@ -8,24 +8,38 @@ checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
 table.json, table.md, report.html
 and what the trainings keep: see `pyunlearn.training.folder`
+.lock              while a job works here: which process it is
+.pyunlearn         the mark of a run folder, and fingerprints of what the run reads: no other is taken up or removed
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from .._files import write_text
+from .._files import read_json, write_json, write_text
 from ..store import differences
 from ..training.folder import TrainingFolder
 from .config import RunConfig
 
 # What does not change a run's results.
 NOT_COMPARED = ("output", "num_threads", "versions")
+MARK, LOCK = ".pyunlearn", ".lock"
+OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten: whole, and on its way there or back
+BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
+RUN_FILES = BEGUN | {
+    "memorised", "evaluation", "unlearning.json", "checkpoint", "geffect", "table.json", "table.md", "report.html",
+    "training", "metrics.jsonl", "reference", "checkpoints",
+}  # fmt: skip
+SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
+LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`
 
 
 class RunFolder(TrainingFolder):
@@ -38,29 +52,102 @@ class RunFolder(TrainingFolder):
         self.unlearning = self.path / "unlearning.json"
         self.checkpoint = self.path / "checkpoint"
         self.report = self.path / "report.html"
+        self.lock = self.path / LOCK
 
-    def open(self, config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> None:
+    def open(
+        self,
+        config: RunConfig,
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        reads: Mapping[str, str] | None = None,
+    ) -> None:
         """Makes the folder, or takes up an existing one of the same run.
 
-        Raises FileExistsError if the folder holds something else, another configuration, or this run without `resume`.
+        reads: `fingerprints` of what the run reads; what was computed from other data or another model is not taken up.
+        overwrite: what is there is moved aside until the new run is known to begin: `settle` removes it, `recover`
+        puts it back.
+
+        Raises ValueError for a place that is not a run's own, FileExistsError if the folder holds something else,
+        another configuration, results of other data or of another model, or this run without `resume`.
         """
-        if overwrite and self.path.exists():
-            if not self.config.is_file() and any(self.path.iterdir()):
-                raise FileExistsError(
-                    f"--overwrite: {self.path} is not a run folder (no config.yaml); it is left alone"
-                )
-            shutil.rmtree(self.path)
-        if self.config.is_file():
-            if any(path != self.config for path in self.path.iterdir()):  # else it failed before it computed anything
-                self._compare(config, resume)
-        elif self.path.exists() and any(self.path.iterdir()):
-            raise FileExistsError(f"{self.path} exists and is not a run folder; choose --set output=...")
+        self.check_place()
+        self.recover()
+        if self.marked:
+            if overwrite:
+                self._check_overwrite(config)
+                self._move_aside()
+            elif self.computed:
+                self._compare(config, reads, resume)
+        write_json(self.path / MARK, {"folder": "a run of pyunlearn", "reads": None if reads is None else dict(reads)})
         write_text(self.config, config_text(config))
 
-    def _compare(self, config: RunConfig, resume: bool) -> None:
+    @property
+    def marked(self) -> bool:
+        """Whether it is a run folder."""
+        return (self.path / MARK).is_file()
+
+    @property
+    def computed(self) -> bool:
+        """Whether anything has been computed here; a run that failed before does not block the folder."""
+        return any(path.name not in BEGUN for path in self.path.iterdir())
+
+    def settle(self) -> None:
+        """The new run has loaded its model: what it overwrites goes."""
+        shutil.rmtree(self.path / OLD, ignore_errors=True)
+
+    def recover(self) -> None:
+        """Puts back what a run was to overwrite that failed, or was killed, before `settle`."""
+        old, moving = self.path / OLD, self.path / MOVING
+        if old.is_dir() and self.computed:
+            self.settle()
+        elif old.is_dir():
+            os.replace(old, moving)
+        if moving.is_dir():
+            for path in sorted(moving.iterdir(), key=lambda path: path.name != MARK):
+                os.replace(path, self.path / path.name)
+            moving.rmdir()
+
+    def _move_aside(self) -> None:
+        moving = self.path / MOVING
+        moving.mkdir()
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == MARK):  # it is marked all the time
+            if path not in (moving, self.lock):
+                os.replace(path, moving / path.name)
+        os.replace(moving, self.path / OLD)
+
+    def check_place(self) -> None:
+        """Raises ValueError for the working directory and the home directory, and what they are in; FileExistsError for
+        a file, and for a folder that holds anything and is not a run's.
+        """
+        place = self.path.resolve()
+        for name, taken in (("working", Path.cwd()), ("home", Path.home().resolve())):
+            if place == taken or place in taken.parents:
+                where = f"is the {name} directory" if place == taken else f"holds the {name} directory"
+                raise ValueError(f"output={str(self.path)!r}: needs a folder of the run's own, this {where} {taken}")
+        filled = self.path.is_dir() and {path.name for path in self.path.iterdir()} - {LOCK, OLD, MOVING}
+        if (filled and not self.marked) or self.path.is_file():
+            raise FileExistsError(
+                f"{self.path} exists and is not a run folder (no {MARK}); it is left alone: choose --set output=..."
+            )
+
+    def _check_overwrite(self, config: RunConfig) -> None:
+        """Raises FileExistsError if there are other files than a run's, or some that the new run reads."""
+        others = sorted(path.name for path in self.path.iterdir() if not is_run_file(path.name))
+        if others:
+            raise FileExistsError(
+                f"--overwrite: {self.path} also holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}, no "
+                "files of a run; move them away or choose --set output=..."
+            )
+        place = self.path.resolve()
+        for key, path in config.paths():
+            if place in (path.resolve(), *path.resolve().parents):
+                raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --set output=...")
+
+    def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
         there, here = (
             {key: value for key, value in values.items() if key not in NOT_COMPARED}
-            for values in (yaml.safe_load(self.config.read_text(encoding="utf-8")), config.to_dict())
+            for values in (self._read_config(), config.to_dict())
         )
         changed = differences(there, here)
         if changed:
@@ -68,9 +155,26 @@ class RunFolder(TrainingFolder):
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); choose --set output=... or --overwrite"
             )
+        mark = read_json(self.path / MARK, f"delete {self.path}, or choose --set output=...")
+        known = mark.get("reads") if isinstance(mark, dict) else None
+        if known and reads and (other := [key for key in {**reads, **known} if known.get(key) != reads.get(key)]):
+            raise FileExistsError(
+                f"{self.path} holds results of other content: {', '.join(other)} changed since the run began; bring it "
+                "back, choose --set output=... or --overwrite"
+            )
         if not resume:
             state = "a finished run" if self.report.is_file() else "an unfinished run"
             raise FileExistsError(f"{self.path} holds {state}; choose --resume, --overwrite or --set output=...")
+
+    def _read_config(self) -> dict[str, Any]:
+        why = "it holds no keys"
+        try:
+            values = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+            values, why = None, " ".join(str(error).split())
+        if not isinstance(values, dict):
+            raise ValueError(f"{self.config}: cannot be read ({why}); choose --overwrite or --set output=...")
+        return values
 
     def result(self, stage: str) -> Path:
         """Where the model goes that a stage leaves."""
@@ -78,6 +182,11 @@ class RunFolder(TrainingFolder):
 
     def evaluation(self, name: str) -> Path:
         return self.path / "evaluation" / name
+
+
+def is_run_file(name: str) -> bool:
+    """Whether a name at the top of a run folder is one that a run, a score or a G-effect gives there."""
+    return name in RUN_FILES | SCORE_FILES or LEFT_BY_A_KILL.fullmatch(name) is not None
 
 
 def config_text(config: RunConfig) -> str:

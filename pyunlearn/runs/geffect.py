@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,17 +11,21 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_json, write_text
+from .._terminal import shown, visible
 from ..report.figures import as_file
 from ..report.geffect import figures, render_geffect
-from ..store import Store
+from ..store import Store, belongs
 from ..training.callbacks import read_metrics
 from ..training.probe import Probe
 from ..training.settings import GEffectConfig
-from ..training.unlearn import make_probe
+from ..training.unlearn import check_model, make_probe
 from .config import ModelConfig, RunConfig
+from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
 from .job import Job, loaded, starting_model
 from .overrides import load_config
+
+FORMAT = "pyunlearn-geffect-1"
 
 
 @dataclass(frozen=True)
@@ -43,26 +46,28 @@ def measure_run(
 ) -> GEffectResult:
     """Probes every saved model of the run in `path`, and writes its folder geffect/. What is done is kept.
 
-    changes: of the run's own `geffect` settings (`GEffectConfig`). overwrite: measure everything again.
+    changes: of the run's own `geffect` settings (`GEffectConfig`). overwrite: measure everything again. What was
+    measured with other weights or other data is measured again in any case.
 
     Raises FileNotFoundError for no such folder or no saved model, ValueError for a folder that is not a run's, results
-    of other settings, several processes, and what `g_effect` raises; Interrupted after Ctrl-C.
+    of other settings, several processes, and what `g_effect` raises; InUse; Interrupted after Ctrl-C.
     """
     config = run_config(Path(path))
     probing = GEffectConfig.model_validate((config.geffect or GEffectConfig()).model_dump() | changes)
     job = Job.start(config.model_copy(update={"output": str(path)}), console, command)
     if job.processes.count > 1:
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
-    models = saved_models(job)
-    place = job.folder.geffect / "rows"
-    if overwrite:
-        shutil.rmtree(place, ignore_errors=True)
-    try:
-        store = Store(place, {"format": "pyunlearn-geffect-1", "settings": compared(probing)}, "--run")
-    except ValueError as error:
-        raise ValueError(f"{error}, or --overwrite") from None
-    with job.interruptible():
-        identities = {step: {"model": fingerprint(job, source)} for step, source in models.items()}
+    with job.interruptible(), job.locked(job.folder.lock, job.folder.path):
+        models = saved_models(job)
+        place = job.folder.geffect / "rows"
+        if overwrite and belongs(place, FORMAT):
+            shutil.rmtree(place, ignore_errors=True)
+        try:
+            store = Store(place, {"format": FORMAT, "settings": compared(probing)}, "--run")
+        except ValueError as error:
+            raise ValueError(f"{error}, or --overwrite") from None
+        reads = {**data_fingerprints(job.data), "reference": model_fingerprints(models[0])}
+        identities = {step: {**model_fingerprints(source), **reads} for step, source in models.items()}
         probe: list[Probe] = []
 
         def measure(step: int) -> dict[str, Any]:
@@ -118,19 +123,6 @@ def saved_models(job: Job[RunConfig]) -> dict[int, ModelConfig]:
     return models if config.memorise is not None else {0: config.model, **models}
 
 
-def fingerprint(job: Job[RunConfig], source: ModelConfig) -> str:
-    """BLAKE2b (32 hex digits) over the weights' files of a folder; the name of a model that is none."""
-    files = sorted(Path(source.name_or_path).glob("*.safetensors"))
-    if not files:
-        return f"{source.name_or_path} {source.gguf_file}"
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        with open(file, "rb") as content:
-            while block := content.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
-
-
 def result_file(folder: RunFolder) -> Path:
     return folder.geffect / "geffect.json"
 
@@ -143,6 +135,7 @@ def compared(settings: GEffectConfig) -> dict[str, Any]:
 def prepare(job: Job[RunConfig], probing: GEffectConfig) -> Probe:
     """The probe, whose reference is the model that unlearning started from."""
     model, tokenizer = starting_model(job)
+    check_model(job.config.unlearn, probing, model)
     return make_probe(job.stage(model), job.config.unlearn, probing, model, tokenizer, job.data)
 
 
@@ -169,7 +162,7 @@ def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
     for row in rows:
         effect = row["geffect"]
         if "not_finite" in effect:
-            table.add_row(str(row["step"]), effect["not_finite"])
+            table.add_row(str(row["step"]), shown(effect["not_finite"]))
         else:
             numbers = [effect[key][metric] for key in ("total", "nll") for metric in ("unlearn", "retain")]
             table.add_row(str(row["step"]), *(f"{number:.4g}" for number in numbers))
@@ -177,4 +170,4 @@ def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
     if len(rows) <= 2:
         job.console.print("only the ends: --set unlearn.keep_steps=N makes pyunlearn run keep models on the way")
     lines = [f"report  {job.folder.geffect / 'geffect.html'}", f"numbers {result_file(job.folder)}"]
-    job.console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

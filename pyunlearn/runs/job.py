@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from json import JSONDecodeError
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
+from safetensors import SafetensorError, safe_open
 
+from .._files import SEAL, check_seal
 from ..data import check_disjoint, generate_authors, load_qa, load_refusals
 from ..distributed import Processes
 from ..model.causal_lm import CausalLM
 from ..model.load import EMBEDDED, load_model
 from ..training.folder import write_model
 from ..training.stage import Interrupted, Stage
-from ..training.unlearn import UnlearnData, memorise
+from ..training.unlearn import UnlearnData, check_model, memorise
 from .config import DataConfig, FilesConfig, ModelConfig, RunConfig
+from .fingerprint import fingerprints
 from .folder import RunFolder
+from .lock import held
 
+UNREADABLE = (SafetensorError, StrictDataclassError, KeyError, JSONDecodeError)  # of damaged files
 C = TypeVar("C", bound="RunConfig | FilesConfig")
 
 
@@ -65,6 +73,41 @@ class Job(Generic[C]):
             signum = getattr(interrupt, "exit_code", 130) - 128
             raise Interrupted(f"{what}\nresume with: {self.command}{again}", signum) from None
 
+    @contextmanager
+    def opened(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+        """The run folder, this job's alone and opened for the block (see `RunFolder.open`); one of files has none.
+
+        What was to be overwritten is back if the block raises before `first_model` has loaded a model.
+
+        Raises InUse if another job works there.
+        """
+        if not isinstance(self.config, RunConfig):
+            yield
+            return
+        with self.processes.first_first():
+            if self.processes.first:
+                self.folder.check_place()
+        with self.locked(self.folder.lock, self.folder.path):
+            with self.processes.first_first():
+                if self.processes.first:
+                    reads = fingerprints(self.config, self.data)
+                    self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads)
+            try:
+                yield
+            except BaseException:
+                if self.processes.first:
+                    self.folder.recover()
+                raise
+
+    @contextmanager
+    def locked(self, lock: Path, what: Path) -> Iterator[None]:
+        """`held` by the first process for all of them."""
+        with ExitStack() as stack:
+            with self.processes.first_first():
+                if self.processes.first:
+                    stack.enter_context(held(lock, what))
+            yield
+
     def stage(self, model: Any) -> Stage:
         """What a training of this job gets. Raises ValueError if data.max_length is beyond the model's context."""
         context, asked = CausalLM.of(model).context_length, self.config.max_length
@@ -88,15 +131,47 @@ def starting_model(job: Job) -> tuple[Any, Any]:
 
 
 def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
+    """Raises what `load_model` raises, and ValueError for a model of a run that is not what was written."""
     model: Any
-    model, tokenizer = load_model(**config.model_dump(), texts=job.data.texts, seed=job.config.seed)
+    folder = Path(config.name_or_path)
+    if (folder / SEAL).is_file():
+        check_seal(folder, f"make the model again, or delete {folder / SEAL} if it was changed on purpose")
+    try:
+        model, tokenizer = load_model(**config.model_dump(), texts=job.data.texts, seed=job.config.seed)
+    except Exception as error:
+        if isinstance(error, UNREADABLE) or type(error) is Exception:  # tokenizers' own
+            raise unreadable(config, error) from error
+        raise
     return model.to(job.processes.device), tokenizer
 
 
+def unreadable(config: ModelConfig, error: Exception) -> ValueError:
+    """The one error for a model whose files are not what their names say: which file, where it can be told."""
+    name = config.name_or_path
+    if config.embedded:
+        return ValueError(f"model.options={config.options}: {' '.join(str(error).split())}")
+    for file in sorted(Path(name).glob("*.safetensors")):
+        try:
+            with safe_open(str(file), framework="pt"):
+                pass
+        except SafetensorError as broken:
+            return ValueError(f"{file}: is damaged or no safetensors file ({broken}); fetch or make it again")
+    files = "config.json" if isinstance(error, StrictDataclassError) else "model or tokenizer files"
+    told = " ".join(str(error).split())
+    return ValueError(f"model.name_or_path={name!r}: its {files} cannot be read ({told}); fetch or make it again")
+
+
 def first_model(job: Job) -> tuple[Any, Any, Stage]:
-    """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so."""
+    """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so.
+
+    Raises ValueError, before anything is memorised, for settings that the model does not have.
+    """
     model, tokenizer = starting_model(job)
     stage = job.stage(model)
+    if isinstance(job.config, RunConfig):
+        check_model(job.config.unlearn, job.config.geffect, model)
+        if job.processes.first:
+            job.folder.settle()
     if job.config.memorise is not None and not job.folder.memorised.is_dir():
         job.console.print("[bold]memorise[/] so that there is something to forget")
         memorise(stage, job.config.memorise, model, tokenizer, job.data)

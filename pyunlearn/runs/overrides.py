@@ -14,6 +14,8 @@ from ..recipes import recipe
 from ..training.settings import DEFAULT_TERMS
 from .config import ConfigError, RunConfig
 
+UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th month, too deep
+
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
@@ -27,7 +29,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise FileNotFoundError(f"configuration {str(path)!r}: no such file; needs a YAML file (see examples/)")
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
+        except UNREADABLE as error:
             raise ConfigError(f"configuration {str(path)!r}: not valid YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(values).__name__}")
@@ -53,7 +55,7 @@ def set_value(config: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: needs key.sub=value, e.g. unlearn.learning_rate=1e-4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except UNREADABLE as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     if isinstance(value, str):
         value = as_number(value)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from .._files import write_json, write_text
+from .._files import read_json, write_json, write_text
+from .._terminal import shown, visible
 from ..report.geffect import section
 from ..report.run import render_report
 from ..report.sampling import sampling_figure
@@ -48,17 +47,16 @@ def run(
 ) -> RunResult:
     """Runs `config` to its end and writes its folder (see `folder`).
 
-    resume: take up the same run where it stopped. overwrite: delete the folder first. console: None is silent. command:
+    resume: take up the same run where it stopped. overwrite: begin anew; what the folder holds goes as soon as the new
+    run has loaded its model. console: None is silent. command:
     what was typed, for the messages. Under torchrun every process trains, and the first one evaluates and writes.
 
-    Raises FileExistsError for a folder that is not this run's, Interrupted after Ctrl-C, NonFiniteLossError, and what
-    loading of data and model raises, before anything is trained.
+    Raises FileExistsError for a folder that is not this run's, ValueError for one that is no run's own, InUse where
+    another job works there, Interrupted after Ctrl-C, NonFiniteLossError, and what loading of data and model raises,
+    before anything is trained.
     """
     job = Job.start(config, console, command)
-    if job.processes.first:
-        job.folder.open(config, resume=resume, overwrite=overwrite)
-    job.processes.wait()
-    with job.interruptible(" --resume"):
+    with job.interruptible(" --resume"), job.opened(resume=resume, overwrite=overwrite):
         if not job.folder.evaluation("after.json").is_file():
             compute(job)
         result = finish(job)
@@ -106,7 +104,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
     table = make_table(before, after)
     goals = [] if config.evaluate.goal is None else check_goal(before, after, config.evaluate.goal)
     if job.processes.first:
-        unlearning = json.loads(folder.unlearning.read_text(encoding="utf-8"))
+        remedy = f"delete {folder.checkpoint} and {folder.evaluation('after.json')}, and --resume unlearns again"
+        unlearning = read_json(folder.unlearning, remedy)
         write_json(folder.path / "table.json", {"table": table, "goals": goals})
         write_text(folder.path / "table.md", table_markdown(table))
         metrics = read_metrics(folder.metrics)
@@ -136,7 +135,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
     job.console.print(table)
     for goal in result.goals:
         mark = "[bold green]reached[/]" if goal["met"] else "[bold red]missed[/] "
-        job.console.print(f"{mark} {escape(goal['text'])}", highlight=False, soft_wrap=True)
+        job.console.print(f"{mark} {shown(goal['text'])}", highlight=False, soft_wrap=True)
     folder = result.folder
     lines = [
         f"report  {folder / 'report.html'}",
@@ -147,7 +146,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
         "  pyunlearn objectives   # all of them, with their options",
         f"  pyunlearn evaluate --model {shlex.quote(str(folder / 'checkpoint'))} --data FILE.jsonl",
     ]
-    job.console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
 
 
 def load_result(path: str | Path) -> RunResult:
@@ -155,5 +154,7 @@ def load_result(path: str | Path) -> RunResult:
     file = Path(path) / "table.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no finished run there (table.json is missing)")
-    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored = read_json(file, remedy := "--resume of the run makes it again")
+    if not isinstance(stored, dict) or not {"table", "goals"} <= stored.keys():
+        raise ValueError(f"{file}: is damaged, it has no table and goals; {remedy}")
     return RunResult(Path(path), stored["table"], stored["goals"])

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from .._files import write_json, write_json_lines, write_text
+from .._terminal import shown, visible
 from ..data import QA, QADataset, collate
 from ..metrics.teacher_forced import teacher_forced
 from ..mrd import MRDResult, check_arguments, mrd
@@ -21,6 +21,7 @@ from ..mrd.characteristics import text_characteristics
 from ..report.score import render_score_report, self_checks
 from .config import FilesConfig, RunConfig
 from .job import Job, first_model
+from .outputs import check_score_files, score_files
 
 SHOWN = 3  # hardest and easiest samples on the console
 
@@ -48,28 +49,29 @@ def score(
     out: JSON lines, default scores.jsonl in the run's folder (for files: here); beside it go .json (diagnostics), .html
     (report) and .state (finished draws). overwrite: forget those. options: of `mrd`.
 
-    Raises as `run` does, and as `mrd`.
+    Raises as `run` does, as `mrd`, and before anything is computed as `check_score_files`.
     """
     check_arguments(**options)  # before anything is memorised
     job = Job.start(config, console, command)
-    if isinstance(config, RunConfig):
-        if job.processes.first:
-            job.folder.open(config, resume=True)
-        job.processes.wait()
     out = out or job.folder.path / "scores.jsonl"
-    with job.interruptible():
+    files = score_files(out)
+    with job.processes.first_first():
+        if job.processes.first:
+            check_score_files(config, out)
+    lock = out.with_name(f".{out.name}.lock")
+    with job.interruptible(), job.opened(resume=True), job.locked(lock, out):
         model, tokenizer, stage = first_model(job)
-        rows, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), out.with_suffix(".state")
+        rows, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), files["finished draws"]
         if overwrite and job.processes.first:
             shutil.rmtree(drawn, ignore_errors=True)
         job.processes.wait()
         batches = [collate([rows[i]], rows.pad_token_id) for i in range(len(rows))]
         result = mrd(model, batches, state=drawn, progress=stage.progress, **options)
         records = make_records(rows.items, result, teacher_forced(model, rows, progress=stage.progress))
-        scored = ScoreResult(records, result.diagnostics, out, out.with_suffix(".html"))
+        scored = ScoreResult(records, result.diagnostics, out, files["report"])
         if job.processes.first:
             write_json_lines(out, records)
-            write_json(out.with_suffix(".json"), result.diagnostics)
+            write_json(files["diagnostics"], result.diagnostics)
             write_text(scored.report, render_score_report(records, result, command))
             tell(scored, job.console)
         job.processes.wait()
@@ -98,19 +100,19 @@ def tell(scored: ScoreResult, console: Console) -> None:
     """The hardest and the easiest samples, the self-check, and where everything is."""
     diagnostics = scored.diagnostics
     ranked = sorted(scored.records, key=lambda record: record["mrd"])
-    shown = ranked if len(ranked) <= 2 * SHOWN else [*ranked[:SHOWN], *ranked[-SHOWN:]]
+    ends = ranked if len(ranked) <= 2 * SHOWN else [*ranked[:SHOWN], *ranked[-SHOWN:]]
     title = f"{diagnostics['estimator']} of {len(ranked)} samples, hardest to unlearn first"
     table = Table("question", title=title, title_justify="left")
     for column in ("MRD", "standard error", "tokens"):
         table.add_column(column, justify="right")
-    for place, record in enumerate(shown):
+    for place, record in enumerate(ends):
         error = "" if record["standard_error"] is None else f"{record['standard_error']:.2g}"
         numbers = [f"{record['mrd']:.4g}", error, str(record["num_tokens"])]
-        gap = len(shown) < len(ranked) and place == SHOWN - 1
-        table.add_row(escape(record["question"]), *numbers, end_section=gap)
+        gap = len(ends) < len(ranked) and place == SHOWN - 1
+        table.add_row(shown(record["question"]), *numbers, end_section=gap)
     console.print(table)
     for check in self_checks(diagnostics):
         mark = "[bold green]ok[/]   " if check["met"] else "[bold yellow]check[/]"
-        console.print(f"{mark} {escape(check['text'])}", highlight=False, soft_wrap=True)
+        console.print(f"{mark} {shown(check['text'])}", highlight=False, soft_wrap=True)
     lines = [f"report  {scored.report}", f"scores  {scored.out}"]
-    console.print("\n" + "\n".join(lines), highlight=False, soft_wrap=True, markup=False)
+    console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

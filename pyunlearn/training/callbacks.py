@@ -1,11 +1,12 @@
-"""What watches a training stage: the metrics file, the progress bar, and Ctrl-C.
+"""What watches a training stage: the metrics file, its checkpoints, the progress bar, and Ctrl-C.
 
-All three are ordinary `transformers.TrainerCallback`s and can be given to any Trainer.
+All are ordinary `transformers.TrainerCallback`s and can be given to any Trainer.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._files import write_json_lines
+from .._files import seal, write_json_lines
 from .folder import TrainingFolder, write_model
 
 
@@ -61,14 +62,42 @@ def append_metrics(path: Path, row: dict[str, Any]) -> None:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file. A last line cut short by a kill is left out."""
+    """The rows of a metrics file. A last line cut short by a kill is left out.
+
+    Raises ValueError that names any other line that is no row.
+    """
     rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    lines = Path(path).read_bytes().split(b"\n")
+    last = max((number for number, line in enumerate(lines) if line.strip()), default=-1)
+    for number, line in enumerate(lines[: last + 1]):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"holds {type(row).__name__}")
+            rows.append(row)
+        except (ValueError, RecursionError) as error:
+            if number < last:
+                raise ValueError(
+                    f"{path}:{number + 1}: is damaged, no row of metrics ({error}); repair or delete that line"
+                ) from None
     return rows
+
+
+class SealCheckpoints(TrainerCallback):
+    """Seals each resumable checkpoint of a stage (`_files.seal`); then all others go, whatever their files' times."""
+
+    def __init__(self, folder: TrainingFolder, stage: str):
+        self.folder, self.stage = folder, stage
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every rank has written its part
+        if not state.is_world_process_zero:
+            return
+        checkpoints = self.folder.checkpoints(self.stage)
+        seal(checkpoints.pop(state.global_step))
+        for path in checkpoints.values():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 class KeepCheckpoints(TrainerCallback):

@@ -9,12 +9,20 @@ geffect/reference/    the same of the samples that the G-effect is measured on
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .._files import write_folder
+from safetensors import SafetensorError
+
+from .._files import SEAL, seal, write_folder
+
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # torch.save has no type of its own
+SMALL = 1 << 24  # bytes left on a disk that is called full
 
 
 class TrainingFolder:
@@ -31,10 +39,13 @@ class TrainingFolder:
         return self.path / "training" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The latest resumable checkpoint that was written to its end (trainer_state.json comes last)."""
-        steps = {step: path for step, path in numbered(self.training(stage), "checkpoint-").items()
-                 if (path / "trainer_state.json").is_file()}  # fmt: skip
+        """The resumable checkpoint of the most steps that was written to its end (its seal comes last)."""
+        steps = {step: path for step, path in self.checkpoints(stage).items() if (path / SEAL).is_file()}
         return steps[max(steps)] if steps else None
+
+    def checkpoints(self, stage: str) -> dict[int, Path]:
+        """Optimiser step -> the resumable checkpoint there, whole or not."""
+        return numbered(self.training(stage), "checkpoint-")
 
     def remove_training(self, stage: str) -> None:
         """The resumable checkpoints of a finished stage."""
@@ -55,10 +66,30 @@ def numbered(folder: Path, prefix: str) -> dict[int, Path]:
 
 
 def write_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """Model (safetensors) and tokenizer in a folder that is there whole or not at all."""
+    """Model (safetensors) and tokenizer in a folder that is there whole or not at all, sealed (`_files.seal`).
+
+    Raises OSError that names the folder where it cannot be written.
+    """
 
     def fill(temporary: Path) -> None:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        seal(temporary)
 
-    write_folder(path, fill)
+    with named_failures(path):
+        write_folder(path, fill)
+
+
+@contextmanager
+def named_failures(path: Path) -> Iterator[None]:
+    """What the libraries raise where they cannot write, a full disk above all, as an OSError that names the folder."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        text, number = str(error), error.errno if isinstance(error, OSError) else None
+        if isinstance(error, RuntimeError) and not any(words in text for words in TORCH_CANNOT_WRITE):
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        number = number or (errno.ENOSPC if shutil.disk_usage(path.parent).free < SMALL else errno.EIO)
+        raise OSError(number, f"cannot be written ({text.splitlines()[0]})", str(path)) from error

@@ -52,15 +52,17 @@ def as_sampling(value: Any) -> Any:
 
 
 class TrainingConfig(Section):
-    epochs: float = Field(default=5, gt=0)
+    epochs: float = Field(default=5, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps; overrides epochs")
     learning_rate: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
     batch_size: int = Field(default=8, ge=1, description="forget samples of one micro-batch, on one device")
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    warmup: float = Field(default=0.0, ge=0, description="a share of the steps below 1, a number of steps from 1 on")
-    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(
+        default=0.0, ge=0, allow_inf_nan=False, description="a share of the steps below 1, a number of steps from 1 on"
+    )
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
-    max_grad_norm: float = Field(default=1.0, ge=0, description="0 does not clip")
+    max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="0 does not clip")
     gradient_checkpointing: bool = False
     bf16: bool = Field(default=False, description="autocast to bfloat16 around float32 weights")
     save_steps: int = Field(default=50, ge=1, description="optimiser steps between resumable checkpoints")

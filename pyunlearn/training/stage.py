@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .._files import check_seal
 from ..distributed import Processes
-from .callbacks import Interrupt, MetricsWriter, ProgressBar
-from .folder import TrainingFolder
+from .callbacks import Interrupt, MetricsWriter, ProgressBar, SealCheckpoints
+from .folder import TrainingFolder, named_failures
 from .sampling import ForgetSampler
 from .settings import TrainingConfig
 from .trainer import NonFiniteLossError, UnlearnTrainer
@@ -69,9 +70,14 @@ def train(
 ) -> int:
     """The stage `name` to its end, from its last checkpoint if there is one: how many optimiser steps it has.
 
-    Raises Interrupted after Ctrl-C, with a checkpoint saved, and NonFiniteLossError naming the last good checkpoint.
+    Raises Interrupted after Ctrl-C, with a checkpoint saved, NonFiniteLossError naming the last good checkpoint,
+    ValueError naming a file of the last checkpoint that is missing or damaged, and OSError naming the folder where no
+    checkpoint can be written.
     """
     folder, last = stage.folder, stage.folder.last_checkpoint(name)
+    with stage.processes.first_first():
+        if last is not None and stage.processes.first:
+            check_seal(last, f"delete {last}: the checkpoint before it, or the start of the stage, is taken then")
     bar = ProgressBar(name, stage.console)
     with Interrupt(stage.console) as interrupt:
         trainer = UnlearnTrainer(
@@ -81,11 +87,19 @@ def train(
             objectives=objectives,
             reference=reference,
             sampler=sampler,
-            callbacks=[MetricsWriter(folder.metrics, name), *callbacks, bar, interrupt, SkipLastSave()],
+            callbacks=[
+                MetricsWriter(folder.metrics, name),
+                *callbacks,
+                bar,
+                interrupt,
+                SkipLastSave(),
+                SealCheckpoints(folder, name),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         try:
-            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+            with named_failures(folder.training(name)):
+                trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except NonFiniteLossError as error:
             last = folder.last_checkpoint(name)
             raise NonFiniteLossError(f"{name}: {error}. Last good checkpoint: {last or 'none yet'}") from None
@@ -119,7 +133,7 @@ def training_arguments(stage: Stage, name: str, settings: TrainingConfig) -> Tra
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=settings.save_steps,
-        save_total_limit=1,
+        save_total_limit=None,  # SealCheckpoints removes them: transformers goes by the files' times
         seed=stage.seed,
         data_seed=stage.seed,
         dataloader_pin_memory=torch.cuda.is_available(),

@@ -15,9 +15,11 @@ from transformers import TrainerCallback
 
 from ..data import QA, ForgetRetainDataset, QADataset, collate
 from ..distributed import whole
+from ..gradients.groups import assign_groups
 from ..model.cache import ReferenceCache
-from ..model.forward import PADDED
+from ..model.forward import PADDED, layer_number
 from ..model.reference import Source
+from ..ops.parameters import canonical
 from .callbacks import KeepCheckpoints
 from .folder import TrainingFolder
 from .probe import GEffectCallback, Probe
@@ -116,6 +118,15 @@ def unlearn(
         refreshed_at=[] if sampler is None else sampler.memory.refreshed_at,
         samples=[] if sampler is None else sampler.records(),
     )
+
+
+def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: Any) -> None:
+    """Raises ValueError for a layer of an objective, or a group of the G-effect, that the model does not have."""
+    for need in collect_needs(make_terms(settings.weighted_objectives())).values():
+        for layer in need.layers:
+            layer_number(model, layer)
+    if probing is not None:
+        assign_groups(model, [canonical(name) for name, _ in trainable(model)], probing.groups)
 
 
 def retain_used(stage: Stage, settings: UnlearnConfig, data: UnlearnData) -> list[QA]:

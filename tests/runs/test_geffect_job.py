@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 
 import pytest
 from transformers.models.llama.modeling_llama import LlamaMLP
@@ -138,6 +139,21 @@ def test_rows_of_another_model_are_measured_again(folder, monkeypatch):
     second = measure_run(folder)
     assert second.rows[1]["geffect"] == first.rows[2]["geffect"]
     assert [second.rows[i] for i in (0, 2, 3)] == [first.rows[i] for i in (0, 2, 3)]
+
+
+def test_rows_of_other_data_are_measured_again(folder, monkeypatch):
+    first = measure_run(folder)
+    load = geffect.Job.start
+
+    def fewer(*args):
+        job = load(*args)
+        return replace(job, data=replace(job.data, retain=job.data.retain[1:]))
+
+    monkeypatch.setattr(geffect.Job, "start", fewer)
+    second = measure_run(folder)
+    for one, other in zip(first.rows, second.rows, strict=True):
+        assert one["geffect"]["nll"]["unlearn"] == pytest.approx(other["geffect"]["nll"]["unlearn"])
+        assert one["geffect"]["nll"]["retain"] != pytest.approx(other["geffect"]["nll"]["retain"])
 
 
 def test_the_tokenizer_is_kept_too(folder):

@@ -23,7 +23,7 @@ from pyunlearn.training.unlearn import retain_used
 
 FILES = {
     "config.yaml", "metrics.jsonl", "table.json", "table.md", "report.html", "memorised", "checkpoint", "evaluation",
-    "reference", "unlearning.json",
+    "reference", "unlearning.json", ".pyunlearn",
 }  # fmt: skip
 
 
@@ -166,10 +166,9 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_config, tmp_path):
     config = tiny_config()
     config.folder.mkdir()
     (config.folder / "thesis.tex").write_text("years of work")
-    with pytest.raises(FileExistsError, match="exists and is not a run folder"):
-        run(config)
-    with pytest.raises(FileExistsError, match=r"is not a run folder \(no config.yaml\); it is left alone"):
-        run(config, overwrite=True)
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match=r"is not a run folder \(no \.pyunlearn\); it is left alone"):
+            run(config, overwrite=overwrite)
     assert (config.folder / "thesis.tex").read_text() == "years of work"
 
 
@@ -335,7 +334,7 @@ def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_pat
         config = tiny_config({"data": {**files, **changes}})
         with pytest.raises(error, match=message):
             run(config)
-        assert not config.folder.exists() or [path.name for path in config.folder.iterdir()] == ["config.yaml"]
+        assert not config.folder.exists() or not RunFolder(config.folder).computed
 
     told(
         FileNotFoundError,

@@ -1,0 +1,53 @@
+"""What a job reads, told by its content: so that nothing computed from other data or another model is mixed in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .._files import digest_file
+from ..data import QA
+from ..store import digest_json
+from ..training.unlearn import UnlearnData
+from .config import EMBEDDED, ModelConfig, RunConfig
+
+TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
+MODEL = ("*.safetensors", "config.json", *TOKENIZER)
+
+
+def fingerprints(config: RunConfig, data: UnlearnData) -> dict[str, str]:
+    """BLAKE2b (32 hex digits) of what a run reads, by the key of its configuration."""
+    return {**data_fingerprints(data), **model_fingerprints(config.model)}
+
+
+def data_fingerprints(data: UnlearnData) -> dict[str, str]:
+    """Of the pairs and refusals as read: where they lie, and what else is in their files, does not count."""
+    return {
+        "data.forget": digest_pairs(data.forget),
+        "data.retain": digest_pairs(data.retain),
+        "data.refusals": digest_json(data.refusals),
+    }
+
+
+def digest_pairs(items: Sequence[QA]) -> str:
+    return digest_json([item.to_json() for item in items])
+
+
+def model_fingerprints(source: ModelConfig) -> dict[str, str]:
+    """Of a model's and its tokenizer's files; the name of what is none here (embedded, or on the Hub)."""
+    name, gguf = source.name_or_path, source.gguf_file
+    files = matching(Path(name), MODEL) if gguf is None else [Path(gguf) if name == EMBEDDED else Path(name) / gguf]
+    found = {"model": digest_files(files) or f"{name} {gguf}"}
+    if source.tokenizer is not None:
+        found["model.tokenizer"] = digest_files(matching(Path(source.tokenizer), TOKENIZER)) or source.tokenizer
+    return found
+
+
+def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+
+
+def digest_files(files: Iterable[Path]) -> str | None:
+    """Over names and content of those that are there; None where there is none."""
+    digests = {file.name: digest_file(file) for file in files if file.is_file()}
+    return digest_json(digests) if digests else None

@@ -1,0 +1,158 @@
+"""Damaged files and full disks: one sentence that names the file and the remedy; the terminal obeys no data."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from safetensors import SafetensorError
+
+from pyunlearn import _files
+from pyunlearn._terminal import shown, visible
+from pyunlearn.cli.shared import clean_errors
+from pyunlearn.data import load_qa
+from pyunlearn.runs import job as job_module
+from pyunlearn.runs import load_config
+from pyunlearn.runs import score as score_module
+from pyunlearn.runs.config import ConfigError, ModelConfig
+from pyunlearn.runs.evaluate import read_records, read_summaries
+from pyunlearn.runs.folder import RunFolder
+from pyunlearn.runs.run import load_result
+from pyunlearn.store import Damaged, Store
+from pyunlearn.training.folder import TrainingFolder, named_failures, write_model
+from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.stage import Stage
+from pyunlearn.training.unlearn import UnlearnData, unlearn
+
+DEEP = "[" * 100_000
+CLEAR = "\x1b[2J\x9b1m\u202eevil\r\x07"
+
+
+def told(capsys, error):
+    with pytest.raises(typer.Exit) as caught, clean_errors(debug=False):
+        raise error
+    assert caught.value.exit_code == 2
+    return capsys.readouterr().err
+
+
+def test_a_full_disk_names_the_file_and_the_remedy(capsys, tmp_path):
+    def full(temporary):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*table.json'") as caught:
+        _files.write_file(tmp_path / "table.json", full)
+    assert "table.json'; free some space, then the same command (run: with --resume) goes on" in told(
+        capsys, caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("basic_ios::clear: iostream error"),  # of torch.save on a full disk, all three
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)
+def test_so_do_the_libraries_that_cannot_write(tiny, tmp_path, monkeypatch, error):
+    def fails(*args, **kwargs):
+        raise error
+
+    folder = TrainingFolder(tmp_path / "work")
+    model, settings = tiny.model(), UnlearnConfig(forget="ga", retain=[], max_steps=2, save_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fails)
+        with pytest.raises(OSError, match=r"cannot be written \(.*\): '.*training/unlearn'"):
+            unlearn(Stage(folder), settings, model, tiny.tokenizer, UnlearnData(tiny.world.forget, [], []))
+    monkeypatch.setattr(type(model), "save_pretrained", fails)
+    with pytest.raises(OSError, match=r"cannot be written \(.*\): '.*checkpoint'"):
+        write_model(tmp_path / "checkpoint", model, tiny.tokenizer)
+    assert not (tmp_path / "checkpoint").exists()
+    for other in (RuntimeError("a bug"), PermissionError(errno.EACCES, "Permission denied", "a/file")):
+        with pytest.raises(type(other)) as caught, named_failures(tmp_path):
+            raise other
+        assert caught.value is other
+
+
+def test_damaged_models(tiny, tiny_config, tmp_path):
+    job = job_module.Job.start(tiny_config(), None, "")
+    source = tmp_path / "model"
+    write_model(source, tiny.model(), tiny.tokenizer)
+    (source / "digests.json").unlink()
+    whole = {path.name: path.read_bytes() for path in source.iterdir()}
+    for name, content, message in (
+        ("model.safetensors", whole["model.safetensors"][:50], r"model\.safetensors: is damaged or no safetensors"),
+        ("model.safetensors", b"", r"model\.safetensors: is damaged or no safetensors file \(.*\); fetch or make it"),
+        ("tokenizer.json", b'{"a": 1}', r"its model or tokenizer files cannot be read \(.*\); fetch or make it again"),
+        ("tokenizer.json", b'{"a": ', r"its model or tokenizer files cannot be read \(.*\); fetch or make it again"),
+        ("config.json", json.dumps({**json.loads(whole["config.json"]), "hidden_size": "wide"}).encode(),
+         r"its config\.json cannot be read \(.*hidden_size.*\); fetch or make it again"),
+    ):  # fmt: skip
+        (source / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            job_module.loaded(job, ModelConfig(name_or_path=str(source)))
+        (source / name).write_bytes(whole[name])
+
+
+@pytest.mark.parametrize("text", [DEEP, "a: \xff".encode("latin-1"), "a: 2020-13-45", "a: {b: [}", "a: \x00"])
+def test_yaml_that_cannot_be_read(tiny_config, tmp_path, text):
+    file = tmp_path / "c.yaml"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError, match=r"c\.yaml': not valid YAML: "):
+        load_config(file)
+    if isinstance(text, str):
+        with pytest.raises(ConfigError, match=r"--set .*: the value is not valid YAML"):
+            load_config(None, [f"seed={text.removeprefix('a: ')}"])
+    config = tiny_config()
+    folder = RunFolder(config.folder)
+    folder.open(config)
+    folder.metrics.write_text("")
+    folder.config.write_bytes(file.read_bytes())
+    with pytest.raises(ValueError, match=r"config\.yaml: cannot be read \(.*\); choose --overwrite or --set output"):
+        folder.open(config, resume=True)
+
+
+@pytest.mark.parametrize("text", [DEEP, "{", "3", "\x00"])
+def test_json_that_cannot_be_read(tmp_path, text):
+    folder = RunFolder(tmp_path)
+    (tmp_path / "evaluation").mkdir()
+    folder.evaluation("before.json").write_text(text)
+    again = r".*; delete .*evaluation, and --resume evaluates again"
+    with pytest.raises(ValueError, match=r"before\.json: is damaged" + again):
+        read_summaries(folder, "before")
+    (tmp_path / "table.json").write_text(text)
+    with pytest.raises(ValueError, match=r"table\.json: is damaged, .*; --resume of the run makes it again"):
+        load_result(tmp_path)
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(Damaged, match=r"x\.json: is damaged"):
+        Store(tmp_path / "x.json")
+    if text != "3":
+        folder.evaluation("before-forget.jsonl").write_text("{}\n" + text)
+        with pytest.raises(ValueError, match=r"before-forget\.jsonl:2: is damaged" + again):
+            read_records(folder, "before")
+        (tmp_path / "data.jsonl").write_text(text)
+        with pytest.raises(ValueError, match=r"data\.jsonl:1: not valid JSON"):
+            load_qa(tmp_path / "data.jsonl")
+
+
+def test_the_terminal_obeys_no_data(capsys, monkeypatch):
+    assert visible(CLEAR) == r"\x1b[2J\x9b1m\u202eevil\x0d\x07".replace(r"\x0d", r"\r")
+    assert visible("grün\tund\nweiß 日本") == "grün\tund\nweiß 日本"
+    console = Console(force_terminal=False, width=200)
+    console.print(f"[red]{shown(CLEAR + '[bold]')}[/]")
+    assert capsys.readouterr().out == visible(CLEAR) + "[bold]\n"
+    record = {"question": CLEAR, "mrd": 1.0, "standard_error": None, "num_tokens": 3}
+    told_of = {"estimator": "initial", "num_samples": 1}
+    result = score_module.ScoreResult([record], told_of, Path(f"x{CLEAR}.jsonl"), Path(f"x{CLEAR}.html"))
+    monkeypatch.setattr(score_module, "self_checks", lambda diagnostics: [])
+    score_module.tell(result, console)
+    text = capsys.readouterr().out + told(capsys, ValueError(f"no such file: {CLEAR}"))
+    assert text.count("evil") == 4
+    assert not set(text) & set(CLEAR) - set("[2J1mevil")
