@@ -16,6 +16,7 @@ import pyunlearn
 from pyunlearn import objectives, recipes
 from pyunlearn.cli import app
 from pyunlearn.cli.shared import command_line
+from pyunlearn.store import Store
 from pyunlearn.training.callbacks import MetricsWriter
 
 TINY = {
@@ -125,17 +126,16 @@ def test_ctrl_c_exits_with_130_and_resume_finishes(call, monkeypatch, tmp_path):
 
 
 def test_a_score_stopped_and_continued(call, monkeypatch, tmp_path):
-    from pyunlearn.mrd import work
+    put = Store.put
 
-    put = work.Store.put
-
-    def stop(store, unit, values):
-        put(store, unit, values)
+    def stop(*arguments):
+        value = put(*arguments)
         os.kill(os.getpid(), signal.SIGINT)
+        return value
 
     arguments = ["score", "tiny.yaml", "--num-draws", "3"]
     with monkeypatch.context() as patch:
-        patch.setattr(work.Store, "put", stop)
+        patch.setattr(Store, "put", stop)
         code, _, errors = call(*arguments, "--overwrite")
     assert code == 130
     assert "resume with: pyunlearn score tiny.yaml --num-draws 3\n" in errors

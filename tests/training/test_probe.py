@@ -342,7 +342,7 @@ def test_a_mistake_is_told_before_the_first_step(tiny_config):
     config = tiny_config({"geffect": {"groups": {"mine": ["nothing.*"]}}})
     with pytest.raises(ValueError, match=r"groups\['mine'\]=\['nothing.\*'\]: matches no trainable parameter"):
         run(config)
-    assert not [row for row in read_metrics(config.folder / "metrics.jsonl") if row["stage"] == "unlearn"]
+    assert not (config.folder / "metrics.jsonl").exists()  # nor did it memorise
 
 
 def test_deepspeed_is_refused(tiny, arguments):
