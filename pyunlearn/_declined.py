@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 logger = logging.getLogger("pyunlearn")
 _logged: set[tuple[str, str]] = set()
@@ -14,8 +15,9 @@ def decline(optimisation: str, reason: str) -> str:
     optimisation: its name in the docs, such as "shared prefix". reason: why not, in a few words, such as "the model's
     forward takes no cache".
     """
-    if (optimisation, reason) not in _logged:
-        _logged.add((optimisation, reason))
+    kind = optimisation, re.sub(r"\d+", "N", reason)  # other counts are no other reason
+    if kind not in _logged:
+        _logged.add(kind)
         logger.info("%s is not used: %s", optimisation, reason)
     return reason
 

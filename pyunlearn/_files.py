@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # several processes may write at once
+    # several processes may write at once, on several hosts; the name tells whose the file is
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     try:
         write(temporary)
         sync(temporary)
@@ -50,6 +52,25 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         temporary.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}: {error.filename})") from None
+
+
+def remove_orphans(folder: str | os.PathLike[str]) -> None:
+    """Deletes what killed `write_file`s of this host have left in a folder and below it."""
+    for orphan in Path(folder).rglob(f".*.{socket.gethostname()}.*.*.tmp"):
+        writer = orphan.name.split(".")[-3]
+        if writer.isdigit() and not is_running(int(writer)):
+            orphan.unlink(missing_ok=True)
+
+
+def is_running(process: int) -> bool:
+    """Whether this host has a process of this number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ._files import write_file, write_text
+from ._files import remove_orphans, write_file, write_text
 from ._progress import track
 from .distributed import Processes
 
@@ -187,7 +187,13 @@ def own(folder: Path, owner: dict[str, Any], what: str) -> None:
         raise ValueError(f"{what}: {folder} is a file, needs a folder")
     others = folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir())  # looked at first:
     if manifest.is_file():  # another process may be marking it for the same job, and units come after the mark
-        if changed := differences(read_unit(manifest)["value"], owner):
+        try:
+            mark = read_unit(manifest)["value"]
+        except Damaged:
+            raise ValueError(
+                f"{what}: {manifest} is damaged or of another version; delete the folder {folder} or choose another"
+            ) from None
+        if changed := differences(mark, owner):
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(
                 f"{what}: {folder} belongs to another job ({changed[0]}{more}); delete it or choose another folder"
@@ -196,6 +202,7 @@ def own(folder: Path, owner: dict[str, Any], what: str) -> None:
         raise ValueError(f"{what}: {folder} holds other files; choose a new or an empty folder")
     else:
         write_text(manifest, json.dumps(make_unit(manifest.stem, owner, None), indent=1) + "\n")
+    remove_orphans(folder)
 
 
 def belongs(folder: Path, format: str) -> bool:

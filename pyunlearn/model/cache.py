@@ -74,7 +74,7 @@ class ReferenceCache:
             self._file = safe_open(str(self.path), framework="pt")
             header = (self._file.metadata() or {}).get(HEADER, "")
         except UNREADABLE as error:
-            raise ValueError(f"{self.path} is not a reference cache: no safetensors file ({error})") from error
+            raise Damaged(self.path, f"no safetensors file: {error}") from error
         if header.startswith(OLDER):
             self.metadata: dict[str, Any] = json.loads(header)
             return

@@ -146,7 +146,8 @@ class CausalLM:
 
         Raises ValueError if they differ: the architecture does something to its logits that is not known here.
         """
-        proof = (id(self.head_layer), *logit_settings(self.config))
+        forward = getattr(self.inner.forward, "__func__", self.inner.forward)
+        proof = (id(self.head_layer), id(forward), *logit_settings(self.config))
         if _PROVEN.get(self.inner) == proof:
             return
         inputs: list[Tensor] = []
@@ -157,6 +158,11 @@ class CausalLM:
                 logits = self.alone(input_ids=ids, use_cache=False).logits.float()
         finally:
             hook.remove()
+        if len(inputs) != 1:
+            raise ValueError(
+                f"{self.name}: its forward needs to call its output layer once, it called it {len(inputs)} times; use "
+                "token_stats on model(...).logits"
+            )
         head = self.read_head()
         ours = head.logits(whole(inputs[0]).to(head.weight.dtype)).float()
         tolerance = 1e-3 if torch.finfo(head.weight.dtype).bits >= 32 else 3e-2

@@ -6,6 +6,7 @@ Any of them, followed by +mrd, draws its forget samples by Memory Removal Diffic
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import yaml
 from .._hints import hint
 
 SUFFIX = "+mrd"
+FILE = re.compile(r"([a-z0-9][a-z0-9_.-]*)\.yaml")
 
 
 class Recipe(NamedTuple):
@@ -28,13 +30,19 @@ class Recipe(NamedTuple):
 @cache
 def names() -> tuple[str, ...]:
     """Every recipe, in alphabetical order."""
-    there = (file.name for file in files(__name__).iterdir())
-    return tuple(sorted(name.removesuffix(".yaml") for name in there if name.endswith(".yaml")))
+    return tuple(sorted(found[1] for file in files(__name__).iterdir() if (found := FILE.fullmatch(file.name))))
 
 
 def read(name: str) -> Recipe:
-    """The file of a recipe, anew. Raises FileNotFoundError, and TypeError for a key too many or too few."""
-    return Recipe(**yaml.safe_load(files(__name__).joinpath(f"{name}.yaml").read_text(encoding="utf-8")))
+    """The file of a recipe, anew. Raises FileNotFoundError, and ValueError for other keys than it needs, or no YAML."""
+    file = files(__name__).joinpath(f"{name}.yaml")
+    try:
+        keys = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {error}") from None
+    if not isinstance(keys, dict) or keys.keys() != set(Recipe._fields) or not isinstance(keys["unlearn"], dict):
+        raise ValueError(f"{file}: needs the keys {', '.join(Recipe._fields)}, the last a section, got {keys!r}")
+    return Recipe(**keys)
 
 
 def recipe(name: str) -> dict[str, Any]:

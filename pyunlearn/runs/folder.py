@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from .._files import read_json, write_json, write_text
+from .._files import read_json, remove_orphans, write_json, write_text
 from ..store import differences
 from ..training.folder import TrainingFolder
 from .config import RunConfig
@@ -79,6 +79,7 @@ class RunFolder(TrainingFolder):
                 self._move_aside()
             elif self.computed:
                 self._compare(config, reads, resume)
+        remove_orphans(self.path)
         write_json(self.path / MARK, {"folder": "a run of pyunlearn", "reads": None if reads is None else dict(reads)})
         write_text(self.config, config_text(config))
 
@@ -125,7 +126,8 @@ class RunFolder(TrainingFolder):
             if place == taken or place in taken.parents:
                 where = f"is the {name} directory" if place == taken else f"holds the {name} directory"
                 raise ValueError(f"output={str(self.path)!r}: needs a folder of the run's own, this {where} {taken}")
-        filled = self.path.is_dir() and {path.name for path in self.path.iterdir()} - {LOCK, OLD, MOVING}
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        filled = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))} - {LOCK, OLD, MOVING}
         if (filled and not self.marked) or self.path.is_file():
             raise FileExistsError(
                 f"{self.path} exists and is not a run folder (no {MARK}); it is left alone: choose --set output=..."

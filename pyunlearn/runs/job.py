@@ -172,6 +172,9 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
         check_model(job.config.unlearn, job.config.geffect, model)
         if job.processes.first:
             job.folder.settle()
+            for name in ("memorise", "unlearn"):
+                if job.folder.result(name).is_dir():
+                    job.folder.remove_training(name)  # what a kill has left of it
     if job.config.memorise is not None and not job.folder.memorised.is_dir():
         job.console.print("[bold]memorise[/] so that there is something to forget")
         memorise(stage, job.config.memorise, model, tokenizer, job.data)

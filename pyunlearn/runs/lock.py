@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from .._files import is_running
+
 
 class InUse(OSError):
     """Another process works on the same files."""
@@ -91,13 +93,7 @@ def runs(holder: dict[str, Any]) -> bool:
     """Whether the process may still run: it does on this machine, or is one of another machine."""
     if holder["host"] != socket.gethostname():
         return True
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        pass
-    return holder["started"] == started(holder["pid"])
+    return is_running(holder["pid"]) and holder["started"] == started(holder["pid"])
 
 
 def started(pid: int) -> str | None:
