@@ -63,9 +63,7 @@ def token_stats(
         check_inplace(logits)
     chosen = choose(backend, logits.device)
     shape = targets.shape
-    if logits.dim() > 3:  # kernels take two leading dimensions, which covers logits[:, :-1] without a copy
-        logits, targets = logits.flatten(0, -3), targets.flatten(0, -2)
-        reference = None if reference is None else reference.flatten(0, -3)
+    logits, targets, reference = in_rows(logits, targets, reference)
     stacked = stacked_stats(logits, targets, reference, options, chosen, inplace_backward)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else None
     if inplace_backward and (chosen == "eager" or torch.compiler.is_compiling()):
@@ -73,6 +71,16 @@ def token_stats(
         declined = {**(declined or {}), "in-place backward": decline("in-place backward", why)}
     mask = targets.view(shape) != ignore_index
     return unpack(stacked.view(len(options.outputs), *shape), options.outputs, mask, declined)
+
+
+def in_rows(logits: Tensor, targets: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As kernels take them: two leading dimensions, which covers logits[:, :-1] without a copy, columns of stride 1."""
+    if reference is not None and reference.stride(-1) != 1:
+        reference = reference.contiguous()
+    if logits.dim() > 3:
+        logits, targets = logits.flatten(0, -3), targets.flatten(0, -2)
+        reference = None if reference is None else reference.flatten(0, -3)
+    return logits, targets, reference
 
 
 def stacked_stats(
@@ -100,7 +108,11 @@ def check_inplace(logits: Tensor) -> None:
 
 
 def check_writable(asked: str, logits: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+    reach = 0  # of the dimensions of smaller strides: elements that a step of the next one has to pass
+    apart = True
+    for stride, size in sorted((step, n) for step, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+        apart, reach = apart and stride > reach, reach + (size - 1) * stride
+    if not apart and logits.numel():
         raise ValueError(f"{asked}: logits of strides {logits.stride()} share memory between rows")
 
 

@@ -26,7 +26,7 @@ from .contract import (
     statistics_dtype,
     unpack,
 )
-from .from_logits import check_writable, forward, stacked_stats
+from .from_logits import check_writable, forward, in_rows, stacked_stats
 
 
 @dataclass(frozen=True)
@@ -99,10 +99,8 @@ def value_and_grad(
     chosen = choose(backend, logits.device)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else {}
 
-    shape, source = targets.shape, logits.detach()
-    if source.dim() > 3:
-        source, targets = source.flatten(0, -3), targets.flatten(0, -2)
-        reference = None if reference is None else reference.flatten(0, -3)
+    shape = targets.shape
+    source, targets, reference = in_rows(logits.detach(), targets, reference)
     dtype = statistics_dtype(logits)
     lines = [
         per_token_of(weights[name], targets.shape, dtype)

@@ -31,9 +31,10 @@ def chunk_table(pieces: Sequence[Piece]) -> Tensor:
 
 
 def flat(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as (n,) in one order of elements: that of a's memory, so that a shared dense layout costs no copy."""
+    """Both as (n,), contiguous, in one order of elements: that of a's memory, so that a shared dense layout costs no
+    copy. What else there is (strided, expanded, lazily negated) is copied: kernels get an address and a count."""
     order = sorted(range(a.dim()), key=a.stride().__getitem__, reverse=True)
-    return tuple(t.detach().permute(order).reshape(-1) for t in (a, b))  # type: ignore[return-value]
+    return tuple(t.detach().permute(order).reshape(-1).contiguous().resolve_neg() for t in (a, b))  # type: ignore[return-value]
 
 
 def segment_table(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
