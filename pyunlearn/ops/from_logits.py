@@ -36,7 +36,8 @@ def token_stats(
         targets: (...) int64 or int32 token ids; `ignore_index` marks positions that are left out.
         outputs: names from `pyunlearn.ops.OUTPUTS`: logp, log_nll, entropy, variance, kl_pq, kl_qp, uniform_ce, greedy,
             topk. `pyunlearn.ops.contract` has the formulas; all are in nats.
-        reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp; no gradient flows into it.
+        reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp, read in its own dtype; no gradient flows
+            into it. Where its dtype is not that of logits, the compiled backends make copies in the wider one.
         temperature, softcap: z = softcap * tanh(logits / softcap) / temperature, for the reference too.
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
             not be used afterwards, and a second backward raises. Declined by the eager backend and under torch.compile.

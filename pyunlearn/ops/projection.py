@@ -68,7 +68,7 @@ class Projection:
 
 def both_logits(head: Projection, reference: Projection | None, columns: slice) -> tuple[Tensor, Tensor | None]:
     logits = head.logits(columns)
-    return logits, None if reference is None else reference.logits(columns).to(logits.dtype)
+    return logits, None if reference is None else reference.logits(columns)
 
 
 def stats_in_budget(
