@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._declined import decline
 from .backends import choose, eager, kernels, why_eager
 from .contract import Options, TokenStats, check_logits, make_options, unpack
+from .first_order import first_order, refuse_tangents
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -51,7 +51,8 @@ def token_stats(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or option; the message names the argument.
         IndexError: a target outside [0, V) on the CPU (its row becomes NaN on a GPU, where looking would be a sync).
-        RuntimeError: a backend that is not available here, a second backward after an in-place one.
+        RuntimeError: a backend that is not available here, a second backward after an in-place one, a second or a
+            forward-mode derivative (the eager backend has both).
 
     >>> logits = torch.zeros(2, 4, requires_grad=True)
     >>> stats = token_stats(logits, torch.tensor([1, -100]), outputs=("logp", "entropy"))
@@ -97,6 +98,7 @@ def stacked_stats(
         return eager.token_stats(logits, targets, reference, options)
     if torch.compiler.is_compiling():
         return torch.ops.pyunlearn.token_stats.default(logits, targets, reference, *options.flat(), backend)[0]
+    refuse_tangents("token_stats", logits)
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(logits, targets, reference, options, backend, inplace)
     return forward(logits, targets, reference, options, backend)[0]
@@ -146,7 +148,7 @@ class _TokenStats(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.consumed:
             raise RuntimeError(

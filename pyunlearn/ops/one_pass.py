@@ -26,6 +26,7 @@ from .contract import (
     statistics_dtype,
     unpack,
 )
+from .first_order import refuse_tangents
 from .from_logits import check_writable, forward, in_rows, stacked_stats
 
 
@@ -96,6 +97,7 @@ def value_and_grad(
     check_weights(weights, rule, floor, targets)
     if inplace:
         check_writable("inplace=True", logits)
+    refuse_tangents("value_and_grad", logits)
     chosen = choose(backend, logits.device)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else {}
 

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._declined import decline
 from .backends import kernels
 from .contract import NEEDS_REFERENCE, Options, statistics_dtype
+from .first_order import first_order, refuse_tangents
 from .from_logits import stacked_stats
 from .memory import free_bytes
 from .products import FLOAT32_PRODUCTS, product, slices, wide_product
@@ -129,12 +129,14 @@ def stats_in_budget(
     if backend != "eager" and (fits or "topk" not in options.outputs):
         if not fits:
             width = min(width, max(NARROWEST, budget // column_bytes // 64 * 64))
+        refuse_tangents("linear_token_stats", *head.tensors)
         stats = _ByColumns.apply(targets, reference, options, backend, here, width, fits, *head.tensors)
         return stats, declined
     if fits:
         logits, ref_logits = both_logits(head, reference, ALL, options)
         return stacked_stats(logits, targets, ref_logits, options, backend), declined
     height = max(1, budget // (column_bytes // n * width))
+    refuse_tangents("linear_token_stats", *head.tensors)
     return _ByRows.apply(targets, reference, options, backend, height, *head.tensors), declined
 
 
@@ -165,17 +167,19 @@ class _ByColumns(torch.autograd.Function):
         stats, saved = module.finish(here.gather(state), targets, reference is not None, options, here.vocabulary)
         if "topk" in options.outputs:
             index, belief = module.topk(logits, targets, stats, saved, options)
-        ctx.save_for_backward(targets, stats, saved, index, belief, *tensors)
-        ctx.reference, ctx.options, ctx.backend, ctx.here = reference, options, backend, here
+        kept = (None,) * 3 if reference is None else reference.tensors
+        ctx.save_for_backward(targets, stats, saved, index, belief, *kept, *tensors)
+        ctx.has_reference, ctx.options, ctx.backend, ctx.here = reference is not None, options, backend, here
         ctx.width, ctx.keep = width, keep
         ctx.logits = (logits, ref_logits) if keep and any(ctx.needs_input_grad) else None
         return stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        targets, stats, saved, index, belief, *tensors = ctx.saved_tensors
-        head, reference, here = Projection.of(*tensors), ctx.reference, ctx.here
+        targets, stats, saved, index, belief, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
+        head, here = Projection.of(*tensors), ctx.here
+        reference = Projection.of(bias, ref_x, ref_w) if ctx.has_reference else None
         if ctx.keep and ctx.logits is None:
             raise RuntimeError(
                 "linear_token_stats: a second backward: the logits were turned into their gradient; pass budget_bytes=0"
@@ -219,8 +223,9 @@ class _ByRows(torch.autograd.Function):
         height: int,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(targets, *tensors)
-        ctx.reference, ctx.options, ctx.backend, ctx.height = reference, options, backend, height
+        kept = (None,) * 3 if reference is None else reference.tensors
+        ctx.save_for_backward(targets, *kept, *tensors)
+        ctx.has_reference, ctx.options, ctx.backend, ctx.height = reference is not None, options, backend, height
         head, stats = Projection.of(*tensors), []
         for rows in slices(targets.numel(), height):
             logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL, options)
@@ -228,10 +233,11 @@ class _ByRows(torch.autograd.Function):
         return torch.cat(stats, dim=1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        targets, *tensors = ctx.saved_tensors
-        head, reference = Projection.of(*tensors), ctx.reference
+        targets, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
+        head = Projection.of(*tensors)
+        reference = Projection.of(bias, ref_x, ref_w) if ctx.has_reference else None
         sums = Gradients(head, ctx.needs_input_grad[5:], several_rows=True)
         with torch.autocast(grad.device.type, enabled=False):
             for rows in slices(targets.numel(), ctx.height):
