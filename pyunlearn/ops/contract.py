@@ -115,9 +115,9 @@ def make_options(
     missing = [name for name in names if name in NEEDS_REFERENCE]
     if missing and not has_reference:
         raise ValueError(f"outputs={names!r}: {missing[0]!r} needs reference=, got None")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: needs a finite number > 0")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap!r}: needs None or a finite number > 0")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k={k!r}: needs a whole number from 1 to {MAX_K}")

@@ -22,7 +22,7 @@ from .contract import (
     make_options,
     unpack,
 )
-from .from_logits import stacked_stats
+from .from_logits import stacked_stats, transformed
 from .projection import Projection, both_logits, stats_in_budget
 from .sharded import Columns
 
@@ -117,6 +117,7 @@ def linear_token_stats(
         stacked = stacked_stats(logits, flat, ref_logits, options, chosen)
         declined = {**declined, "budget": decline("budget", "torch.compile owns the memory: all logits are made")}
         return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined)
+    transformed(*head.tensors)
     if flat.device.type == "cpu":
         check_range(flat, weight.size(0), ignore_index)
     rows = None if ignore_index is None else mask.flatten().nonzero().squeeze(-1)

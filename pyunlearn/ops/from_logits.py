@@ -96,12 +96,24 @@ def stacked_stats(
     """(outputs, *targets.shape) by `backend`; arguments were checked."""
     if backend == "eager":
         return eager.token_stats(logits, targets, reference, options)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed(logits, targets, reference):
         return torch.ops.pyunlearn.token_stats.default(logits, targets, reference, *options.flat(), backend)[0]
     refuse_tangents("token_stats", logits)
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(logits, targets, reference, options, backend, inplace)
     return forward(logits, targets, reference, options, backend)[0]
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher must see the op: under FakeTensorMode, functionalize and vmap a tensor has no memory of
+    its own. Raises RuntimeError under torch.func.grad and jvp, which do not go through it."""
+    functions = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType
+    if any(function.key() in (kinds.Grad, kinds.Jvp) for function in functions):
+        raise RuntimeError("torch.func's grad and jvp: need backend='eager'; torch.autograd.grad takes every backend")
+    if functions or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(t is not None and torch._is_functional_tensor(t) for t in tensors)
 
 
 def check_inplace(logits: Tensor) -> None:
