@@ -42,6 +42,8 @@ class Borrowed {
       t.shape = shape_.data(), t.strides = strides_.data(), ++t.ndim;
     }
     field = pu::matrix_of(t, name);
+    if (t.data == nullptr && field.rows * field.columns > 0)
+      throw std::invalid_argument(std::string(name) + ": has no memory (a fake, functional or zero tensor)");
     device_ = t.device;
   }
   Borrowed(const Borrowed&) = delete;

@@ -280,7 +280,9 @@ def finish_kernel(
     log_odds = tl.where(others == 0, -INFINITY, tl.log(others) + (m - z_t))
     greedy = (z_t >= m) & (z_t > before)
     possible, ref_possible = z_t > -INFINITY, r_t > -INFINITY
-    bad = (z_t != z_t) | ((others == 0) & (z_t == -INFINITY))
+    # NaN, +inf, or nothing but -inf in the row: it has no softmax, and every statistic is NaN
+    bad = (z_t != z_t) | (z_t == INFINITY) | (m == INFINITY) | (log_odds != log_odds)
+    bad |= (others == 0) & (z_t == -INFINITY)
     all_m, all_ref_m = tl.where(possible, tl.maximum(m, z_t), m), tl.where(ref_possible, tl.maximum(ref_m, r_t), ref_m)
     d, d_t = m - all_m, tl.where(possible, z_t - all_m, LOWEST)
     e_t, q_t = exp(d_t), tl.where(ref_possible, exp(r_t - all_ref_m), 0.0)
@@ -294,7 +296,7 @@ def finish_kernel(
     ref_gap = times(c_ref, ref_gap) + times(q_t, g_t)
 
     sum_, ref_sum = tops + rest, c_ref * ref_sum + q_t
-    log_sum, ref_log_sum = log1p((tops - 1) + rest), tl.log(ref_sum)
+    log_sum, ref_log_sum = log1p((tops - 1) + rest), tl.where(r_t == r_t, tl.log(ref_sum), float("nan"))
     mean = shifted / sum_
     # logsumexp(z) - logsumexp(r) - offset, in the order that keeps a common shift of z and r out of the rounding
     excess = ((all_m - all_ref_m) - offset) + (log_sum - ref_log_sum)
@@ -322,6 +324,7 @@ def finish_kernel(
     tl.store(saved + SAVED_MAX * rows + row, tl.where(counts, all_m, 0.0), mask=exists)
     log_sum = tl.where(bad, float("nan"), log_sum)
     tl.store(saved + SAVED_LOG_SUM * rows + row, tl.where(counts, log_sum, 0.0), mask=exists)
+    log_odds = tl.where(bad, float("nan"), log_odds)
     tl.store(saved + SAVED_LOG_ODDS * rows + row, tl.where(counts, log_odds, 0.0), mask=exists)
     tl.store(saved + SAVED_REF_MAX * rows + row, tl.where(counts, all_ref_m, 0.0), mask=exists)
     tl.store(saved + SAVED_REF_LOG_SUM * rows + row, tl.where(counts, ref_log_sum, 0.0), mask=exists)
@@ -396,25 +399,27 @@ def backward_kernel(
     nll = softplus(u)
     small = exp(-tl.abs(u))
     p_other = tl.where(u > 0, 1.0, small) / (1 + small)  # 1 - p_t
-    # On a memorised token p_j and nll both underflow while their ratio does not: 1 / nll moves into the exponent.
+    # On a memorised token p_j and nll both underflow while their ratio does not: 1 / nll moves into the exponent. The
+    # other terms are scaled back; where the target is all there is (u = -inf) nothing is left to scale.
     rescale = (a_nll != 0) & (u < -30)
-    log_scale = tl.where(rescale, log_softplus(u), 0.0)
+    log_scale = tl.where(rescale & (u > -INFINITY), log_softplus(u), 0.0)
+    unscale = exp(log_scale)
     shared = a_uniform + a_qp - a_topk - times(a_entropy, entropy) - times(a_pq, kl_pq)
     constant = -a_uniform / vocabulary
-    on_p = (shared - a) * exp(log_scale) + tl.where(rescale, a_nll, times(a_nll, 1 / nll))
-    on_logp, on_logq = tl.where(rescale, 0.0, a_pq - a_entropy), tl.where(rescale, 0.0, -a_pq)  # p_j < 1e-13 there
+    on_p = (shared - a) * unscale + tl.where(rescale, a_nll, times(a_nll, 1 / nll))
+    on_logp, on_logq = (a_pq - a_entropy) * unscale, -a_pq * unscale
 
     # The lanes that do not follow the common formula: read before anything is overwritten, for dx may be x.
     column = target - first - begin
     inside = (column >= 0) & (column < n)
     y_t = curve(tl.load(x + column, mask=inside, other=0.0), scale, softcap, T, A, CURVE)[1]
     p_t = exp(-nll)
-    weight = shared - times(on_logp, nll)
+    weight = shared - times(a_pq - a_entropy, nll)
     dz_t = constant + a * p_other - tl.where(rescale, a_nll, times(a_nll, p_other / nll))
     if REFERENCE:
         r_t = curve(tl.load(r + column, mask=inside, other=0.0), scale, softcap, R, A, CURVE)[0]
         logq = (r_t - ref_max) - ref_log_sum
-        weight += times(on_logq, logq)
+        weight += times(-a_pq, logq)
         dz_t -= a_qp * exp(logq)
     dz_t += times(p_t, weight)
     if K > 0:

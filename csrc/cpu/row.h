@@ -59,7 +59,7 @@ template <class A> RowState<A> read_piece(const Call& call, int64_t row, int64_t
 template <class A>
 void write_piece(const Call& call, int64_t row, int64_t p, int64_t target, const RowCoefficients<A>& c,
                  const Belief& belief) {
-  const int kind = c.on_logq != 0 || c.on_q != 0 ? 2 : c.on_logp != 0 ? 1 : 0;
+  const int kind = c.at_target_logq != 0 || c.on_q != 0 ? 2 : c.on_logp != 0 ? 1 : 0;
   lanes().gradient(call.transform, piece_of(call, row, p * kPiece, target), &c, kind, belief,
                    call.grad_logits.row(row, p * kPiece));
 }

@@ -22,7 +22,7 @@ template <class A> void topk_as(const Call& call) {
     for (int64_t i = 0; i < k; ++i) total += exp(b[i] - top);
     for (int64_t i = 0; i < k; ++i) {
       const A weight = exp(b[i] - top) / total;
-      if (weight > 0) sum += weight * ((b[i] - max) - log_sum);
+      if (weight != 0) sum += weight * ((b[i] - max) - log_sum);
       b[i] = weight;
     }
     value[row] = sum;

@@ -176,6 +176,8 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
 
   // The state of the block's whole span, in every thread. `room` is kWarps + 2 floats of shared memory.
   __device__ RowState<float> joined(Span span, float* room) {
+    if (threadIdx.x == 0) room[kWarps] = s.target, room[kWarps + 1] = s.ref_target;  // NaN, or its own
+    __syncthreads();
     if (s.target == s.target) room[kWarps] = s.target, room[kWarps + 1] = s.ref_target;
     const float max = max_over_block(s.max, room);
     raise_max<kWants>(s, max);

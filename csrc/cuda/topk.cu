@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kThreads)
   const float e = me < k ? expf(z - top) : 0;
   const float weight = e / sum_over_block(e, sums);
   const float logp = (z - saved[kMax * a.rows + row]) - saved[kLogSum * a.rows + row];
-  const float total = sum_over_block(weight > 0 ? weight * logp : 0, sums);
+  const float total = sum_over_block(weight != 0 ? weight * logp : 0, sums);
   if (me < k) index[me] = sorted_column[me], belief[me] = weight;
   if (me == 0) value[row] = total;
 }

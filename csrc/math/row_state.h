@@ -152,7 +152,8 @@ template <class A> PU_FN void finish(RowState<A> s, int64_t vocabulary, bool has
   const A log_odds = alone ? -infinity : log1p((s.ones - 1) + s.rest) + (s.max - s.target);
   const bool peaked = s.target >= s.max;
   const bool masked = !(s.target > -infinity);  // p_t = 0: the target lane adds nothing
-  const bool bad = s.target != s.target || (masked && alone);
+  // NaN, +inf, or nothing but -inf in the row: it has no softmax, and every statistic is NaN
+  const bool bad = !(s.target < infinity) || !(s.max < infinity) || log_odds != log_odds || (masked && alone);
   RowState<A> all = RowState<A>::empty(A(0));
   all.offset = s.offset, all.origin = s.origin, all.count = 1, all.total = s.target - s.origin;
   const A ref_target = has_reference ? s.ref_target : A(0), difference = (s.target - ref_target) - s.offset;
@@ -160,7 +161,8 @@ template <class A> PU_FN void finish(RowState<A> s, int64_t vocabulary, bool has
   if (ref_target > -infinity) all.ref_max = ref_target, all.ref_sum = 1, all.ref_gap = difference;
   merge(all, s);
   const A log_sum = log1p((all.ones - 1) + all.rest), sum = all.ones + all.rest;
-  const A mean = all.shifted / sum, ref_log_sum = log(all.ref_sum);
+  const A nan = std::numeric_limits<A>::quiet_NaN();
+  const A mean = all.shifted / sum, ref_log_sum = ref_target == ref_target ? log(all.ref_sum) : nan;
   // logsumexp(z) - logsumexp(r) - offset, in the order that keeps a common shift of z and r out of the rounding
   const A excess = ((all.max - all.ref_max) - all.offset) + (log_sum - ref_log_sum);
   value[kLogp] = -softplus(log_odds);
@@ -168,16 +170,16 @@ template <class A> PU_FN void finish(RowState<A> s, int64_t vocabulary, bool has
   value[kEntropy] = log_sum - mean;
   value[kVariance] = all.squared / sum - mean * mean;
   value[kKlPq] = all.gap / sum - excess;
-  value[kKlQp] = excess - all.ref_gap / all.ref_sum;
+  value[kKlQp] = excess - all.ref_gap / all.ref_sum;  // a bad reference has made `excess` NaN
   for (int i = kEntropy; i <= kKlQp; ++i)
     if (value[i] < 0) value[i] = 0;
   value[kUniformCe] = ((all.max - all.origin) + log_sum) - all.total / A(vocabulary);
   value[kGreedy] = peaked && s.target > s.before ? A(1) : A(0);
   if (bad)
-    for (int i = 0; i < kTopk; ++i) value[i] = std::numeric_limits<A>::quiet_NaN();
+    for (int i = 0; i < kTopk; ++i) value[i] = nan;
   saved[kMax] = all.max;
-  saved[kLogSum] = bad ? value[kLogp] : log_sum;
-  saved[kLogOdds] = log_odds;
+  saved[kLogSum] = bad ? nan : log_sum;
+  saved[kLogOdds] = bad ? nan : log_odds;
   saved[kRefMax] = has_reference ? all.ref_max : A(0);
   saved[kRefLogSum] = has_reference ? ref_log_sum : A(0);
 }

@@ -18,8 +18,8 @@ template <class A> struct RowCoefficients {
   // dz_j = P_j (on_p + on_logp logp_j + on_logq logq_j) + on_q q_j + constant
   A constant, on_p, on_logp, on_logq, on_q;
   A on_belief;               // times b_j, on the top-k lanes
-  A at_target, at_target_p;  // dz_t = at_target + p_t (at_target_p + on_logp logp_t + on_logq logq_t) + ...
-  A target_p, target_logp;
+  // dz_t = at_target + p_t (at_target_p + at_target_logq logq_t) + on_q q_t + constant
+  A at_target, at_target_p, at_target_logq, target_p;
 };
 
 // `up` and `value` are indexed by Output (zero where an output was not asked for), `saved` by Saved.
@@ -28,8 +28,10 @@ PU_FN RowCoefficients<A> row_coefficients(const A* up, const A* value, const A* 
   const A u = saved[kLogOdds], nll = softplus(u);
   const A p_other = u > 0 ? 1 / (1 + exp(-u)) : exp(u) / (1 + exp(u));  // 1 - p_t
   // On a memorised token p_j and nll both underflow while their ratio does not: move 1 / nll into the exponent.
+  // The other terms are scaled back; where the target is all there is (u = -inf) nothing is left to scale.
   const bool rescale = up[kLogNll] != 0 && u < -30;
-  const A log_scale = rescale ? log_softplus(u) : A(0), unscale = exp(log_scale);
+  const A log_scale = rescale && u >= std::numeric_limits<A>::lowest() ? log_softplus(u) : A(0);
+  const A unscale = exp(log_scale), on_logp = up[kKlPq] - up[kEntropy];
   const A shared =
       up[kUniformCe] + up[kKlQp] - up[kTopk] - times(up[kEntropy], value[kEntropy]) - times(up[kKlPq], value[kKlPq]);
   RowCoefficients<A> c;
@@ -38,19 +40,21 @@ PU_FN RowCoefficients<A> row_coefficients(const A* up, const A* value, const A* 
   c.constant = -up[kUniformCe] / A(vocabulary);
   const A per_nll = rescale ? up[kLogNll] : times(up[kLogNll], 1 / nll);
   c.on_p = (shared - up[kLogp]) * unscale + per_nll;
-  c.on_logp = rescale ? A(0) : up[kKlPq] - up[kEntropy];  // p_j < 1e-13 beside the log_nll term
-  c.on_logq = rescale ? A(0) : -up[kKlPq];
+  c.on_logp = on_logp * unscale;
+  c.on_logq = -up[kKlPq] * unscale;
   c.on_q = -up[kKlQp];
   c.on_belief = up[kTopk];
   c.at_target = up[kLogp] * p_other - (rescale ? up[kLogNll] : times(up[kLogNll], p_other / nll));
-  c.at_target_p = shared;
-  c.target_p = exp(-nll), c.target_logp = -nll;
+  c.at_target_p = shared - times(on_logp, nll);
+  c.at_target_logq = -up[kKlPq];
+  c.target_p = exp(-nll);
   return c;
 }
 
 // The coefficients of scale * dz.
 template <class A> PU_FN RowCoefficients<A> scaled(RowCoefficients<A> c, A scale) {
-  for (A* factor : {&c.constant, &c.on_p, &c.on_logp, &c.on_logq, &c.on_q, &c.on_belief, &c.at_target, &c.at_target_p})
+  for (A* factor : {&c.constant, &c.on_p, &c.on_logp, &c.on_logq, &c.on_q, &c.on_belief, &c.at_target, &c.at_target_p,
+                    &c.at_target_logq})
     *factor *= scale;
   return c;
 }
@@ -68,18 +72,17 @@ PU_FN F lane_gradient(F z, F r, const RowCoefficients<A>& c) {
     weight += c.on_logq != 0 ? c.on_logq * logq : F{};  // logq may be -inf
     dz += c.on_q * (kCoarse ? exp_coarse(logq) : exp_lanes(logq));
   }
-  return dz + (kLogs || kReference ? select(p > 0, p * weight, F{}) : p * weight);
+  return dz + (kLogs || kReference ? select(p == 0, F{}, p * weight) : p * weight);
 }
 
 template <bool kReference, class A> PU_FN A target_gradient(A r, const RowCoefficients<A>& c) {
   A weight = c.at_target_p, dz = c.constant + c.at_target;
-  weight += times(c.on_logp, c.target_logp);
   if (kReference) {
     const A logq = (r - c.ref_max) - c.ref_log_sum;
-    weight += times(c.on_logq, logq);
+    weight += times(c.at_target_logq, logq);
     dz += c.on_q * exp(logq);
   }
-  return dz + (c.target_p > 0 ? c.target_p * weight : A(0));
+  return dz + (c.target_p == 0 ? A(0) : c.target_p * weight);
 }
 
 }  // namespace PU_ISA

@@ -115,9 +115,9 @@ def make_options(
     missing = [name for name in names if name in NEEDS_REFERENCE]
     if missing and not has_reference:
         raise ValueError(f"outputs={names!r}: {missing[0]!r} needs reference=, got None")
-    if not (math.isfinite(temperature) and temperature > 0):
+    if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: needs a finite number > 0")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap!r}: needs None or a finite number > 0")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k={k!r}: needs a whole number from 1 to {MAX_K}")
@@ -134,12 +134,14 @@ def check_logits(logits: Tensor, targets: Tensor, reference: Tensor | None, opti
     if logits.dim() < 1 or logits.size(-1) < 1:
         raise ValueError(f"logits: needs shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     check_dtype("logits", logits)
+    check_layout("logits", logits)
     check_targets(targets, logits.shape[:-1], "logits", logits)
-    if logits.stride(-1) != 1 and logits.size(-1) > 1:
+    if logits.stride(-1) != 1 and logits.size(-1) > 1 and logits.numel() > 0:
         raise ValueError(
             f"logits: the last dimension needs stride 1, got strides {logits.stride()}; call .contiguous()"
         )
     if reference is not None:
+        check_layout("reference", reference)
         if reference.shape != logits.shape:
             raise ValueError(
                 f"reference: needs the shape of logits {tuple(logits.shape)}, got {tuple(reference.shape)}"
@@ -163,6 +165,14 @@ def check_targets(targets: Tensor, shape: torch.Size, owner: str, like: Tensor) 
 def check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"{name}: needs bfloat16, float16, float32 or float64, got {tensor.dtype}")
+
+
+def check_layout(name: str, tensor: Tensor) -> None:
+    """Kernels read addresses: of what lies elsewhere than it seems to, they would read something else."""
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name}: needs a dense tensor, got {tensor.layout}")
+    if not torch.compiler.is_compiling() and tensor.is_neg():
+        raise ValueError(f"{name}: is a lazily negated view; call .resolve_neg()")
 
 
 def check_same_device(name: str, tensor: Tensor, owner: str, like: Tensor) -> None:

@@ -22,7 +22,7 @@ from .contract import (
     make_options,
     unpack,
 )
-from .from_logits import stacked_stats
+from .from_logits import stacked_stats, transformed
 from .projection import Projection, both_logits, stats_in_budget
 from .sharded import Columns
 
@@ -61,8 +61,10 @@ def linear_token_stats(
         budget_bytes: logits (the reference's included) that may be held at once; default a quarter of the free memory
             of the device, on a CPU without a graph 2 MiB, which its cache holds. Beyond it: slices of the vocabulary,
             never narrower than 256 columns, recomputed in backward; always so with 0, which leaves a checkpoint around
-            this call nothing to save. Slicing moves the last bits: give a budget where they matter. Under
-            torch.compile it is not looked at.
+            this call nothing to save. With kl_pq, kl_qp, entropy or variance among the outputs the logits of bfloat16
+            and float16 are held in float32, twice the bytes, and on a CPU multiplied in float32: rounded, they
+            would spoil what is left of sums that cancel. Slicing moves the last bits: give a budget where they matter.
+            Under torch.compile it is not looked at.
         adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
             x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
 
@@ -111,10 +113,11 @@ def linear_token_stats(
     mask = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     flat = targets.flatten()
     if compiling:  # no data-dependent shapes: the compiler sees GEMMs and one op
-        logits, ref_logits = both_logits(head, frozen, slice(None))
+        logits, ref_logits = both_logits(head, frozen, slice(None), options)
         stacked = stacked_stats(logits, flat, ref_logits, options, chosen)
         declined = {**declined, "budget": decline("budget", "torch.compile owns the memory: all logits are made")}
         return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined)
+    transformed(*head.tensors)
     if flat.device.type == "cpu":
         check_range(flat, weight.size(0), ignore_index)
     rows = None if ignore_index is None else mask.flatten().nonzero().squeeze(-1)

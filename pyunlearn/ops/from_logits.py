@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._declined import decline
 from .backends import choose, eager, kernels, why_eager
 from .contract import Options, TokenStats, check_logits, make_options, unpack
+from .first_order import first_order, refuse_tangents
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -36,7 +36,8 @@ def token_stats(
         targets: (...) int64 or int32 token ids; `ignore_index` marks positions that are left out.
         outputs: names from `pyunlearn.ops.OUTPUTS`: logp, log_nll, entropy, variance, kl_pq, kl_qp, uniform_ce, greedy,
             topk. `pyunlearn.ops.contract` has the formulas; all are in nats.
-        reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp; no gradient flows into it.
+        reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp, read in its own dtype; no gradient flows
+            into it. Where its dtype is not that of logits, the compiled backends make copies in the wider one.
         temperature, softcap: z = softcap * tanh(logits / softcap) / temperature, for the reference too.
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
             not be used afterwards, and a second backward raises. Declined by the eager backend and under torch.compile.
@@ -50,7 +51,8 @@ def token_stats(
     Raises:
         TypeError, ValueError: a wrong dtype, shape, device or option; the message names the argument.
         IndexError: a target outside [0, V) on the CPU (its row becomes NaN on a GPU, where looking would be a sync).
-        RuntimeError: a backend that is not available here, a second backward after an in-place one.
+        RuntimeError: a backend that is not available here, a second backward after an in-place one, a second or a
+            forward-mode derivative (the eager backend has both).
 
     >>> logits = torch.zeros(2, 4, requires_grad=True)
     >>> stats = token_stats(logits, torch.tensor([1, -100]), outputs=("logp", "entropy"))
@@ -63,9 +65,7 @@ def token_stats(
         check_inplace(logits)
     chosen = choose(backend, logits.device)
     shape = targets.shape
-    if logits.dim() > 3:  # kernels take two leading dimensions, which covers logits[:, :-1] without a copy
-        logits, targets = logits.flatten(0, -3), targets.flatten(0, -2)
-        reference = None if reference is None else reference.flatten(0, -3)
+    logits, targets, reference = in_rows(logits, targets, reference)
     stacked = stacked_stats(logits, targets, reference, options, chosen, inplace_backward)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else None
     if inplace_backward and (chosen == "eager" or torch.compiler.is_compiling()):
@@ -73,6 +73,16 @@ def token_stats(
         declined = {**(declined or {}), "in-place backward": decline("in-place backward", why)}
     mask = targets.view(shape) != ignore_index
     return unpack(stacked.view(len(options.outputs), *shape), options.outputs, mask, declined)
+
+
+def in_rows(logits: Tensor, targets: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As kernels take them: two leading dimensions, which covers logits[:, :-1] without a copy, columns of stride 1."""
+    if reference is not None and reference.stride(-1) != 1:
+        reference = reference.contiguous()
+    if logits.dim() > 3:
+        logits, targets = logits.flatten(0, -3), targets.flatten(0, -2)
+        reference = None if reference is None else reference.flatten(0, -3)
+    return logits, targets, reference
 
 
 def stacked_stats(
@@ -86,11 +96,24 @@ def stacked_stats(
     """(outputs, *targets.shape) by `backend`; arguments were checked."""
     if backend == "eager":
         return eager.token_stats(logits, targets, reference, options)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or transformed(logits, targets, reference):
         return torch.ops.pyunlearn.token_stats.default(logits, targets, reference, *options.flat(), backend)[0]
+    refuse_tangents("token_stats", logits)
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(logits, targets, reference, options, backend, inplace)
     return forward(logits, targets, reference, options, backend)[0]
+
+
+def transformed(*tensors: Tensor | None) -> bool:
+    """Whether the dispatcher must see the op: under FakeTensorMode, functionalize and vmap a tensor has no memory of
+    its own. Raises RuntimeError under torch.func.grad and jvp, which do not go through it."""
+    functions = torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType
+    if any(function.key() in (kinds.Grad, kinds.Jvp) for function in functions):
+        raise RuntimeError("torch.func's grad and jvp: need backend='eager'; torch.autograd.grad takes every backend")
+    if functions or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(t is not None and torch._is_functional_tensor(t) for t in tensors)
 
 
 def check_inplace(logits: Tensor) -> None:
@@ -100,7 +123,11 @@ def check_inplace(logits: Tensor) -> None:
 
 
 def check_writable(asked: str, logits: Tensor) -> None:
-    if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+    reach = 0  # of the dimensions of smaller strides: elements that a step of the next one has to pass
+    apart = True
+    for stride, size in sorted((step, n) for step, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
+        apart, reach = apart and stride > reach, reach + (size - 1) * stride
+    if not apart and logits.numel():
         raise ValueError(f"{asked}: logits of strides {logits.stride()} share memory between rows")
 
 
@@ -133,7 +160,7 @@ class _TokenStats(torch.autograd.Function):
         return stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.consumed:
             raise RuntimeError(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose, kernels
+from .first_order import refuse_tangents
 from .outer_sum import OuterSum, check, check_fit, of_one_dtype
 
 
@@ -50,6 +51,7 @@ def ghost_dot(u: OuterSum, v: OuterSum | None = None, backend: str | None = None
     if v is not None:
         check("v", v, u.right.device)
         check_fit(u, v)
+    refuse_tangents("ghost_dot", u.left, u.right, *(() if v is None else (v.left, v.right)))
     backend = choose(backend, u.right.device)
     other = (None,) * 4 if v is None else v
     run: Callable[..., Tensor] = torch.ops.pyunlearn.ghost_dot.default if torch.compiler.is_compiling() else dots_of

@@ -26,7 +26,8 @@ from .contract import (
     statistics_dtype,
     unpack,
 )
-from .from_logits import check_writable, forward, stacked_stats
+from .first_order import refuse_tangents
+from .from_logits import check_writable, forward, in_rows, stacked_stats, transformed
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,12 @@ def value_and_grad(
     check_weights(weights, rule, floor, targets)
     if inplace:
         check_writable("inplace=True", logits)
+    refuse_tangents("value_and_grad", logits)
     chosen = choose(backend, logits.device)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else {}
 
-    shape, source = targets.shape, logits.detach()
-    if source.dim() > 3:
-        source, targets = source.flatten(0, -3), targets.flatten(0, -2)
-        reference = None if reference is None else reference.flatten(0, -3)
+    shape = targets.shape
+    source, targets, reference = in_rows(logits.detach(), targets, reference)
     dtype = statistics_dtype(logits)
     lines = [
         per_token_of(weights[name], targets.shape, dtype)
@@ -115,9 +115,11 @@ def value_and_grad(
     with torch.no_grad():
         out = source if inplace else torch.empty(source.shape, dtype=source.dtype, device=source.device)
         stats, reason = torch.empty_like(ups), why_not(chosen, reference, options)
+        traced = torch.compiler.is_compiling() or transformed(source, targets, reference)
+        reason = reason or ("the dispatcher sees two ops" if traced else "")
         reason = reason or native.value_and_grad(source, targets, ups, rule, floor, options, stats, out)
         if reason:
-            stats = two_passes(source, targets, reference, ups, rule, floor, options, chosen, out)
+            stats = two_passes(source, targets, reference, ups, rule, floor, options, chosen, out, traced)
             declined = {**declined, "one pass": decline("one pass", reason)}
     if inplace:
         torch.autograd.graph.increment_version(logits)
@@ -148,6 +150,7 @@ def two_passes(
     options: Options,
     backend: str,
     out: Tensor,
+    traced: bool = False,
 ) -> Tensor:
     """The statistics; writes d(logits) into `out`, which may be `logits`."""
 
@@ -166,6 +169,13 @@ def two_passes(
             (grad,) = torch.autograd.grad(stats, x, upstream(stats.detach()))
         out.copy_(grad)
         return stats.detach()
+    if traced:
+        ops, flat = torch.ops.pyunlearn, (*options.flat(), backend)
+        stats, *kept = ops.token_stats.default(logits, targets, reference, *flat)
+        saved, index, belief = kept
+        rest = (stats, saved, logits, targets, reference, index, belief, *flat)
+        out.copy_(ops.token_stats_backward.default(upstream(stats), *rest))
+        return stats
     stats, saved, index, belief = forward(logits, targets, reference, options, backend)
     kernels(backend).backward(upstream(stats), stats, saved, logits, targets, reference, index, belief, options, out)
     return stats

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import DTYPES
+from .contract import DTYPES, check_layout
 
 
 class OuterSum(NamedTuple):
@@ -38,7 +38,7 @@ def packed(x: OuterSum) -> OuterSum:
     longest = x.max_seqlen
     if longest is None:
         longest = int(x.cu_seqlens.diff().max()) if x.num_sequences else 0
-    return OuterSum(left, right, x.cu_seqlens.to(right.device, torch.int64), longest)
+    return OuterSum(left, right, x.cu_seqlens.to(right.device, torch.int64).contiguous(), longest)
 
 
 def of_one_dtype(u: OuterSum, v: OuterSum) -> tuple[OuterSum, OuterSum]:
@@ -58,6 +58,8 @@ def check(name: str, x: OuterSum, device: torch.device) -> None:
         raise TypeError(f"{name}.right: needs bfloat16, float16, float32 or float64, got {x.right.dtype}")
     if x.left.dtype not in (*DTYPES, torch.int32, torch.int64):
         raise TypeError(f"{name}.left: needs floating point, int32 or int64, got {x.left.dtype}")
+    check_layout(f"{name}.right", x.right)
+    check_layout(f"{name}.left", x.left)
     if x.right.dim() != 3 - packed:
         raise ValueError(f"{name}.right: needs {'(N, d)' if packed else '(B, T, d)'}, got {tuple(x.right.shape)}")
     if x.left.shape[: 2 - packed] != x.right.shape[:-1] or x.left.dim() != x.right.dim() - x.one_hot:

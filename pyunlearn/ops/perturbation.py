@@ -48,6 +48,8 @@ from .modes import MODES, Mode, Streamed, choose_mode, make_mode
 from .noise import DRAWS, SEEDS, Noise, check_range
 from .parameters import Weight, changed, unwrapped, weights_of
 
+_entered: list[perturbed] = []  # blocks that are open, in their order
+
 
 class perturbed:
     """Context manager: the model's weights plus sigma * z of one draw at a time; bitwise restored on exit.
@@ -68,6 +70,8 @@ class perturbed:
 
     Raises:
         ValueError: an argument out of range, an unknown name, two names with one 32-bit id, a mode that cannot be had.
+        RuntimeError: another thread is inside a block on the same weights; blocks left out of their order (after all
+            weights are restored).
         TypeError: a parameter of another dtype (leave it out by `parameters=`), FSDP1's flat parameters.
 
     Gradients: a graph made before or in the block must be used before the weights change (autograd raises otherwise);
@@ -105,6 +109,7 @@ class perturbed:
         self._start, self._asked, self._names = (draw, sign), mode, parameters
         self._noise(draw, sign)  # raises now rather than on entry
         self._mode: Mode | None = None
+        self._thread = 0
         self.declined: str | None = None
         self.weights: list[Weight] = []
         methods = (perturbed.__enter__, perturbed.to, perturbed.__exit__)
@@ -118,6 +123,9 @@ class perturbed:
             self.weights = weights_of(self.model, self._names)
             self.mode, self.declined = choose_mode(self._asked, self.weights, self.sigma)
             self._mode = make_mode(self.mode, self.model, self.weights, self.sigma, self.seed, self.backend)
+            self._refuse_other_threads()
+            self._thread = threading.get_ident()
+            _entered.append(self)
             self._move(*self._start)
             self._signals.deliver()
         except BaseException:
@@ -133,8 +141,13 @@ class perturbed:
         self._signals.deliver()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        inner = [other for other in _entered[_entered.index(self) + 1 :] if self._shares(other)] if self._mode else []
+        for other in reversed(inner):  # first: each restores what it found
+            other._leave()
         self._leave()
         self._signals.deliver()
+        if inner and error is None:
+            raise RuntimeError("perturbed: was left before a block entered later on its weights; both are restored")
 
     @contextmanager
     def resident(self, module: nn.Module) -> Iterator[None]:
@@ -162,7 +175,17 @@ class perturbed:
         self.draw, self.sign = draw, sign
         changed(self.weights)
 
+    def _shares(self, other: perturbed) -> bool:
+        own = {id(p) for weight in self.weights for p in weight.parameters}
+        return any(id(p) in own for weight in other.weights for p in weight.parameters)
+
+    def _refuse_other_threads(self) -> None:
+        if any(other._thread != threading.get_ident() and self._shares(other) for other in list(_entered)):
+            raise RuntimeError("perturbed: another thread is inside a block on these weights; give each its own model")
+
     def _leave(self) -> None:
+        if self in _entered:
+            _entered.remove(self)
         try:
             if self._mode is not None:
                 self._mode.leave()

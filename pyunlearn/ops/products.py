@@ -11,11 +11,19 @@ FLOAT32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8, and
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
     """out = a @ b, or out += a @ b with nothing rounded to less than out's dtype on the way."""
-    if not add:
+    if not add and a.dtype == b.dtype:
         torch.mm(a, b, out=out)
-    elif out.dtype == a.dtype:
+    elif not add and b.numel() <= out.numel():  # a is wider than b and out: rows of out at a time
+        b = b.to(a.dtype)
+        for part in slices(out.size(0), STEP):
+            out[part] = a[part] @ b
+    elif not add:
+        wide = out.new_zeros(out.shape, dtype=a.dtype)
+        product(a, b, wide, True)
+        out.copy_(wide)
+    elif out.dtype == a.dtype == b.dtype:
         out.addmm_(a, b)
-    elif out.is_cuda and FLOAT32_PRODUCTS:
+    elif out.is_cuda and a.dtype == b.dtype and FLOAT32_PRODUCTS:
         out += wide_product(a, b)
     else:  # half precision is exact in float32, and in TF32 where a GPU may use it
         for part in slices(a.size(1), STEP):

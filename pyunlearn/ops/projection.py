@@ -7,6 +7,9 @@ and one (N, H) sum whatever V is; what needs whole rows (top k, the eager twin) 
 A gradient that comes from one tile of d(logits) is one GEMM, rounded once to its dtype: dX within the budget, dW of a
 slice. One that several tiles or ranks add to is summed in float32, products included, and rounded at the end: dX over
 slices and ranks, dW over blocks of rows.
+
+Where statistics cancel (KL, entropy, variance) the logits of 16-bit factors stay in float32, as their GEMM sums them,
+and so does d(logits) on a CPU: rounded first, a KL of nearby models would have a gradient 1 to 20 % off.
 """
 
 from __future__ import annotations
@@ -18,17 +21,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._declined import decline
 from .backends import kernels
-from .contract import Options, statistics_dtype
+from .contract import NEEDS_REFERENCE, Options, statistics_dtype
+from .first_order import first_order, refuse_tangents
 from .from_logits import stacked_stats
 from .memory import free_bytes
-from .products import product, slices
+from .products import FLOAT32_PRODUCTS, product, slices, wide_product
 from .sharded import Columns
 
 NARROWEST = 256  # columns of a slice
+CANCEL = frozenset({"entropy", "variance"}) | NEEDS_REFERENCE  # outputs whose sums of logits nearly cancel
 CACHED = 2 << 20  # bytes of logits that stay in a CPU's cache
 ALL = slice(None)
 BEYOND_BUDGET = "they exceed the budget: slices of the vocabulary, or blocks of rows, are made again in backward"
@@ -58,17 +62,47 @@ class Projection:
     def rows(self, rows: Any) -> Projection:
         return Projection(tuple(x[rows] for x in self.inputs), self.weights, self.bias)
 
-    def logits(self, columns: slice) -> Tensor:
+    def dtype(self, options: Options) -> torch.dtype:
+        """Of the logits that a call's statistics are made of."""
+        own = self.inputs[0].dtype
+        return own if CANCEL.isdisjoint(options.outputs) else torch.promote_types(own, torch.float32)
+
+    def logits(self, columns: slice, dtype: torch.dtype) -> Tensor:
+        if dtype != self.inputs[0].dtype:
+            return self.wide_logits(columns, dtype)
         bias = None if self.bias is None else self.bias[columns]
         logits = F.linear(self.inputs[0], self.weights[0][columns], bias)
         for x, weight in zip(self.inputs[1:], self.weights[1:], strict=True):
             logits = logits.addmm_(x, weight[columns].t())
         return logits
 
+    def wide_logits(self, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Nothing is rounded to the factors' 16 bits. A CPU widens the head by blocks of rows."""
+        weights = [weight[columns] for weight in self.weights]
+        bias = None if self.bias is None else self.bias[columns].to(dtype)
+        with torch.autocast(weights[0].device.type, enabled=False):
+            if torch.is_grad_enabled():  # autograd, or torch.compile, follows
+                logits = F.linear(self.inputs[0].to(dtype), weights[0].to(dtype), bias)
+                for x, weight in zip(self.inputs[1:], weights[1:], strict=True):
+                    logits = logits + x.to(dtype) @ weight.to(dtype).t()
+                return logits
+            logits = weights[0].new_empty(self.inputs[0].size(0), weights[0].size(0), dtype=dtype)
+            whole = logits.is_cuda and FLOAT32_PRODUCTS
+            for part in slices(logits.size(1), logits.size(1) if whole else NARROWEST):
+                block = logits[:, part]
+                block.copy_(wide_product(self.inputs[0], weights[0][part].t()))
+                for x, weight in zip(self.inputs[1:], weights[1:], strict=True):
+                    block += wide_product(x, weight[part].t())
+                if bias is not None:
+                    block += bias[part]
+            return logits
 
-def both_logits(head: Projection, reference: Projection | None, columns: slice) -> tuple[Tensor, Tensor | None]:
-    logits = head.logits(columns)
-    return logits, None if reference is None else reference.logits(columns).to(logits.dtype)
+
+def both_logits(
+    head: Projection, reference: Projection | None, columns: slice, options: Options
+) -> tuple[Tensor, Tensor | None]:
+    logits = head.logits(columns, head.dtype(options))
+    return logits, None if reference is None else reference.logits(columns, reference.dtype(options))
 
 
 def stats_in_budget(
@@ -89,18 +123,20 @@ def stats_in_budget(
         # A CPU writes logits to memory, pages it never touched, only where backward or top k reads them again.
         streams = targets.device.type == "cpu" and not graph and "topk" not in options.outputs
         budget = CACHED if streams else free_bytes(targets.device) // 4
-    column_bytes = n * head.inputs[0].element_size() * (1 if reference is None else 2)
+    column_bytes = n * sum(p.dtype(options).itemsize for p in (head, reference) if p is not None)
     fits = column_bytes * width <= budget
     declined = {} if fits or streams else {"kept logits": decline("kept logits", BEYOND_BUDGET)}
     if backend != "eager" and (fits or "topk" not in options.outputs):
         if not fits:
             width = min(width, max(NARROWEST, budget // column_bytes // 64 * 64))
+        refuse_tangents("linear_token_stats", *head.tensors)
         stats = _ByColumns.apply(targets, reference, options, backend, here, width, fits, *head.tensors)
         return stats, declined
     if fits:
-        logits, ref_logits = both_logits(head, reference, ALL)
+        logits, ref_logits = both_logits(head, reference, ALL, options)
         return stacked_stats(logits, targets, ref_logits, options, backend), declined
     height = max(1, budget // (column_bytes // n * width))
+    refuse_tangents("linear_token_stats", *head.tensors)
     return _ByRows.apply(targets, reference, options, backend, height, *head.tensors), declined
 
 
@@ -125,23 +161,25 @@ class _ByColumns(torch.autograd.Function):
         logits = ref_logits = index = belief = None
         for columns in slices(head.weights[0].size(0), width):
             del logits, ref_logits  # one slice at a time
-            logits, ref_logits = both_logits(head, reference, columns)
+            logits, ref_logits = both_logits(head, reference, columns, options)
             rest = (here.first + columns.start, here.vocabulary, columns.start == 0)
             module.accumulate(logits, targets, ref_logits, state, options, *rest)
         stats, saved = module.finish(here.gather(state), targets, reference is not None, options, here.vocabulary)
         if "topk" in options.outputs:
             index, belief = module.topk(logits, targets, stats, saved, options)
-        ctx.save_for_backward(targets, stats, saved, index, belief, *tensors)
-        ctx.reference, ctx.options, ctx.backend, ctx.here = reference, options, backend, here
+        kept = (None,) * 3 if reference is None else reference.tensors
+        ctx.save_for_backward(targets, stats, saved, index, belief, *kept, *tensors)
+        ctx.has_reference, ctx.options, ctx.backend, ctx.here = reference is not None, options, backend, here
         ctx.width, ctx.keep = width, keep
         ctx.logits = (logits, ref_logits) if keep and any(ctx.needs_input_grad) else None
         return stats
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        targets, stats, saved, index, belief, *tensors = ctx.saved_tensors
-        head, reference, here = Projection.of(*tensors), ctx.reference, ctx.here
+        targets, stats, saved, index, belief, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
+        head, here = Projection.of(*tensors), ctx.here
+        reference = Projection.of(bias, ref_x, ref_w) if ctx.has_reference else None
         if ctx.keep and ctx.logits is None:
             raise RuntimeError(
                 "linear_token_stats: a second backward: the logits were turned into their gradient; pass budget_bytes=0"
@@ -164,7 +202,7 @@ class _ByColumns(torch.autograd.Function):
         sums = Gradients(head, ctx.needs_input_grad[7:], several_columns=several)
         with torch.autocast(grad.device.type, enabled=False):
             for columns in parts:
-                logits, ref_logits = whole or both_logits(head, reference, columns)
+                logits, ref_logits = whole or both_logits(head, reference, columns, ctx.options)
                 rest = (targets, ref_logits, index, belief, ctx.options, logits, here.first + columns.start)
                 d = kernels(ctx.backend).backward(grad, stats, saved, logits, *rest, here.vocabulary)
                 sums.add(d[rows] if ctx.keep and rows is not None else d, columns=columns)
@@ -185,23 +223,25 @@ class _ByRows(torch.autograd.Function):
         height: int,
         *tensors: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(targets, *tensors)
-        ctx.reference, ctx.options, ctx.backend, ctx.height = reference, options, backend, height
+        kept = (None,) * 3 if reference is None else reference.tensors
+        ctx.save_for_backward(targets, *kept, *tensors)
+        ctx.has_reference, ctx.options, ctx.backend, ctx.height = reference is not None, options, backend, height
         head, stats = Projection.of(*tensors), []
         for rows in slices(targets.numel(), height):
-            logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL)
+            logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL, options)
             stats.append(stacked_stats(logits, targets[rows], ref_logits, options, backend))
         return torch.cat(stats, dim=1)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        targets, *tensors = ctx.saved_tensors
-        head, reference = Projection.of(*tensors), ctx.reference
+        targets, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
+        head = Projection.of(*tensors)
+        reference = Projection.of(bias, ref_x, ref_w) if ctx.has_reference else None
         sums = Gradients(head, ctx.needs_input_grad[5:], several_rows=True)
         with torch.autocast(grad.device.type, enabled=False):
             for rows in slices(targets.numel(), ctx.height):
-                logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL)
+                logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL, ctx.options)
                 logits.requires_grad_()
                 with torch.enable_grad():
                     stats = stacked_stats(logits, targets[rows], ref_logits, ctx.options, ctx.backend, inplace=True)
@@ -234,6 +274,8 @@ class Gradients:
         d_bias, d_inputs, d_weights = self.sums[0], self.sums[1:half], self.sums[half:]
         if d_bias is not None:
             d_bias[columns] += d.sum(0, dtype=d_bias.dtype)
+        if d.is_cuda:  # tensor cores take it rounded
+            d = d.to(self.head.inputs[0].dtype)
         for x, weight, d_x, d_weight in zip(self.head.inputs, self.head.weights, d_inputs, d_weights, strict=True):
             if d_x is not None:
                 product(d, weight[columns], d_x[rows], self.several_columns)

@@ -12,6 +12,7 @@ from ..distributed import is_sharded
 from .backends import choose, kernels
 from .backends.tables import flat
 from .contract import DTYPES
+from .first_order import refuse_tangents
 
 
 class SegmentDots(NamedTuple):
@@ -56,6 +57,7 @@ def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]], backend: str | None = No
     if not pairs:
         return SegmentDots(*torch.zeros(3, 0, dtype=torch.float64))
     a, b = [a for a, _ in pairs], [b for _, b in pairs]
+    refuse_tangents("segment_dot", *a, *b)
     sums = torch.ops.pyunlearn.segment_dot.default if torch.compiler.is_compiling() else stacked_dots
     return SegmentDots(*sums(a, b, choose(backend, a[0].device)))
 

@@ -625,3 +625,34 @@ def test_docstring_example():
     result = doctest.testmod(perturbation, extraglobs=names)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("mode", ["overlay", "copy"])
+def test_blocks_left_out_of_order_are_both_restored(mode):
+    layer = torch.nn.Linear(3, 3)
+    before = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    outer, inner = (pu.perturbed(layer, sigma=0.1, draw=draw, mode=mode) for draw in (0, 1))
+    outer.__enter__()
+    inner.__enter__()
+    with pytest.raises(RuntimeError, match="left before a block entered later"):
+        outer.__exit__(None, None, None)
+    inner.__exit__(None, None, None)
+    for name, p in layer.named_parameters():
+        assert torch.equal(p, before[name])
+
+
+def test_another_thread_is_refused():
+    layer, raised = torch.nn.Linear(3, 3), []
+
+    def other():
+        try:
+            with pu.perturbed(layer, sigma=0.1):
+                pass
+        except RuntimeError as error:
+            raised.append(str(error))
+
+    with pu.perturbed(layer, sigma=0.1):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "another thread is inside a block on these weights" in raised[0]

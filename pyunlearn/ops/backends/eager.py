@@ -40,7 +40,7 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
     inside = (targets >= 0) & (targets < logits.size(-1))
     index = torch.where(inside, targets, 0).long().unsqueeze(-1)
     # an ignored row must not leak a NaN into the gradient, whatever it holds
-    z = transform(logits, options).masked_fill(~mask.unsqueeze(-1), 0.0)
+    z = no_softmax_is_nan(transform(logits, options).masked_fill(~mask.unsqueeze(-1), 0.0))
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     safe_log_p = log_p.masked_fill(p == 0, 0.0)  # lanes at -inf contribute 0
@@ -55,7 +55,7 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
         values["entropy"] = entropy
         values["variance"] = (p * (safe_log_p + entropy.unsqueeze(-1)).square()).sum(-1).detach()
     if reference is not None and ("kl_pq" in options.outputs or "kl_qp" in options.outputs):
-        log_q = transform(reference.detach(), options).log_softmax(-1)
+        log_q = no_softmax_is_nan(transform(reference.detach(), options)).log_softmax(-1)
         q = log_q.exp()
         values["kl_pq"] = (p * (safe_log_p - log_q.masked_fill(p == 0, 0.0))).sum(-1).clamp_min(0)
         values["kl_qp"] = (q * (log_q.masked_fill(q == 0, 0.0) - log_p.masked_fill(q == 0, 0.0))).sum(-1)
@@ -76,13 +76,22 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
     return torch.where(inside | ~mask, stacked, float("nan"))
 
 
+def no_softmax_is_nan(z: Tensor) -> Tensor:
+    """z, all NaN in rows that hold NaN, +inf or nothing but -inf: so are their statistics and their gradients."""
+    bad = ~(z.detach().amax(-1, keepdim=True).abs() < math.inf)
+    return z + torch.where(bad, math.nan, 0.0).to(z.dtype)
+
+
 def log_negative_logp(z: Tensor, index: Tensor) -> Tensor:
     """log(-log p_t) from the log-odds against the target, so that a memorised token (p_t -> 1) stays exact."""
-    others = z.scatter(-1, index, float("-inf")).logsumexp(-1)
+    rest = z.scatter(-1, index, float("-inf"))
+    alone = (rest == float("-inf")).all(-1)  # nothing but the target is possible: lanes at -inf have no gradient
+    others = rest.masked_fill(alone.unsqueeze(-1), 0.0).logsumexp(-1).masked_fill(alone, float("-inf"))
     odds = others - z.gather(-1, index).squeeze(-1)
     small = odds < -15  # there softplus(u) = exp(u) to the last bit of float32; float64 corrects by -exp(u)/2
     ordinary = F.softplus(odds.masked_fill(small, 0.0), threshold=50.0).log()
-    return torch.where(small, odds - 0.5 * odds.exp(), ordinary)
+    tiny = odds.masked_fill(~small, -15.0)  # what is not taken must not overflow: its gradient would be 0 * inf
+    return torch.where(small, tiny - 0.5 * tiny.exp(), ordinary)
 
 
 def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]], block: int = 1 << 22) -> Tensor:

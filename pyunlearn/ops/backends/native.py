@@ -62,9 +62,13 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.view(tensor.size(0), rows)
 
 
-def _like(reference: Tensor | None, logits: Tensor) -> Tensor | None:
-    """The kernels read a reference in the dtype of the logits."""
-    return None if reference is None else reference.to(logits.dtype)
+def _alike(logits: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The kernels read both in one dtype: where they differ, in float32 (in float64 where the logits are), never in the
+    narrower one. That costs a copy, N V elements, in forward and in backward."""
+    if reference is None or reference.dtype == logits.dtype:
+        return logits, reference
+    wide = statistics_dtype(logits)
+    return logits.to(wide), reference.to(wide)
 
 
 def new_state(like: Tensor, rows: int, columns: int) -> Tensor:
@@ -84,11 +88,12 @@ def accumulate(
     fresh: bool,
 ) -> None:
     """Merges columns [first, first + logits.size(-1)) of every row into `state`, or starts it afresh."""
+    logits, reference = _alike(logits, reference)
     _C.accumulate(
         _call(logits, options, vocabulary, first),
         logits=capsule(logits),
         targets=capsule(targets),
-        reference=capsule(_like(reference, logits)),
+        reference=capsule(reference),
         state=capsule(state),
         fresh=fresh,
     )
@@ -149,6 +154,8 @@ def backward(
     )
     if index is not None and index.size(-1) == 0:
         index = belief = None
+    logits, reference = _alike(logits, reference)
+    out = grad_logits if grad_logits.dtype == logits.dtype else torch.empty_like(logits)
     _C.backward(
         _call(logits, options, vocabulary or logits.size(-1), first),
         grad_stats=capsule(grad_stats),
@@ -156,12 +163,12 @@ def backward(
         saved=capsule(saved),
         logits=capsule(logits),
         targets=capsule(targets),
-        reference=capsule(_like(reference, logits)),
+        reference=capsule(reference),
         index=capsule(index),
         belief=capsule(belief),
-        grad_logits=capsule(grad_logits),
+        grad_logits=capsule(out),
     )
-    return grad_logits
+    return grad_logits if out is grad_logits else grad_logits.copy_(out)
 
 
 def value_and_grad(
