@@ -43,12 +43,12 @@ UNREADABLE = (SafetensorError, KeyError, ValueError)  # what safetensors raises 
 class Damaged(ValueError):
     """A kept file is not what was written."""
 
-    def __init__(self, path: Path, why: str):
-        super().__init__(path, why)
+    def __init__(self, path: Path, why: str, remedy: str = "delete it, and it will be made again"):
+        super().__init__(path, why, remedy)
 
     def __str__(self) -> str:
-        path, why = self.args
-        return f"{path}: is damaged ({why}); delete it, and it will be made again"
+        path, why, remedy = self.args
+        return f"{path}: is damaged ({why}); {remedy}"
 
 
 class Store:
@@ -189,10 +189,9 @@ def own(folder: Path, owner: dict[str, Any], what: str) -> None:
     if manifest.is_file():  # another process may be marking it for the same job, and units come after the mark
         try:
             mark = read_unit(manifest)["value"]
-        except Damaged:
-            raise ValueError(
-                f"{what}: {manifest} is damaged or of another version; delete the folder {folder} or choose another"
-            ) from None
+        except Damaged as error:
+            why = f"{error.args[1]}; or of another version"
+            raise Damaged(manifest, why, f"delete the folder {folder} or choose another") from None
         if changed := differences(mark, owner):
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             raise ValueError(

@@ -50,6 +50,28 @@ def test_an_exception_leaves_the_old_file_and_nothing_else(tmp_path):
     assert entries(tmp_path) == ["file"]
 
 
+def test_what_a_killed_write_leaves_is_cleared(tmp_path):
+    """And nothing else: not what a process that still runs is writing, nor a file of the user's."""
+    die = """
+import os, signal, sys
+from pyunlearn._files import write_file
+write_file(sys.argv[1], lambda new: (new.write_text("half"), os.kill(os.getpid(), signal.SIGKILL)))
+"""
+    path = tmp_path / "below" / "name with.dots"
+    subprocess.run([sys.executable, "-c", die, str(path)], check=False)
+    (tmp_path / ".mine.tmp").write_text("kept")
+    assert [entry.startswith(".name with.dots.") for entry in entries(path.parent)] == [True]
+
+    def look(new):
+        new.write_text("whole")
+        _files.remove_orphans(tmp_path)
+        assert entries(path.parent) == [new.name]
+
+    _files.write_file(path, look)
+    assert entries(path.parent) == [path.name]
+    assert (tmp_path / ".mine.tmp").read_text() == "kept"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), {"a": [float("-inf")]}])
 def test_json_has_no_nan(value, tmp_path):
     _files.write_json(tmp_path / "file", 1)

@@ -356,3 +356,14 @@ def test_a_writer_killed_at_any_time_leaves_whole_units(tmp_path):
     store = Store(tmp_path / "store", {"seed": 0})
     assert len(set(store.get("row")["row"])) == len(set(store.get("tensor")["a"].tolist())) == 1
     assert store.names() == ["row", "tensor"]
+
+
+def test_a_damaged_mark_says_what_to_delete(tmp_path):
+    folder = tmp_path / "state"
+    Store(folder, {"a": 1}, "state")
+    for content in ("{", '{"format": "of an earlier version"}'):
+        (folder / "job.json").write_text(content)
+        with pytest.raises(
+            Damaged, match=rf"job.json: is damaged .* of another version.*; delete the folder {folder} or"
+        ):
+            Store(folder, {"a": 1}, "state")

@@ -17,7 +17,7 @@ template <class A> struct RowCoefficients {
   A ref_max, ref_log_sum;
   // dz_j = P_j (on_p + on_logp logp_j + on_logq logq_j) + on_q q_j + constant
   A constant, on_p, on_logp, on_logq, on_q;
-  A on_belief;               // times b_j, on the top-k lanes
+  A on_belief;  // times b_j, on the top-k lanes
   // dz_t = at_target + p_t (at_target_p + at_target_logq logq_t) + on_q q_t + constant
   A at_target, at_target_p, at_target_logq, target_p;
 };

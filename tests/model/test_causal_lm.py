@@ -108,6 +108,10 @@ def test_the_head_is_proved_once_a_model(monkeypatch):
     model.lm_head = nn.Linear(32, 61)
     CausalLM.of(model).check_head()
     assert Counting.calls == 3
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)  # another forward, to be proved too
+    CausalLM.of(model).check_head()
+    assert Counting.calls == 4
     model.config.logit_scale = 2.0  # which a Llama knows nothing of
     for _ in range(2):
         with pytest.raises(ValueError, match="its logits are not those of its output layer"):

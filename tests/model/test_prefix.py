@@ -112,14 +112,28 @@ class Confused(LlamaForCausalLM):
         return super().forward(input_ids, attention_mask=attention_mask, position_ids=place, **cache, **kwargs)
 
 
+class Hybrid(LlamaForCausalLM):
+    """Its cache cannot be handed to several rows, as that of models with linear attention."""
+
+    def forward(self, *args, **kwargs):
+        cache = kwargs.get(NAMES[not NEW])
+        output = super().forward(*args, **kwargs)
+        if cache is not None:
+            cache.layers[0].batch_repeat_interleave = None
+        return output
+
+    forward.__signature__ = inspect.signature(LlamaForCausalLM.forward)
+
+
 SMALL = {**LLAMA, "num_attention_heads": 2, "num_key_value_heads": 1}
 MAMBA = MambaConfig(vocab_size=37, hidden_size=16, num_hidden_layers=2, state_size=4)
 OTHERS = {
     "another name for the cache": (Renamed, LlamaConfig(**SMALL), 4, None),
     "drops the cache": (Forgetful, LlamaConfig(**SMALL), 0, "leaves no keys and values"),
-    "takes no cache": (Without, LlamaConfig(**SMALL), 0, "takes neither cache nor past_key_values"),
+    "takes no cache": (Without, LlamaConfig(**SMALL), 0, "has no argument cache or past_key_values"),
     "other numbers with it": (Confused, LlamaConfig(**SMALL), 0, "the likelihoods of Confused are others with it"),
-    "recurrent": (MambaForCausalLM, MAMBA, 0, "leaves no keys and values|takes neither"),
+    "cannot repeat its cache": (Hybrid, LlamaConfig(**SMALL), 0, r"does not go on from a cache of them \(TypeError\)"),
+    "recurrent": (MambaForCausalLM, MAMBA, 0, "leaves no keys and values|has no argument"),
     "a window longer than it": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=6), 4, None),
     "a window shorter than it": (MistralForCausalLM, MistralConfig(**SMALL, sliding_window=3), 4, None),
     "windows in every other layer": (Gemma2ForCausalLM, Gemma2Config(**SMALL, head_dim=8, sliding_window=3), 4, None),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from pyunlearn import recipes
 from pyunlearn.recipes import names, read, recipe
 from pyunlearn.runs import ConfigError, RunConfig, load_config
 
@@ -90,3 +91,15 @@ def test_what_the_user_sets_wins_in_any_order():
 def test_mistakes_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, override.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("summary: [", "not valid YAML"), ("", "needs the keys summary, source, unlearn"),
+     ("summary: a\nsource: b\nunlearn: npo\n", "the last a section"), ("summary: a\nunlearn: {}\n", "needs the keys")],
+)  # fmt: skip
+def test_a_bad_file_is_named(text, message, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setattr(recipes, "files", lambda package: tmp_path)
+    with pytest.raises(ValueError, match=rf"mine.yaml: .*{message}"):
+        recipes.read("mine")
