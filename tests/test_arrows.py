@@ -29,12 +29,10 @@ LEVELS: list[tuple[str, ...]] = [
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ARROWS = " -> ".join("{" + ", ".join(rooms) + "}" if len(rooms) > 1 else rooms[0] for rooms in LEVELS)
 # Rooms inside ops. contract: what both ops and backends stand on.
-INNER = {"backends": "backends", "contract": "contract", "outer_sum": "contract", "products": "contract"}
+INNER = {"backends": "backends", **dict.fromkeys(("contract", "outer_sum", "pieces", "products"), "contract")}
 ON_TORCH_ALONE = {"ops", "backends", *LEVELS[-2], *LEVELS[-1]}
 # (room, room it names types of, under TYPE_CHECKING): why. No other import runs against the arrows.
-ALLOWED_TYPES = {
-    ("backends", "ops"): "the named tuples that ops pass on (Noise, Piece, TokenRule) stand where people meet them",
-}
+ALLOWED_TYPES: dict[tuple[str, str], str] = {}
 
 
 class Import(NamedTuple):

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 from torch import Tensor
 
 from .._hints import check_known
-from ..ops.one_pass import TokenRule
+from ..ops.contract import TokenRule
 from .reduction import REDUCTIONS, Count
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.one_pass import TokenRule
+from ..ops.contract import TokenRule
 from .definition import Masked, NonNegative, Positive
 from .one_pass import sigmoid_floor
 from .registry import register, register_preset

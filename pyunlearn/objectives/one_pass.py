@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.one_pass import TokenRule
+from ..ops.contract import TokenRule
 from .definition import Variant
 from .objective import DEFINITIONS, Objective
 from .reduction import Count, Layout, TokenInputs, reduce_tokens

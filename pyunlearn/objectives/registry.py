@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor
 
 from .._hints import check_known
-from ..ops.one_pass import TokenRule
+from ..ops.contract import TokenRule
 from .definition import BATCHES, REFERENCE, WIDE, Definition, Options, Variant, docstring, read_variant, signature
 from .objective import DEFINITIONS, Objective
 from .reduction import TokenInputs

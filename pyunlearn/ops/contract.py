@@ -60,6 +60,26 @@ class Options:
         return Options(outputs, temperature, softcap or None, ignore_index, k)
 
 
+@dataclass(frozen=True)
+class TokenRule:
+    """What multiplies the weight of a token's logp, held constant: p^alpha (1 - p)^gamma 2 sigmoid(beta logp - floor).
+
+    Without a floor there is no sigmoid. All 0: 1 (gradient ascent and descent); alpha: wga; alpha and gamma: satimp;
+    beta with floor = beta logp of the reference: tnpo; and alpha: wtnpo.
+    """
+
+    alpha: float = 0.0
+    gamma: float = 0.0
+    beta: float = 0.0
+
+    def __call__(self, logp: Tensor, floor: Tensor | None = None) -> Tensor:
+        """The factor per token, shape of `logp`."""
+        weight = (self.alpha * logp).exp()
+        if self.gamma:
+            weight = weight * (-torch.expm1(logp)).clamp_min(0.0).pow(self.gamma)
+        return weight if floor is None else weight * 2.0 * torch.sigmoid(self.beta * logp - floor)
+
+
 class TokenStats:
     """Per-token statistics as attributes, each shaped like `targets`; 0 (greedy: False) at ignored positions.
 

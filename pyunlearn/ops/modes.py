@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from .._declined import decline
 from .memory import free_bytes
-from .noise import LARGEST, Noise, Piece, Plan, parameter_id
+from .noise import LARGEST, Plan
 from .parameters import Weight
+from .pieces import Noise, Piece, parameter_id
 
 MODES = ("auto", "overlay", "streamed", "snap", "copy")
 

@@ -18,16 +18,15 @@ bits for every instruction set, on a GPU within 2e-5 of these; |z| <= 6.77. torc
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .backends import choose, kernels, tables
 from .backends.eager import normals
+from .pieces import Noise, Piece, parameter_id
 
 SEEDS, DRAWS, ELEMENTS = 1 << 64, 1 << 32, 1 << 62
 LARGEST = math.sqrt(66 * math.log(2))  # |z| at most: -2 ln 2^-33
@@ -84,11 +83,6 @@ def fill(out: Tensor, seed: int, draw: int, parameter: int, offset: int = 0, bac
     Plan([Piece(None, out, parameter, torch.tensor([offset]), out.numel())], backend).run(seed, add=Noise(draw, 1.0))
 
 
-def parameter_id(name: str) -> int:
-    """CRC-32 (IEEE 802.3) of the name in UTF-8: 32 bits, the counter's fourth word."""
-    return zlib.crc32(name.encode())
-
-
 def check_range(argument: str, value: int, end: int) -> None:
     """Raises TypeError or ValueError unless `value` is a whole number in [0, end)."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -98,41 +92,6 @@ def check_range(argument: str, value: int, end: int) -> None:
 
 
 # ---- one launch over everything --------------------------------------------------------------------------------------
-
-
-class Noise(NamedTuple):
-    """scale * z, z being draw `draw`."""
-
-    draw: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Runs of `length` consecutive elements of one parameter: run j begins at its logical element starts[j].
-
-    `source` and `target` hold the runs one after the other, flat and contiguous; where `places` is given, run j is at
-    element places[j] of `target`. Without a source the noise itself is written.
-    """
-
-    source: Tensor | None
-    target: Tensor
-    parameter: int
-    starts: Tensor  # int64
-    length: int
-    places: Tensor | None = None
-
-    @property
-    def kind(self) -> tuple[torch.device, torch.dtype | None, torch.dtype]:
-        return self.target.device, None if self.source is None else self.source.dtype, self.target.dtype
-
-    def chunks(self, most: int) -> tuple[Tensor, ...]:
-        """Of `most` elements at most: offset in the source, offset in the target, logical element, count."""
-        inside = torch.arange(0, self.length, most)
-        at = torch.arange(len(self.starts)) * self.length
-        places = at if self.places is None else self.places.cpu()
-        count = (self.length - inside).clamp(max=most).expand(len(self.starts), -1)
-        return (*((first[:, None] + inside).flatten() for first in (at, places, self.starts)), count.flatten())
 
 
 @dataclass

@@ -8,7 +8,6 @@ reference or top k, it is the forward and the backward kernel, 3 N V.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from .contract import (
     NO_GRADIENT,
     OUTPUTS,
     Options,
+    TokenRule,
     TokenStats,
     check_logits,
     check_same_device,
@@ -29,32 +29,14 @@ from .contract import (
 from .first_order import refuse_tangents
 from .from_logits import check_writable, forward, in_rows, stacked_stats, transformed
 
-
-@dataclass(frozen=True)
-class TokenRule:
-    """What multiplies the weight of a token's logp, held constant: p^alpha (1 - p)^gamma 2 sigmoid(beta logp - floor).
-
-    Without a floor there is no sigmoid. All 0: 1 (gradient ascent and descent); alpha: wga; alpha and gamma: satimp;
-    beta with floor = beta logp of the reference: tnpo; and alpha: wtnpo.
-    """
-
-    alpha: float = 0.0
-    gamma: float = 0.0
-    beta: float = 0.0
-
-    def __call__(self, logp: Tensor, floor: Tensor | None = None) -> Tensor:
-        """The factor per token, shape of `logp`."""
-        weight = (self.alpha * logp).exp()
-        if self.gamma:
-            weight = weight * (-torch.expm1(logp)).clamp_min(0.0).pow(self.gamma)
-        return weight if floor is None else weight * 2.0 * torch.sigmoid(self.beta * logp - floor)
+FACTOR_ONE = TokenRule()
 
 
 def value_and_grad(
     logits: Tensor,
     targets: Tensor,
     weights: Tensor | Mapping[str, Tensor],
-    rule: TokenRule = TokenRule(),
+    rule: TokenRule = FACTOR_ONE,
     floor: Tensor | None = None,
     outputs: str | Sequence[str] | None = None,
     reference: Tensor | None = None,
@@ -155,7 +137,7 @@ def two_passes(
     """The statistics; writes d(logits) into `out`, which may be `logits`."""
 
     def upstream(stats: Tensor) -> Tensor:
-        if "logp" not in options.outputs or (rule == TokenRule() and floor is None):
+        if "logp" not in options.outputs or (rule == FACTOR_ONE and floor is None):
             return ups
         line = options.outputs.index("logp")
         factor = torch.ones_like(ups)
@@ -189,7 +171,7 @@ def check_weights(weights: Mapping[str, Tensor], rule: TokenRule, floor: Tensor 
         check_per_token(f"weights[{name!r}]", weight, targets)
     if floor is not None:
         check_per_token("floor", floor, targets)
-    if "logp" not in weights and (rule != TokenRule() or floor is not None):
+    if "logp" not in weights and (rule != FACTOR_ONE or floor is not None):
         raise ValueError(f"rule={rule}: needs a weight for 'logp', got weights for {tuple(weights)}")
 
 

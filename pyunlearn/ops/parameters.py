@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..distributed import is_sharded, local
 from .contract import check_dtype
-from .noise import Piece, parameter_id
+from .pieces import Piece, parameter_id
 
 
 @dataclass

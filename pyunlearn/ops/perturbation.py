@@ -45,8 +45,9 @@ import torch
 from torch import nn
 
 from .modes import MODES, Mode, Streamed, choose_mode, make_mode
-from .noise import DRAWS, SEEDS, Noise, check_range
+from .noise import DRAWS, SEEDS, check_range
 from .parameters import Weight, changed, unwrapped, weights_of
+from .pieces import Noise
 
 _entered: list[perturbed] = []  # blocks that are open, in their order
 

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..contract import Options, check_range
+from ..outer_sum import OuterSum
+from ..pieces import Noise, Piece
 from . import blocks
-
-if TYPE_CHECKING:
-    from ..noise import Noise, Piece
-    from ..outer_sum import OuterSum
 
 PERTURB_CHUNK = 1 << 20  # a hundred bytes of temporaries for each
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..contract import SAVED, Options, statistics_dtype
+from ..contract import SAVED, Options, TokenRule, statistics_dtype
+from ..outer_sum import OuterSum
+from ..pieces import Noise, Piece
 from . import blocks, tables
-
-if TYPE_CHECKING:
-    from ..noise import Noise, Piece
-    from ..one_pass import TokenRule
-    from ..outer_sum import OuterSum
 
 unavailable = ""  # why nothing compiled can run; the package also works from eager PyTorch alone
 try:

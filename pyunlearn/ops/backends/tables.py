@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from ..noise import Piece
+from ..pieces import Piece
 
 # Elements a block (GPU) or a piece of a thread's work (CPU) takes of what is perturbed, and of a pair.
 PERTURB_CHUNK, SEGMENT_CHUNK = 32768, 65536

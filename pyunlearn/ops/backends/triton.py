@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -23,10 +22,8 @@ from ...triton_kernels import token_stats as kernels
 from ...triton_kernels import topk as topk_kernels
 from ..contract import NEEDS_REFERENCE, OUTPUTS, SAVED, Options, check_range, statistics_dtype
 from ..outer_sum import OuterSum, packed
+from ..pieces import Noise, Piece
 from . import tables
-
-if TYPE_CHECKING:
-    from ..noise import Noise, Piece
 
 TYPES = {
     torch.float32: tl.float32,
