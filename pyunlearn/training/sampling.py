@@ -71,6 +71,11 @@ class SamplerState:
     draws: int = 0
     refreshed_at: list[int] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, count: int) -> SamplerState:
+        """Of `count` samples before the first draw."""
+        return cls([0] * count, [None] * count)
+
 
 class ForgetSampler(TrainerCallback, ExportableState):
     """Draws the forget samples of every step, with replacement; `UnlearnTrainer(..., sampler=)` asks it.
@@ -106,7 +111,7 @@ class ForgetSampler(TrainerCallback, ExportableState):
         check_arguments(**self.options)
         self.rows, self.weighting, self.refresh_steps, self.seed = rows, weighting, refresh_steps, seed
         self.forgotten = forgotten
-        self.memory = SamplerState([0] * len(rows), [None] * len(rows))
+        self.memory = SamplerState.of(len(rows))
 
     @property
     def active(self) -> list[int]:
@@ -162,6 +167,7 @@ class ForgetSampler(TrainerCallback, ExportableState):
                 raise ValueError("the checkpoint has no state of the sampler: it is from a run with another sampling")
             self.memory = SamplerState(**memory["attributes"])
             return
+        self.memory = SamplerState.of(len(self.rows))
         if self.forgotten is not None:
             self.memory.limits = broadcast_object_list([self.forgotten.limits(model, self.rows)])[0]
         if self.weighting is not None:

@@ -6,8 +6,10 @@ count to the LM head (`linear_token_stats`, one call a kind), and leaves the res
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..model.forward import layer_number
 from ..model.reference import Source
+from .arguments import check_arguments
+from .as_found import left_as_found
 from .sampling import ForgetSampler
 from .terms import Count, TermLosses, check_kinds, collect_needs, count_items, make_terms
 
@@ -49,10 +53,11 @@ class UnlearnTrainer(TermLosses, Trainer):
 
     Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
     that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
-    term's loss, count and coefficient.
+    term's loss, count and coefficient. However a training or an evaluation ends, only the model's weights are then
+    other than before (`left_as_found`), and another trainer of it sees no trace of this one.
 
-    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, and
-    NonFiniteLossError from `train()`.
+    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, for
+    arguments that would have no effect (`check_arguments`), and NonFiniteLossError from `train()`.
     """
 
     loss_is_scaled_for_ga = True  # by the counts
@@ -73,13 +78,17 @@ class UnlearnTrainer(TermLosses, Trainer):
             raise ValueError("sampler: needs the forget rows of a ForgetRetainDataset that is the train_dataset")
         check_kinds(collect_needs(make_terms(objectives)), train_dataset)
         TermLosses.__init__(self, objectives, reference)
-        args = TrainingArguments("tmp_trainer") if args is None else args
+        args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
+        check_arguments(args, options)
         args.remove_unused_columns = False
         args.label_names = list(self.needs)
         if args.n_gpu > 1:  # torch's DataParallel would split a pair; several GPUs are torchrun's business
             args._n_gpu = 1
         collate = train_dataset.collate if data_collator is None else data_collator
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         Trainer.__init__(self, model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # which generation from the model, and its saved configuration, go by
         self.model_accepts_loss_kwargs = True
         started: Any = self.model
         for layer in {layer for need in self.needs.values() for layer in need.layers}:
@@ -94,11 +103,39 @@ class UnlearnTrainer(TermLosses, Trainer):
         self._micro: list[tuple[Tensor, dict[str, Tensor]]] = []  # this step: term losses, sample indices
         self._logged: list[dict[str, float]] = []  # the steps since the last log line
 
+    def train(self, *args: Any, **options: Any) -> Any:
+        self._logged = []
+        with self._model_prepared():
+            return super().train(*args, **options)
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        with self._model_prepared():
+            return super().evaluation_loop(*args, **options)
+
+    @contextmanager
+    def _model_prepared(self) -> Iterator[None]:
+        """Accelerate prepares the model inside, as this trainer is set; an evaluation in a training changes nothing."""
+        if self.is_in_train:
+            yield
+            return
+        model: Any = self.model
+        try:
+            with left_as_found(model):
+                yield
+        finally:
+            if self.is_in_train:  # ended by an exception
+                self.is_in_train = False
+                model.zero_grad()
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # those keep the model
+                self.model_wrapped = model
+                self.accelerator._models.clear()  # an evaluation prepares the model anew where there is none
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimiser step: the data loader's, or as many that the sampler draws now.
 
         Draws are for all ranks together; each takes its own.
         """
+        self._micro = []
         if self.sampler is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         for _ in range(num_batches):
