@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from ..data import QADataset, collate
 from ..metrics import extraction_likelihood, teacher_forced
-from ..mrd import check_arguments, mrd
+from ..mrd import Labels, check_arguments, mrd, scored_rows
 
 WEIGHTINGS = ("algorithm2", "inverse")
 
@@ -84,13 +84,14 @@ class ForgetSampler(TrainerCallback, ExportableState):
     p_i = MRD_i / sum MRD (Algorithm 2: easily forgotten samples first); "inverse" with p_i in proportion to 1 / MRD_i
     (as Section 3.4 writes it). refresh_steps: optimiser steps between computations of MRD. forgotten: early stopping,
     sample by sample: a forgotten one is not drawn any more, and training ends with the last. scores: options of `mrd`.
+    labels: which tokens it scores, see `pyunlearn.mrd.scored_rows`.
 
     Draws depend on (seed, step, state) alone, so that all ranks draw the same and a resumed run goes on bit for bit;
     the state is in the checkpoint's trainer_state.json. Under torchrun `mrd` shares the samples out and gives the same
     scores to all ranks; what is forgotten, the first rank decides.
 
-    Raises ValueError for an unknown weighting, refresh_steps < 1, options that `mrd` refuses, and during training for
-    weights that are all 0 or (1 / MRD) not finite.
+    Raises ValueError for an unknown weighting or labels, refresh_steps < 1, options that `mrd` refuses, and during
+    training for weights that are all 0 or (1 / MRD) not finite.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ForgetSampler(TrainerCallback, ExportableState):
         seed: int = 0,
         forgotten: Forgotten | None = None,
         scores: Mapping[str, Any] | None = None,
+        labels: Labels = "answers",
     ):
         if weighting is not None and weighting not in WEIGHTINGS:
             raise ValueError(f"weighting={weighting!r}: needs one of {WEIGHTINGS}, or None")
@@ -111,6 +113,7 @@ class ForgetSampler(TrainerCallback, ExportableState):
         check_arguments(**self.options)
         self.rows, self.weighting, self.refresh_steps, self.seed = rows, weighting, refresh_steps, seed
         self.forgotten = forgotten
+        self.scored = scored_rows(rows, labels)
         self.memory = SamplerState.of(len(rows))
 
     @property
@@ -146,7 +149,7 @@ class ForgetSampler(TrainerCallback, ExportableState):
     def refresh(self, model: Any, step: int) -> None:
         """Computes MRD of the active samples; forgotten ones keep their last."""
         active = self.active
-        batches = [collate([self.rows[i]], self.rows.pad_token_id) for i in active]
+        batches = [collate([self.scored[i]], self.rows.pad_token_id) for i in active]
         values = mrd(model, batches, progress=False, **self.options).value.tolist()
         scores = list(self.memory.scores or [0.0] * len(self.rows))
         for i, value in zip(active, values, strict=True):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from .. import objectives
-from ..mrd import check_arguments
+from ..mrd import Labels, check_arguments
 from ..recipes import recipe
 
 DEFAULT_TERMS = {"forget": "wga", "retain": "kl"}
@@ -87,6 +87,7 @@ class SamplingConfig(Section):
     estimator: str = "gradient"
     num_draws: int = Field(default=200, description="of the other estimators")
     sigma: float = Field(default=1e-5, allow_inf_nan=False)
+    labels: Labels = Field(default="answers", description="what MRD scores; all: the question's tokens too")
 
     @model_validator(mode="after")
     def scores_fit(self) -> SamplingConfig:

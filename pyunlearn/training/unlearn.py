@@ -209,6 +209,7 @@ def make_sampler(settings: UnlearnConfig, rows: QADataset, seed: int) -> ForgetS
         seed=seed,
         forgotten=None if stop is None else Forgotten(stop.ngram, stop.share, stop.every_steps),
         scores={name: getattr(sampling, name) for name in ("estimator", "num_draws", "sigma")},
+        labels=sampling.labels,
     )
 
 

@@ -211,7 +211,12 @@ def test_as_a_module(module):
         (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
         (["run", "--set", "geffect.every=0"], "geffect.every: Input should be greater than or equal to 1, got 0"),
         (["run", "--set", "geffect.evry=1"], "did you mean every?"),
-        (["score", "tiny.yaml", "--estimator", "newton"], "estimator='newton': needs one of ('algorithm1',"),
+        (
+            ["score", "tiny.yaml", "--estimator", "newton"],
+            "did you mean definition? needs one of algorithm1, definition,",
+        ),
+        (["score", "tiny.yaml", "--estimator", "algoritm1"], "did you mean algorithm1? needs one of algorithm1,"),
+        (["score", "tiny.yaml", "--labels", "everything"], "labels='everything': needs one of answers, all"),
         (["score", "tiny.yaml", "--sigma", "0"], "sigma=0.0: needs a finite number > 0"),
         (["score", "tiny.yaml", "--num-draws", "1"], "num_draws=1: needs 2 at least"),
     ],

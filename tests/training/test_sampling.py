@@ -51,6 +51,17 @@ def scored(tiny, scores, **options):
     return sampler
 
 
+def test_whole_samples_are_scored_where_asked_for(tiny):
+    sampler = ForgetSampler(tiny.forget, labels="all")
+    model = tiny.model().eval()
+    sampler.refresh(model, 0)
+    batches = [collate([tiny.forget[i]], 0) for i in range(len(tiny.forget))]
+    whole = pu.mrd(model, [{**b, "labels": b["input_ids"]} for b in batches], "gradient", progress=False)
+    assert sampler.memory.scores == whole.value.tolist() != gradient_scores(model, tiny.forget)
+    with pytest.raises(ValueError, match="labels='al': did you mean all"):
+        ForgetSampler(tiny.forget, labels="al")
+
+
 def test_probabilities_are_those_of_the_paper(tiny):
     scores = [0.1, 0.2, 0.3, 0.4, 1.0, 2.0, 3.0, 1.0]
     easy = scored(tiny, scores).probabilities()
@@ -211,7 +222,7 @@ def test_bad_input_is_named(tiny, arguments, tmp_path):
     for options, message in (
         ({"weighting": "rank"}, "weighting='rank': needs one of"),
         ({"refresh_steps": 0}, "refresh_steps=0: needs a whole number >= 1"),
-        ({"scores": {"estimator": "gradiant"}}, "estimator='gradiant': needs one of"),
+        ({"scores": {"estimator": "gradiant"}}, "estimator='gradiant': did you mean gradient"),
         ({"scores": {"sigma": 0.0}}, "sigma=0.0: needs a finite number > 0"),
     ):
         with pytest.raises(ValueError, match=message):
