@@ -195,6 +195,16 @@ def check_layout(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: is a lazily negated view; call .resolve_neg()")
 
 
+def shares_memory(tensor: Tensor) -> bool:
+    """Whether two elements may lie at one address: where a step of some dimension does not pass all of those below."""
+    reach = 0
+    for stride, size in sorted((step, n) for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += (size - 1) * stride
+    return False
+
+
 def check_same_device(name: str, tensor: Tensor, owner: str, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name}: needs the device of {owner}, {like.device}, got {tensor.device}")

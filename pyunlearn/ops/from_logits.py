@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._declined import decline
 from .backends import choose, eager, kernels, why_eager
-from .contract import Options, TokenStats, check_logits, make_options, unpack
+from .contract import Options, TokenStats, check_logits, make_options, shares_memory, unpack
 from .first_order import first_order, refuse_tangents
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -123,11 +123,7 @@ def check_inplace(logits: Tensor) -> None:
 
 
 def check_writable(asked: str, logits: Tensor) -> None:
-    reach = 0  # of the dimensions of smaller strides: elements that a step of the next one has to pass
-    apart = True
-    for stride, size in sorted((step, n) for step, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
-        apart, reach = apart and stride > reach, reach + (size - 1) * stride
-    if not apart and logits.numel():
+    if shares_memory(logits):
         raise ValueError(f"{asked}: logits of strides {logits.stride()} share memory between rows")
 
 
