@@ -193,6 +193,8 @@ class TermLosses:
     def statistics(self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor]) -> dict[Place, TokenInputs]:
         """Per-token statistics of one batch, by positions and layer: one run of the model, one `linear_token_stats`."""
         widest = need.widest
+        if need.outputs:
+            lm.check_head()
         supervised = supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.outputs))
         outputs, vocab_size = self.head_outputs(lm, kind, need, batch, supervised) if need.outputs else ({}, None)
         ref_states = {layer: self.references[kind].hidden(batch, widest, layer) for layer in need.reference_layers}

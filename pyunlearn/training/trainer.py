@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.forward import layer_number
-from ..model.reference import Source
-from .arguments import check_arguments
+from ..model.reference import Source, check_apart
+from .arguments import check_arguments, check_router
 from .as_found import left_as_found
 from .sampling import ForgetSampler
 from .terms import Count, TermLosses, check_kinds, collect_needs, count_items, make_terms
@@ -56,8 +56,9 @@ class UnlearnTrainer(TermLosses, Trainer):
     term's loss, count and coefficient. However a training or an evaluation ends, only the model's weights are then
     other than before (`left_as_found`), and another trainer of it sees no trace of this one.
 
-    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, for
-    arguments that would have no effect (`check_arguments`), and NonFiniteLossError from `train()`.
+    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, for a
+    reference that would be trained along, for arguments and settings of the model that would have no effect; from
+    `train()` NonFiniteLossError, and ValueError for a head whose logits are not its weight's (`CausalLM.check_head`).
     """
 
     loss_is_scaled_for_ga = True  # by the counts
@@ -91,6 +92,8 @@ class UnlearnTrainer(TermLosses, Trainer):
             model.config.use_cache = use_cache  # which generation from the model, and its saved configuration, go by
         self.model_accepts_loss_kwargs = True
         started: Any = self.model
+        check_apart(self.references, started)
+        check_router(started)
         for layer in {layer for need in self.needs.values() for layer in need.layers}:
             layer_number(started, layer)  # raises for one that the model does not have
         for reference in self.references.values():
