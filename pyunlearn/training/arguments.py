@@ -1,4 +1,4 @@
-"""What UnlearnTrainer takes of TrainingArguments: all that has an effect, and nothing that would have none."""
+"""What UnlearnTrainer takes of arguments and of a model's settings: all that has an effect, nothing that has none."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import TrainingArguments
+
+from ..model.causal_lm import CausalLM
 
 ROUNDS = "it rounds the weights for good; evaluate under bf16=True, which computes in half precision, or a copy"
 REFUSED = {
@@ -37,3 +40,14 @@ def check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> None
     for name, reason in OPTIONS_REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"{name}: needs None: {reason}")
+
+
+def check_router(model: nn.Module) -> None:
+    """Raises ValueError for a mixture of experts that asks for its router's auxiliary loss, which is no objective."""
+    lm = CausalLM.of(model)
+    if getattr(lm.config, "output_router_logits", False):
+        coefficient = getattr(lm.config, "router_aux_loss_coef", None)
+        raise ValueError(
+            f"{lm.name}: config.output_router_logits=True asks for an auxiliary loss of its router (coefficient "
+            f"{coefficient}), which no objective holds; set it to False in the model's configuration"
+        )

@@ -5,6 +5,7 @@ arXiv:2504.06658, Section 3.4 and Algorithm 2 (MRD-weighted sampling), Appendix 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from ..data import QADataset, collate
 from ..metrics import extraction_likelihood, teacher_forced
 from ..mrd import Labels, check_arguments, mrd, scored_rows
 
+logger = logging.getLogger(__name__)
 WEIGHTINGS = ("algorithm2", "inverse")
 
 
@@ -25,7 +27,8 @@ class Forgotten:
     """When a sample counts as forgotten: its EL and MA are both below `share` of their means before unlearning.
 
     EL: extraction likelihood of `ngram`-grams, MA: memorization accuracy (Appendix C.4, where share is 1: one wrong
-    token may then be enough for a model that knows all samples by heart). Looked at every `every_steps` steps.
+    token may then be enough for a model that knows all samples by heart). A mean that is 0 before unlearning is met
+    by 0, which is told in the log. Looked at every `every_steps` steps.
     """
 
     def __init__(self, ngram: int = 10, share: float = 1.0, every_steps: int = 5):
@@ -40,18 +43,25 @@ class Forgotten:
         accuracy = [row["memorization_accuracy"] for row in teacher_forced(model, rows, progress=False)]
         likelihood = extraction_likelihood(model, rows.prompt_format.tokenizer, rows, ngram=self.ngram)
         means = {"el": sum(likelihood) / len(rows), "ma": sum(accuracy) / len(rows)}
+        for name in [name.upper() for name, mean in means.items() if mean == 0]:
+            logger.warning("early_stop: the mean %s is 0 before unlearning; nothing is below, so 0 is low", name)
         return {name: self.share * mean for name, mean in means.items()}
 
     def among(self, indices: Sequence[int], model: Any, rows: QADataset, limits: Mapping[str, float]) -> list[int]:
         """Those of `indices` that are forgotten. EL, which generates text, is measured where MA is low enough."""
         chosen = [rows[i] for i in indices]
         read = teacher_forced(model, chosen, progress=False)
-        low = [at for at, row in enumerate(read) if row["memorization_accuracy"] < limits["ma"]]
+        low = [at for at, row in enumerate(read) if is_low(row["memorization_accuracy"], limits["ma"])]
         if not low:
             return []
         some = [chosen[at] for at in low]
         likelihood = extraction_likelihood(model, rows.prompt_format.tokenizer, some, ngram=self.ngram)
-        return [indices[at] for at, value in zip(low, likelihood, strict=True) if value < limits["el"]]
+        return [indices[at] for at, value in zip(low, likelihood, strict=True) if is_low(value, limits["el"])]
+
+
+def is_low(value: float, limit: float) -> bool:
+    """Below the limit; at it where nothing is below."""
+    return value < limit or value == limit == 0
 
 
 @dataclass
