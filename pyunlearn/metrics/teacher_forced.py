@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._progress import track
 from ..data import collate
 from ..model.causal_lm import CausalLM, eval_mode
-from ..model.forward import length_batches, token_stats_of
+from ..model.forward import check_finite, length_batches, token_stats_of
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = ("suffix", "open_unlearning")
@@ -74,7 +74,8 @@ def teacher_forced(
     probability, memorization_accuracy and extraction_strength, in the data set's order.
 
     No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile.
-    Raises ValueError for no rows, a row without supervised tokens, or log-probabilities that are NaN.
+    Raises ValueError for no rows, a row without supervised tokens, or log-probabilities that are not
+    finite.
     """
     rows = [dataset[i] for i in range(len(dataset))]
     if not rows:
@@ -93,10 +94,9 @@ def teacher_forced(
                 stats.greedy.cpu(),
                 seen.sequence_ids.cpu(),
             )  # small; sums stay in order
+            check_finite(logp, ids, batch)
             num_tokens = _num_tokens(ids, len(batch))
             nll = _per_sequence(-logp.double(), ids, len(batch))
-            if bool(nll.isnan().any()):
-                raise ValueError(f"model: its log-probability of row {batch[int(nll.isnan().int().argmax())]} is NaN")
             columns = {
                 "num_tokens": num_tokens,
                 "nll": nll,
