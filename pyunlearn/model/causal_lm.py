@@ -111,6 +111,21 @@ class CausalLM:
                 "embeddings"
             )
 
+    def check_lengths(self, lengths: Tensor, longest: int) -> None:
+        """Raises ValueError if rows of these lengths, padded to `longest` tokens, are scored in another way than alone.
+
+        Rotary factors may be taken for a batch's longest row: "longrope" has two sets, "dynamic" one a length, which
+        shorter rows of later batches keep.
+        """
+        for kind, limit in rotary_limits(self.config):
+            if longest > limit and ("dynamic" in kind or int(lengths.min()) <= limit):
+                raise ValueError(
+                    f"{self.name}: its rotary factors ({kind}) are others for the rows of a batch that has "
+                    f"{longest} tokens than for each row alone; needs "
+                    + (f"at most {limit} tokens" if "dynamic" in kind else f"rows all above {limit} tokens, or none")
+                    + "; make batches of one row, without padding" * ("dynamic" not in kind)
+                )
+
     # ---- its head ----------------------------------------------------------------------------------------------------
 
     @property
@@ -181,6 +196,19 @@ class CausalLM:
                 f"{differ}; statistics from hidden states would be wrong: use token_stats on model(...).logits"
             )
         _PROVEN[self.inner] = proof
+
+
+def rotary_limits(config: Any) -> list[tuple[str, int]]:
+    """(kind, L) of rotary embeddings whose factors change for rows of more than L tokens, in some of the layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    limits = []
+    for each in by_layer:
+        kind = str(each.get("rope_type"))
+        if kind == "longrope" or "dynamic" in kind:
+            original = each.get("original_max_position_embeddings") if kind == "longrope" else None
+            limits.append((kind, int(original or config.max_position_embeddings)))
+    return limits
 
 
 def without_adapters(alone: Any) -> Any:
