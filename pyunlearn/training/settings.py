@@ -108,6 +108,9 @@ class UnlearnConfig(TrainingConfig):
     keep_steps: int | None = Field(
         default=None, ge=1, description="optimiser steps between models that are kept, for `pyunlearn geffect`"
     )
+    pad_to: int | None = Field(
+        default=None, ge=1, description="tokens of every row, for presets that count padding; None: the batch's longest"
+    )
     forget: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["forget"])], min_length=1)
     retain: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["retain"])])
     sampling: Annotated[SamplingConfig, BeforeValidator(as_sampling)] = Field(default_factory=SamplingConfig)
