@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from .. import objectives
+from .._hints import check_known
 from ..mrd import Labels, check_arguments
 from ..recipes import recipe
 
@@ -120,6 +121,16 @@ class UnlearnConfig(TrainingConfig):
     @classmethod
     def recipe_below(cls, settings: Any) -> Any:
         return with_recipe(settings)
+
+    @field_validator("forget", "retain", mode="before")
+    @classmethod
+    def names_known(cls, terms: Any, info: Any) -> Any:
+        """Unknown names here, where the role is known, so that the error names objectives of that role alone."""
+        for term in as_terms(terms):
+            name = term.get("name") if isinstance(term, Mapping) else None
+            if isinstance(name, str) and name not in objectives.names():
+                check_known("objective", name, objectives.names(info.field_name))
+        return terms
 
     @field_validator("forget", "retain")
     @classmethod
