@@ -180,9 +180,12 @@ def register_preset(
         check_known("objective", name, DEFINITIONS)
         definition = DEFINITIONS[name]
         usual = definition.variant(None)[1]
-        changes = f"loss = {formula}" + (f"; positions = {positions}" if positions else "")
         where, by = positions or usual.positions, reduction or usual.reduction
-        variant = read_variant(function, usual.batches[0], formula, where, by, changes, slope, rule)
+        variant = read_variant(function, usual.batches[0], formula, where, by, "", slope, rule)
+        defaults = {key: option.default for key, option in usual.options.items()}
+        changed = [str(option) for key, option in variant.options.items() if option.default != defaults.get(key)]
+        positioned = [f"positions = {positions}"] if positions else []
+        variant = replace(variant, changes="; ".join([f"loss = {formula}", *positioned, *changed]))
         check_level(name, definition.level, variant)
         check_known(f"{name}: reduction", by, variant.reductions)
         definition.variants.update(dict.fromkeys(presets, variant))

@@ -63,7 +63,7 @@ def score(
         if job.processes.first:
             check_score_files(config, out)
     lock = out.with_name(f".{out.name}.lock")
-    with job.interruptible(), job.opened(resume=True), job.locked(lock, out):
+    with job.interruptible(), job.opened(resume=job.folder.marked), job.locked(lock, out):
         model, tokenizer, stage = first_model(job)
         answers, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), files["finished draws"]
         if overwrite and job.processes.first:

@@ -197,6 +197,8 @@ def test_as_a_module(module):
         (["run", "missing.yaml"], "configuration 'missing.yaml': no such file"),
         (["run", "--set", "unlearn.forget=wag"], "objective='wag': did you mean wga? needs one of ga,"),
         (["run", "--set", "unlearn.learnin_rate=1"], "did you mean learning_rate?"),
+        (["run", "tiny.yaml", "--resume"], "--resume: there is no run in runs/tiny; leave --resume out, and it begins"),
+        (["run", "tiny.yaml", "--resume", "--overwrite"], "--resume goes on with a run and --overwrite begins it anew"),
         (["run", "tiny.yaml", "--set", "model.name_or_path=./nowhere"], "options=['hidden_size',"),
         (
             ["run", "--set", "model.name_or_path=./nowhere", "--set", "data.num_authors=3"],

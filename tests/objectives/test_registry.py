@@ -78,15 +78,18 @@ def test_defaults(name):
         ("wtnpo", "g_effect_code", {"beta": 4.0, "epsilon": 1e-5}),
         ("satimp", "open_unlearning", {"beta2": 1.0}),
         ("dpo", "standard", {"factor": 1.0}),
-        ("rmu", "wmdp", {"c": 20.0}),
-        ("rmu", "open_unlearning", {}),
+        ("rmu", "wmdp", {"c": 20.0, "layer": 8}),
+        ("rmu", "open_unlearning", {"layer": 8}),
+        ("rr", "wmdp", {"layer": 8}),
+        ("rr", "open_unlearning", {"layer": 8}),
         ("dpo", "closer_look_code", {}),
     ],
 )
 def test_presets_change_defaults_that_are_not_given(name, preset, changed):
     assert o.get(name, preset=preset).options == {**DEFAULTS[name], **changed}
     for option in changed:
-        assert o.get(name, preset=preset, **{option: 0.25}).options[option] == 0.25
+        other = 3 if option == "layer" else 0.25
+        assert o.get(name, preset=preset, **{option: other}).options[option] == other
 
 
 class TestNeeds:
@@ -157,6 +160,8 @@ class TestDocumentation:
                 uneven = chosen.positions in ("all", "followed") or (row.name, preset) in BROADCAST
                 assert uneven == ("depends on how a step is split" in changes)
             assert "\n" not in row.summary
+        presets = {row.name: row.presets for row in rows}
+        assert "; positions = all; c = 20.0; layer = 8; " in presets["rmu"]["wmdp"]
 
     @pytest.mark.parametrize("row", o.table(), ids=NAMES)
     def test_docstring_tells_formula_defaults_presets_source(self, row):

@@ -162,6 +162,30 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     assert (result.folder / "report.html").is_file()
 
 
+def test_there_is_nothing_to_resume(tiny_config, monkeypatch):
+    config = tiny_config()
+    monkeypatch.setattr(run_module, "compute", None)
+    with pytest.raises(FileNotFoundError, match=r"^--resume: there is no run in .*; leave --resume out"):
+        run(config, resume=True)
+    assert not (config.folder / "config.yaml").exists()
+    RunFolder(config.folder).open(config)  # killed before it computed anything: that is this run
+    RunFolder(config.folder).open(config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("pyunlearn run", "pyunlearn run"),
+        ("pyunlearn run a.yaml --set unlearn.forget.options.alpha=5 -s unlearn.retain=gd",
+         "pyunlearn run a.yaml -s unlearn.retain=gd"),
+        ("pyunlearn run -s unlearn.forget=ga --set=unlearn.forget.coefficient=2 --set 'name=a b'",
+         "pyunlearn run --set 'name=a b'"),
+    ],
+)  # fmt: skip
+def test_a_command_without_a_key(command, line):
+    assert run_module.without(command, "unlearn.forget") == line
+
+
 def test_a_folder_that_is_no_run_is_left_alone(tiny_config, tmp_path):
     config = tiny_config()
     config.folder.mkdir()

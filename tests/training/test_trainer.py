@@ -170,7 +170,7 @@ def test_layers_of_one_batch_come_from_one_forward(tiny, arguments, caches):
 
 
 def test_all_positions_of_hidden_states_need_a_live_reference(tiny, arguments, caches):
-    terms = [objectives.get("rmu", preset="wmdp"), objectives.get("rr", preset="wmdp"), "rr"]
+    terms = [*(objectives.get(name, preset="wmdp", layer="middle") for name in ("rmu", "rr")), "rr"]
     trainer, _ = train(tiny, arguments(), terms, reference=tiny.model(seed=1))
     log = trainer.state.log_history[0]
     batch = tiny.pairs().collate([tiny.pairs()[i] for i in range(8)])["retain"]
