@@ -97,9 +97,9 @@ class ForgetSampler(TrainerCallback, ExportableState):
     sample by sample: a forgotten one is not drawn any more, and training ends with the last. scores: options of `mrd`.
 
     Draws depend on (seed, step, state) alone, so that all ranks draw the same and a resumed run goes on bit for bit;
-    the state is in the checkpoint's trainer_state.json. What is measured is in the precision of the weights, whatever the
-    training's. Under torchrun `mrd` shares the samples out and gives the same scores to all ranks; what is forgotten,
-    the first rank decides.
+    the state is in the checkpoint's trainer_state.json. What is measured is in the precision of the weights, whatever
+    the training's. Under torchrun `mrd` shares the samples out and gives the same scores to all ranks; what is
+    forgotten, the first rank decides.
 
     Raises ValueError for an unknown weighting, refresh_steps < 1, options that `mrd` refuses, and during training for
     weights that are all 0 or (1 / MRD) not finite.
