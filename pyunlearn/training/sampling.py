@@ -18,6 +18,7 @@ from transformers.trainer_callback import ExportableState
 from ..data import QADataset, collate
 from ..metrics import extraction_likelihood, teacher_forced
 from ..mrd import Labels, check_arguments, mrd, scored_rows
+from .as_found import left_as_found
 
 logger = logging.getLogger(__name__)
 WEIGHTINGS = ("algorithm2", "inverse")
@@ -97,8 +98,9 @@ class ForgetSampler(TrainerCallback, ExportableState):
     labels: which tokens it scores, see `pyunlearn.mrd.scored_rows`.
 
     Draws depend on (seed, step, state) alone, so that all ranks draw the same and a resumed run goes on bit for bit;
-    the state is in the checkpoint's trainer_state.json. Under torchrun `mrd` shares the samples out and gives the same
-    scores to all ranks; what is forgotten, the first rank decides.
+    the state is in the checkpoint's trainer_state.json. What is measured is in the precision of the weights, whatever
+    the training's. Under torchrun `mrd` shares the samples out and gives the same scores to all ranks; what is
+    forgotten, the first rank decides.
 
     Raises ValueError for an unknown weighting or labels, refresh_steps < 1, options that `mrd` refuses, and during
     training for weights that are all 0 or (1 / MRD) not finite.
@@ -160,7 +162,8 @@ class ForgetSampler(TrainerCallback, ExportableState):
         """Computes MRD of the active samples; forgotten ones keep their last."""
         active = self.active
         batches = [collate([self.scored[i]], self.rows.pad_token_id) for i in active]
-        values = mrd(model, batches, progress=False, **self.options).value.tolist()
+        with left_as_found(model):
+            values = mrd(model, batches, progress=False, **self.options).value.tolist()
         scores = list(self.memory.scores or [0.0] * len(self.rows))
         for i, value in zip(active, values, strict=True):
             scores[i] = value
@@ -182,7 +185,9 @@ class ForgetSampler(TrainerCallback, ExportableState):
             return
         self.memory = SamplerState.of(len(self.rows))
         if self.forgotten is not None:
-            self.memory.limits = broadcast_object_list([self.forgotten.limits(model, self.rows)])[0]
+            with left_as_found(model):
+                limits = self.forgotten.limits(model, self.rows)
+            self.memory.limits = broadcast_object_list([limits])[0]
         if self.weighting is not None:
             self.refresh(model, 0)
             self.memory.first_scores = self.memory.scores
@@ -192,7 +197,8 @@ class ForgetSampler(TrainerCallback, ExportableState):
     ) -> None:
         step = state.global_step
         if self.forgotten is not None and self.memory.limits is not None and step % self.forgotten.every_steps == 0:
-            gone = self.forgotten.among(self.active, model, self.rows, self.memory.limits)
+            with left_as_found(model):
+                gone = self.forgotten.among(self.active, model, self.rows, self.memory.limits)
             for index in broadcast_object_list([gone])[0]:  # greedy text may differ in a rounding between devices
                 self.memory.forgotten_at[index] = step
         if not self.active:

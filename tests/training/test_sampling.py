@@ -202,6 +202,17 @@ def test_a_limit_of_nothing_is_met_by_nothing(tiny, caplog):
     ]  # fmt: skip
 
 
+def test_what_is_measured_knows_nothing_of_the_trainings_precision(tiny, arguments):
+    """MRD in half precision would be its own rounding."""
+    found = []
+    for bf16 in (False, True):
+        args = arguments(max_steps=2, per_device_train_batch_size=2, learning_rate=0.0, bf16=bf16)
+        _, sampler, _ = train(tiny, args, ["ga"], refresh_steps=1, forgotten=Forgotten(ngram=1, every_steps=1))
+        found.append((sampler.memory.scores, sampler.memory.first_scores, sampler.memory.limits))
+        assert sampler.memory.refreshed_at == [0, 1]
+    assert found[0] == found[1]
+
+
 def test_a_second_training_begins_anew(tiny, arguments):
     args = arguments(max_steps=2, per_device_train_batch_size=2, learning_rate=0.0)
     trainer, sampler, _ = train(tiny, args, ["ga"])
