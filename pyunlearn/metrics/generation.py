@@ -21,9 +21,8 @@ from ..data.words import splitter
 from ..model.causal_lm import CausalLM, eval_mode, rotary_limits
 from ..model.forward import length_batches
 
-_PADS: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = (
-    WeakKeyDictionary()
-)  # model -> (its kind, what `pads_left` says)
+# model -> (its kind, what `pads_left` says)
+_PADS: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:

@@ -83,7 +83,8 @@ def teacher_forced(
     memorization_accuracy and extraction_strength of `variant`, in the data set's order. What a row has no value of is
     left out.
 
-    No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile.
+    No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile. A row's
+    numbers are its own whatever it is batched with, up to the rounding of the model's dtype.
     Raises ValueError for no rows, a row without supervised tokens, an unknown variant, or log-probabilities that are
     not finite.
     """

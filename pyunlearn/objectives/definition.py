@@ -223,6 +223,10 @@ def read_variant(
             )
     if not statistics:
         raise ValueError(f"{function.__name__}: needs a positional parameter named after a statistic, such as logp")
+    if slope is not None and not is_finite(slope):
+        raise ValueError(f"{function.__name__}: slope={slope!r}: needs a finite number")
+    if rule is not None and (isinstance(rule, TokenRule) or not callable(rule)):
+        raise ValueError(f"{function.__name__}: rule={rule!r}: needs a function of the options that gives a TokenRule")
     if rule is not None and slope is None:
         raise ValueError(f"{function.__name__}: rule needs a slope, d(loss of a token)/d(statistic) apart from it")
     return Variant(

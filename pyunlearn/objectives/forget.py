@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.contract import TokenRule
+from .closed_form import sigmoid_floor
 from .definition import Masked, NonNegative, Positive
-from .one_pass import sigmoid_floor
 from .registry import register, register_preset
 
 G_EFFECT = "Wang et al., Rethinking LLM Unlearning Objectives: A Gradient Perspective, ICLR 2025"

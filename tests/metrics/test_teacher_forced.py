@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunlearn.data.tiny import tiny_llama
@@ -146,11 +146,31 @@ def test_a_metric_without_a_value_is_left_out(model):
     assert single["extraction_strength"] == 0.0
 
 
-def test_batches_do_not_change_the_result(model):
-    rows = make_rows(model, [7, 12, 4, 9, 12])
-    one, all_together = (teacher_forced(model, rows, batch_size=size, progress=False) for size in (1, 8))
-    for a, b in zip(one, all_together, strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+@pytest.fixture(scope="module")
+def rows(model):
+    return make_rows(model, [7, 12, 4, 9, 12, 5])
+
+
+@pytest.fixture(scope="module")
+def alone(model, rows):
+    """Of every row by itself, by variant."""
+    return {
+        variant: [teacher_forced(model, [row], variant=variant, progress=False)[0] for row in rows]
+        for variant in ("suffix", "open_unlearning")
+    }
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    order=st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    batch_size=st.integers(1, 10),
+    variant=st.sampled_from(["suffix", "open_unlearning"]),
+)
+def test_batch_mates_order_and_padding_do_not_change_a_score(model, rows, alone, order, batch_size, variant):
+    chosen = [rows[i] for i in order]
+    records = teacher_forced(model, chosen, batch_size=batch_size, variant=variant, progress=False)
+    for i, record in zip(order, records, strict=True):
+        assert record == pytest.approx(alone[variant][i], rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was(model):

@@ -294,6 +294,19 @@ class TestOwn:
             ({}, lambda refusal_logp, answer_logp: 0.0, "need level='sequence'"),
             ({}, lambda logp, *, num_tokens: 0.0, "num_tokens needs level='sequence'"),
             ({"slope": 1.0}, lambda logp, *, inverse_length: 0.0, "inverse_length needs level='token' and no slope"),
+            (
+                {},
+                lambda logp: logp.mean(),
+                r"mine, preset='paper': needs to return the loss of each token, \(4,\) for four",
+            ),
+            ({"level": "sequence"}, lambda logp: 0.0, "needs to return the loss of each sequence, .* got float"),
+            ({}, lambda hidden: hidden, r"got shape \(4, 1\)"),
+            ({}, lambda logp: logp.neg_log(), r"mine, preset='paper': fails on four tokens for {}: AttributeError"),
+            (
+                {"presets": {"x": {"a": 0.0}}},
+                lambda logp, *, a=1.0: logp if a else a,
+                "mine, preset='x': needs to return",
+            ),
         ],
     )
     def test_what_cannot_be_registered(self, options, function, message):
