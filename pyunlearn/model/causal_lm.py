@@ -159,8 +159,7 @@ class CausalLM:
     def check_head(self) -> None:
         """Compares `read_head` with the logits the model itself makes for two tokens: a few ms, once a model.
 
-        Raises ValueError if they differ: the architecture, or a head of a class of its own, does something to its
-        logits that is not known here.
+        Raises ValueError if they differ: the architecture does something to its logits that is not known here.
         """
         forward = getattr(self.inner.forward, "__func__", self.inner.forward)
         proof = (id(self.head_layer), id(forward), *logit_settings(self.config))

@@ -37,6 +37,11 @@ def check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> None
             raise ValueError(f"args.{name}={getattr(args, name)!r}: needs {defaults[name]!r}: {reason}")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("args.fp16=True: needs a GPU, a CPU would compute in float32; use bf16=True")
+    if "underflow_overflow" in args.debug:
+        raise ValueError(
+            "args.debug='underflow_overflow': needs '': its hooks take no empty logits and stay on the model; a loss "
+            "that is not finite stops the training in any case"
+        )
     for name, reason in OPTIONS_REFUSED.items():
         if options.get(name) is not None:
             raise ValueError(f"{name}: needs None: {reason}")

@@ -43,9 +43,9 @@ class EpochSetter(TrainerCallback):
 class UnlearnTrainer(TermLosses, Trainer):
     """Trains on coefficient-weighted objectives over paired batches.
 
-    model: a transformers causal LM (peft included). args: TrainingArguments; remove_unused_columns and label_names are
-    set as this trainer needs them. train_dataset: a ForgetRetainDataset, or any data set whose `collate` gives
-    {kind: batch} with batches of input_ids, attention_mask, labels (B, T) and index (B,).
+    model: a transformers causal LM (peft included). args: TrainingArguments, each of which has its effect or is
+    refused; remove_unused_columns is set as this trainer needs it. train_dataset: a ForgetRetainDataset, or any data
+    set whose `collate` gives {kind: batch} with batches of input_ids, attention_mask, labels (B, T) and index (B,).
     objectives: see `make_terms`. reference: what stands for the frozen reference: a ReferenceCache, {kind:
     ReferenceCache} when several kinds of sequence need one, a live model, or, for a model under peft,
     `pyunlearn.model.reference.AdapterOff(model)`. sampler: draws the forget rows of every step (in full batches, with

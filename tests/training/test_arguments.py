@@ -148,6 +148,11 @@ def test_an_option_without_effect_is_refused(ours, name):
         ours({}, **{name: lambda *args: None})
 
 
+def test_hooks_that_would_stay_are_refused(ours):
+    with pytest.raises(ValueError, match=r"args\.debug='underflow_overflow': needs '': its hooks .* stay on the model"):
+        ours({"debug": "underflow_overflow"})
+
+
 def test_batches_by_length_are_refused(ours):
     with pytest.raises(ValueError, match="lengths"):
         ours({"train_sampling_strategy": "group_by_length"})

@@ -55,6 +55,7 @@ def test_an_evaluation_on_the_way(tiny, arguments):
     assert values[0][0] > values[0][1]
     assert values[0] != values[1]
     assert trainer.evaluate(pairs)["eval_loss"] == pytest.approx(values[0][1], rel=1e-6)
+    assert trainer.predict(pairs).metrics["test_forget.ga/loss"] == pytest.approx(values[0][1], rel=1e-6)
 
 
 def test_other_rows_than_were_cached_are_refused(tiny, arguments, tmp_path):

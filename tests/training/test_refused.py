@@ -75,7 +75,7 @@ def with_head(kind, seed=0):
 HEADS = {
     Quadruple: r"output layer's weight \(Quadruple\) with softcap=None, temperature=1: (\S+) and (\S+), say",
     Scaled: r"Scaled: its logits are not .*: (\S+) and (\S+), say",
-    Sliced: r"shapes \(1, 2, 380\) and \(1, 2, 384\)",
+    Sliced: r"shapes \(\d, 2, 380\) and \(\d, 2, 384\)",
 }
 
 
