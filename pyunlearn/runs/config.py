@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from .._hints import check_known
+from ..metrics import Variant
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
 
@@ -164,6 +165,9 @@ class EvaluateConfig(Section):
     max_new_tokens: int = Field(default=64, ge=1)
     batch_size: int = Field(default=16, ge=1)
     retain_limit: int | None = Field(default=None, ge=1, description="retain samples evaluated; None is all")
+    variant: Variant = Field(
+        default="suffix", description="of memorization_accuracy and extraction_strength, see pyunlearn.metrics"
+    )
     goal: GoalConfig | None = Field(default_factory=GoalConfig)
 
     @field_validator("metrics")

@@ -44,6 +44,7 @@ def evaluate_sets(
             max_length=stage.max_length,
             rouge_samples=settings.rouge_samples,
             max_new_tokens=settings.max_new_tokens,
+            variant=settings.variant,
             seed=stage.seed,
             progress=stage.progress,
         )
@@ -105,6 +106,7 @@ def evaluate_files(
             max_length=stage.max_length,
             rouge_samples=settings.rouge_samples,
             max_new_tokens=settings.max_new_tokens,
+            variant=settings.variant,
             progress=stage.progress,
         )
         if out is not None:
