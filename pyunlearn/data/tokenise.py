@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,8 @@ IGNORE_INDEX = -100
 # Values some templates read: without them Llama 3 writes today's date into the prompt, so that tomorrow's tokens
 # differ, and Qwen 3 opens a chain of thought that no answer here has.
 TEMPLATE_VALUES = {"date_string": "26 Jul 2024", "enable_thinking": False}
+PROBE = "pyunlearnprobe"  # an answer that stands for any
+RENDER_SECONDS = 10.0  # templates take milliseconds; one from elsewhere may have no end
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class PromptFormat:
     """How a question is put to a model: by the tokenizer's chat template if it has one, else `Question: ...\\nAnswer:`.
 
     The prompt's tokens are the same with and without an answer after them, so that what is supervised is what the
-    model would generate: the answer and the token that ends it (the template's end of turn, else EOS).
+    model would generate: the answer and the token that ends it (the template's end of turn, else EOS). Where the
+    template opens something for the model that conversations do not have (a chain of thought), the prompt is the
+    conversation up to its answer.
 
     Raises ValueError for a tokenizer without an EOS token.
     """
@@ -57,7 +64,11 @@ class PromptFormat:
         check_text(question, f"question {brief(question)}:")
         if not self.chat:
             return f"Question: {question.strip()}\nAnswer:"
-        return self._render([{"role": "user", "content": question.strip()}], add_generation_prompt=True)
+        turn = {"role": "user", "content": question.strip()}
+        prompt = self._render([turn], add_generation_prompt=True)
+        conversation = self._render([turn, {"role": "assistant", "content": PROBE}])
+        before, found, _ = conversation.rpartition(PROBE)
+        return before if found and not conversation.startswith(prompt) else prompt
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of the prompt, opening tokens included: what generation starts from."""
@@ -67,7 +78,8 @@ class PromptFormat:
         """Token ids and labels of one pair.
 
         Raises ValueError if it is longer than max_length (nothing is ever cut off), if the answer is empty, for a lone
-        surrogate, or if the chat template's prompt is not the beginning of the conversation with the answer in it.
+        surrogate, or if the chat template writes the answer in another way, or another text before it than before other
+        answers.
         """
         answer = answer.strip()
         if not answer:
@@ -92,11 +104,16 @@ class PromptFormat:
 
     def _render(self, turns: list[dict[str, str]], **options: Any) -> str:
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, **options, **TEMPLATE_VALUES)
-        except jinja2.TemplateError as error:
+            with time_limit(RENDER_SECONDS):
+                return self.tokenizer.apply_chat_template(turns, tokenize=False, **options, **TEMPLATE_VALUES)
+        except ImportError:
+            raise
+        except Exception as error:  # a template is a program: anything may be raised in it
+            kind = "" if isinstance(error, jinja2.TemplateError | TimeoutError) else f"{type(error).__name__}: "
             raise ValueError(
-                f"the chat template fails on a {'/'.join(t['role'] for t in turns)} chat: {error}"
-            ) from error
+                f"the chat template of {self.tokenizer.name_or_path or 'the tokenizer'} fails on a "
+                f"{'/'.join(t['role'] for t in turns)} chat: {kind}{error}"
+            ) from None
 
     def _chat_reply(self, question: str, prompt: str, answer: str) -> str:
         """The text from the end of the prompt to the end of the assistant's turn."""
@@ -105,7 +122,7 @@ class PromptFormat:
         advice = "give the tokenizer another chat_template, or chat_template = None for 'Question: ...\\nAnswer:'"
         if not conversation.startswith(prompt):
             raise ValueError(
-                "the chat template's prompt is not the beginning of the conversation, so answers cannot be told from "
+                "what the chat template writes before an answer depends on the answer, so answers cannot be told from "
                 f"prompts: the prompt ends in {prompt[-60:]!r}, the conversation in {conversation[-60:]!r}; {advice}"
             )
         reply = conversation[len(prompt) :]
@@ -118,6 +135,26 @@ class PromptFormat:
         tail = reply[start + len(answer) :]
         ends = [tail.index(token) + len(token) for token in self._special if token in tail]
         return reply[: start + len(answer) + min(ends)] if ends else reply.rstrip()
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raises TimeoutError in Python code of this thread that runs inside for longer; one call into C is not broken off.
+
+    Without signals, so in any thread; no thread is left running.
+    """
+    end, before = time.monotonic() + seconds, sys.gettrace()
+
+    def trace(*_: Any) -> Any:
+        if time.monotonic() > end:
+            raise TimeoutError(f"it has not ended after {seconds:g} seconds")
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
 
 
 class QADataset(Dataset):

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..data import collate
 from ..model.causal_lm import CausalLM, eval_mode
-from ..model.forward import length_batches, token_stats_of
+from ..model.forward import check_finite, length_batches, token_stats_of
 from .generation import greedy_tokens
 
 
@@ -27,7 +27,8 @@ def extraction_likelihood(
     Where the greedy token is the true one, the continuation goes on as that of the next prefix, so that only prefixes
     before a wrong token are generated from: none for an answer known by heart.
 
-    Raises ValueError for no rows, a row whose supervised tokens are not its last ones or fewer than two, or ngram < 1.
+    Raises ValueError for no rows, a row whose supervised tokens are not its last ones or fewer than two, ngram < 1, or
+    log-probabilities that are not finite.
     """
     if ngram < 1:
         raise ValueError(f"ngram={ngram}: needs a whole number >= 1")
@@ -55,7 +56,8 @@ def greedy_right(lm: CausalLM, rows: Sequence[Any], batch_size: int) -> list[lis
     with eval_mode(lm.given), torch.no_grad():
         for batch in length_batches([len(row["labels"]) for row in rows], batch_size):
             inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
-            stats, seen = token_stats_of(lm, inputs, ("greedy",))
+            stats, seen = token_stats_of(lm, inputs, ("logp", "greedy"))
+            check_finite(stats.logp, seen.sequence_ids, batch)
             for place, greedy in zip(seen.sequence_ids.tolist(), stats.greedy.tolist(), strict=True):
                 right[batch[place]].append(greedy)
     return right

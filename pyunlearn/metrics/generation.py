@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
+from .._declined import decline
 from .._progress import track
 from ..data import padding_id
 from ..data.words import splitter
-from ..model.causal_lm import CausalLM, eval_mode
+from ..model.causal_lm import CausalLM, eval_mode, rotary_limits
 from ..model.forward import length_batches
+
+# model -> (its kind, what `pads_left` says)
+_PADS: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:
@@ -75,59 +83,114 @@ def greedy_tokens(
 ) -> list[list[int]]:
     """Greedy continuations of tokenised prompts, in their order; each ends with the end token, if it came to one.
 
-    Batches of similar length are padded on the left. Plain argmax: what the model's own generation settings
-    say of sampling, beams or penalties does not apply; its end tokens do. Where the context is shorter than
-    the batch's longest prompt + max_new_tokens, the batch ends with it.
+    Plain argmax: nothing that the model's own generation settings say applies but its end tokens. A text ends with the
+    context, whatever it is batched with. Batches of similar length are padded on the left, where that has been seen to
+    change nothing (`pads_left`); else each batch has prompts of one length.
 
-    Raises ValueError for an empty prompt, one that fills the context, or max_new_tokens < 1.
+    Raises ValueError for an empty prompt, one that fills the context, max_new_tokens < 1, or prompts after which the
+    model gives NaN or infinite logits, naming them.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: needs a whole number >= 1")
     lm, pad = CausalLM.of(model), padding_id(tokenizer)
-    context = lm.context_length
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < (context or len(prompt) + 1):
-            raise ValueError(
-                f"prompts[{i}]: has {len(prompt)} tokens, needs 1 or more, fewer than the context, {context}"
-            )
+    lengths, context = [len(prompt) for prompt in prompts], lm.context_length
+    for i, length in enumerate(lengths):
+        if not 0 < length < (context or length + 1):
+            raise ValueError(f"prompts[{i}]: has {length} tokens, needs 1 or more, fewer than the context, {context}")
     written: list[list[int]] = [[] for _ in prompts]
-    with eval_mode(lm.alone), torch.no_grad():
-        for batch in track(length_batches([len(p) for p in prompts], batch_size), "writing", progress):
-            longest = max(len(prompts[i]) for i in batch)
-            padding = [longest - len(prompts[i]) for i in batch]
-            ids = torch.tensor([[pad] * p + list(prompts[i]) for i, p in zip(batch, padding, strict=True)])
-            mask = torch.tensor([[0] * p + [1] * (longest - p) for p in padding])
+    with eval_mode(lm.alone), torch.no_grad(), greedy_settings(lm, tokenizer) as ends:
+        batches = prompt_batches(lm, lengths, batch_size, max_new_tokens, pad)
+        for batch in track(batches, "writing", progress):
+            longest = lengths[batch[0]]
+            ids = torch.tensor([[pad] * (longest - lengths[i]) + list(prompts[i]) for i in batch])
+            mask = torch.tensor([[0] * (longest - lengths[i]) + [1] * lengths[i] for i in batch])
             room = max_new_tokens if context is None else min(max_new_tokens, context - longest)
-            config = _greedy_config(lm.alone, tokenizer, room)
-            inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
-            output = lm.alone.generate(**inputs, generation_config=config)
-            ends = set(config.eos_token_id or ())
-            for i, tokens in zip(batch, output[:, longest:].tolist(), strict=True):
+            for i, tokens in zip(batch, write(lm, ids, mask, room, batch).tolist(), strict=True):
                 end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
                 written[i] = tokens[: end + 1]
     return written
 
 
-def _greedy_config(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    own = model.generation_config.eos_token_id
+def prompt_batches(
+    lm: CausalLM, lengths: Sequence[int], batch_size: int, max_new_tokens: int, pad: int
+) -> list[list[int]]:
+    """Prompts in batches of similar length; of one length where padding, or the others' length, would change a text."""
+    limits = [lm.context_length, *(limit for _, limit in rotary_limits(lm.config))]
+    limit = min(limit for limit in limits if limit is not None) if any(limits) else None
+    batches: list[list[int]] = []
+    for batch in length_batches(lengths, batch_size):
+        longest = lengths[batch[0]]
+        fits = limit is None or longest + max_new_tokens <= limit
+        if lengths[batch[-1]] == longest or (fits and pads_left(lm, pad)):
+            batches.append(batch)
+        else:
+            batches += [list(same) for _, same in groupby(batch, key=lambda i: lengths[i])]
+    return batches
+
+
+def write(lm: CausalLM, ids: Tensor, mask: Tensor, max_new_tokens: int, prompts: Sequence[int]) -> Tensor:
+    """(B, N) int64: the greedy tokens after prompts (B, T); prompts: what an error calls them."""
+
+    def check(_: Tensor, logits: Tensor) -> Tensor:
+        bad = ~logits.amax(-1).isfinite()
+        if bool(bad.any()):
+            names = sorted(prompts[i] for i in bad.nonzero().flatten().tolist())
+            raise ValueError(f"model: its logits after prompts {names} are NaN or infinite")
+        return logits
+
+    inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
+    processors = LogitsProcessorList([check])
+    return lm.alone.generate(**inputs, max_new_tokens=max_new_tokens, logits_processor=processors)[:, ids.size(1) :]
+
+
+@contextmanager
+def greedy_settings(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> Iterator[set[int]]:
+    """Inside, `generate` knows no settings but its defaults and these; the end tokens are the model's and EOS."""
+    own = lm.inner.generation_config.eos_token_id
     ends = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        eos_token_id=sorted(ends) or None,
-        pad_token_id=padding_id(tokenizer),
-        bos_token_id=tokenizer.bos_token_id,
-        use_cache=True,
-        # Given one by one, because anything left out is taken from the model's own settings.
-        do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_new_tokens=0,
-        min_length=0,
-    )
+    plain = GenerationConfig(
+        do_sample=False, eos_token_id=sorted(ends) or None, pad_token_id=padding_id(tokenizer), use_cache=True
+    )  # fmt: skip
+    changed: list[tuple[Any, str, Any]] = [(lm.inner, "generation_config", plain)]
+    if getattr(lm.config, "output_router_logits", False):  # for a loss, which fails on a cache
+        changed.append((lm.config, "output_router_logits", False))
+    before = [getattr(owner, name) for owner, name, _ in changed]
+    try:
+        for owner, name, value in changed:
+            setattr(owner, name, value)
+        yield ends
+    finally:
+        for (owner, name, _), value in zip(changed, before, strict=True):
+            setattr(owner, name, value)
+
+
+def pads_left(lm: CausalLM, pad: int) -> bool:
+    """Whether padding on the left leaves what the model writes as it is: tried once a model, on two tokens.
+
+    It does not where positions or states count padding, nor in float64 under eager attention, which is NaN there.
+    """
+    kind = lm.inner.dtype, getattr(lm.config, "_attn_implementation", None)
+    if lm.inner in _PADS and _PADS[lm.inner][0] == kind:
+        return _PADS[lm.inner][1]
+    ids = torch.tensor([[0, 1]])
+    options: dict[str, Any] = {
+        "max_new_tokens": 2,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+        "eos_token_id": None,
+    }
+    steps = []
+    for padding in (0, 3):
+        inputs = {"input_ids": F.pad(ids, (padding, 0), value=pad), "attention_mask": F.pad(ids + 1, (padding, 0)) > 0}
+        moved = {name: tensor.to(lm.device) for name, tensor in inputs.items()}
+        steps.append(torch.cat(lm.alone.generate(**moved, **options).logits).float())
+    tolerance = 3e-2 if lm.inner.dtype.itemsize < 4 else 1e-3
+    alone, padded = steps
+    same = torch.allclose(padded, alone, rtol=0, atol=tolerance * float(alone.nan_to_num(0, 0, 0).abs().max()))
+    if not same:
+        decline("a batch of prompts of several lengths", f"{lm.name} writes otherwise after padding")
+    _PADS[lm.inner] = kind, same
+    return same
 
 
 @lru_cache(maxsize=1)

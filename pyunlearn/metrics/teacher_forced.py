@@ -21,7 +21,7 @@ from .._hints import check_known
 from .._progress import track
 from ..data import collate
 from ..model.causal_lm import CausalLM, eval_mode
-from ..model.forward import length_batches, token_stats_of
+from ..model.forward import check_finite, length_batches, token_stats_of
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = get_args(Variant)
@@ -85,7 +85,8 @@ def teacher_forced(
 
     No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile. A row's
     numbers are its own whatever it is batched with, up to the rounding of the model's dtype.
-    Raises ValueError for no rows, a row without supervised tokens, an unknown variant, or NaN log-probabilities.
+    Raises ValueError for no rows, a row without supervised tokens, an unknown variant, or log-probabilities that are
+    not finite.
     """
     check_known("variant", variant, VARIANTS)
     rows = [dataset[i] for i in range(len(dataset))]
@@ -105,10 +106,9 @@ def teacher_forced(
                 stats.greedy.cpu(),
                 seen.sequence_ids.cpu(),
             )  # small; sums stay in order
+            check_finite(logp, ids, batch)
             num_tokens = _num_tokens(ids, len(batch))
             nll = _per_sequence(-logp.double(), ids, len(batch))
-            if bool(nll.isnan().any()):
-                raise ValueError(f"model: its log-probability of row {batch[int(nll.isnan().int().argmax())]} is NaN")
             columns = {
                 "num_tokens": num_tokens,
                 "nll": nll,

@@ -32,6 +32,7 @@ from .forward import (
     PADDED,
     Layer,
     Positions,
+    check_finite,
     layer_number,
     length_batches,
     number_of,
@@ -316,8 +317,8 @@ def _fill(
             write(name, tensor)
         for batch in track(length_batches(lengths, batch_size), "reference", progress):
             values = _read_batch(lm, head, [dataset[i] for i in batch], positions, layers)
-            if not bool(values["logp"].isfinite().all()):
-                raise ValueError(f"model: non-finite log-probabilities among rows {sorted(batch)}")
+            owners = torch.arange(len(batch)).repeat_interleave(torch.tensor([counts["logp"][i] for i in batch]))
+            check_finite(values["logp"], owners.to(values["logp"].device), batch)
             for name in [name for name in values if name in layout]:
                 kind = name.partition(".")[0]  # row after row, as many of each kind as were counted
                 for i, part in zip(batch, values[name].split([counts[kind][i] for i in batch]), strict=True):

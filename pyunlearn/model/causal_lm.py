@@ -111,6 +111,21 @@ class CausalLM:
                 "embeddings"
             )
 
+    def check_lengths(self, lengths: Tensor, longest: int) -> None:
+        """Raises ValueError if rows of these lengths, padded to `longest` tokens, are scored in another way than alone.
+
+        Rotary factors may be taken for a batch's longest row: "longrope" has two sets, "dynamic" one a length, which
+        shorter rows of later batches keep.
+        """
+        for kind, limit in rotary_limits(self.config):
+            if longest > limit and ("dynamic" in kind or int(lengths.min()) <= limit):
+                raise ValueError(
+                    f"{self.name}: its rotary factors ({kind}) are others for the rows of a batch that has "
+                    f"{longest} tokens than for each row alone; needs "
+                    + (f"at most {limit} tokens" if "dynamic" in kind else f"rows all above {limit} tokens, or none")
+                    + "; make batches of one row, without padding" * ("dynamic" not in kind)
+                )
+
     # ---- its head ----------------------------------------------------------------------------------------------------
 
     @property
@@ -144,37 +159,56 @@ class CausalLM:
     def check_head(self) -> None:
         """Compares `read_head` with the logits the model itself makes for two tokens: a few ms, once a model.
 
-        Raises ValueError if they differ: the architecture does something to its logits that is not known here.
+        Raises ValueError if they differ: the architecture, or a head of a class of its own, does something to its
+        logits that is not known here.
         """
         forward = getattr(self.inner.forward, "__func__", self.inner.forward)
         proof = (id(self.head_layer), id(forward), *logit_settings(self.config))
         if _PROVEN.get(self.inner) == proof:
             return
-        inputs: list[Tensor] = []
-        hook = self.head_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        calls: list[tuple[Tensor, Tensor]] = []
+        hook = self.head_layer.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
         try:
             with eval_mode(self.alone):
                 ids = torch.tensor([[0, 1]], device=self.device)
                 logits = self.alone(input_ids=ids, use_cache=False).logits.float()
         finally:
             hook.remove()
-        if len(inputs) != 1:
+        if len(calls) != 1:
             raise ValueError(
-                f"{self.name}: its forward needs to call its output layer once, it called it {len(inputs)} times; use "
+                f"{self.name}: its forward needs to call its output layer once, it called it {len(calls)} times; use "
                 "token_stats on model(...).logits"
             )
-        head = self.read_head()
-        ours = head.logits(whole(inputs[0]).to(head.weight.dtype)).float()
-        tolerance = 1e-3 if torch.finfo(head.weight.dtype).bits >= 32 else 3e-2
+        hidden, computed = map(whole, calls[0])
+        head = self.read_head().to(computed)  # under autocast it computes in half precision whatever its weights are
+        ours = head.logits(hidden.to(computed)).float()
+        tolerance = 1e-3 if torch.finfo(computed.dtype).bits >= 32 else 3e-2
         # A model that has diverged to NaN is not this function's business.
         scale = float(logits.nan_to_num(0, 0, 0).abs().max())
         if ours.shape != logits.shape or not torch.allclose(ours, logits, 0, tolerance * scale, equal_nan=True):
+            differ = f"shapes {tuple(logits.shape)} and {tuple(ours.shape)}"
+            if ours.shape == logits.shape:
+                at = int((ours - logits).abs().argmax())
+                differ = f"{float(logits.flatten()[at]):.4g} and {float(ours.flatten()[at]):.4g}, say"
             raise ValueError(
-                f"{self.name}: its logits are not those of its output layer with "
-                f"softcap={head.softcap}, temperature={head.temperature:g}; statistics from hidden states would "
-                "be wrong: use token_stats on model(...).logits"
+                f"{self.name}: its logits are not those of its output layer's weight "
+                f"({type(self.head_layer).__name__}) with softcap={head.softcap}, temperature={head.temperature:g}: "
+                f"{differ}; statistics from hidden states would be wrong: use token_stats on model(...).logits"
             )
         _PROVEN[self.inner] = proof
+
+
+def rotary_limits(config: Any) -> list[tuple[str, int]]:
+    """(kind, L) of rotary embeddings whose factors change for rows of more than L tokens, in some of the layers."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_layer = [each for each in parameters.values() if isinstance(each, dict)] or [parameters]
+    limits = []
+    for each in by_layer:
+        kind = str(each.get("rope_type"))
+        if kind == "longrope" or "dynamic" in kind:
+            original = each.get("original_max_position_embeddings") if kind == "longrope" else None
+            limits.append((kind, int(original or config.max_position_embeddings)))
+    return limits
 
 
 def without_adapters(alone: Any) -> Any:

@@ -47,10 +47,11 @@ class Supervised:
 def select_positions(batch: Mapping[str, Tensor], positions: Positions = "supervised") -> tuple[Tensor, Tensor, Tensor]:
     """Which of a batch's B*T positions count: (rows, targets, sequence_ids), each (N,) int64; row = b*T + t.
 
-    "supervised": labels[b, t + 1] != -100, the next label is the target. "real": tokens t and t + 1 are both
-    real (attention_mask; all are where there is none). "followed": every position but the last, padding too, as in
-    losses over shifted, unmasked logits. "all": the last one too, as in losses over unmasked logits; it has no next
-    token and gets its own as a placeholder: use "all" for statistics that need no target (entropy, KL).
+    "real": tokens t and t + 1 are both real (attention_mask; all are where there is none). "supervised": of these,
+    those with labels[b, t + 1] != -100, the next label is the target: nothing is scored from padding, at whichever end
+    it is. "followed": every position but the last, padding too, as in losses over shifted, unmasked logits. "all": the
+    last one too, as in losses over unmasked logits; it has no next token and gets its own as a placeholder: use "all"
+    for statistics that need no target (entropy, KL).
 
     Runs where the labels are: with the batch still on the CPU this costs a GPU no synchronisation.
     Raises ValueError for unknown positions, missing or misshapen tensors.
@@ -63,16 +64,15 @@ def select_positions(batch: Mapping[str, Tensor], positions: Positions = "superv
     length = ids.size(1)
     keep = torch.zeros_like(ids, dtype=torch.bool)
     following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
+    if positions in PADDED:
+        keep[:, : length if positions == "all" else -1] = True
+    else:
+        real = _real(batch)
+        keep[:, :-1] = True if real is None else real[:, 1:] & real[:, :-1]
     if positions == "supervised":
         labels = _tensor(batch, "labels", ids.shape)
-        keep[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+        keep[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
         following = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1)
-    elif positions == "real":
-        masked = batch.get("attention_mask") is not None
-        real = _tensor(batch, "attention_mask", ids.shape) if masked else torch.ones_like(ids)
-        keep[:, :-1] = (real[:, 1:] != 0) & (real[:, :-1] != 0)
-    else:
-        keep[:, : length if positions == "all" else -1] = True
     sequence_ids, column = keep.nonzero(as_tuple=True)
     return sequence_ids * length + column, following[sequence_ids, column], sequence_ids
 
@@ -118,16 +118,22 @@ def supervised_hidden(
     through_head: False where `layers` are all that matters: `Supervised.hidden` is then the deepest's, and the forward
     ends there, unless a wrapper (DDP, FSDP, DeepSpeed) has to see the end of it.
 
-    Raises ValueError for bad positions, batches or layers, TypeError for a model without an LM head, RuntimeError for a
-    model compiled in place together with its head (or layers), or one that does not call its head exactly once.
+    Padding changes nothing: rows padded on the left are moved to the left for the model, so that its absolute positions
+    count from their first real token.
+
+    Raises ValueError for bad positions, batches or layers, and for rows that the model would score in another way than
+    alone (`CausalLM.check_lengths`); TypeError for a model without an LM head, RuntimeError for a model compiled in
+    place together with its head (or layers), or one that does not call its head exactly once.
     """
-    # Before the forward: its one sync finds a short GPU queue.
+    # Before the forward: its syncs find a short GPU queue.
     rows, targets, sequence_ids = select_positions(batch, positions)
     lm = CausalLM.of(model)
+    inputs, places = _align(lm, batch)
+    rows = rows if places is None else places[rows]
     numbers = {layer: layer_number(lm, layer) for layer in layers}
     last = None if through_head or not numbers else max(numbers.values())
     tap = Tap(lm, numbers.values(), last)
-    tap.run({name: value for name, value in batch.items() if name not in NOT_MODEL_INPUTS})
+    tap.run({name: value for name, value in inputs.items() if name not in NOT_MODEL_INPUTS})
     states = {number: tap.at(number, rows, batch["input_ids"].shape) for number in {tap.last, *numbers.values()}}
     hidden = states[tap.last]
     return Supervised(
@@ -154,10 +160,11 @@ def token_stats_of(
     and `CausalLM.read_head` of a live model, or from a `ReferenceCache`. options: budget_bytes, k, backend of
     `linear_token_stats`.
 
-    Returns statistics of shape (N,) and the positions they belong to. Raises what those functions raise, and
-    ValueError if the reference's rows or its head's softcap or temperature do not fit.
+    Returns statistics of shape (N,) and the positions they belong to. Raises what those functions and
+    `CausalLM.check_head` raise, and ValueError if the reference's rows or its head's softcap or temperature do not fit.
     """
     lm = CausalLM.of(model)
+    lm.check_head()
     supervised = supervised_hidden(lm, batch, positions)
     head = lm.read_head()  # after the forward: sharded models have gathered it by then
     hidden, targets = supervised.hidden, supervised.targets
@@ -173,6 +180,56 @@ def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
         raise ValueError(f"batch_size={batch_size}: needs a whole number >= 1")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def check_finite(logp: Tensor, sequence_ids: Tensor, rows: Sequence[int]) -> None:
+    """Raises ValueError that names those of `rows` that have a log-probability (N,) which is not finite.
+
+    NaN and infinite logits leave such; sequence_ids: (N,), places in `rows`.
+    """
+    bad = sequence_ids[~logp.isfinite()].unique().tolist()
+    if bad:
+        raise ValueError(f"model: non-finite log-probabilities among rows {sorted(rows[i] for i in bad)}")
+
+
+def _real(batch: Mapping[str, Tensor]) -> Tensor | None:
+    """(B, T) bool: which tokens are no padding; None where all count. A mask may begin with tokens in a cache."""
+    mask = batch.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.dim() > 2:  # 4-d: the caller says who sees whom
+        return None
+    ids = batch["input_ids"]
+    if mask.dim() != 2 or len(mask) != len(ids) or mask.size(1) < ids.size(1):
+        raise ValueError(
+            f"batch['attention_mask']: needs the shape of input_ids {tuple(ids.shape)}, got {tuple(mask.shape)}"
+        )
+    return mask[:, -ids.size(1) :] != 0
+
+
+def _align(lm: CausalLM, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Any], Tensor | None]:
+    """What the model is given: every row from its first real token on; and where each of the B*T positions is there.
+
+    None where nothing has moved. A causal model does not see padding on the right, so that float64 models get no mask:
+    transformers' is -inf in its float32 softmax, and what would look at nothing but padding is NaN.
+    """
+    real, ids = _real(batch), batch["input_ids"]
+    if real is None or batch["attention_mask"].shape != ids.shape:
+        lm.check_lengths(ids.new_full((len(ids),), ids.size(1)), ids.size(1))
+        return batch, None
+    length, column = ids.size(1), torch.arange(ids.size(1), device=ids.device)
+    first, count = real.int().argmax(1, keepdim=True), real.sum(1, keepdim=True)
+    lm.check_lengths(count, length)
+    block = (column >= first) & (column < first + count)
+    start, gaps = torch.stack([first.amax(), (block != real).any().long()]).tolist()
+    inputs = dict(batch)
+    if not gaps and lm.inner.get_input_embeddings().weight.dtype == torch.float64:
+        del inputs["attention_mask"]
+    if not start:
+        return inputs, None
+    source = torch.arange(len(ids), device=ids.device).unsqueeze(1), (column + first) % length
+    for name, value in inputs.items():
+        if isinstance(value, Tensor) and value.shape[:2] == ids.shape:
+            inputs[name] = value[source]
+    return inputs, (source[0] * length + (column - first) % length).flatten()
 
 
 def _tensor(batch: Mapping[str, Tensor], name: str, shape: torch.Size | None = None) -> Tensor:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from .._files import read_json
 from .._hints import path_hint
 from ..data import padding_id
 from .causal_lm import CausalLM
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 EMBEDDED: Final = "embedded"
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -35,9 +38,10 @@ def load_model(
     name_or_path. tokenizer: folder or Hub id, where it is not the model's. dtype: "float32", "bfloat16" or "float16".
     options: sizes of the embedded model. texts: what its tokenizer is trained on. seed: of its weights.
 
+    Weights that the files have and the model has not are told in the log.
     Raises FileNotFoundError for a missing folder, file or Hub id (also when the Hub cannot be reached), ImportError
-    where a GGUF file needs the `gguf` package, ValueError for weights that are not safetensors and for a tokenizer that
-    makes ids the model has no embedding for.
+    where a GGUF file needs the `gguf` package, ValueError for weights that are not safetensors, are missing or of
+    another shape, and for a tokenizer that makes ids the model has no embedding for.
     """
     model: Any
     its_tokenizer: Any
@@ -73,17 +77,69 @@ def load_pretrained(name_or_path: str, gguf_file: str | None, tokenizer: str | N
 
     source, gguf = locate(name_or_path, gguf_file)
     options: dict[str, Any] = {"use_safetensors": True} if gguf is None else gguf_options(gguf)
+    its_tokenizer = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(source, gguf)
     try:
-        its_tokenizer = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(source, gguf)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), trust_remote_code=False, **options
+        if gguf is None:
+            check_index(source)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # told below, by name
+            output_loading_info=True,
+            **options,
         )
     except OSError as error:
-        raise missing(source, error) from error
+        raise missing(source, error) from None
+    model, info = loaded
+    check_weights(source, info)
     quantizer = getattr(model, "hf_quantizer", None)
     if gguf is not None and quantizer is not None:
         quantizer.remove_quantization_config(model)  # its weights are dense now, so it can be trained and saved
     return model, its_tokenizer
+
+
+def check_index(source: str) -> None:
+    """Raises ValueError if the index of a sharded checkpoint names anything but safetensors files beside it."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, cached_file
+
+    index = cached_file(source, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    if index is None:
+        return
+    named = read_json(index, "get the model's files again")
+    named = named.get("weight_map") if isinstance(named, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise ValueError(f"{index}: needs a 'weight_map' from weights to files; get the model's files again")
+    for name in named.values():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or {"/", "\\"} & {*name}:
+            raise ValueError(f"{index}: names the file {name!r}, needs .safetensors files in the same folder")
+
+
+def check_weights(source: str, info: Mapping[str, Any]) -> None:
+    """Raises ValueError that names weights which the files lack or have in another shape; logs those left over."""
+    if absent := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"model {source!r}: its files lack {some(absent)}, which would be random; needs all its weights"
+        )
+    if others := sorted(info["mismatched_keys"]):
+        name, found, needed = others[0]
+        raise ValueError(
+            f"model {source!r}: {name} has shape {tuple(found)} in its files, config.json needs {tuple(needed)}"
+            + (f", and {len(others) - 1} more differ" if len(others) > 1 else "")
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        logger.warning(
+            "model %r: its files have %s, for which the model has no place; not loaded", source, some(unused)
+        )
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of them, and how many more.
+
+    >>> some(["a", "b", "c", "d"])
+    'a, b, c and 1 more'
+    """
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def gguf_options(gguf: str) -> dict[str, Any]:
@@ -102,7 +158,7 @@ def load_tokenizer(source: str, gguf: str | None = None) -> PreTrainedTokenizerB
             source, trust_remote_code=False, **({} if gguf is None else {"gguf_file": gguf})
         )
     except OSError as error:
-        raise missing(source, error) from error
+        raise missing(source, error) from None
 
 
 def locate(source: str, gguf: str | None) -> tuple[str, str | None]:
@@ -123,15 +179,22 @@ def locate(source: str, gguf: str | None) -> tuple[str, str | None]:
             )
         if not any(folder.glob("*.safetensors")):
             raise ValueError(
-                f"model.name_or_path={source!r}: the folder has no .safetensors weights; no other kind is loaded"
+                f"model.name_or_path={source!r}: the folder has no .safetensors weights; no other kind is loaded "
+                "(pickle can run code): convert them where you trust them, by from_pretrained(...).save_pretrained(...)"
             )
     elif folder.is_file():
         raise ValueError(
             f"model.name_or_path={source!r}: is a file; needs a folder or a Hub id (GGUF: model.gguf_file)"
         )
-    elif source.count("/") > 1 or source.startswith((".", "/", "~")):
+    elif is_path(source):
         raise FileNotFoundError(f"model.name_or_path: no such folder: {source}{path_hint(folder)}")
     return source, gguf
+
+
+def is_path(source: str) -> bool:
+    """Whether a name can be no Hub id, or is below a folder that is here."""
+    parts = Path(source).parts
+    return source.count("/") > 1 or source.startswith((".", "/", "~")) or (len(parts) > 1 and Path(parts[0]).is_dir())
 
 
 def missing(source: str, error: OSError) -> FileNotFoundError:
@@ -140,4 +203,5 @@ def missing(source: str, error: OSError) -> FileNotFoundError:
     return FileNotFoundError(
         f"model or tokenizer {source!r}: not a folder here and not available from the Hub ({reason}); "
         "check the name and the connection (HF_HUB_OFFLINE unset), or give the path of a downloaded folder"
+        f"{path_hint(Path(source))}"
     )

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .causal_lm import CausalLM
+from .causal_lm import CausalLM, rotary_limits
 from .forward import IGNORE_INDEX, supervised_hidden, token_stats_of
 
 WORTH = 0.1  # of all tokens: what sharing has to spare
@@ -58,6 +58,8 @@ def shared_prefix(
     total, spared = sum(len(row["input_ids"]) for row in rows), length * (len(rows) - 1)
     if spared < WORTH * total:
         return None, f"the {len(rows)} samples share {length} tokens, which spares {spared} of {total}, under a tenth"
+    if rotary_limits(lm.config):
+        return None, f"the rotary factors of {lm.name} depend on the length of a sequence"
     parameters = inspect.signature(lm.alone.forward).parameters
     argument = next((name for name in ARGUMENTS if name in parameters), None)
     if argument is None:

@@ -71,6 +71,7 @@ STATISTICS = {
     "kl_pq": "KL(model || reference) at each position, in nats",
     "kl_qp": "KL(reference || model) at each position, in nats",
     "uniform_ce": "cross-entropy of the uniform distribution to the model's at each position, in nats",
+    "lse": "log of the sum of e^z over the vocabulary at each position",
     "topk": "the token-level bootstrapping term",
     "hidden": "hidden states of one layer",
     "ref_hidden": "the same of the frozen reference; never differentiated",

@@ -1,3 +1,7 @@
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given
@@ -5,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pyunlearn.data import QA, PromptFormat, QADataset, collate, load_qa, padding_id
+from pyunlearn.data import QA, PromptFormat, QADataset, collate, load_qa, padding_id, tokenise
 
 from .conftest import CHATML
 
@@ -72,8 +76,16 @@ def test_chat(world, chat_tokenizer):
             "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
             "Me.<|im_end|>",
         ),
+        # a chain of thought that is opened for the model and not kept in conversations
+        (CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif"), "Me.<|im_end|>"),
+        (
+            CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}").replace(
+                "assistant\n{% endif", "assistant\n<think>\n\n</think>\n\n{% endif"
+            ),
+            "Me.<|im_end|>",
+        ),
     ],
-    ids=["llama2", "no_end", "two_ends", "thinking"],
+    ids=["llama2", "no_end", "two_ends", "thinking", "opened", "stripped"],
 )
 def test_other_templates(chat_tokenizer, template, answer):
     chat_tokenizer.chat_template = template
@@ -92,17 +104,50 @@ def test_template_date_is_fixed(chat_tokenizer):
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        (CHATML.replace("assistant\n{% endif", "assistant\n<think>{% endif"), "not the beginning of the conversation"),
+        (
+            CHATML.replace(
+                "{{ m.content }}", "{% if m.role == 'assistant' %}{{ m.content | length }}: {% endif %}{{ m.content }}"
+            ),
+            r"puts '3: Me\..* not the answer 'Me\.'",
+        ),
+        (
+            CHATML.replace("{% for m", "{{ messages | length }}{{ (messages | last).content }}{% for m"),
+            "before an answer depends on the answer",
+        ),
+        ("{{ messages[0].content + 1 }}", "fails on a user chat: TypeError"),
+        ("{% for i in range(10**9) %}{% endfor %}", "fails on a user chat: OverflowError: Range too big"),
         (CHATML.replace("{{ m.content }}", "{{ m.content | upper }}"), r"puts 'ME\..* not the answer 'Me\.'"),
         ("{{ raise_exception('one turn only') }}", "fails on a user chat: one turn only"),
         ("{% if %}", "fails on a user chat"),
     ],
-    ids=["prefix", "answer", "raises", "syntax"],
+    ids=["prefix", "depends", "type", "range", "answer", "raises", "syntax"],
 )
 def test_bad_templates(chat_tokenizer, template, message):
     chat_tokenizer.chat_template = template
     with pytest.raises(ValueError, match=message):
         PromptFormat(chat_tokenizer).encode("Who?", "Me.")
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        3 * "{% for i in range(99999) %}" + 3 * "{% endfor %}",
+        "{{ lipsum(n=10**9) }}",
+    ],
+    ids=["loops", "lipsum"],
+)
+def test_endless_templates(chat_tokenizer, template, monkeypatch):
+    monkeypatch.setattr(tokenise, "RENDER_SECONDS", 0.2)
+    chat_tokenizer.chat_template = template
+    chat_tokenizer.name_or_path = "someones/model"
+    threads, trace = threading.active_count(), sys.gettrace()
+    with ThreadPoolExecutor(1) as pool:  # signals reach the main thread only
+        for call in (lambda ask: ask("Who?"), lambda ask: pool.submit(ask, "Who?").result()):
+            with pytest.raises(
+                ValueError, match=r"of someones/model fails on a user chat: it has not ended after 0.2 s"
+            ):
+                call(PromptFormat(chat_tokenizer).prompt)
+    assert (threading.active_count(), sys.gettrace()) == (threads, trace)
 
 
 def test_sentencepiece_style_space():

@@ -1,5 +1,6 @@
 """Greedy generation against argmax token by token, and ROUGE-L recall by hand."""
 
+import peft
 import pytest
 import torch
 from hypothesis import given
@@ -9,9 +10,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import greedy_generate, rouge_l_recall
-from pyunlearn.metrics.generation import common_length
+from pyunlearn.metrics.generation import common_length, greedy_tokens
+
+from ..model.zoo import ZOO, make
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"]
+SUPPRESSED = list(range(8, 300))
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +42,108 @@ def gpt2(tokenizer):
     return GPT2LMHeadModel(config)
 
 
-def argmax_by_hand(model, tokenizer, prompt, max_new_tokens):
+@torch.no_grad()
+def argmax_tokens(model, prompt, max_new_tokens, end=None):
     ids = list(prompt)
     model.eval()
-    with torch.no_grad():
-        for _ in range(max_new_tokens):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-            if ids[-1] == tokenizer.eos_token_id:
-                break
-    return tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+    while len(ids) < len(prompt) + max_new_tokens and (len(ids) == len(prompt) or ids[-1] != end):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("make", [llama, gpt2])
-def test_batches_equal_argmax_one_by_one(tokenizer, make):
-    model = make(tokenizer)
+def argmax_by_hand(model, tokenizer, prompt, max_new_tokens):
+    written = argmax_tokens(model, prompt, max_new_tokens, tokenizer.eos_token_id)
+    return tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_batches_equal_argmax_one_by_one(tokenizer, build):
+    model = build(tokenizer)
     with torch.no_grad():  # peaked logits and varied text
         model.get_input_embeddings().weight.mul_(30)
-    # None of these may apply:
-    model.generation_config.update(
-        do_sample=True, temperature=5.0, repetition_penalty=3.0, no_repeat_ngram_size=1, num_beams=2
-    )
     prompts = [tokenizer(text)["input_ids"] for text in ("the quick", "pack my box with", "dog", "fox jumps over")]
     model.train()
     texts = greedy_generate(model, tokenizer, prompts, max_new_tokens=12, batch_size=3, progress=False)
     assert all(module.training for module in model.modules())
     assert texts == [argmax_by_hand(model, tokenizer, prompt, 12) for prompt in prompts]
     assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, None), (torch.float64, "eager")], ids=str)
+@pytest.mark.parametrize("name", ZOO)
+def test_every_architecture_writes_in_a_batch_as_alone(tokenizer, name, dtype, attention):
+    if dtype == torch.float64 and name in ("mixtral", "qwen2_moe"):
+        pytest.skip("transformers multiplies experts in float32 at most")
+    model = make(name, dtype, attention)
+    model.generation_config.eos_token_id = None
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
+
+    def tokens(prompts):
+        return greedy_tokens(model, tokenizer, prompts, max_new_tokens=5, batch_size=3, progress=False)
+
+    alone = [argmax_tokens(model, prompt, 5, tokenizer.eos_token_id) for prompt in prompts]
+    assert tokens(prompts) == alone
+    assert [tokens([prompt])[0] for prompt in prompts] == alone
+
+
+SETTINGS = {
+    "do_sample": True, "temperature": 9.0, "num_beams": 2, "num_return_sequences": 2, "repetition_penalty": 9.0,
+    "no_repeat_ngram_size": 1, "encoder_repetition_penalty": 9.0, "encoder_no_repeat_ngram_size": 1, "min_length": 30,
+    "min_new_tokens": 12, "suppress_tokens": SUPPRESSED, "begin_suppress_tokens": SUPPRESSED, "forced_bos_token_id": 7,
+    "forced_eos_token_id": 7, "bad_words_ids": [[token] for token in SUPPRESSED], "max_time": 0.0, "max_length": 3,
+    "sequence_bias": [[[7], 99.0]], "exponential_decay_length_penalty": (1, 9.0), "guidance_scale": 3.0,
+    "prompt_lookup_num_tokens": 2, "watermarking_config": {"bias": 99.0}, "renormalize_logits": True,
+    "stop_strings": ["e"], "token_healing": True, "use_cache": False, "cache_implementation": "static",
+    "output_scores": True, "return_dict_in_generate": True, "penalty_alpha": 0.5, "dola_layers": "low",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_no_setting_of_the_model_applies(tokenizer, name):
+    model = gpt2(tokenizer)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(30)
+    prompt = tokenizer("the quick")["input_ids"]
+    expected = argmax_tokens(model, prompt, 6, tokenizer.eos_token_id)
+    assert expected[0] in SUPPRESSED
+    setattr(model.generation_config, name, SETTINGS[name])
+    own = model.generation_config
+    assert greedy_tokens(model, tokenizer, [prompt], max_new_tokens=6, progress=False) == [expected]
+    assert model.generation_config is own
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+def test_router_logits_are_for_training(tokenizer, name):
+    model = make(name)
+    expected = argmax_tokens(model, [5, 6, 7], 4)
+    model.config.output_router_logits = True
+    assert greedy_tokens(model, tokenizer, [[5, 6, 7]], max_new_tokens=4, progress=False) == [expected]
+    assert model.config.output_router_logits
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_name_their_prompts(tokenizer, value):
+    model = make("gpt2")
+    with torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone())
+        model.transformer.wte.weight[50] = value
+    prompts = [[5, 6], [7, 50], [8, 9], [50]]
+    with pytest.raises(ValueError, match=r"its logits after prompts \[1, 3\] are NaN or infinite"):
+        greedy_tokens(model, tokenizer, prompts, max_new_tokens=2, progress=False)
+
+
+def test_adapters_write_too(tokenizer):
+    model = peft.get_peft_model(gpt2(tokenizer), peft.LoraConfig(target_modules=["c_attn"], init_lora_weights=False))
+    expected = [argmax_tokens(model, prompt, 5, tokenizer.eos_token_id) for prompt in ([5, 6, 7], [8, 9])]
+    model.base_model.model.generation_config.suppress_tokens = SUPPRESSED
+    assert greedy_tokens(model, tokenizer, [[5, 6, 7], [8, 9]], max_new_tokens=5, progress=False) == expected
+
+
+def test_a_text_ends_with_the_context_whatever_it_is_batched_with(tokenizer):
+    model = gpt2(tokenizer)
+    prompts = [list(range(3, 43)), [5, 6, 7]]  # of 48 positions
+    texts = greedy_tokens(model, tokenizer, prompts, max_new_tokens=20, progress=False)
+    assert texts == [argmax_tokens(model, prompts[0], 8), argmax_tokens(model, prompts[1], 20)]
 
 
 def test_it_ends_at_any_end_token_of_model_and_tokenizer(tokenizer):
@@ -73,7 +153,7 @@ def test_it_ends_at_any_end_token_of_model_and_tokenizer(tokenizer):
     ids = list(prompt)
     with torch.no_grad():
         for _ in range(3):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
             written.append(ids[-1])
     model.generation_config.eos_token_id = [written[0], 5]
     text = greedy_generate(model, tokenizer, [prompt], max_new_tokens=3, progress=False)[0]

@@ -195,8 +195,16 @@ def test_a_model_that_diverged():
     with torch.no_grad():
         broken.model.embed_tokens.weight[9] = torch.nan
     ids = [torch.tensor([1, 2, 3]), torch.tensor([1, 9, 3])]
-    with pytest.raises(ValueError, match="log-probability of row 0 is NaN"):  # tied: the head is broken for all
-        teacher_forced(broken, [{"input_ids": i, "labels": i, "index": 0} for i in ids], progress=False)
+    rows = [{"input_ids": i, "labels": i, "index": 0} for i in ids]
+    with pytest.raises(ValueError, match=r"non-finite log-probabilities among rows \[0, 1\]"):  # tied: the head too
+        teacher_forced(broken, rows, progress=False)
+    broken.lm_head = torch.nn.Linear(32, 40)
+    with pytest.raises(ValueError, match=r"non-finite log-probabilities among rows \[1\]"):
+        teacher_forced(broken, rows, progress=False)
+    with torch.no_grad():
+        broken.lm_head.bias[5] = torch.inf  # all else would be forgotten: -inf
+    with pytest.raises(ValueError, match=r"non-finite log-probabilities among rows \[0\]"):
+        teacher_forced(broken, rows[:1], progress=False)
 
 
 def test_progress_bar(model, capsys):

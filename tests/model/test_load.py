@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pyunlearn.model.load import load_model
 from pyunlearn.runs.config import ModelConfig
@@ -72,7 +75,11 @@ def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
     told(FileNotFoundError, "no config.json there; for a GGUF file in it", name_or_path=str(tmp_path))
     told(ValueError, "is a file; needs a folder", name_or_path=str(saved / "config.json"))
     (saved / "model.safetensors").rename(saved / "pytorch_model.bin")
-    told(ValueError, "no .safetensors weights; no other kind is loaded", name_or_path=str(saved))
+    told(
+        ValueError,
+        r"no .safetensors weights; no other kind .*: convert them .*save_pretrained",
+        name_or_path=str(saved),
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     told(
@@ -80,6 +87,64 @@ def test_what_is_missing_is_named(saved, tmp_path, monkeypatch):
         "not a folder here and not available from the Hub",
         name_or_path="nobody/no-such-model",
     )
+
+
+def change(saved, **weights):
+    """The model file with other weights: None takes one out."""
+    file = saved / "model.safetensors"
+    tensors = load_file(file) | weights
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, file, {"format": "pt"})
+
+
+def test_weights_that_are_missing_or_of_another_shape_are_named(saved, caplog):
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    change(saved, **{gate: None, "model.norm.weight": None})
+    with pytest.raises(ValueError, match=f"its files lack {gate}, model.norm.weight, which would be random"):
+        load_model(str(saved))
+    change(saved, **{gate: torch.ones(3, 32), "model.norm.weight": torch.ones(32)})
+    with pytest.raises(ValueError, match=rf"{gate} has shape \(3, 32\) in its files, config.json needs \(64, 32\)"):
+        load_model(str(saved))
+    change(saved, **{gate: torch.ones(64, 32), "model.layers.7.extra": torch.ones(3)})
+    assert torch.equal(load_model(str(saved))[0].get_parameter(gate), torch.ones(64, 32))
+    assert "its files have model.layers.7.extra, for which the model has no place" in caplog.text
+
+
+def test_a_tied_head_is_not_missing(tiny, saved):
+    assert "lm_head.weight" not in load_file(saved / "model.safetensors")  # the tiny model's is tied
+    model, _ = load_model(str(saved))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "../model.safetensors", "/etc/m.safetensors", "a\\b.safetensors", 3]
+)
+def test_an_index_names_safetensors_in_its_folder_only(saved, name):
+    file = saved / "model.safetensors"
+    file.rename(saved / "part.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(saved / "part.safetensors"), "part.safetensors")}
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(str(saved))
+    index["weight_map"]["model.norm.weight"] = name
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=rf"index.json: names the file {re.escape(repr(name))}, needs .safetensors"):
+        load_model(str(saved))
+
+
+def test_a_mistyped_folder_waits_for_no_hub(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent.parent)
+    near = f"{saved.parent.name}/modle"  # might be a Hub id
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *args, **options: pytest.fail("the Hub"))
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {near}; did you mean model"):
+        load_model(near)
+
+
+def test_one_error_for_what_the_hub_does_not_have(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    with pytest.raises(FileNotFoundError) as told:
+        load_model("modle")
+    assert str(told.value).count("not a folder here") == 1
+    assert str(told.value).endswith("; did you mean model?")
+    assert told.value.__cause__ is None
 
 
 def test_gguf_errors(tmp_path, monkeypatch):

@@ -88,6 +88,19 @@ def test_hidden_states_are_retained(tiny_config, forget):
     assert "head.weight" not in cached
 
 
+def test_half_precision_ends_with_its_stage(tiny_settings, finished, tmp_path):
+    """In both stages of the demo, and of a model from disk; evaluations are those of the weights in float32."""
+    pretrained = {"model": {"name_or_path": str(finished[1].folder / "memorised")}, "memorise": None}
+    for name, changes in {"demo": {"memorise": {"bf16": True, "epochs": 1}}, "pretrained": pretrained}.items():
+        settings = {**tiny_settings, "unlearn": {"bf16": True, "epochs": 1}, "output": str(tmp_path / name), **changes}
+        config = RunConfig.model_validate(settings)
+        before = run(config).table
+        folder = RunFolder(config.folder)
+        for path in folder.path.glob("evaluation/after*"):
+            path.unlink()
+        assert run(config, resume=True).table == before  # of the model as it is loaded
+
+
 def test_the_table_is_the_mean_of_the_records(finished):
     _, result = finished
     for row in result.table:
