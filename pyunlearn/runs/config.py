@@ -277,8 +277,10 @@ class FilesConfig(Section):
         limit: int | None = None,
         rouge_samples: int = 20,
         batch_size: int = 16,
+        variant: Any = "suffix",
     ) -> FilesConfig:
         """model, data: paths or Hub ids; name: of a Hub data set's configuration; rouge_samples: 0 writes nothing."""
+        check_known("variant", variant, get_args(Variant))
         return cls(
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
             data=SourceConfig(path=data, name=name, limit=limit),
@@ -286,5 +288,6 @@ class FilesConfig(Section):
                 metrics=[metric for metric in ALL_METRICS if rouge_samples or metric != "rouge_l"],
                 rouge_samples=rouge_samples or None,
                 batch_size=batch_size,
+                variant=variant,
             ),
         )
