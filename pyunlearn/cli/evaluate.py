@@ -25,6 +25,9 @@ def evaluate(
     limit: Limit = None,
     rouge_samples: Annotated[int, typer.Option(min=0, help="Samples to generate for; 0 is none.")] = 20,
     batch_size: BatchSize = 16,
+    variant: Annotated[
+        str, typer.Option(help="suffix, or open_unlearning: leaves an answer's last token out.")
+    ] = "suffix",
     out: Annotated[Path | None, typer.Option(help="Write one JSON line per sample here.")] = None,
     debug: Debug = False,
 ) -> None:
@@ -35,6 +38,6 @@ def evaluate(
 
         files = FilesConfig.of(
             model, data, name=name, gguf_file=gguf_file, tokenizer=tokenizer, limit=limit, batch_size=batch_size,
-            rouge_samples=rouge_samples,
+            rouge_samples=rouge_samples, variant=variant,
         )  # fmt: skip
         evaluate_files(files, out=out, console=Console(), command=command_line())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from pyunlearn.data.qa import brief
 from pyunlearn.data.tokenise import IGNORE_INDEX, QADataset, collate
 
 ROLES = ("forget", "retain")
@@ -144,8 +145,8 @@ class ForgetRetainDataset(Dataset):
         length = len(replies[longest].input_ids)
         if length > min(limits):
             raise ValueError(
-                f"refusal {self.refusals[longest]!r} to {question!r} has {length} tokens, more than the limit of "
-                f"{min(limits)}; raise max_length (or pad_to) or leave the refusal out"
+                f"refusal {brief(self.refusals[longest])} to {brief(question)} has {length} tokens, more than the "
+                f"limit of {min(limits)}; raise max_length (or pad_to) or leave the refusal out"
             )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from .._hints import path_hint
 
+LONGEST_TOLD = 160  # characters of a text in an error
 FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
 
 
@@ -100,7 +101,8 @@ def check_disjoint(forget: Iterable[QA], retain: Iterable[QA]) -> None:
     overlap = [item for item in forget if _normalised(item) in retained]
     if overlap:
         raise ValueError(
-            f"{len(overlap)} forget pair(s) are in the retain set too; the first question is {overlap[0].question!r}"
+            f"{len(overlap)} forget pair(s) are in the retain set too; the first question is "
+            f"{brief(overlap[0].question)}"
         )
 
 
@@ -175,6 +177,11 @@ def _to_qa(row: object, where: str) -> QA:
 
 def _optional(row: Mapping[str, object], key: str, where: str) -> str | None:
     return None if row.get(key) is None else _text(row[key], key, where)
+
+
+def brief(text: str) -> str:
+    """Its `repr` for an error; of a long text, the beginning."""
+    return repr(text if len(text) <= LONGEST_TOLD else f"{text[:LONGEST_TOLD]}...")
 
 
 def check_text(text: str, what: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from pyunlearn.data.qa import QA, check_text
+from pyunlearn.data.qa import QA, brief, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,7 +61,7 @@ class PromptFormat:
 
     def prompt(self, question: str) -> str:
         """The text before the answer. Raises ValueError for a lone surrogate, or if the chat template fails."""
-        check_text(question, f"question {question!r}:")
+        check_text(question, f"question {brief(question)}:")
         if not self.chat:
             return f"Question: {question.strip()}\nAnswer:"
         turn = {"role": "user", "content": question.strip()}
@@ -83,8 +83,8 @@ class PromptFormat:
         """
         answer = answer.strip()
         if not answer:
-            raise ValueError(f"the answer to {question!r} is empty")
-        check_text(answer, f"the answer to {question!r}")
+            raise ValueError(f"the answer to {brief(question)} is empty")
+        check_text(answer, f"the answer to {brief(question)}")
         prompt = self.prompt(question)
         reply = self._chat_reply(question, prompt, answer) if self.chat else f" {answer}"
         prompt_ids, joint_ids = self._ids(prompt), self._ids(prompt + reply)
@@ -257,6 +257,6 @@ def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def _check_length(encoded: Encoded, max_length: int | None, which: str, question: str) -> None:
     if max_length is not None and len(encoded.input_ids) > max_length:
         raise ValueError(
-            f"{which} (question {question!r}) has {len(encoded.input_ids)} tokens with its answer, more than the "
+            f"{which} (question {brief(question)}) has {len(encoded.input_ids)} tokens with its answer, more than the "
             f"limit of {max_length}; raise max_length up to the model's context, or leave the sample out"
         )

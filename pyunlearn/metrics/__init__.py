@@ -7,11 +7,12 @@ bases disagree, the variants are named options.
 from .evaluate import METRICS, EvaluationResult, evaluate
 from .extraction import extraction_likelihood
 from .generation import greedy_generate, greedy_tokens, rouge_l_recall
-from .teacher_forced import extraction_strength, memorization_accuracy, probability, teacher_forced
+from .teacher_forced import Variant, extraction_strength, memorization_accuracy, probability, teacher_forced
 
 __all__ = [
     "METRICS",
     "EvaluationResult",
+    "Variant",
     "evaluate",
     "extraction_likelihood",
     "extraction_strength",

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from .._hints import check_known
+from ..metrics import Variant
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
 
@@ -164,6 +165,9 @@ class EvaluateConfig(Section):
     max_new_tokens: int = Field(default=64, ge=1)
     batch_size: int = Field(default=16, ge=1)
     retain_limit: int | None = Field(default=None, ge=1, description="retain samples evaluated; None is all")
+    variant: Variant = Field(
+        default="suffix", description="of memorization_accuracy and extraction_strength, see pyunlearn.metrics"
+    )
     goal: GoalConfig | None = Field(default_factory=GoalConfig)
 
     @field_validator("metrics")
@@ -273,8 +277,10 @@ class FilesConfig(Section):
         limit: int | None = None,
         rouge_samples: int = 20,
         batch_size: int = 16,
+        variant: Any = "suffix",
     ) -> FilesConfig:
         """model, data: paths or Hub ids; name: of a Hub data set's configuration; rouge_samples: 0 writes nothing."""
+        check_known("variant", variant, get_args(Variant))
         return cls(
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
             data=SourceConfig(path=data, name=name, limit=limit),
@@ -282,5 +288,6 @@ class FilesConfig(Section):
                 metrics=[metric for metric in ALL_METRICS if rouge_samples or metric != "rouge_l"],
                 rouge_samples=rouge_samples or None,
                 batch_size=batch_size,
+                variant=variant,
             ),
         )

@@ -53,6 +53,7 @@ def evaluate_items(
         max_length=stage.max_length,
         rouge_samples=settings.rouge_samples,
         max_new_tokens=settings.max_new_tokens,
+        variant=settings.variant,
         seed=stage.seed,
         progress=stage.progress,
     )

@@ -96,6 +96,13 @@ def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
         str(out),
     )
     assert code == 0
+    again = call("evaluate", "--model", "runs/tiny/checkpoint", "--data", str(data), "--rouge-samples", "0",
+                 "--variant", "open_unlearning", "--out", "theirs.jsonl")  # fmt: skip
+    assert again[0] == 0
+    theirs = [json.loads(line) for line in Path("theirs.jsonl").read_text().splitlines()]
+    for record in theirs:  # the last token does not count
+        hits = record["memorization_accuracy"] * (record["num_tokens"] - 1)
+        assert hits == pytest.approx(round(hits), abs=1e-9)
     probability = float(re.search(r"probability\W+(0\.\d+)", text)[1])
     summary = json.loads((tmp_path / "runs/tiny/evaluation/after.json").read_text())["forget"]
     assert probability == pytest.approx(summary["probability"], abs=1e-4)
@@ -206,6 +213,10 @@ def test_as_a_module(module):
         ),
         (["evaluate", "--model", "./nowhere", "--data", "missing.jsonl"], "no such file: missing.jsonl"),
         (["evaluate", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
+        (
+            ["evaluate", "--model", "x", "--data", "one.jsonl", "--variant", "sufix"],
+            "variant='sufix': did you mean suffix?",
+        ),
         (["score", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
         (["score", "--model", "./nowhere"], "needs --model and --data (with their options), or a configuration"),
         (["score", "--limit", "3"], "needs --model and --data"),

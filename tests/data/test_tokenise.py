@@ -204,6 +204,12 @@ def test_odd_characters_are_text(tokenizer, text):
     assert tokenizer.decode([i for i in encoded.labels if i != -100][:-1]).strip() == text
 
 
+def test_a_long_question_is_not_told_whole(tokenizer):
+    with pytest.raises(ValueError, match=r"question 'why (why )+w?h?y?\.\.\.'\) has \d+ tokens") as caught:
+        QADataset([QA("why " * 9999, "I.")], tokenizer, 100)
+    assert len(str(caught.value)) < 400
+
+
 def test_empty_answer(tokenizer):
     with pytest.raises(ValueError, match=r"the answer to 'Who\?' is empty"):
         PromptFormat(tokenizer).encode("Who?", " ")

@@ -10,9 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from pyunlearn.data import QADataset
+from pyunlearn.metrics import teacher_forced
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs import run as run_module
-from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.config import EvaluateConfig, RunConfig
+from pyunlearn.runs.evaluate import evaluate_sets
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result, run
 from pyunlearn.training.callbacks import MetricsWriter, read_metrics
@@ -173,6 +176,18 @@ def test_a_finished_run_is_not_run_again(finished, monkeypatch):
     (result.folder / "report.html").unlink()
     assert run(config, resume=True) == result
     assert (result.folder / "report.html").is_file()
+
+
+def test_the_variant_reaches_the_metrics(tiny, tmp_path):
+    settings = EvaluateConfig(variant="open_unlearning", metrics=["probability", "memorization_accuracy"])
+    folder, model, items = RunFolder(tmp_path), tiny.model(), tiny.world.forget[:2]
+    evaluate_sets(Stage(folder), settings, folder, "before", {"forget": items}, model, tiny.tokenizer)
+    records = [json.loads(line) for line in folder.evaluation("before-forget.jsonl").read_text().splitlines()]
+    for record in records:
+        hits = record["memorization_accuracy"] * (record["num_tokens"] - 1)
+        assert hits == pytest.approx(round(hits), abs=1e-9)
+    rows = teacher_forced(model, QADataset(items, tiny.tokenizer, 256), variant="open_unlearning", progress=False)
+    assert [record["memorization_accuracy"] for record in records] == [row["memorization_accuracy"] for row in rows]
 
 
 def test_there_is_nothing_to_resume(tiny_config, monkeypatch):
