@@ -1,6 +1,6 @@
-"""Token statistics in Triton: one streaming read forward, one pass backward.
+"""Token statistics in Triton: one streaming read of a row. token_gradient has the backward pass.
 
-The arithmetic and its rules are those of csrc/math (row_state.h, token_gradient.h): the target's lane is kept apart, so
+The arithmetic and its rules are those of csrc/math/row_state.h: the target's lane is kept apart, so
 that -log p_t = softplus(log-odds) is exact however close p_t is to 1, and sums are taken about the running maximum. On
 a peaked row S = sum e^(z-m) is 1 + s and the entropy lives in s: lanes at the maximum are counted (`tops`) apart from
 the sum over the others (`rest`).
@@ -24,7 +24,6 @@ from .lanes import (
     log1p,
     log_softplus,
     row_of,
-    slope,
     softplus,
     times,
     whole,
@@ -60,16 +59,6 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)  # the max of nothing: finite, so 
 def line_of(output: tl.constexpr, lines):
     """Which line of the stacked statistics holds an output, counted from 1; 0 where it was not asked for."""
     return (lines >> (4 * output)) & 15
-
-
-@triton.jit
-def entry(stats, output: tl.constexpr, lines, rows, row):
-    """An output of a row in the stacked statistics, or 0."""
-    line = line_of(output, lines)
-    return tl.load(stats + (line - 1) * rows + row, mask=line > 0, other=0.0)
-
-
-# ---- forward ---------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -329,129 +318,3 @@ def finish_kernel(
     tl.store(saved + SAVED_LOG_ODDS * rows + row, tl.where(counts, log_odds, 0.0), mask=exists)
     tl.store(saved + SAVED_REF_MAX * rows + row, tl.where(counts, all_ref_m, 0.0), mask=exists)
     tl.store(saved + SAVED_REF_LOG_SUM * rows + row, tl.where(counts, ref_log_sum, 0.0), mask=exists)
-
-
-# ---- backward --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def lane_gradient(
-    z, r, row_max, log_sum, log_scale, ref_max, ref_log_sum, on_p, on_logp, on_logq, on_q, constant,
-    LOGS: tl.constexpr, REFERENCE: tl.constexpr,
-):  # fmt: skip
-    """dz of lanes other than the target: p (on_p + on_logp logp + on_logq logq) + on_q q + constant."""
-    logp = (z - row_max) - log_sum
-    p = exp(logp - log_scale)
-    weight, dz = on_p, constant
-    if LOGS:
-        weight += on_logp * logp
-    if REFERENCE:
-        logq = (r - ref_max) - ref_log_sum
-        weight += times(on_logq, logq)
-        dz += on_q * exp(logq)
-    if LOGS or REFERENCE:
-        return dz + times(p, weight)
-    else:
-        return dz + p * weight
-
-
-@kernel
-def backward_kernel(
-    grad, stats, saved, rows: tl.int64, lines: tl.int64,
-    logits, logits_outer: tl.int64, logits_inner: tl.int64,
-    reference, reference_outer: tl.int64, reference_inner: tl.int64,
-    targets, targets_outer: tl.int64, targets_inner: tl.int64,
-    index, belief, k: tl.int32, out, out_outer: tl.int64, out_inner: tl.int64,
-    inner: tl.int32, columns: tl.int32, part_columns: tl.int32, first: tl.int64, vocabulary: tl.int32,
-    ignore_index: tl.int64, scale: tl.float64, softcap: tl.float64,
-    LOGS: tl.constexpr, REFERENCE: tl.constexpr, K: tl.constexpr, CURVE: tl.constexpr,
-    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
-):  # fmt: skip
-    """One part of one row of d(logits), which may be the logits' own memory."""
-    T: tl.constexpr = logits.dtype.element_ty
-    R: tl.constexpr = reference.dtype.element_ty
-    A: tl.constexpr = saved.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
-    begin = tl.program_id(1) * part_columns
-    n = whole(tl.maximum(tl.minimum(columns - begin, part_columns), 0), VEC, ALIGNED)
-    x = row_of(logits, row, inner, logits_outer, logits_inner, begin, ALIGNED)
-    r = row_of(reference, row, inner, reference_outer, reference_inner, begin, ALIGNED)
-    dx = row_of(out, row, inner, out_outer, out_inner, begin, ALIGNED)
-    lanes = tl.arange(0, BLOCK)
-
-    target = tl.load(row_of(targets, row, inner, targets_outer, targets_inner, 0, False)).to(tl.int64)
-    a, a_nll = entry(grad, LOGP, lines, rows, row), entry(grad, LOG_NLL, lines, rows, row)
-    a_entropy, a_uniform = entry(grad, ENTROPY, lines, rows, row), entry(grad, UNIFORM_CE, lines, rows, row)
-    a_pq, a_qp = entry(grad, KL_PQ, lines, rows, row), entry(grad, KL_QP, lines, rows, row)
-    a_lse, a_topk = entry(grad, LSE, lines, rows, row), entry(grad, TOPK, lines, rows, row)
-    entropy, kl_pq = entry(stats, ENTROPY, lines, rows, row), entry(stats, KL_PQ, lines, rows, row)
-    row_max, log_sum = tl.load(saved + SAVED_MAX * rows + row), tl.load(saved + SAVED_LOG_SUM * rows + row)
-    ref_max, ref_log_sum = tl.load(saved + SAVED_REF_MAX * rows + row), tl.load(saved + SAVED_REF_LOG_SUM * rows + row)
-    u = tl.load(saved + SAVED_LOG_ODDS * rows + row)
-    wanted = (a != 0) | (a_nll != 0) | (a_entropy != 0) | (a_uniform != 0) | (a_pq != 0) | (a_qp != 0) | (a_topk != 0)
-    wanted |= a_lse != 0
-    if (target == ignore_index) | (wanted == 0):  # the row is not read
-        for start in range(0, n, BLOCK):
-            tl.store(dx + start + lanes, tl.zeros([BLOCK], T), mask=start + lanes < n)
-        return
-    held = tl.load(x + lanes, mask=lanes < n, other=0.0)
-    ref_held = tl.load(r + lanes, mask=lanes < n, other=0.0) if REFERENCE else held
-
-    scale, softcap = tl.full((), scale, A), tl.full((), softcap, A)
-    nll = softplus(u)
-    small = exp(-tl.abs(u))
-    p_other = tl.where(u > 0, 1.0, small) / (1 + small)  # 1 - p_t
-    # On a memorised token p_j and nll both underflow while their ratio does not: 1 / nll moves into the exponent. The
-    # other terms are scaled back; where the target is all there is (u = -inf) nothing is left to scale.
-    rescale = (a_nll != 0) & (u < -30)
-    log_scale = tl.where(rescale & (u > -INFINITY), log_softplus(u), 0.0)
-    unscale = exp(log_scale)
-    shared = a_uniform + a_lse + a_qp - a_topk - times(a_entropy, entropy) - times(a_pq, kl_pq)
-    constant = -a_uniform / vocabulary
-    on_p = (shared - a) * unscale + tl.where(rescale, a_nll, times(a_nll, 1 / nll))
-    on_logp, on_logq = (a_pq - a_entropy) * unscale, -a_pq * unscale
-
-    # The lanes that do not follow the common formula: read before anything is overwritten, for dx may be x.
-    column = target - first - begin
-    inside = (column >= 0) & (column < n)
-    y_t = curve(tl.load(x + column, mask=inside, other=0.0), scale, softcap, T, A, CURVE)[1]
-    p_t = exp(-nll)
-    weight = shared - times(a_pq - a_entropy, nll)
-    dz_t = constant + a * p_other - tl.where(rescale, a_nll, times(a_nll, p_other / nll))
-    if REFERENCE:
-        r_t = curve(tl.load(r + column, mask=inside, other=0.0), scale, softcap, R, A, CURVE)[0]
-        logq = (r_t - ref_max) - ref_log_sum
-        weight += times(-a_pq, logq)
-        dz_t -= a_qp * exp(logq)
-    dz_t += times(p_t, weight)
-    if K > 0:
-        rank = tl.arange(0, K)
-        j = tl.load(index + row * k + rank, mask=rank < k, other=-1).to(tl.int64)
-        b = a_topk * tl.load(belief + row * k + rank, mask=rank < k, other=0.0)
-        dz_t += tl.sum(tl.where(j == target, b, 0.0), 0)
-        apart = (j != target) & (j >= first + begin) & (j < first + begin + n)
-        j -= first + begin
-        z_top, y_top = curve(tl.load(x + j, mask=apart, other=0.0), scale, softcap, T, A, CURVE)
-        q_top = curve(tl.load(r + j, mask=apart, other=0.0), scale, softcap, R, A, CURVE)[0] if REFERENCE else z_top
-        dz_top = b + lane_gradient(
-            z_top, q_top, row_max, log_sum, log_scale, ref_max, ref_log_sum, on_p, on_logp, on_logq, -a_qp, constant,
-            LOGS, REFERENCE,
-        )  # fmt: skip
-        dx_top = slope(dz_top, y_top, scale, CURVE).to(T)
-    tl.debug_barrier()
-    for start in range(0, n, BLOCK):
-        z, y = curve(held, scale, softcap, T, A, CURVE)
-        q = curve(ref_held, scale, softcap, R, A, CURVE)[0]
-        ahead = start + BLOCK + lanes
-        held = tl.load(x + ahead, mask=ahead < n, other=0.0)
-        ref_held = tl.load(r + ahead, mask=ahead < n, other=0.0) if REFERENCE else held
-        dz = lane_gradient(
-            z, q, row_max, log_sum, log_scale, ref_max, ref_log_sum, on_p, on_logp, on_logq, -a_qp, constant,
-            LOGS, REFERENCE,
-        )  # fmt: skip
-        tl.store(dx + start + lanes, slope(dz, y, scale, CURVE).to(T), mask=start + lanes < n)
-
-    tl.debug_barrier()  # the last store to a lane is the right one
-    tl.store(dx + column, slope(dz_t, y_t, scale, CURVE).to(T), mask=inside)
-    if K > 0:
-        tl.store(dx + j, dx_top, mask=apart)

@@ -9,7 +9,7 @@ import torch
 
 from pyunlearn.ops import OUTPUTS
 
-from .rows import DIFFERENTIABLE, interpreted, run, skip_unless_taken
+from .rows import DIFFERENTIABLE, assert_within_budget, interpreted, run, skip_unless_taken
 
 MARGINS = (-300.0, -100.0, -30.0, 0.0, 14.0, 16.0, 29.0, 31.0, 60.0, 86.0, 90.0, 110.0, 300.0)
 V = 11
@@ -108,3 +108,39 @@ def test_what_has_no_softmax_is_nan(value, where, fused):
             assert d_ours[::2].isnan().all()
             assert all(ours[output][::2].isnan().all() for output in outputs if output != "greedy")
         assert d_ours[1::2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_point_masses(dtype, backend):
+    """One lane 60 above or below all others, the target it or another."""
+    logits = torch.full((8, 40), -30.0)
+    logits[4:] = 30.0
+    logits[:, 7] *= -1
+    reference = logits.roll(1, dims=1)
+    targets = torch.tensor([7, 0, 8, 39] * 2)
+    names = tuple(name for name in DIFFERENTIABLE if name != "topk")
+    upstream = {name: torch.linspace(-1, 1, 8).double() for name in names}
+    args = logits.to(dtype), targets, reference.to(dtype), upstream
+    ours, d_ours = run(*args, backend=backend, k=3)
+    eager, d_eager = run(*args, backend="eager", k=3)
+    oracle, d_oracle = run(logits.double(), targets, reference.double(), upstream, backend="eager", k=3)
+    oracle["logp"] = -oracle["log_nll"].exp()  # float64 log_softmax itself is 0 there
+    for name in OUTPUTS:
+        assert_within_budget(ours[name], eager[name], oracle[name], 4e-6, name)
+    assert_within_budget(d_ours, d_eager, d_oracle, 4e-6 + torch.finfo(dtype).eps, "gradient")
+
+
+def test_a_confident_bfloat16_rows_target_lane(fused):
+    """Its gradient a (1 - p) is off by the rounding to bfloat16 alone, and at most by 4 times what eager's is."""
+    logits = torch.randn(12, 600).bfloat16()
+    targets, lane = torch.randint(0, 600, (12,)), torch.arange(12)
+    logits[lane, targets] = (logits.float().logsumexp(-1) + torch.linspace(1, 14, 12)).bfloat16()
+    upstream = {"logp": torch.linspace(0.3, 3, 12).double()}
+    of_target = {}
+    for name, x in ((fused, logits), ("eager", logits), ("oracle", logits.double())):
+        _, grad = run(x, targets, None, upstream, outputs=("logp",), backend="eager" if name == "oracle" else name)
+        of_target[name] = grad[lane, targets]
+    right = of_target["oracle"]
+    mine, theirs = ((of_target[name] - right).abs() / right.abs() for name in (fused, "eager"))
+    assert mine.max() <= (2**-7 if interpreted(fused) else 2**-8)  # triton's interpreter cuts the bits off
+    assert mine.max() <= 4 * theirs.max()

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...triton_kernels import ghost as ghost_kernels
-from ...triton_kernels import lanes
+from ...triton_kernels import lanes, token_gradient
 from ...triton_kernels import perturb as perturb_kernels
 from ...triton_kernels import segment_dot as segment_kernels
 from ...triton_kernels import token_stats as kernels
@@ -189,7 +189,7 @@ def backward(
     k = 0 if index is None else index.size(-1)
     parts = parts_of(rows, columns, logits.device)
     with torch.cuda.device_of(logits):
-        kernels.backward_kernel[rows, parts](
+        token_gradient.backward_kernel[rows, parts](
             grad, stats, saved, rows, lines(options), *place(logits), *place(read[-1]), *place(targets, columns=False),
             index if k else saved, belief if k else saved, k, *place(grad_logits), inner_rows(targets), columns,
             part_columns(columns, parts), first, vocabulary or columns, options.ignore_index, *transform(options),

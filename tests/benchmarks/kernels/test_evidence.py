@@ -75,7 +75,7 @@ def test_evidence_compiles_triton_without_a_gpu(tmp_path):
 def test_committed_evidence_has_every_kernel():
     page = (RESULTS / evidence.PAGE).read_text()
     sources = list((ROOT / "csrc" / "cuda").glob("*.cu"))
-    sources += [ROOT / "triton_kernels" / f"{name}.py" for name in ("token_stats", "topk", "ghost")]
+    sources += [ROOT / "triton_kernels" / f"{name}.py" for name in ("token_stats", "token_gradient", "topk", "ghost")]
     names = {name for file in sources for name in re.findall(r"\b(\w+_kernel)\(", file.read_text())}
     assert names
     assert not [name for name in names if f"`{name}" not in page], "run python -m benchmarks evidence"
