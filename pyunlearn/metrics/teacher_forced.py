@@ -74,8 +74,8 @@ def teacher_forced(
     probability, memorization_accuracy and extraction_strength, in the data set's order.
 
     No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile.
-    Raises ValueError for no rows, a row without supervised tokens, or log-probabilities that are not
-    finite.
+    Raises ValueError for no rows, a row without supervised tokens, log-probabilities that are not finite,
+    or a model that is not causal or whose logits are not those of its output layer.
     """
     rows = [dataset[i] for i in range(len(dataset))]
     if not rows:
@@ -85,6 +85,7 @@ def teacher_forced(
             raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
     records: list[dict[str, float | int]] = [{} for _ in rows]
     lm = CausalLM.of(model)
+    lm.check_head()
     with eval_mode(lm.given), torch.no_grad():
         for batch in track(length_batches([len(row["labels"]) for row in rows], batch_size), "reading", progress):
             inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
