@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import jinja2
@@ -139,13 +141,16 @@ class PromptFormat:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in Python code of this thread that runs inside for longer; one call into C is not broken off.
+    """Raises TimeoutError in a template, rendered inside by this thread, that takes longer.
 
-    Without signals, so in any thread; no thread is left running.
+    Without signals, so in any thread, and none is left running. One call into C is not broken off.
     """
     end, before = time.monotonic() + seconds, sys.gettrace()
+    templates = ("<template>", os.path.dirname(jinja2.__file__))  # others' lines are not worth their time
 
-    def trace(*_: Any) -> Any:
+    def trace(frame: FrameType, *_: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(templates):
+            return None
         if time.monotonic() > end:
             raise TimeoutError(f"it has not ended after {seconds:g} seconds")
         return trace

@@ -82,7 +82,8 @@ def pointwise_g_effect(
 
     Raises:
         ValueError: an unknown method or parameter name, a shape that does not fit, a frozen parameter, losses that are
-            not (B,). TypeError: sharded parameters; strict and an uncovered parameter. The message names it.
+            not (B,). TypeError: sharded parameters; strict and an uncovered parameter. ArithmeticError: a sample whose
+            G-effect is not finite. The message names it.
 
     >>> layer, batch = nn.Linear(2, 1, bias=False), {"x": torch.tensor([[1.0, 2.0], [0.0, 3.0]])}
     >>> points = pointwise_g_effect(layer, batch, lambda m, b: m(b["x"]).sum(-1), {"weight": torch.ones(1, 2)})
@@ -101,7 +102,7 @@ def pointwise_g_effect(
     if method == "jvp":  # its derivatives are of sums over parameters
         parts = layers if per_layer else {"": list(metric_gradient)}
         by_part = {part: jvp(model, batch, loss_fn, metric_gradient, names) for part, names in parts.items()}
-        return PointwiseGEffect(torch.stack(list(by_part.values())).sum(0), by_part if per_layer else {})
+        return PointwiseGEffect(total_of(by_part), by_part if per_layer else {})
     dots, uncovered = METHODS[method](model, batch, loss_fn, metric_gradient, parameters, strict)
     if not dots:
         raise ValueError("loss_fn: its losses reach no parameter of metric_gradient")
@@ -110,7 +111,15 @@ def pointwise_g_effect(
         layer: torch.stack([dots.get(name, nothing).to(nothing.device) for name in names]).sum(0)
         for layer, names in layers.items()
     }
-    return PointwiseGEffect(torch.stack(list(by_layer.values())).sum(0), by_layer if per_layer else {}, uncovered)
+    return PointwiseGEffect(total_of(by_layer), by_layer if per_layer else {}, uncovered)
+
+
+def total_of(parts: Mapping[str, Tensor]) -> Tensor:
+    """(B,): the sum over layers. Raises ArithmeticError that names the samples where it is not finite."""
+    total = torch.stack(list(parts.values())).sum(0)
+    if bad := (~total.isfinite()).nonzero().flatten().tolist():
+        raise ArithmeticError(f"loss_fn: the G-effect of samples {bad} is not finite")
+    return total
 
 
 def num_samples(batch: Batch) -> int:

@@ -26,8 +26,7 @@ float64, in a fixed order.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -42,6 +41,7 @@ from ..ops.ghost import OuterSum, ghost_dot
 from ..ops.parameters import canonical
 from ..ops.products import wide_product
 from ..ops.segment_dot import segment_dot
+from .layers import by_position, check_gain, rule_of
 
 T_co = TypeVar("T_co", covariant=True)
 
@@ -211,7 +211,9 @@ class PerSample:
                 self._hooks.append(parameter.register_hook(partial(leak, name)))
         for module in self._rules:
             self._hooks.append(module.register_forward_pre_hook(lambda m, _: freeze(m)))
-            self._hooks.append(module.register_forward_hook(self._watch, with_kwargs=True, always_call=True))
+            # First, so that it sees the layer's own output: what other hooks make of it is another function's.
+            watch = module.register_forward_hook(self._watch, with_kwargs=True, always_call=True, prepend=True)
+            self._hooks.append(watch)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -233,7 +235,8 @@ class PerSample:
             with torch.enable_grad():
                 total = loss()
             batch.in_backward = True  # checkpointing runs layers again in there
-            total.backward()
+            if num_samples:  # none has no graph either
+                total.backward()
             return collector.result(num_samples, total.device)
         finally:
             self._batch = None
@@ -264,7 +267,7 @@ class PerSample:
             if not batch.in_backward and id(weight) in self._names:
                 batch.collector.expect(self._names[id(weight)])
         elif module not in self._checked:
-            check_gain(module, x, output)
+            check_gain(module, x.detach(), output.detach())
             self._checked.add(module)
         return _Watch.apply(output, self._anchor, partial(self._bring, batch, module), x.detach())
 
@@ -303,92 +306,12 @@ class _Watch(torch.autograd.Function):
         return grad, None, None, None
 
 
-# ---- rules: the parts of a layer's gradients -------------------------------------------------------------------------
-
-# (parameter, its part: of a matrix an OuterSum, of a vector a function that makes its gradient by position, (B, T, H))
-Parts = Iterator[tuple[Any, OuterSum | Callable[[], Tensor]]]
-
-
-def linear_parts(module: Any, a: Tensor, b: Tensor) -> Parts:
-    yield module.weight, OuterSum(b, a)
-    yield module.bias, lambda: b
-
-
-def conv1d_parts(module: Any, a: Tensor, b: Tensor) -> Parts:
-    yield module.weight, OuterSum(a, b)
-    yield module.bias, lambda: b
-
-
-def embedding_parts(module: Any, ids: Tensor, b: Tensor) -> Parts:
-    if module.padding_idx is not None:
-        b = b * (ids != module.padding_idx).unsqueeze(-1)
-    yield module.weight, OuterSum(ids, b)
-
-
-def norm_parts(module: Any, x: Tensor, b: Tensor) -> Parts:
-    yield module.weight, lambda: wide(b) * normalised(module, wide(x))
-    yield getattr(module, "bias", None), lambda: b
-
-
-def rule_of(module: nn.Module) -> Callable[[Any, Tensor, Tensor], Parts] | None:
-    """What gives the parts of a module's own parameters; None for a module without, or one that no rule covers."""
-    kind, own = type(module), {name: p.dim() for name, p in module.named_parameters(recurse=False)}
-    if not own.keys() <= {"weight", "bias"} or "weight" not in own or own.get("bias", 1) != 1:
-        return None
-    if kind.forward is nn.Linear.forward:
-        return linear_parts
-    if kind.forward is nn.Embedding.forward and module.max_norm is None and not module.scale_grad_by_freq:
-        return embedding_parts
-    if kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils":
-        return conv1d_parts
-    if kind.__name__.endswith("Norm") and own["weight"] == 1:  # its first input tells whether it is affine
-        return norm_parts
-    return None
-
-
 def freeze(module: nn.Module) -> None:
     for parameter in module.parameters(recurse=False):
         parameter.requires_grad_(False)
-
-
-@torch.no_grad()
-def normalised(module: nn.Module, x: Tensor) -> Tensor:
-    """What a norm multiplies its gain with: the difference of its outputs for gains of one and zero, without bias."""
-    return affine(module, x, 1.0) - affine(module, x, 0.0)
-
-
-def affine(module: nn.Module, x: Tensor, gain: float) -> Tensor:
-    twin: Any = copy.copy(module)
-    values = {"weight": gain, "bias": 0.0}
-    twin._parameters = {n: None if p is None else torch.full_like(p, values[n]) for n, p in module._parameters.items()}
-    return type(module).forward(twin, x)
-
-
-@torch.no_grad()
-def check_gain(module: Any, x: Tensor, output: Tensor) -> None:
-    """Raises TypeError unless output = gain * normalised(x) + bias, or (1 + gain) * normalised(x) + bias."""
-    expected = affine(module, x, 0.0) + module.weight * normalised(module, x)
-    if getattr(module, "bias", None) is not None:
-        expected = expected + module.bias
-    tolerance = 16 * torch.finfo(output.dtype).eps * float(output.abs().nan_to_num(0, 0, 0).max())
-    if not torch.allclose(expected.to(output.dtype), output, rtol=0, atol=tolerance, equal_nan=True):
-        raise TypeError(
-            f"{type(module).__name__}: its output is not affine in its gain, so no ghost norm rule covers it; leave "
-            "its parameters out by parameters="
-        )
 
 
 def leak(name: str, gradient: Tensor) -> None:
     raise RuntimeError(
         f"{name}: is used outside of its layer's forward, where no ghost norm rule sees it; leave it out by parameters="
     )
-
-
-def by_position(x: Tensor, num_samples: int) -> Tensor:
-    """(B, ..., d) -> (B, T, d)."""
-    return x.reshape(num_samples, -1, x.size(-1))
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -73,7 +73,6 @@ def evaluate(
         {"index": i, "question": item.question, "answer": item.answer} for i, item in enumerate(items)
     ]
     if any(name in TEACHER_FORCED for name in metrics):
-        lm.check_head()
         read = teacher_forced(lm, dataset, batch_size=batch_size, variant=variant, progress=progress)
         for record, values in zip(records, read, strict=True):
             record |= {k: v for k, v in values.items() if k in metrics or k not in TEACHER_FORCED}

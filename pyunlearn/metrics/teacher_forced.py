@@ -85,8 +85,8 @@ def teacher_forced(
 
     No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile. A row's
     numbers are its own whatever it is batched with, up to the rounding of the model's dtype.
-    Raises ValueError for no rows, a row without supervised tokens, an unknown variant, or log-probabilities that are
-    not finite.
+    Raises ValueError for no rows, a row without supervised tokens, an unknown variant, log-probabilities that are not
+    finite, or a model that is not causal or whose logits are not those of its output layer.
     """
     check_known("variant", variant, VARIANTS)
     rows = [dataset[i] for i in range(len(dataset))]
@@ -97,6 +97,7 @@ def teacher_forced(
             raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
     records: list[dict[str, float | int]] = [{} for _ in rows]
     lm = CausalLM.of(model)
+    lm.check_head()
     with eval_mode(lm.given), torch.no_grad():
         for batch in track(length_batches([len(row["labels"]) for row in rows], batch_size), "reading", progress):
             inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}

@@ -159,7 +159,8 @@ class CausalLM:
     def check_head(self) -> None:
         """Compares `read_head` with the logits the model itself makes for two tokens: a few ms, once a model.
 
-        Raises ValueError if they differ: the architecture does something to its logits that is not known here.
+        Raises ValueError if they differ: the architecture does something to its logits that is not known here; and for
+        a model that is not causal: the logits of a token that change with the next one.
         """
         forward = getattr(self.inner.forward, "__func__", self.inner.forward)
         proof = (id(self.head_layer), id(forward), *logit_settings(self.config))
@@ -169,8 +170,10 @@ class CausalLM:
         hook = self.head_layer.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
         try:
             with eval_mode(self.alone):
-                ids = torch.tensor([[0, 1]], device=self.device)
-                logits = self.alone(input_ids=ids, use_cache=False).logits.float()
+                ids = torch.tensor([[0, 1], [0, 0]], device=self.device)
+                mask = torch.ones_like(ids)
+                output = self.alone(input_ids=ids, attention_mask=mask, use_cache=False).logits
+                logits = output.float()
         finally:
             hook.remove()
         if len(calls) != 1:
@@ -184,6 +187,12 @@ class CausalLM:
         tolerance = 1e-3 if torch.finfo(computed.dtype).bits >= 32 else 3e-2
         # A model that has diverged to NaN is not this function's business.
         scale = float(logits.nan_to_num(0, 0, 0).abs().max())
+        rounding = min(4 * torch.finfo(output.dtype).eps, 2**-9) * scale  # one token's way twice: not even that
+        if not torch.allclose(logits[0, 0], logits[1, 0], 0, rounding, equal_nan=True):
+            raise ValueError(
+                f"{self.name}: is not causal, its logits of a token change with the token after it; needs a model in "
+                "which a token sees only those before it (some are so with is_decoder=True in their config)"
+            )
         if ours.shape != logits.shape or not torch.allclose(ours, logits, 0, tolerance * scale, equal_nan=True):
             differ = f"shapes {tuple(logits.shape)} and {tuple(ours.shape)}"
             if ours.shape == logits.shape:

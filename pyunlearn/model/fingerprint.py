@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..distributed import is_sharded, whole
 from ..store import tensor_bytes
 from .causal_lm import CausalLM
 
@@ -16,18 +17,20 @@ from .causal_lm import CausalLM
 def model_fingerprint(model: nn.Module | CausalLM) -> str:
     """BLAKE2b (32 hex digits) over name, dtype, shape and bytes of every parameter and buffer, device aside.
 
-    About a second per gigabyte and thread; tensors of an accelerator are copied to the host one at a time.
+    About a second per gigabyte and thread; tensors of an accelerator are copied to the host one at a time. Sharded ones
+    (DTensors) are gathered one at a time: all ranks have to call it, and each has what one process would have.
     """
     alone = CausalLM.of(model).alone
     tensors = [*alone.named_parameters(), *alone.named_buffers()]
 
     def digest(entry: tuple[str, Tensor]) -> bytes:
-        name, tensor = entry
+        name, tensor = entry[0], whole(entry[1])
         header = f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode()
         return hashlib.blake2b(header + hashlib.blake2b(tensor_bytes(tensor)).digest()).digest()
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return hashlib.blake2b(b"".join(pool.map(digest, tensors)), digest_size=16).hexdigest()
+        sharded = any(is_sharded(tensor) for _, tensor in tensors)  # which ranks gather in one order
+        return hashlib.blake2b(b"".join((map if sharded else pool.map)(digest, tensors)), digest_size=16).hexdigest()
 
 
 def dataset_fingerprint(dataset: Any) -> str:

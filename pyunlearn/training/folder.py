@@ -10,6 +10,7 @@ geffect/reference/    the same of the samples that the G-effect is measured on
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from safetensors import SafetensorError
 from .._files import SEAL, seal, write_folder
 
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # torch.save has no type of its own
+logger = logging.getLogger(__name__)
 SMALL = 1 << 24  # bytes left on a disk that is called full
 
 
@@ -39,9 +41,17 @@ class TrainingFolder:
         return self.path / "training" / stage
 
     def last_checkpoint(self, stage: str) -> Path | None:
-        """The resumable checkpoint of the most steps that was written to its end (its seal comes last)."""
-        steps = {step: path for step, path in self.checkpoints(stage).items() if (path / SEAL).is_file()}
-        return steps[max(steps)] if steps else None
+        """The resumable checkpoint of the most steps that was written to its end (its seal comes last).
+
+        Later ones are passed over, with a warning in the log that names them.
+        """
+        for _, path in sorted(self.checkpoints(stage).items(), reverse=True):
+            if (path / SEAL).is_file():
+                return path
+            logger.warning(
+                "%s: passed over, it has no %s: it was not written to its end, or that file was deleted", path, SEAL
+            )
+        return None
 
     def checkpoints(self, stage: str) -> dict[int, Path]:
         """Optimiser step -> the resumable checkpoint there, whole or not."""

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from pyunlearn.model.fingerprint import model_fingerprint
+
 from .cases.models import FSDP, batch_of, loss_of, make
 from .launch import run_case
 
@@ -26,6 +28,11 @@ def test_fsdp(ranks, name):
         assert rank[name].keys() == expected.keys()
         for parameter, gradient in expected.items():
             torch.testing.assert_close(rank[name][parameter], gradient, msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+def test_fingerprints_are_those_of_one_process(ranks):
+    expected = model_fingerprint(make())
+    assert [rank["fingerprints"] for rank in ranks] == 2 * [[expected, expected]]
 
 
 def test_a_head_that_fsdp_has_put_away_is_refused(ranks):

@@ -50,6 +50,16 @@ def test_equals_per_sample_autograd(model, method):
 
 
 @pytest.mark.parametrize("method", ["ghost", "jvp", "loop"])
+def test_samples_that_are_not_finite_are_named(model, method):
+    def broken(model, batch):
+        return sample_losses(model, batch) * torch.where((batch["ids"] == FORGET[2]).all(1), torch.nan, 1.0)
+
+    direction = gradient_of(model, nll(RETAIN))
+    with pytest.raises(ArithmeticError, match=r"loss_fn: the G-effect of samples \[2\] is not finite"):
+        pointwise_g_effect(model, BATCH, broken, direction, method)
+
+
+@pytest.mark.parametrize("method", ["ghost", "jvp", "loop"])
 def test_batch_of_one(model, method):
     direction = gradient_of(model, nll(RETAIN))
     points = pointwise_g_effect(model, {"ids": FORGET[:1]}, sample_losses, direction, method)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertConfig, BertLMHeadModel
 
 from pyunlearn.data.tiny import tiny_llama
 from pyunlearn.metrics import extraction_strength, memorization_accuracy, probability, teacher_forced
@@ -188,6 +189,13 @@ def test_bad_datasets(model):
     rows[1]["labels"] = torch.full((5,), -100)
     with pytest.raises(ValueError, match=r"dataset\[1\]: has no supervised token"):
         teacher_forced(model, rows)
+
+
+def test_a_model_that_looks_ahead_is_refused():
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = BertLMHeadModel(BertConfig(vocab_size=40, **sizes))
+    with pytest.raises(ValueError, match="BertLMHeadModel: is not causal"):
+        teacher_forced(model, make_rows(model, [5, 6]), progress=False)
 
 
 def test_a_model_that_diverged():

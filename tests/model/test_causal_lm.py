@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import peft
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -17,6 +18,8 @@ from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import token_stats_of
 
 from .test_forward import SIZES, Adapter, Doubled, batch, make  # noqa: F401 (batch is a fixture)
+from .zoo import ZOO
+from .zoo import make as make_of_zoo
 
 
 class Held(nn.Module):
@@ -116,6 +119,25 @@ def test_the_head_is_proved_once_a_model(monkeypatch):
     for _ in range(2):
         with pytest.raises(ValueError, match="its logits are not those of its output layer"):
             CausalLM.of(model).check_head()
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_architecture_is_proved(name):
+    for dtype in (torch.float32, torch.bfloat16):
+        CausalLM.of(make_of_zoo(name, dtype)).check_head()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Electra"])
+def test_models_that_look_ahead_are_refused(kind, dtype):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "type_vocab_size": 2}
+    model_type = {"Bert": "BertLMHeadModel"}.get(kind, f"{kind}ForCausalLM")
+    config = getattr(transformers, f"{kind}Config")
+    model = getattr(transformers, model_type)(config(**sizes)).to(dtype)
+    with pytest.raises(ValueError, match=f"{model_type}: is not causal, its logits of a token change with the token"):
+        CausalLM.of(model).check_head()
+    CausalLM.of(getattr(transformers, model_type)(config(**sizes, is_decoder=True)).to(dtype)).check_head()
 
 
 def test_proofs_keep_no_model_alive():

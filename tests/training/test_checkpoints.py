@@ -77,6 +77,23 @@ def test_the_checkpoint_of_the_most_steps_stays_and_a_damaged_one_is_refused(sto
     assert [row["step"] for row in read_metrics(folder.metrics)] == [1, 2, 3, 4]
 
 
+def test_checkpoints_without_a_seal_are_told(tmp_path, caplog):
+    folder = TrainingFolder(tmp_path)
+    paths = {step: folder.training("unlearn") / f"checkpoint-{step}" for step in (2, 9, 10)}
+    for path in paths.values():
+        path.mkdir(parents=True)
+    seal(paths[2])
+    seal(paths[9])
+    assert folder.last_checkpoint("unlearn") == paths[9]
+    assert [record.getMessage().split(": passed over, it has no digests.json")[0] for record in caplog.records] == [
+        str(paths[10])
+    ]
+    (paths[9] / "digests.json").unlink()
+    caplog.clear()
+    assert folder.last_checkpoint("unlearn") == paths[2]
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == [str(paths[10]), str(paths[9])]
+
+
 def test_a_seal_knows_every_file(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "part").write_text("a")

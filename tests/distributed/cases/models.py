@@ -15,6 +15,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyunlearn.model.causal_lm import CausalLM
+from pyunlearn.model.fingerprint import model_fingerprint
 from pyunlearn.model.forward import supervised_hidden
 from pyunlearn.model.head import head_stats
 
@@ -100,10 +101,20 @@ def tensor_parallel(mesh: Any) -> dict[str, Any]:
     return {"gradients": found | {"lm_head.weight": found["lm_head.weight"].full_tensor()}, "layout": layout}
 
 
+def fingerprints(mesh: Any) -> list[str]:
+    """Before and after a step, in which shards are gathered."""
+    model = make()
+    layers_and_root(model, mesh)
+    found = [model_fingerprint(model)]
+    loss_of(model, batch_of(0), make(1)).backward()
+    return [*found, model_fingerprint(model)]
+
+
 def sharded(_: Path) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2,))
     results: dict[str, Any] = {name: fsdp(*how, mesh) for name, how in FSDP.items()}
     results["tensor parallel"] = tensor_parallel(mesh)
+    results["fingerprints"] = fingerprints(mesh)
     try:
         fsdp(head_alone, False, mesh)
     except TypeError as error:
