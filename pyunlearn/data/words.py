@@ -1,4 +1,4 @@
-"""The words of a text in any script: what metrics count that the models' tokens are not asked for."""
+"""The words of a text in any script, for metrics that compare words instead of tokens."""
 
 from __future__ import annotations
 

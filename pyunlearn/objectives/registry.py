@@ -116,7 +116,8 @@ def register(
         presets: name -> option values, for other defaults of the same function.
         slope, rule: d(loss of a token)/d(its statistic) is slope * rule(options), for `pyunlearn.value_and_grad`; slope
             alone where that is a constant, neither where it is of another form. A rule is for `logp`; its sigmoid's
-            floor is log(p°^beta + epsilon), by the option `epsilon` where there is one. See `one_pass`.
+            floor is log(p°^beta + epsilon), by the option `epsilon` where there is one. Both are tried by forward-mode
+            differentiation, which the function has to allow. See `one_pass`.
 
     Returns: the public function `(statistics..., mask=None, *, options..., preset, reduction, count,
         sequence_ids, num_sequences) -> loss`.

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 from .._hints import hint
 from ..recipes import recipe
-from ..training.settings import DEFAULT_TERMS
+from ..training.settings import DEFAULT_TERMS, merge
 from .config import ConfigError, RunConfig
 
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th month, too deep
@@ -19,6 +19,8 @@ UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th m
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
+
+    A recipe among the overrides comes before the others, and takes the place of what the file has for its keys.
 
     Raises FileNotFoundError when `path` is missing, and ConfigError with one line per problem, or for an override that
     would undo an earlier one of a key below it.
@@ -40,13 +42,22 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
             if override.startswith(f"unlearn.{role}.") and isinstance(values.setdefault("unlearn", {}), dict):
                 named = values["unlearn"].get("recipe")
-                terms = recipe(named)[role] if isinstance(named, str) else [{"name": name}]
+                terms = recipe_by(named)[role] if isinstance(named, str) else [{"name": name}]
                 values["unlearn"].setdefault(role, terms)
         set_value(values, override)
+        if override.startswith("unlearn.recipe=") and isinstance(named := values["unlearn"]["recipe"], str):
+            values["unlearn"] = merge(values["unlearn"], recipe_by(named))
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
+
+
+def recipe_by(name: str) -> dict[str, Any]:
+    try:
+        return recipe(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def check_order(overrides: Sequence[str]) -> None:

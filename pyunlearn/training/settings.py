@@ -105,7 +105,9 @@ class EarlyStopConfig(Section):
 
 
 class UnlearnConfig(TrainingConfig):
-    recipe: str | None = Field(default=None, description="a method by name, e.g. cga or npo+mrd; keys given here win")
+    recipe: str | None = Field(
+        default=None, description="a method by name, e.g. cga or npo+mrd; keys given beside it win"
+    )
     keep_steps: int | None = Field(
         default=None, ge=1, description="optimiser steps between models that are kept, for `pyunlearn geffect`"
     )

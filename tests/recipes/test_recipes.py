@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -70,6 +72,17 @@ def test_what_the_user_sets_wins_in_any_order():
     assert terms(plain) == (["wga"], ["kl"])
     assert (plain.unlearn.sampling.by, plain.unlearn.sampling.refresh_steps) == ("mrd", 3)
     assert plain.unlearn.early_stop.share == 0.5
+
+
+def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
+    demo = Path(__file__).parents[2] / "examples" / "demo.yaml"  # every key is written out there
+    config = load_config(demo, ["unlearn.recipe=cga"])
+    assert (terms(config), config.unlearn.sampling.by, config.unlearn.batch_size) == ((["ga"], []), "mrd", 1)
+    config = load_config(demo, ["unlearn.retain=kl", "unlearn.recipe=npo+mrd"])
+    assert (terms(config), config.unlearn.sampling.by) == ((["npo"], ["kl"]), "mrd")
+    file = tmp_path / "own.yaml"
+    file.write_text("unlearn: {recipe: npo, retain: kl}")  # beside it, in one place: the keys win
+    assert terms(load_config(file)) == (["npo"], ["kl"])
 
 
 @pytest.mark.parametrize(

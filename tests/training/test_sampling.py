@@ -313,10 +313,13 @@ def test_the_mean_absolute_change_is_over_trained_weights(tiny):
     assert mean_absolute_change(before, model) == pytest.approx(expected / count, rel=1e-4)
 
 
-@pytest.mark.parametrize("recipe", ["cga", "GradDiff+MRD"])
-def test_a_whole_run(tiny_config, recipe):
+@pytest.mark.parametrize(
+    ("recipe", "labels", "scored"),
+    [("cga", "answers", "the answers"), ("GradDiff+MRD", "all", "questions and answers")],
+)
+def test_a_whole_run(tiny_config, recipe, labels, scored):
     unlearn = {"recipe": recipe, "early_stop": {"ngram": 2, "every_steps": 1}, "learning_rate": 1e-2, "max_steps": 12,
-               "sampling": {"refresh_steps": 2}}  # fmt: skip
+               "sampling": {"refresh_steps": 2, "labels": labels}}  # fmt: skip
     config = tiny_config({"memorise": {"epochs": 40, "learning_rate": 1e-2}, "unlearn": unlearn})
     result = run(config)
     told = json.loads((result.folder / "unlearning.json").read_text())
@@ -329,5 +332,6 @@ def test_a_whole_run(tiny_config, recipe):
     assert all(sample["mrd_before"] > 0 for sample in told["samples"])
     html = (result.folder / "report.html").read_text()
     assert "updates of each sample" in html
+    assert f"drawn by Memory Removal Difficulty of {scored}, with replacement" in html
     assert f"{told['mean_absolute_change']:.3g} is the mean absolute change" in html
     assert f"below extraction likelihood {told['limits']['el']:.3f}" in html
