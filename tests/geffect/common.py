@@ -29,6 +29,11 @@ def nll(ids: Tensor, scale: float = 1.0) -> Callable[[nn.Module], Tensor]:
     return lambda model: scale * sample_losses(model, {"ids": ids}).mean()
 
 
+FORGET, RETAIN = ids_of(4, 1), ids_of(4, 2)
+METRICS = {"unlearn": nll(FORGET), "retain": nll(RETAIN)}
+OBJECTIVE = nll(FORGET, -1.0)
+
+
 def in_parts(ids: Tensor, scale: float = 1.0):
     """The same loss, a sequence at a time."""
 
@@ -52,6 +57,20 @@ def straight(model: nn.Module, objective, metric) -> dict[str, float]:
     """Parameter -> dot product, from two whole gradients."""
     a, b = full_gradient(model, objective), full_gradient(model, metric)
     return {name: float((a[name].double() * b[name].double()).sum()) for name in a}
+
+
+def state(model: nn.Module) -> list:
+    return [
+        (id(p.grad), None if p.grad is None else p.grad.clone(), p.requires_grad, bool(p._post_accumulate_grad_hooks))
+        for p in model.parameters()
+    ] + [(len(m._forward_hooks), len(m._backward_hooks), m.training) for m in model.modules()]
+
+
+def same(a: list, b: list) -> bool:
+    return all(
+        torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
+        for x, y in zip(tree_iter(a), tree_iter(b), strict=True)
+    )
 
 
 class LiveBytes(TorchDispatchMode):

@@ -10,18 +10,25 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.utils._pytree import tree_iter
 
 import pyunlearn as pu
-from pyunlearn.gradients.groups import PAPER, assign_groups, layer_of
 from tests.float64 import MODELS, make_model
 
-from .common import LiveBytes, full_gradient, ids_of, in_parts, nll, straight
+from .common import (
+    FORGET,
+    METRICS,
+    OBJECTIVE,
+    RETAIN,
+    LiveBytes,
+    full_gradient,
+    in_parts,
+    nll,
+    same,
+    state,
+    straight,
+)
 
-FORGET, RETAIN = ids_of(4, 1), ids_of(4, 2)
-METRICS = {"unlearn": nll(FORGET), "retain": nll(RETAIN)}
 EVERYTHING = {"all": "*"}
-OBJECTIVE = nll(FORGET, -1.0)
 
 
 def assert_is(effect: pu.geffect.GEffect, expected: dict[str, dict[str, float]], rel: float = 1e-12) -> None:
@@ -230,20 +237,6 @@ def test_ema_is_the_authors_smoothing():
 # ---- left as found ---------------------------------------------------------------------------------------------------
 
 
-def state(model: nn.Module) -> list:
-    return [
-        (id(p.grad), None if p.grad is None else p.grad.clone(), p.requires_grad, bool(p._post_accumulate_grad_hooks))
-        for p in model.parameters()
-    ] + [(len(m._forward_hooks), len(m._backward_hooks), m.training) for m in model.modules()]
-
-
-def same(a: list, b: list) -> bool:
-    return all(
-        torch.equal(x, y) if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) else x == y
-        for x, y in zip(tree_iter(a), tree_iter(b), strict=True)
-    )
-
-
 @pytest.fixture
 def used():
     """A model in the middle of training: some gradients are there, some parameters frozen."""
@@ -301,125 +294,6 @@ def test_memory_is_the_stored_gradients_and_a_layer():
 
     assert 32 <= peak() <= 32 + 2.5  # two gradients of 16 layers, the layer in progress, activations
     assert peak(accumulate=True) >= 48
-
-
-# ---- groups ----------------------------------------------------------------------------------------------------------
-
-
-class Stack(nn.Module):
-    """The shape of a causal LM with any number of blocks."""
-
-    def __init__(self, depth: int):
-        super().__init__()
-        self.embed_tokens = nn.Embedding(3, 2)
-        self.layers = nn.ModuleList(nn.Linear(2, 2) for _ in range(depth))
-        self.norm = nn.LayerNorm(2)
-        self.lm_head = nn.Linear(2, 3, bias=False)
-
-
-def blocks_by_group(depth: int) -> dict[str, list[str]]:
-    model = Stack(depth)
-    groups = assign_groups(model, [name for name, _ in model.named_parameters()], "paper")
-    return {group: list(dict.fromkeys(layer_of(name) for name in names)) for group, names in groups.items()}
-
-
-def test_paper_groups_of_llama_2_7b():
-    """Figure 2: layers 1-11, 12-22 and 23-33, where the 33rd is the final norm."""
-    groups = blocks_by_group(32)
-    assert tuple(groups) == PAPER
-    assert groups["embed"] == ["embed_tokens"]
-    assert groups["shallow"] == [f"layers.{i}" for i in range(11)]
-    assert groups["middle"] == [f"layers.{i}" for i in range(11, 22)]
-    assert groups["deep"] == [*(f"layers.{i}" for i in range(22, 32)), "norm"]
-    assert groups["lm_head"] == ["lm_head"]
-
-
-@pytest.mark.parametrize("depth", [1, 2, 3, 6, 7, 24])
-def test_thirds_of_any_depth(depth):
-    groups = blocks_by_group(depth)
-    sizes = [sum(name.startswith("layers") for name in groups.get(third, [])) for third in PAPER[1:4]]
-    assert sum(sizes) == depth
-    assert max(sizes) - min(sizes) <= 1
-
-
-def test_groups_by_patterns():
-    model = make_model("llama")
-    groups = {"attention": "*.self_attn.*", "mlp": ["*.gate_proj.*", "*.up_proj.*"], "first": "model.layers.0.*"}
-    effect = pu.g_effect(model, OBJECTIVE, METRICS, groups)
-    dots = effect.per_parameter["retain"]
-    assert list(effect.per_group["retain"]) == list(groups)
-    assert effect.per_group["retain"]["mlp"] == pytest.approx(
-        sum(v for n, v in dots.items() if "gate_proj" in n or "up_proj" in n), rel=1e-12
-    )
-
-
-# ---- bad input -------------------------------------------------------------------------------------------------------
-
-
-def elsewhere(_model):
-    return torch.ones(2, requires_grad=True).sum()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "match"),
-    [
-        ({"metrics": {}}, ValueError, "metrics: needs at least one function"),
-        ({"groups": "thirds"}, ValueError, "groups='thirds': needs 'paper' or a mapping"),
-        ({"groups": {"g": "nothing.*"}}, ValueError, r"groups\['g'\]='nothing.\*': matches no trainable parameter"),
-        ({"ema": 1.0}, ValueError, r"ema=1.0: needs 0 <= ema < 1"),
-        ({"objective": elsewhere}, ValueError, "objective: its loss reaches no trainable parameter"),
-        ({"metrics": {"m": {}}}, ValueError, r"metrics\['m'\]: is empty, needs one tensor or more"),
-        ({"metrics": {"m": {"w": torch.ones(1)}}}, ValueError, r"metrics\['m'\]: the model has no parameter 'w'"),
-        (
-            {"metrics": {"m": {"lm_head.weight": torch.ones(1)}}},
-            ValueError,
-            r"metrics\['m'\]\['lm_head.weight'\]: needs shape \(37, 16\), got \(1,\)",
-        ),
-        (
-            {"metrics": {"m": {"lm_head.weight": torch.full((37, 16), math.nan).double()}}},
-            ArithmeticError,
-            r"metrics\['m'\]: the gradient of 'lm_head.weight' is not finite",
-        ),
-        ({"metrics": {"m": elsewhere}}, ValueError, r"metrics\['m'\]: its loss reaches no trainable parameter"),
-        ({"objective": lambda m: torch.ones(())}, ValueError, "objective: its loss depends on no trainable parameter"),
-        ({"objective": lambda m: 3.0}, TypeError, "objective: needs to return a scalar tensor or micro-batches"),
-        ({"objective": lambda m: iter([torch.ones(2)])}, ValueError, r"objective: needs scalar losses, got \(2,\)"),
-        (
-            {"objective": lambda m: m.lm_head.weight.sum(), "metrics": {"m": lambda m: m.model.norm.weight.sum()}},
-            ValueError,
-            r"metrics\['m'\]: has no parameter in common with the objective",
-        ),
-        (
-            {"objective": lambda m: (m.lm_head.weight * math.inf).sum()},
-            ArithmeticError,
-            "objective: the gradient of 'lm_head.weight' is not finite",
-        ),
-        (
-            {"metrics": {"m": lambda m: (m.lm_head.weight.sum() - m.lm_head.weight.sum()).sqrt()}},
-            ArithmeticError,
-            r"metrics\['m'\]: the gradient of 'lm_head.weight' is not finite",
-        ),
-    ],
-)
-def test_bad_input_is_named(change, error, match):
-    model = make_model("llama")
-    before = state(model)
-    with pytest.raises(error, match=match):
-        pu.g_effect(**{"model": model, "objective": OBJECTIVE, "metrics": METRICS, **change})
-    assert same(before, state(model))
-
-
-def test_models_that_cannot_be_probed():
-    with pytest.raises(ValueError, match="model: has no trainable parameter"):
-        pu.g_effect(make_model("llama").requires_grad_(False), OBJECTIVE, METRICS)
-    with pytest.raises(TypeError, match=r"model: is a DataParallel.*pass the module inside"):
-        pu.g_effect(nn.DataParallel(make_model("llama")), OBJECTIVE, METRICS)
-    model = make_model("llama")
-    model.lm_head.weight.register_post_accumulate_grad_hook(lambda p: None)
-    with pytest.raises(ValueError, match=r"'lm_head.weight' has a post-accumulate-grad hook"):
-        pu.g_effect(model, OBJECTIVE, METRICS)
-    with pytest.raises(ValueError, match=r"groups='paper': needs one list of blocks.*no numbered blocks"):
-        pu.g_effect(nn.Linear(2, 2), lambda m: m(torch.ones(2)).sum(), {"m": lambda m: m(torch.ones(2)).sum()})
 
 
 @pytest.mark.parametrize("name", ["effect", "pointwise"])

@@ -11,9 +11,8 @@ import pyunlearn as pu
 from pyunlearn.geffect import gradient_of, pointwise_g_effect
 from tests.float64 import MODELS, make_model
 
-from .common import full_gradient, ids_of, nll, sample_losses
+from .common import FORGET, RETAIN, full_gradient, nll, sample_losses
 
-FORGET, RETAIN = ids_of(4, 1), ids_of(4, 2)
 BATCH = {"ids": FORGET}
 
 
