@@ -16,7 +16,8 @@ endif
 export PYUNLEARN_CUDA
 CONSTRAINTS := $(if $(filter $(PINNED_TORCH),$(TORCH)),constraints.txt,$(VENV)/constraints.txt)
 # pip 25.3 and later hold isolated builds to the second of these alone, earlier ones to the first
-PIP := PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) PIP_BUILD_CONSTRAINT=$(abspath $(CONSTRAINTS)) \
+# (a relative path: pip takes a space for the end of a name)
+PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) \
 	$(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f -not -name '*.pyc')
 

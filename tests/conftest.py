@@ -1,6 +1,8 @@
+import gc
 import os
 import signal
 
+import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for a network
@@ -11,3 +13,10 @@ if not torch.cuda.is_available():
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by `&` in a script: tests of Ctrl-C need Python's own
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def imports_need_no_collection():
+    """A training collects garbage: over all that the libraries have made at import, that took longer than its steps."""
+    gc.collect()
+    gc.freeze()

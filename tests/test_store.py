@@ -184,7 +184,7 @@ def test_names_of_files(name, value, tmp_path):
     assert Store(tmp_path / "store", {"seed": 0}).names() == [name]
 
 
-@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../outside", "/tmp/outside", "a\\b", "a\0b", "job"])
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "a/b", "../outside", "/outside", "a\\b", "a\0b", "job"])
 def test_names_that_would_leave_the_folder_or_hide_in_it(name, tmp_path):
     store = Store(tmp_path / "inside", {"seed": 0})
     for call in (store.put, lambda name, value: store.get(name)):

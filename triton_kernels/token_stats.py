@@ -50,7 +50,7 @@ FIELDS = tl.constexpr(16)
 
 # The order of pyunlearn.ops.OUTPUTS, in which the argument `lines` holds four bits an output; saved is what backward
 # needs besides the row.
-LOGP, LOG_NLL, ENTROPY, VARIANCE, KL_PQ, KL_QP, UNIFORM_CE, GREEDY, TOPK = (tl.constexpr(i) for i in range(9))
+LOGP, LOG_NLL, ENTROPY, VARIANCE, KL_PQ, KL_QP, UNIFORM_CE, LSE, GREEDY, TOPK = (tl.constexpr(i) for i in range(10))
 SAVED_MAX, SAVED_LOG_SUM, SAVED_LOG_ODDS, SAVED_REF_MAX, SAVED_REF_LOG_SUM = (tl.constexpr(i) for i in range(5))
 
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # the max of nothing: finite, so that a lane at -inf has e^d = 0, not NaN
@@ -310,6 +310,7 @@ def finish_kernel(
         tl.where(kl_pq < 0, 0.0, kl_pq),
         tl.where(kl_qp < 0, 0.0, kl_qp),
         ((all_m - origin) + log_sum) - total / vocabulary,
+        all_m + log_sum,
         tl.where(greedy, 1.0, 0.0),
     )
     for output in tl.static_range(TOPK):
@@ -382,12 +383,13 @@ def backward_kernel(
     a, a_nll = entry(grad, LOGP, lines, rows, row), entry(grad, LOG_NLL, lines, rows, row)
     a_entropy, a_uniform = entry(grad, ENTROPY, lines, rows, row), entry(grad, UNIFORM_CE, lines, rows, row)
     a_pq, a_qp = entry(grad, KL_PQ, lines, rows, row), entry(grad, KL_QP, lines, rows, row)
-    a_topk = entry(grad, TOPK, lines, rows, row)
+    a_lse, a_topk = entry(grad, LSE, lines, rows, row), entry(grad, TOPK, lines, rows, row)
     entropy, kl_pq = entry(stats, ENTROPY, lines, rows, row), entry(stats, KL_PQ, lines, rows, row)
     row_max, log_sum = tl.load(saved + SAVED_MAX * rows + row), tl.load(saved + SAVED_LOG_SUM * rows + row)
     ref_max, ref_log_sum = tl.load(saved + SAVED_REF_MAX * rows + row), tl.load(saved + SAVED_REF_LOG_SUM * rows + row)
     u = tl.load(saved + SAVED_LOG_ODDS * rows + row)
     wanted = (a != 0) | (a_nll != 0) | (a_entropy != 0) | (a_uniform != 0) | (a_pq != 0) | (a_qp != 0) | (a_topk != 0)
+    wanted |= a_lse != 0
     if (target == ignore_index) | (wanted == 0):  # the row is not read
         for start in range(0, n, BLOCK):
             tl.store(dx + start + lanes, tl.zeros([BLOCK], T), mask=start + lanes < n)
@@ -404,7 +406,7 @@ def backward_kernel(
     rescale = (a_nll != 0) & (u < -30)
     log_scale = tl.where(rescale & (u > -INFINITY), log_softplus(u), 0.0)
     unscale = exp(log_scale)
-    shared = a_uniform + a_qp - a_topk - times(a_entropy, entropy) - times(a_pq, kl_pq)
+    shared = a_uniform + a_lse + a_qp - a_topk - times(a_entropy, entropy) - times(a_pq, kl_pq)
     constant = -a_uniform / vocabulary
     on_p = (shared - a) * unscale + tl.where(rescale, a_nll, times(a_nll, 1 / nll))
     on_logp, on_logq = (a_pq - a_entropy) * unscale, -a_pq * unscale

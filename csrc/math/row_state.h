@@ -134,7 +134,7 @@ template <class A> PU_FN void merge(RowState<A>& into, RowState<A> other) {
 enum Saved { kMax, kLogSum, kLogOdds, kRefMax, kRefLogSum, kSavedCount };
 
 // Bit i is pyunlearn.ops.OUTPUTS[i].
-enum Output { kLogp, kLogNll, kEntropy, kVariance, kKlPq, kKlQp, kUniformCe, kGreedy, kTopk, kOutputCount };
+enum Output { kLogp, kLogNll, kEntropy, kVariance, kKlPq, kKlQp, kUniformCe, kLse, kGreedy, kTopk, kOutputCount };
 
 // What the outputs asked for need of a pass over the logits, the reference's own sums apart.
 constexpr PU_FN unsigned wants_of(uint32_t outputs) {
@@ -174,6 +174,7 @@ template <class A> PU_FN void finish(RowState<A> s, int64_t vocabulary, bool has
   for (int i = kEntropy; i <= kKlQp; ++i)
     if (value[i] < 0) value[i] = 0;
   value[kUniformCe] = ((all.max - all.origin) + log_sum) - all.total / A(vocabulary);
+  value[kLse] = all.max + log_sum;
   value[kGreedy] = peaked && s.target > s.before ? A(1) : A(0);
   if (bad)
     for (int i = 0; i < kTopk; ++i) value[i] = nan;

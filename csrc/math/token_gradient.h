@@ -1,8 +1,8 @@
 // d(logits) of one row from the gradients that autograd computed for its statistics. With upstream gradients a (logp),
-// n (log_nll), aH (entropy), aK (kl_pq), aF (kl_qp), aU (uniform_ce), aT (topk):
+// n (log_nll), aH (entropy), aK (kl_pq), aF (kl_qp), aU (uniform_ce), aL (lse), aT (topk):
 //
 //   j != t:  dz_j = p_j (c0 - aH logp_j + aK (logp_j - logq_j)) - aF q_j - aU / V      (+ aT b_j on the top-k lanes)
-//            c0   = -a + n / nll - aH H - aK KL + aF + aU - aT
+//            c0   = -a + n / nll - aH H - aK KL + aF + aU + aL - aT
 //   j == t:  a and n act through 1 - p_t = sigmoid(log-odds), never through the difference of two nearly equal numbers.
 //
 // It is not rewritten as A + B z_j: that cancels when |z| is large.
@@ -32,8 +32,8 @@ PU_FN RowCoefficients<A> row_coefficients(const A* up, const A* value, const A* 
   const bool rescale = up[kLogNll] != 0 && u < -30;
   const A log_scale = rescale && u >= std::numeric_limits<A>::lowest() ? log_softplus(u) : A(0);
   const A unscale = exp(log_scale), on_logp = up[kKlPq] - up[kEntropy];
-  const A shared =
-      up[kUniformCe] + up[kKlQp] - up[kTopk] - times(up[kEntropy], value[kEntropy]) - times(up[kKlPq], value[kKlPq]);
+  const A shared = up[kUniformCe] + up[kLse] + up[kKlQp] - up[kTopk] - times(up[kEntropy], value[kEntropy]) -
+                   times(up[kKlPq], value[kKlPq]);
   RowCoefficients<A> c;
   c.max = saved[kMax], c.log_sum = saved[kLogSum], c.log_scale = log_scale;
   c.ref_max = saved[kRefMax], c.ref_log_sum = saved[kRefLogSum];

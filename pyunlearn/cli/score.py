@@ -52,6 +52,9 @@ def score(
     sigma: Annotated[float, typer.Option(help="Standard deviation of the noise.")] = 1e-5,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     batch_size: BatchSize = 8,
+    labels: Annotated[
+        str, typer.Option(help="answers, or all: the question's tokens too, as in the paper's equations.")
+    ] = "answers",
     per_token: Annotated[bool, typer.Option("--per-token", help="Divide by the number of scored tokens.")] = False,
     out: Annotated[
         Path | None,
@@ -79,6 +82,7 @@ def score(
             "sigma": sigma,
             "seed": seed,
             "batch_size": batch_size,
+            "labels": labels,
             "normalize": "tokens" if per_token else None,
         }
         source: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "tokenizer": tokenizer, "limit": limit}

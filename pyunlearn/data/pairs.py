@@ -33,7 +33,8 @@ class ForgetRetainDataset(Dataset):
     Everything is a function of (seed, epoch, i), whatever the number of dataloader workers; the epoch is in shared
     memory, so that set_epoch reaches workers that are already running.
 
-    Raises ValueError for refusals missing or unused, an unknown role, or a refusal that would exceed max_length.
+    Raises ValueError for refusals missing or unused, an unknown role, a row longer than pad_to, or a refusal that would
+    exceed max_length or pad_to.
     """
 
     def __init__(
@@ -61,6 +62,11 @@ class ForgetRetainDataset(Dataset):
         self.seed = seed
         self.pad_to = pad_to
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        if pad_to is not None:
+            for rows in filter(None, (forget, retain)):
+                longest = max(len(rows[i]["input_ids"]) for i in range(len(rows)))
+                if longest > pad_to:
+                    raise ValueError(f"pad_to={pad_to}: needs at least the longest row's {longest} tokens")
         for role in self.refuse:
             self._check_refusals(self._rows(role))
 
@@ -128,17 +134,18 @@ class ForgetRetainDataset(Dataset):
 
     def _check_refusals(self, rows: QADataset) -> None:
         """Any refusal may meet any question, so the longest of both must fit: found now, not in some later epoch."""
-        if rows.max_length is None:
+        limits = [limit for limit in (rows.max_length, self.pad_to) if limit is not None]
+        if not limits:
             return
         prompts = [int((rows[i]["labels"] == IGNORE_INDEX).sum()) for i in range(len(rows))]
         question = rows.items[prompts.index(max(prompts))].question
         replies = [rows.prompt_format.encode(question, refusal) for refusal in self.refusals]
         longest = max(range(len(replies)), key=lambda i: len(replies[i].input_ids))
         length = len(replies[longest].input_ids)
-        if length > rows.max_length:
+        if length > min(limits):
             raise ValueError(
                 f"refusal {self.refusals[longest]!r} to {question!r} has {length} tokens, more than the limit of "
-                f"{rows.max_length}; raise max_length or leave the refusal out"
+                f"{min(limits)}; raise max_length (or pad_to) or leave the refusal out"
             )
 
 

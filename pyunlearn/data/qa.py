@@ -177,9 +177,16 @@ def _optional(row: Mapping[str, object], key: str, where: str) -> str | None:
     return None if row.get(key) is None else _text(row[key], key, where)
 
 
+def check_text(text: str, what: str) -> None:
+    """Raises ValueError for a lone surrogate, half of a character: JSON can say it, no tokenizer can read it."""
+    if (half := re.search(r"[\ud800-\udfff]", text)) is not None:
+        raise ValueError(f"{what} needs whole characters, got the lone surrogate {half[0]!r} at {half.start()}")
+
+
 def _text(value: object, key: str, where: str) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{where}: {key!r} must be a string, got {_type(value)}")
+    check_text(value, f"{where}: {key!r}")
     if not value.strip():
         raise ValueError(f"{where}: {key!r} is empty")
     return value

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from pyunlearn.data.qa import QA
+from pyunlearn.data.qa import QA, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,8 @@ class PromptFormat:
         self._special.add(tokenizer.eos_token)
 
     def prompt(self, question: str) -> str:
-        """The text before the answer. Raises ValueError if the chat template cannot be rendered."""
+        """The text before the answer. Raises ValueError for a lone surrogate, or if the chat template fails."""
+        check_text(question, f"question {question!r}:")
         if not self.chat:
             return f"Question: {question.strip()}\nAnswer:"
         turn = {"role": "user", "content": question.strip()}
@@ -78,12 +79,14 @@ class PromptFormat:
     def encode(self, question: str, answer: str, max_length: int | None = None) -> Encoded:
         """Token ids and labels of one pair.
 
-        Raises ValueError if it is longer than max_length (nothing is ever cut off), if the answer is empty, or if the
-        chat template writes it in another way, or another text before it than before other answers.
+        Raises ValueError if it is longer than max_length (nothing is ever cut off), if the answer is empty, for a lone
+        surrogate, or if the chat template writes the answer in another way, or another text before it than before other
+        answers.
         """
         answer = answer.strip()
         if not answer:
             raise ValueError(f"the answer to {question!r} is empty")
+        check_text(answer, f"the answer to {question!r}")
         prompt = self.prompt(question)
         reply = self._chat_reply(question, prompt, answer) if self.chat else f" {answer}"
         prompt_ids, joint_ids = self._ids(prompt), self._ids(prompt + reply)

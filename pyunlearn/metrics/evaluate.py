@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ METRICS = (*TEACHER_FORCED, "rouge_l")
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """summary: metric -> mean over the samples that have it. records: one dict a sample, in the items' order:
+    """summary: metric -> mean over the samples that have it, NaN where none does. records: one dict a sample, in the
+    items' order:
 
     index, question, answer; num_tokens, nll (summed, nats) and the teacher-forced metrics; for the samples
     drawn for ROUGE also generated (text) and rouge_l.
@@ -43,7 +45,7 @@ def evaluate(
     max_length: int | None = None,
     rouge_samples: int | None = 50,
     max_new_tokens: int = 200,
-    extraction_variant: Variant = "suffix",
+    variant: Variant = "suffix",
     seed: int = 0,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -51,8 +53,8 @@ def evaluate(
 
     metrics: of `METRICS`. The teacher-forced ones share one pass. rouge_l generates at most max_new_tokens
     for rouge_samples items drawn with `seed` (None: for all). max_length: longest sample allowed, in tokens
-    (None: the model's context); a longer one is an error, never cut. extraction_variant: see
-    `extraction_strength`.
+    (None: the model's context); a longer one is an error, never cut. variant: of memorization_accuracy and
+    extraction_strength, see `pyunlearn.metrics.teacher_forced`.
 
     The model is in eval() meanwhile and as before afterwards. Raises ValueError for no items, an unknown or
     no metric, rouge_samples < 1, samples that are too long, or a model whose logits are not those of its
@@ -71,7 +73,7 @@ def evaluate(
         {"index": i, "question": item.question, "answer": item.answer} for i, item in enumerate(items)
     ]
     if any(name in TEACHER_FORCED for name in metrics):
-        read = teacher_forced(lm, dataset, batch_size=batch_size, variant=extraction_variant, progress=progress)
+        read = teacher_forced(lm, dataset, batch_size=batch_size, variant=variant, progress=progress)
         for record, values in zip(records, read, strict=True):
             record |= {k: v for k, v in values.items() if k in metrics or k not in TEACHER_FORCED}
     if "rouge_l" in metrics:
@@ -92,4 +94,4 @@ def evaluate(
 
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
-    return sum(values) / len(values)
+    return sum(values) / len(values) if values else math.nan

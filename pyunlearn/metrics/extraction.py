@@ -22,12 +22,12 @@ def extraction_likelihood(
     Jang et al. (2023), as arXiv:2504.06658, Appendix C.4: the mean over the answer's prefixes of the share of n-grams
     of the greedy continuation that are n-grams of the true one. The prompt is given, x_1 .. x_T are the supervised
     tokens, continuations have at most as many tokens as are left and may end earlier. An answer of n tokens or fewer
-    is measured by (T - 1)-grams. One without two supervised tokens gives 0.
+    is measured by (T - 1)-grams.
 
     Where the greedy token is the true one, the continuation goes on as that of the next prefix, so that only prefixes
     before a wrong token are generated from: none for an answer known by heart.
 
-    Raises ValueError for no rows, a row whose supervised tokens are not its last ones (one at least), ngram < 1, or
+    Raises ValueError for no rows, a row whose supervised tokens are not its last ones or fewer than two, ngram < 1, or
     log-probabilities that are not finite.
     """
     if ngram < 1:
@@ -36,12 +36,13 @@ def extraction_likelihood(
     if not rows:
         raise ValueError("dataset: is empty, needs at least one row")
     lm = CausalLM.of(model)
-    lm.check_head()
     right = greedy_right(lm, rows, batch_size)
     starts = [len(row["input_ids"]) - len(known) for row, known in zip(rows, right, strict=True)]
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         if start == len(row["input_ids"]) or bool((row["labels"][start:] == -100).any()):
             raise ValueError(f"dataset[{i}]: its supervised tokens are not its last ones, or there are none")
+        if len(right[i]) == 1:
+            raise ValueError(f"dataset[{i}]: has 1 supervised token, extraction likelihood needs 2 at least")
     written = write_from_errors(lm, tokenizer, rows, starts, right, batch_size)
     return [
         overlap_of(row["input_ids"].tolist()[start:], known, texts, ngram)
@@ -90,8 +91,6 @@ def overlap_of(answer: list[int], right: Sequence[bool], written: dict[int, list
     """The mean over prefixes. Positions count from 0: the attack at t is given answer[:t] and has to write the rest."""
     total = len(answer)
     n = min(ngram, total - 1)
-    if n < 1:
-        return 0.0
     continuation: list[int] = []
     shares = 0.0
     for t in range(total - 1, -1, -1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
@@ -17,21 +17,40 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from .._declined import decline
 from .._progress import track
 from ..data import padding_id
+from ..data.words import splitter
 from ..model.causal_lm import CausalLM, eval_mode, rotary_limits
 from ..model.forward import length_batches
 
-_PADS: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = (
-    WeakKeyDictionary()
-)  # model -> (its kind, what `pads_left` says)
+# model -> (its kind, what `pads_left` says)
+_PADS: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:
     """ROUGE-L recall: longest common subsequence of stemmed words over words of `answer`, in [0, 1].
 
-    Lin (2004), by the `rouge-score` package with use_stemmer=True, as in TOFU. An answer without a Latin
-    letter or digit has no words there and gives 0.
+    Lin (2004). An answer in Latin letters and digits 0-9 is split by the `rouge-score` package with use_stemmer=True,
+    as in TOFU, where words are runs of a-z and 0-9. That package knows no other script: an answer in one is split as
+    `pyunlearn.data.words.splitter` says, of Han, kana, Thai and the like into characters, and so is what is compared
+    with it. Raises ValueError for an answer of white space alone.
     """
-    return _scorer().score(answer, generated)["rougeL"].recall
+    split = splitter(answer, _latin_words())
+    known = split(answer)
+    return common_length(known, split(generated)) / len(known)
+
+
+def common_length(a: Sequence[str], b: Sequence[str]) -> int:
+    """Length of the longest common subsequence, a word of `b` at a time: bit i of `open_` is 0 where it grows at a[i].
+
+    Hyyro, Bit-Parallel LCS-length Computation Revisited, 2004.
+    """
+    places: dict[str, int] = {}
+    for i, word in enumerate(a):
+        places[word] = places.get(word, 0) | 1 << i
+    every = open_ = (1 << len(a)) - 1
+    for word in b:
+        hits = open_ & places.get(word, 0)
+        open_ = (open_ + hits | open_ - hits) & every
+    return len(a) - open_.bit_count()
 
 
 def greedy_generate(
@@ -175,7 +194,7 @@ def pads_left(lm: CausalLM, pad: int) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
+def _latin_words() -> Callable[[str], list[str]]:
+    from rouge_score.tokenizers import DefaultTokenizer
 
-    return RougeScorer(["rougeL"], use_stemmer=True)
+    return DefaultTokenizer(use_stemmer=True).tokenize

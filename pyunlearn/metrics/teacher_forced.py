@@ -1,25 +1,30 @@
 """Metrics of one teacher-forced pass: per supervised token its log-probability, and whether greedy decoding
 hits it.
 
-The functions on vectors take flat (N,) tokens with sequence_ids (N,) int64 in [0, num_sequences), each
-sequence's tokens in reading order, and return one float64 number a sequence. Every sequence needs at least
+The functions on vectors take flat (N,) tokens with sequence_ids (N,) int64 in [0, num_sequences), sequence after
+sequence, each one's tokens in reading order, and return one float64 number a sequence. Every sequence needs at least
 one token.
+
+variant: "suffix" counts all supervised tokens, the end token too; "open_unlearning" is that code base's
+`extraction_strength` and `exact_memorization`, which leave every sequence's last supervised token out, whatever it is.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import math
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
+from .._hints import check_known
 from .._progress import track
 from ..data import collate
 from ..model.causal_lm import CausalLM, eval_mode
 from ..model.forward import check_finite, length_batches, token_stats_of
 
 Variant = Literal["suffix", "open_unlearning"]
-VARIANTS = ("suffix", "open_unlearning")
+VARIANTS = get_args(Variant)
 
 
 def probability(nll: Tensor, num_tokens: Tensor) -> Tensor:
@@ -31,13 +36,18 @@ def probability(nll: Tensor, num_tokens: Tensor) -> Tensor:
     return torch.exp(-nll.double() / num_tokens)
 
 
-def memorization_accuracy(greedy: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
+def memorization_accuracy(
+    greedy: Tensor, sequence_ids: Tensor, num_sequences: int, variant: Variant = "suffix"
+) -> Tensor:
     """Share of a sequence's tokens that greedy decoding would produce, given the true text before each.
 
-    Tirumala et al. (2022), over the supervised tokens.
-    greedy: (N,) bool. Returns (num_sequences,) float64. Raises ValueError for a sequence without tokens.
+    Tirumala et al. (2022), over the supervised tokens. variant: "open_unlearning" leaves the last one out, and is NaN
+    for a sequence of one.
+
+    greedy: (N,) bool. Returns (num_sequences,) float64. Raises ValueError for a sequence without tokens, ids out of
+    order, or an unknown variant.
     """
-    n = _num_tokens(sequence_ids, num_sequences)
+    greedy, sequence_ids, n = _counted(greedy, sequence_ids, num_sequences, variant)
     return _per_sequence(greedy.double(), sequence_ids, num_sequences) / n
 
 
@@ -46,20 +56,19 @@ def extraction_strength(
 ) -> Tensor:
     """1 - k/n, k the shortest prefix after which every greedy token, given the true text before it, is right.
 
-    Carlini et al. (2021), as used for unlearning by Wang et al. (2025, UWC). variant: "suffix" is 0 where
-    even the last token is wrong (k = n); "open_unlearning" stops at k = n - 1, so never falls below 1/n.
+    Carlini et al. (2021), as used for unlearning by Wang et al. (2025, UWC). variant: "suffix" is 0 where even the last
+    token is wrong (k = n); "open_unlearning" leaves the last token out of n and stops at k = n - 1, so that it never
+    falls below 1/n, and is 0 for a sequence of one.
 
-    greedy: (N,) bool. Returns (num_sequences,) float64. Raises ValueError for a sequence without tokens or an
-    unknown variant.
+    greedy: (N,) bool. Returns (num_sequences,) float64. Raises ValueError as `memorization_accuracy`.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant={variant!r}: needs one of {VARIANTS}")
-    n = _num_tokens(sequence_ids, num_sequences)
+    greedy, sequence_ids, n = _counted(greedy, sequence_ids, num_sequences, variant)
     place = torch.arange(len(greedy), device=greedy.device) - (n.cumsum(0) - n)[sequence_ids]  # 0 .. n - 1
     end_if_wrong = torch.where(greedy, 0, place + 1)
     k = torch.zeros_like(n).scatter_reduce(0, sequence_ids, end_if_wrong, "amax")
-    strength = 1 - k.double() / n
-    return strength if variant == "suffix" else strength.maximum(1 / n.double())
+    if variant == "open_unlearning":
+        k = torch.where(n > 0, k.minimum(n - 1), n)
+    return (n - k).double() / n.clamp_min(1)
 
 
 def teacher_forced(
@@ -70,13 +79,16 @@ def teacher_forced(
     variant: Variant = "suffix",
     progress: bool = True,
 ) -> list[dict[str, float | int]]:
-    """One pass over a data set (rows of input_ids and labels): per row num_tokens, nll (summed, nats),
-    probability, memorization_accuracy and extraction_strength, in the data set's order.
+    """One pass over a data set (rows of input_ids and labels): per row num_tokens, nll (summed, nats), probability, and
+    memorization_accuracy and extraction_strength of `variant`, in the data set's order. What a row has no value of is
+    left out.
 
-    No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile.
-    Raises ValueError for no rows, a row without supervised tokens, log-probabilities that are not finite,
-    or a model that is not causal or whose logits are not those of its output layer.
+    No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile. A row's
+    numbers are its own whatever it is batched with, up to the rounding of the model's dtype.
+    Raises ValueError for no rows, a row without supervised tokens, an unknown variant, or log-probabilities that are
+    not finite.
     """
+    check_known("variant", variant, VARIANTS)
     rows = [dataset[i] for i in range(len(dataset))]
     if not rows:
         raise ValueError("dataset: is empty, needs at least one row")
@@ -85,7 +97,6 @@ def teacher_forced(
             raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
     records: list[dict[str, float | int]] = [{} for _ in rows]
     lm = CausalLM.of(model)
-    lm.check_head()
     with eval_mode(lm.given), torch.no_grad():
         for batch in track(length_batches([len(row["labels"]) for row in rows], batch_size), "reading", progress):
             inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
@@ -102,17 +113,34 @@ def teacher_forced(
                 "num_tokens": num_tokens,
                 "nll": nll,
                 "probability": probability(nll, num_tokens),
-                "memorization_accuracy": memorization_accuracy(greedy, ids, len(batch)),
+                "memorization_accuracy": memorization_accuracy(greedy, ids, len(batch), variant),
                 "extraction_strength": extraction_strength(greedy, ids, len(batch), variant),
             }
             for name, values in columns.items():
                 for i, value in zip(batch, values.tolist(), strict=True):
-                    records[i][name] = value
+                    if not math.isnan(value):
+                        records[i][name] = value
     return records
 
 
 def _per_sequence(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:
     return values.new_zeros(num_sequences).index_add(0, sequence_ids, values)
+
+
+def _counted(
+    greedy: Tensor, sequence_ids: Tensor, num_sequences: int, variant: Variant
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that `variant` counts, their sequences, and how many each sequence has."""
+    check_known("variant", variant, VARIANTS)
+    n = _num_tokens(sequence_ids, num_sequences)
+    if bool((sequence_ids.diff() < 0).any()):
+        raise ValueError(
+            "sequence_ids: needs the tokens of sequence 0 first, then those of 1, ..., got them out of order"
+        )
+    if variant == "suffix":
+        return greedy, sequence_ids, n
+    keep = torch.ones_like(greedy).index_fill(0, n.cumsum(0) - 1, False)
+    return greedy[keep], sequence_ids[keep], n - 1
 
 
 def _num_tokens(sequence_ids: Tensor, num_sequences: int) -> Tensor:

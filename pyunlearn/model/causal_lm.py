@@ -159,44 +159,49 @@ class CausalLM:
     def check_head(self) -> None:
         """Compares `read_head` with the logits the model itself makes for two tokens: a few ms, once a model.
 
-        Raises ValueError if they differ: the architecture does something to its logits that is not known here; and for
-        a model that is not causal: the logits of a token that change with the next one.
+        Raises ValueError if they differ: the architecture, or a head of a class of its own, does something to its
+        logits that is not known here; and for a model that is not causal: one whose logits of a token change with the
+        next token.
         """
         forward = getattr(self.inner.forward, "__func__", self.inner.forward)
         proof = (id(self.head_layer), id(forward), *logit_settings(self.config))
         if _PROVEN.get(self.inner) == proof:
             return
-        inputs: list[Tensor] = []
-        hook = self.head_layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+        calls: list[tuple[Tensor, Tensor]] = []
+        hook = self.head_layer.register_forward_hook(lambda _, args, output: calls.append((args[0], output)))
         try:
             with eval_mode(self.alone):
                 ids = torch.tensor([[0, 1], [0, 0]], device=self.device)
                 mask = torch.ones_like(ids)
-                output = self.alone(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                logits = output.float()
+                logits = self.alone(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         finally:
             hook.remove()
-        if len(inputs) != 1:
+        if len(calls) != 1:
             raise ValueError(
-                f"{self.name}: its forward needs to call its output layer once, it called it {len(inputs)} times; use "
+                f"{self.name}: its forward needs to call its output layer once, it called it {len(calls)} times; use "
                 "token_stats on model(...).logits"
             )
-        head = self.read_head()
-        ours = head.logits(whole(inputs[0]).to(head.weight.dtype)).float()
-        tolerance = 1e-3 if torch.finfo(head.weight.dtype).bits >= 32 else 3e-2
+        hidden, computed = map(whole, calls[0])
+        head = self.read_head().to(computed)  # under autocast it computes in half precision whatever its weights are
+        ours = head.logits(hidden.to(computed)).float()
+        tolerance = 1e-3 if torch.finfo(computed.dtype).bits >= 32 else 3e-2
         # A model that has diverged to NaN is not this function's business.
         scale = float(logits.nan_to_num(0, 0, 0).abs().max())
-        rounding = min(4 * torch.finfo(output.dtype).eps, 2**-9) * scale  # one token's way twice: not even that
+        rounding = min(4 * torch.finfo(computed.dtype).eps, 2**-9) * scale  # one token's way twice: not even that
         if not torch.allclose(logits[0, 0], logits[1, 0], 0, rounding, equal_nan=True):
             raise ValueError(
                 f"{self.name}: is not causal, its logits of a token change with the token after it; needs a model in "
                 "which a token sees only those before it (some are so with is_decoder=True in their config)"
             )
         if ours.shape != logits.shape or not torch.allclose(ours, logits, 0, tolerance * scale, equal_nan=True):
+            differ = f"shapes {tuple(logits.shape)} and {tuple(ours.shape)}"
+            if ours.shape == logits.shape:
+                at = int((ours - logits).abs().argmax())
+                differ = f"{float(logits.flatten()[at]):.4g} and {float(ours.flatten()[at]):.4g}, say"
             raise ValueError(
-                f"{self.name}: its logits are not those of its output layer with "
-                f"softcap={head.softcap}, temperature={head.temperature:g}; statistics from hidden states would "
-                "be wrong: use token_stats on model(...).logits"
+                f"{self.name}: its logits are not those of its output layer's weight "
+                f"({type(self.head_layer).__name__}) with softcap={head.softcap}, temperature={head.temperature:g}: "
+                f"{differ}; statistics from hidden states would be wrong: use token_stats on model(...).logits"
             )
         _PROVEN[self.inner] = proof
 

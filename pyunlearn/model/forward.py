@@ -160,10 +160,11 @@ def token_stats_of(
     and `CausalLM.read_head` of a live model, or from a `ReferenceCache`. options: budget_bytes, k, backend of
     `linear_token_stats`.
 
-    Returns statistics of shape (N,) and the positions they belong to. Raises what those functions raise, and
-    ValueError if the reference's rows or its head's softcap or temperature do not fit.
+    Returns statistics of shape (N,) and the positions they belong to. Raises what those functions and
+    `CausalLM.check_head` raise, and ValueError if the reference's rows or its head's softcap or temperature do not fit.
     """
     lm = CausalLM.of(model)
+    lm.check_head()
     supervised = supervised_hidden(lm, batch, positions)
     head = lm.read_head()  # after the forward: sharded models have gathered it by then
     hidden, targets = supervised.hidden, supervised.targets

@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from ..distributed import local
 from .cache import ReferenceCache
 from .causal_lm import CausalLM, eval_mode
 from .forward import PADDED, POSITIONS, Layer, Positions, select_positions, supervised_hidden, token_stats_of
@@ -122,6 +123,7 @@ class Live:
     def hidden(self, batch: Batch, positions: Positions, layer: Layer | None = None) -> Tensor:
         with self.frozen():
             if layer is None:
+                self.lm.check_head()
                 return supervised_hidden(self.lm, batch, positions).hidden
             return supervised_hidden(self.lm, batch, positions, layers=[layer], through_head=False).layers[layer]
 
@@ -175,6 +177,29 @@ def adapters_off(model: Any) -> Iterator[None]:
     finally:
         for parameter, requires_grad in trainable:
             parameter.requires_grad_(requires_grad)
+
+
+def check_apart(references: Mapping[str, Reference], model: nn.Module) -> None:
+    """Raises ValueError for a live reference that holds weights which the training of `model` moves.
+
+    Frozen ones may be shared, such as the base of adapters.
+    """
+    trained = {place_of(weight): name for name, weight in model.named_parameters() if weight.requires_grad}
+    for kind, reference in references.items():
+        if not isinstance(reference, Live) or isinstance(reference, AdapterOff):
+            continue
+        for weight in reference.lm.given.parameters():
+            if weight.numel() and weight.device.type != "meta" and place_of(weight) in trained:
+                raise ValueError(
+                    f"reference[{kind!r}]: needs weights of its own, {trained[place_of(weight)]!r} is that of the "
+                    "model itself and would be trained along; give copy.deepcopy(model), a ReferenceCache or, for a "
+                    "model under peft, AdapterOff(model)"
+                )
+
+
+def place_of(weight: Tensor) -> tuple[torch.device, int]:
+    """Where this rank's part of it lies in memory, whatever view of it this is."""
+    return weight.device, local(weight).untyped_storage().data_ptr()
 
 
 def as_reference(source: Source) -> Reference:

@@ -11,20 +11,22 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-WORD = re.compile(r"\w+(?:['’-]\w+)*")
-SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)")
+from ..data.words import joined_words
+
+SENTENCE_END = re.compile(r"[.!?؟۔।॥]+(?:\s|$)|[。！？｡]+")
 
 
 def text_characteristics(texts: Sequence[str]) -> list[dict[str, float]]:
     """One dict a text: lexical_diversity, sentence_length, word_frequency, rare_words.
 
     lexical_diversity: distinct words over words. sentence_length: words a sentence. word_frequency: mean over the
-    words of log2(number of these texts that have the word). rare_words: distinct words that no other text has.
+    words of log2(number of these texts that have the word). rare_words: distinct words that no other text has. Words:
+    as `pyunlearn.data.words.joined_words`; a text without any has 0 of all.
 
     >>> text_characteristics(["The cat sleeps. The cat purrs.", "The dog sleeps."])[0]["rare_words"]
     2.0
     """
-    documents = [WORD.findall(text.lower()) for text in texts]
+    documents = [joined_words(text) for text in texts]
     frequency = Counter(word for words in documents for word in set(words))
     rows = []
     for text, words in zip(texts, documents, strict=True):

@@ -15,7 +15,8 @@ initial       E |sum_t P_t(w) - P_t(w + d)|    Eq. 3, which has num_draws=1
 ============  ===============================  =======================================================================
 
 The paper gives the first two lines and the next two as one quantity; they are not (E |S| is of first order in sigma,
-|E S| of second), so each has its name. Smaller is harder to unlearn. Tokens 2 .. n with a label other than -100 count;
+|E S| of second), so each has its name. Smaller is harder to unlearn. Tokens 2 .. n with a label other than -100 count
+(the paper's sum is over a whole sample, which labels=input_ids gives; runs score the answers unless told otherwise);
 no length normalisation (Eq. 4 has none, the text speaks of one: `normalize="tokens"`).
 
 Perturbed weights, and all that follows from them, are IEEE float32 at least: bfloat16 or TF32 rounding is larger than
@@ -34,6 +35,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from .._hints import check_known
 from ..distributed import Processes
 from ..model.causal_lm import CausalLM, eval_mode
 from ..model.fingerprint import dataset_fingerprint, model_fingerprint
@@ -105,7 +107,8 @@ def mrd(
     Args:
         model: a transformers causal LM in float32 (or float64); it is in eval() meanwhile and unchanged afterwards.
         batches: dicts of input_ids (B, T), labels (B, T; -100 is not scored) and attention_mask (B, T; default: all
-            real). They are taken apart: padding never changes a score.
+            real). They are taken apart: padding never changes a score. Labels of `pyunlearn.data.collate` score the
+            answers; with labels=input_ids whole samples are scored, as in the paper's equations.
         num_draws: K, draws of noise over all weights, each shared by all samples; 2 at least (`initial`: 1). The
             relative standard error of `algorithm1` is 0.756 / sqrt(K). Unused by `gradient`. `definition` takes two
             forwards a draw; `hutchinson` the time of about ten, and memory for several copies of the weights.
@@ -219,8 +222,9 @@ def check_arguments(
     check_draws: int = 8,
 ) -> None:
     """Raises what `mrd` raises for these, before anything is computed."""
-    if estimator not in ESTIMATORS:
-        raise ValueError(f"estimator={estimator!r}: needs one of {ESTIMATORS}")
+    check_known("estimator", estimator, ESTIMATORS)
+    check_known("normalize", normalize, (None, "tokens"))
+    check_known("split", split, ("draws", "data"))
     for name, value in (("sigma", sigma), ("sigma_eval", sigma_eval), ("paper_eps", paper_eps)):
         if value is not None and not (math.isfinite(value) and value > 0):
             raise ValueError(f"{name}={value!r}: needs a finite number > 0")
@@ -234,9 +238,5 @@ def check_arguments(
         raise ValueError(
             f"num_draws={num_draws}: needs {least} at least{', for a standard error' if least > 1 else ''}"
         )
-    if normalize not in (None, "tokens"):
-        raise ValueError(f"normalize={normalize!r}: needs None or 'tokens'")
     if paper_eps is not None and estimator == "initial":
         raise ValueError(f"paper_eps={paper_eps!r}: Eq. 3 has no denominator; needs None for estimator='initial'")
-    if split not in ("draws", "data"):
-        raise ValueError(f"split={split!r}: needs 'draws' or 'data'")

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from .._hints import check_known
 from ..data import collate
 from ..model.forward import IGNORE_INDEX, length_batches, select_positions
 
 KEYS = ("input_ids", "attention_mask", "labels", "index")
+Labels = Literal["answers", "all"]
+LABELS = get_args(Labels)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class Samples:
         """(n,) float64: sums of what the scored tokens of these batches have, (N,), in order, on the CPU."""
         owners = torch.cat([self.owners[j] for j in batches])
         return torch.zeros(len(self), dtype=torch.float64).index_add_(0, owners, values)
+
+
+def scored_rows(rows: Any, labels: Labels = "answers") -> list[dict[str, Any]]:
+    """The rows of a data set with what MRD scores as their labels: "answers", as they are; "all", every token, which is
+    x_1 .. x_n of arXiv:2504.06658. Raises ValueError for other labels.
+    """
+    check_known("labels", labels, LABELS)
+    return [rows[i] | ({"labels": rows[i]["input_ids"]} if labels == "all" else {}) for i in range(len(rows))]
 
 
 def make_samples(batches: Iterable[Mapping[str, Tensor]], batch_size: int, device: torch.device) -> Samples:

@@ -71,6 +71,7 @@ STATISTICS = {
     "kl_pq": "KL(model || reference) at each position, in nats",
     "kl_qp": "KL(reference || model) at each position, in nats",
     "uniform_ce": "cross-entropy of the uniform distribution to the model's at each position, in nats",
+    "lse": "log of the sum of e^z over the vocabulary at each position",
     "topk": "the token-level bootstrapping term",
     "hidden": "hidden states of one layer",
     "ref_hidden": "the same of the frozen reference; never differentiated",
@@ -223,6 +224,10 @@ def read_variant(
             )
     if not statistics:
         raise ValueError(f"{function.__name__}: needs a positional parameter named after a statistic, such as logp")
+    if slope is not None and not is_finite(slope):
+        raise ValueError(f"{function.__name__}: slope={slope!r}: needs a finite number")
+    if rule is not None and (isinstance(rule, TokenRule) or not callable(rule)):
+        raise ValueError(f"{function.__name__}: rule={rule!r}: needs a function of the options that gives a TokenRule")
     if rule is not None and slope is None:
         raise ValueError(f"{function.__name__}: rule needs a slope, d(loss of a token)/d(statistic) apart from it")
     return Variant(

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.contract import TokenRule
+from .closed_form import sigmoid_floor
 from .definition import Masked, NonNegative, Positive
-from .one_pass import sigmoid_floor
 from .registry import register, register_preset
 
 G_EFFECT = "Wang et al., Rethinking LLM Unlearning Objectives: A Gradient Perspective, ICLR 2025"
@@ -191,10 +191,10 @@ def me(entropy: Tensor, *, vocab_size: int, positions: Masked = "real") -> Tenso
     The paper weighs it 0.1 against the retain loss (1.0 continual, 0.5 real-world). The authors' code turns the
     divergence around and counts padding: every row is padded with EOS to 500 tokens (300 real-world), and all 499
     predictions weigh alike, which makes an answer's about 499/n times weaker than the equation does. The preset
-    `closer_look_code` counts the padding that the batch has: for theirs pad alike, by `ForgetRetainDataset(pad_to=500)`
-    with EOS as the pad token. Rows padded to their batch's longest make it depend on how a step is split. The 1e-12
-    that the code adds inside the log is left out. Where a model is run for it, `positions="supervised"` leaves the
-    question out (Appendix E.5: less stable on the retain set).
+    `closer_look_code` counts the padding that the batch has: for theirs pad alike, by `unlearn.pad_to: 500` in a run
+    or `ForgetRetainDataset(pad_to=500)`, with EOS as the pad token. Rows padded to their batch's longest make it
+    depend on how a step is split. The 1e-12 that the code adds inside the log is left out. Where a model is run for
+    it, `positions="supervised"` leaves the question out (Appendix E.5: less stable on the retain set).
 
     >>> me(torch.tensor([[0.0, math.log(4.0)]]), vocab_size=4)  # half of log 4
     tensor(0.6931)

@@ -7,14 +7,13 @@ token, a constant, times a `TokenRule` where it depends on the token's own logp.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.contract import TokenRule
+from .closed_form import check_gradient, sigmoid_floor
 from .definition import Variant
 from .objective import DEFINITIONS, Objective
 from .reduction import Count, Layout, TokenInputs, reduce_tokens
@@ -37,7 +36,7 @@ def one_pass(
         sequence_ids, num_sequences, count: as in the objective itself.
 
     Raises: ValueError or TypeError naming what does not fit, that the objective (or its preset) has no slope, or that
-        slope and rule are not its gradient: they are compared with autograd's the first time.
+        slope and rule are not its gradient for these options.
 
     >>> from pyunlearn import objectives, value_and_grad
     >>> logits, targets = torch.zeros(1, 2, 4), torch.tensor([[1, 2]])
@@ -53,7 +52,7 @@ def one_pass(
             f"{objective.name}, preset={objective.preset!r}: needs a token-separable objective such as {able}; one of "
             "your own becomes one by slope=, d(loss of a token)/d(statistic), and rule= where it is registered"
         )
-    check_gradient(objective, variant, variant.slope)
+    check_options(objective, variant)
     (name,) = objective.outputs
     needs_reference = objective.reference == "logp"
     if needs_reference and ref_logp is None:
@@ -71,34 +70,7 @@ def one_pass(
     return {"weights": {name: variant.slope * weights}, "rule": rule, "floor": floor}
 
 
-def sigmoid_floor(ref_logp: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
-    """log(p°^beta + epsilon), without ever leaving log space."""
-    floor = beta * ref_logp
-    return torch.logaddexp(floor, torch.full_like(floor, math.log(epsilon))) if epsilon > 0 else floor
-
-
 @lru_cache(maxsize=256)
-def check_gradient(objective: Objective, variant: Variant, slope: float) -> None:
-    """Raises ValueError unless slope times rule is autograd's d(loss of a token)/d(statistic), on a few tokens.
-
-    Not where the objective is registered: that may be before a process forks, and autograd's engine must not be.
-    """
-    logp = torch.tensor([-0.01, -0.4, -2.0, -7.0], dtype=torch.float64, device="cpu")
-    ref_logp, upstream = logp.flip(0) - 0.3, torch.arange(1.0, 5.0, dtype=torch.float64, device="cpu")
-    is_logp = objective.outputs == ("logp",)
-    x = (logp if is_logp else -logp).requires_grad_()
-    tensors = [ref_logp if statistic.name == "ref_logp" else x for statistic in variant.statistics]
-    with torch.enable_grad():
-        loss = variant.function(*tensors, **objective.options, **dict.fromkeys(variant.sizes, 50))
-        (autograds,) = torch.autograd.grad((upstream * loss).sum(), x)
-    rule = variant.token_rule(objective.options)
-    epsilon = objective.options.get("epsilon", 0.0)
-    floor = sigmoid_floor(ref_logp, rule.beta, epsilon) if objective.reference == "logp" else None
-    factor = rule(logp.detach(), floor) if is_logp else torch.ones_like(upstream)
-    closed_form = upstream * slope * factor
-    if not torch.allclose(closed_form, autograds, rtol=1e-6, atol=1e-12) or (not is_logp and rule != TokenRule()):
-        raise ValueError(
-            f"{objective.name}, preset={objective.preset!r}: slope={slope} and rule={rule} need to be "
-            f"d(loss of a token)/d({objective.outputs[0]}), for {dict(objective.options)}: "
-            f"{autograds.tolist()} by autograd, got {closed_form.tolist()}"
-        )
+def check_options(objective: Objective, variant: Variant) -> None:
+    """`check_gradient` for other options than the defaults, which are checked where the objective is registered."""
+    check_gradient(objective.name, objective.preset, variant, objective.options)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._hints import check_known
 from ..ops.contract import TokenRule
+from .closed_form import check_definition
 from .definition import BATCHES, REFERENCE, WIDE, Definition, Options, Variant, docstring, read_variant, signature
 from .objective import DEFINITIONS, Objective
 from .reduction import TokenInputs
@@ -119,7 +120,8 @@ def register(
 
     Returns: the public function `(statistics..., mask=None, *, options..., preset, reduction, count,
         sequence_ids, num_sequences) -> loss`.
-    Raises: ValueError on a taken name or a signature that cannot be read.
+    Raises: ValueError on a taken name, a signature that cannot be read, a function that does not give a loss for each
+        of four tokens (or sequences), and a slope and rule that are not its gradient there.
     """
 
     def decorate(function: Function) -> Function:
@@ -144,6 +146,8 @@ def register(
                 options[key] = replace(options[key], default=options[key].check(name, value))
             changes = ", ".join(f"{key} = {value}" for key, value in changed.items()) or f"as {preset}"
             variants[other] = replace(variant, options=options, changes=changes)
+        for each, formulated in variants.items():
+            check_definition(name, each, level, formulated)
         summary, _, body = inspect.cleandoc(function.__doc__ or name).partition("\n")
         DEFINITIONS[name] = Definition(name, role, level, equation, source, summary, body.strip(), preset, variants)
 
@@ -173,18 +177,22 @@ def register_preset(
     positions, reduction: of this formula; None: as the objective's own. slope, rule: as in `register`; those of the
     other presets are not taken over.
 
-    Raises: ValueError on an unknown objective or a signature that cannot be read.
+    Raises: ValueError on an unknown objective, and as `register`.
     """
 
     def decorate(function: Function) -> Function:
         check_known("objective", name, DEFINITIONS)
         definition = DEFINITIONS[name]
         usual = definition.variant(None)[1]
-        changes = f"loss = {formula}" + (f"; positions = {positions}" if positions else "")
         where, by = positions or usual.positions, reduction or usual.reduction
-        variant = read_variant(function, usual.batches[0], formula, where, by, changes, slope, rule)
+        variant = read_variant(function, usual.batches[0], formula, where, by, "", slope, rule)
+        defaults = {key: option.default for key, option in usual.options.items()}
+        changed = [str(option) for key, option in variant.options.items() if option.default != defaults.get(key)]
+        positioned = [f"positions = {positions}"] if positions else []
+        variant = replace(variant, changes="; ".join([f"loss = {formula}", *positioned, *changed]))
         check_level(name, definition.level, variant)
         check_known(f"{name}: reduction", by, variant.reductions)
+        check_definition(name, presets[0], definition.level, variant)
         definition.variants.update(dict.fromkeys(presets, variant))
         _document(name)
         return function

@@ -18,6 +18,7 @@ from .forget import G_EFFECT
 from .registry import register, register_preset
 
 WMDP = "Li et al., The WMDP Benchmark, ICML 2024"
+EIGHTH = 8  # block: model.layers[7], whose output both code bases take
 
 
 @lru_cache(maxsize=16)
@@ -46,9 +47,10 @@ def rmu(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "middle", seed: 
 
     c and `layer` matter much; the G-effect paper has c = 4 at layer 9 of Phi-1.5 and c = 2 at layer 21 of Llama-2-7B.
     u depends on `seed` and H alone, so that a resumed run has the same one. `wmdp` and `open_unlearning` make it a unit
-    vector. OpenUnlearning's loss is meant as the mean over sequences of their token mean; its broadcasting multiplies
-    the mean of sums by the mean of 1/n instead, which is 4/3 of that for equal losses at 2 and 6 tokens, and depends on
-    how a step is split. It reads the supervised tokens' own states, here as everywhere those that predict them.
+    vector, and take what `model.layers[7]` gives, layer 8 here. OpenUnlearning's loss is meant as the mean over
+    sequences of their token mean; its broadcasting multiplies the mean of sums by the mean of 1/n instead, which is 4/3
+    of that for equal losses at 2 and 6 tokens, and depends on how a step is split. It reads the supervised tokens' own
+    states, here as everywhere those that predict them.
 
     >>> rmu(torch.zeros(1, 3, 8), c=0.0)
     tensor(0.)
@@ -64,10 +66,10 @@ def rmu_g_effect_code(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "m
 @register_preset(
     "rmu",
     "wmdp",
-    formula="mean over all positions, prompt and padding too, of ||h_t - c u / ||u|| ||^2 / H, c = 20",
+    formula="mean over all positions, prompt and padding too, of ||h_t - c u / ||u|| ||^2 / H",
     positions="all",
 )
-def rmu_wmdp(hidden: Tensor, *, c: NonNegative = 20.0, layer: Layer = "middle", seed: Seed = 0) -> Tensor:
+def rmu_wmdp(hidden: Tensor, *, c: NonNegative = 20.0, layer: Layer = EIGHTH, seed: Seed = 0) -> Tensor:
     return (hidden - target(hidden, c, seed, norm=True)).square().mean(-1)
 
 
@@ -78,7 +80,7 @@ def rmu_wmdp(hidden: Tensor, *, c: NonNegative = 20.0, layer: Layer = "middle", 
     reduction="sequence_mean",
 )
 def rmu_open_unlearning(
-    hidden: Tensor, *, inverse_length: Tensor, c: NonNegative = 2.0, layer: Layer = "middle", seed: Seed = 0
+    hidden: Tensor, *, inverse_length: Tensor, c: NonNegative = 2.0, layer: Layer = EIGHTH, seed: Seed = 0
 ) -> Tensor:
     return inverse_length * rmu_wmdp(hidden, c=c, layer=layer, seed=seed)
 
@@ -107,7 +109,7 @@ def rr(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> Tensor
     formula="mean over all positions, prompt and padding too, of ||h_t - h°_t||^2 / H",
     positions="all",
 )
-def rr_wmdp(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> Tensor:
+def rr_wmdp(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = EIGHTH) -> Tensor:
     return (hidden - ref_hidden).square().mean(-1)
 
 
@@ -117,7 +119,5 @@ def rr_wmdp(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> T
     formula="mean over sequences of the sum of ||h_t - h°_t||^2 / H, times the batch's mean of 1/n",
     reduction="sequence_mean",
 )
-def rr_open_unlearning(
-    hidden: Tensor, ref_hidden: Tensor, *, inverse_length: Tensor, layer: Layer = "middle"
-) -> Tensor:
+def rr_open_unlearning(hidden: Tensor, ref_hidden: Tensor, *, inverse_length: Tensor, layer: Layer = EIGHTH) -> Tensor:
     return inverse_length * rr_wmdp(hidden, ref_hidden, layer=layer)

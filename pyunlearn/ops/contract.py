@@ -13,9 +13,12 @@ variance     sum_j p_j logp_j^2 - H^2                                 none
 kl_pq        KL(p || q), current against reference                    p_j (logp_j - logq_j - KL)
 kl_qp        KL(q || p), reference against current                    p_j - q_j
 uniform_ce   -(1/V) sum_j logp_j                                      p_j - 1/V
+lse          log sum_j e^z_j (its square is the z-loss)               p_j
 greedy       argmax_j z_j == t (the lowest index wins a tie)          none
 topk         sum_{j in top k} b_j logp_j, b = p renormalised there    b_j - p_j   (b is constant)
 ===========  =======================================================  =================================
+
+The mean of z over the vocabulary is lse - uniform_ce.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-OUTPUTS = ("logp", "log_nll", "entropy", "variance", "kl_pq", "kl_qp", "uniform_ce", "greedy", "topk")
+OUTPUTS = ("logp", "log_nll", "entropy", "variance", "kl_pq", "kl_qp", "uniform_ce", "lse", "greedy", "topk")
 NEEDS_REFERENCE = frozenset({"kl_pq", "kl_qp"})
 NO_GRADIENT = frozenset({"variance", "greedy"})
 MAX_K = 256  # lanes the kernels set apart
@@ -195,6 +198,16 @@ def check_layout(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: is a lazily negated view; call .resolve_neg()")
 
 
+def shares_memory(tensor: Tensor) -> bool:
+    """Whether two elements may lie at one address: where a step of some dimension does not pass all of those below."""
+    reach = 0
+    for stride, size in sorted((step, n) for step, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return tensor.numel() > 0
+        reach += (size - 1) * stride
+    return False
+
+
 def check_same_device(name: str, tensor: Tensor, owner: str, like: Tensor) -> None:
     if tensor.device != like.device:
         raise ValueError(f"{name}: needs the device of {owner}, {like.device}, got {tensor.device}")
@@ -202,6 +215,8 @@ def check_same_device(name: str, tensor: Tensor, owner: str, like: Tensor) -> No
 
 def check_range(targets: Tensor, vocabulary: int, ignore_index: int | None) -> None:
     """Raises IndexError with the first row whose target is outside [0, vocabulary). On a GPU it would be a sync."""
+    while torch._C._functorch.is_batchedtensor(targets):  # vmap takes no decisions
+        targets = torch._C._functorch.get_unwrapped(targets)
     flat = targets.reshape(-1)
     bad = ((flat < 0) | (flat >= vocabulary)) & (flat != ignore_index)
     if bool(bad.any()):

@@ -1,4 +1,4 @@
-"""The ops have first derivatives alone: what asks for more is refused, never given a silent zero."""
+"""The ops have first derivatives alone, and some none: what asks for more is refused, never given a silent zero."""
 
 from __future__ import annotations
 
@@ -53,3 +53,35 @@ def refuse_tangents(op: str, *tensors: Tensor | None) -> None:
         return
     if any(t is not None and torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors):
         raise RuntimeError(f"{op}: has no forward-mode derivative; token_stats(logits, ..., backend='eager') has one")
+
+
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+
+def in_functions(op: str, backend: str = "", needs: str = "backend='eager'") -> bool:
+    """Whether torch.func transforms what is called now. Raises RuntimeError under its grad and jvp, which go by the
+    dispatcher's autograd: that of the eager backend alone goes there."""
+    functions = () if torch.compiler.is_compiling() else torch._C._functorch.get_interpreter_stack() or ()
+    kinds = torch._C._functorch.TransformType
+    if backend != "eager" and any(function.key() in (kinds.Grad, kinds.Jvp) for function in functions):
+        raise RuntimeError(f"{op}: torch.func's grad and jvp need {needs}; torch.autograd.grad takes every backend")
+    return bool(functions)
+
+
+def refuse_functions(op: str, *tensors: Tensor | None) -> None:
+    """Raises RuntimeError for the tensors of torch.func's vmap, grad, ...: they have no memory of their own."""
+    if torch.compiler.is_compiling():
+        return
+    if any(t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError(f"{op}: takes no tensors of torch.func's transforms; give it all of them at once, outside")
+
+
+def owner(op: str, backend: str, *tensors: Tensor | None) -> str:
+    """Who has the tensors' memory, so that the dispatcher must see the op; "" where they have it themselves."""
+    if torch.compiler.is_compiling():
+        return "torch.compile"
+    if in_functions(op, backend):
+        return "torch.func"
+    if torch._C._len_torch_dispatch_stack() or any(t is not None and torch._is_functional_tensor(t) for t in tensors):
+        return "a dispatch mode"
+    return ""

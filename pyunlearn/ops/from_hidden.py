@@ -22,13 +22,14 @@ from .contract import (
     make_options,
     unpack,
 )
-from .from_logits import stacked_stats, transformed
+from .first_order import in_functions, owner
+from .from_logits import stacked_stats
 from .projection import Projection, both_logits, stats_in_budget
 from .sharded import Columns
 
 Reference = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias)
 NO_INDEX = -(2**31)  # an ignore_index that is nowhere
-NEEDS_WHOLE_ROWS = "the eager backend, top k and torch.compile need whole rows: the head is gathered"
+NEEDS_WHOLE_ROWS = "the eager backend, top k, torch.compile and torch.func need whole rows: the head is gathered"
 
 
 def linear_token_stats(
@@ -64,7 +65,7 @@ def linear_token_stats(
             this call nothing to save. With kl_pq, kl_qp, entropy or variance among the outputs the logits of bfloat16
             and float16 are held in float32, twice the bytes, and on a CPU multiplied in float32: rounded, they
             would spoil what is left of sums that cancel. Slicing moves the last bits: give a budget where they matter.
-            Under torch.compile it is not looked at.
+            Under torch.compile and torch.func it is not looked at.
         adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
             x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
 
@@ -72,8 +73,8 @@ def linear_token_stats(
     are laid out likewise (the reference's may also be whole on every rank); hidden, x and targets are the same on every
     rank, plain or Replicate(). Every rank makes the logits of its shard, and gets all statistics, the same to the bit,
     the gradients of hidden and x summed over ranks, and those of its shard. What needs whole rows (the eager backend,
-    topk, torch.compile) gathers the head first. FSDP shards to save memory, for ranks with rows of their own: give it
-    the weight that FSDP has gathered.
+    topk, torch.compile, torch.func) gathers the head first. FSDP shards to save memory, for ranks with rows of their
+    own: give it the weight that FSDP has gathered.
 
     Returns:
         TokenStats, as `token_stats`; `.declined` also says why logits were not kept, or a sharded head was gathered.
@@ -98,7 +99,8 @@ def linear_token_stats(
         check_reference(reference, hidden, weight)
     if "topk" in options.outputs and k > weight.size(0):
         raise ValueError(f"k={k}: needs at most V={weight.size(0)}")
-    chosen, compiling = choose(backend, hidden.device), torch.compiler.is_compiling()
+    chosen = choose(backend, hidden.device)
+    compiling = torch.compiler.is_compiling() or in_functions("linear_token_stats", chosen)
     declined = why_eager(hidden.device) if backend is None and chosen == "eager" else {}
 
     here = Columns.of(weight, whole=compiling or chosen == "eager" or "topk" in options.outputs)
@@ -112,12 +114,12 @@ def linear_token_stats(
 
     mask = torch.ones_like(targets, dtype=torch.bool) if ignore_index is None else targets != ignore_index
     flat = targets.flatten()
-    if compiling:  # no data-dependent shapes: the compiler sees GEMMs and one op
+    if compiling:  # no data-dependent shapes: GEMMs and one op are seen
         logits, ref_logits = both_logits(head, frozen, slice(None), options)
         stacked = stacked_stats(logits, flat, ref_logits, options, chosen)
-        declined = {**declined, "budget": decline("budget", "torch.compile owns the memory: all logits are made")}
+        why = f"{owner('linear_token_stats', chosen)} owns the memory: all logits are made"
+        declined = {**declined, "budget": decline("budget", why)}
         return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined)
-    transformed(*head.tensors)
     if flat.device.type == "cpu":
         check_range(flat, weight.size(0), ignore_index)
     rows = None if ignore_index is None else mask.flatten().nonzero().squeeze(-1)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .._declined import decline
 from .backends import choose, eager, kernels, why_eager
-from .contract import Options, TokenStats, check_logits, make_options, unpack
-from .first_order import first_order, refuse_tangents
+from .contract import Options, TokenStats, check_logits, make_options, shares_memory, unpack
+from .first_order import first_order, owner, refuse_tangents
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -34,13 +34,14 @@ def token_stats(
         logits: (..., V), bfloat16, float16, float32 or float64; the last dimension has stride 1. To leave padded
             vocabulary columns out, pass the slice `logits[..., :V]`: no copy is made.
         targets: (...) int64 or int32 token ids; `ignore_index` marks positions that are left out.
-        outputs: names from `pyunlearn.ops.OUTPUTS`: logp, log_nll, entropy, variance, kl_pq, kl_qp, uniform_ce, greedy,
-            topk. `pyunlearn.ops.contract` has the formulas; all are in nats.
+        outputs: names from `pyunlearn.ops.OUTPUTS`: logp, log_nll, entropy, variance, kl_pq, kl_qp, uniform_ce, lse,
+            greedy, topk. `pyunlearn.ops.contract` has the formulas; all are in nats.
         reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp, read in its own dtype; no gradient flows
             into it. Where its dtype is not that of logits, the compiled backends make copies in the wider one.
         temperature, softcap: z = softcap * tanh(logits / softcap) / temperature, for the reference too.
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
-            not be used afterwards, and a second backward raises. Declined by the eager backend and under torch.compile.
+            not be used afterwards, and a second backward raises. Declined by the eager backend, under torch.compile and
+            torch.func.
         k: size of the belief set of `topk`, 1 to 256 (bootstrapping's BS-T).
         backend: None (the fastest that is there), "cpu", "triton", "cuda" or "eager".
 
@@ -68,8 +69,9 @@ def token_stats(
     logits, targets, reference = in_rows(logits, targets, reference)
     stacked = stacked_stats(logits, targets, reference, options, chosen, inplace_backward)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else None
-    if inplace_backward and (chosen == "eager" or torch.compiler.is_compiling()):
-        why = "backward is autograd's in the eager twin" if chosen == "eager" else "torch.compile owns the memory"
+    owned = inplace_backward and owner("token_stats", chosen, logits, targets, reference)
+    if inplace_backward and (chosen == "eager" or owned):
+        why = "backward is autograd's in the eager twin" if chosen == "eager" else f"{owned} owns the memory"
         declined = {**(declined or {}), "in-place backward": decline("in-place backward", why)}
     mask = targets.view(shape) != ignore_index
     return unpack(stacked.view(len(options.outputs), *shape), options.outputs, mask, declined)
@@ -96,24 +98,12 @@ def stacked_stats(
     """(outputs, *targets.shape) by `backend`; arguments were checked."""
     if backend == "eager":
         return eager.token_stats(logits, targets, reference, options)
-    if torch.compiler.is_compiling() or transformed(logits, targets, reference):
+    if owner("token_stats", backend, logits, targets, reference):
         return torch.ops.pyunlearn.token_stats.default(logits, targets, reference, *options.flat(), backend)[0]
     refuse_tangents("token_stats", logits)
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(logits, targets, reference, options, backend, inplace)
     return forward(logits, targets, reference, options, backend)[0]
-
-
-def transformed(*tensors: Tensor | None) -> bool:
-    """Whether the dispatcher must see the op: under FakeTensorMode, functionalize and vmap a tensor has no memory of
-    its own. Raises RuntimeError under torch.func.grad and jvp, which do not go through it."""
-    functions = torch._C._functorch.get_interpreter_stack() or ()
-    kinds = torch._C._functorch.TransformType
-    if any(function.key() in (kinds.Grad, kinds.Jvp) for function in functions):
-        raise RuntimeError("torch.func's grad and jvp: need backend='eager'; torch.autograd.grad takes every backend")
-    if functions or torch._C._len_torch_dispatch_stack():
-        return True
-    return any(t is not None and torch._is_functional_tensor(t) for t in tensors)
 
 
 def check_inplace(logits: Tensor) -> None:
@@ -123,11 +113,7 @@ def check_inplace(logits: Tensor) -> None:
 
 
 def check_writable(asked: str, logits: Tensor) -> None:
-    reach = 0  # of the dimensions of smaller strides: elements that a step of the next one has to pass
-    apart = True
-    for stride, size in sorted((step, n) for step, n in zip(logits.stride(), logits.shape, strict=True) if n > 1):
-        apart, reach = apart and stride > reach, reach + (size - 1) * stride
-    if not apart and logits.numel():
+    if shares_memory(logits):
         raise ValueError(f"{asked}: logits of strides {logits.stride()} share memory between rows")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import choose, kernels
-from .first_order import refuse_tangents
+from .first_order import refuse_functions, refuse_tangents
 from .outer_sum import OuterSum, check, check_fit, of_one_dtype
 
 
@@ -41,7 +41,7 @@ def ghost_dot(u: OuterSum, v: OuterSum | None = None, backend: str | None = None
     Raises:
         TypeError, ValueError: a wrong dtype, shape or device; the message names the argument. IndexError: on a CPU, an
         integer that is no row of the other's left (on a GPU: NaN). ValueError: on a CPU, sequences longer than
-        max_seqlen (on a GPU: NaN). RuntimeError: a backend that is not available here.
+        max_seqlen (on a GPU: NaN). RuntimeError: a backend that is not available here, or torch.func's transforms.
 
     >>> a, b = torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.tensor([[[1.0], [3.0]]])
     >>> ghost_dot(OuterSum(b, a)), (b[0].T @ a[0]).square().sum()
@@ -51,7 +51,9 @@ def ghost_dot(u: OuterSum, v: OuterSum | None = None, backend: str | None = None
     if v is not None:
         check("v", v, u.right.device)
         check_fit(u, v)
-    refuse_tangents("ghost_dot", u.left, u.right, *(() if v is None else (v.left, v.right)))
+    tensors = (u.left, u.right) if v is None else (u.left, u.right, v.left, v.right)
+    refuse_tangents("ghost_dot", *tensors)
+    refuse_functions("ghost_dot", *tensors)
     backend = choose(backend, u.right.device)
     other = (None,) * 4 if v is None else v
     run: Callable[..., Tensor] = torch.ops.pyunlearn.ghost_dot.default if torch.compiler.is_compiling() else dots_of

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .._declined import decline
+from .contract import shares_memory
+from .guard import Uncopied
 from .memory import free_bytes
 from .noise import LARGEST, Plan
-from .parameters import Weight
+from .parameters import Weight, point
 from .pieces import Noise, Piece, parameter_id
 
 MODES = ("auto", "overlay", "streamed", "snap", "copy")
@@ -27,6 +30,12 @@ def choose_mode(asked: str, weights: Sequence[Weight], sigma: float) -> tuple[st
         unfit = next((weight.name for weight in weights if not holds_bfloat16(weight)), None)
         if unfit is not None:
             raise ValueError(f"mode='snap': needs float32 parameters that hold bfloat16 numbers; {unfit!r} does not")
+    if asked in ("snap", "copy"):
+        folded = next((weight.name for weight in weights if shares_memory(weight.local)), None)
+        if folded is not None:
+            raise ValueError(
+                f"mode={asked!r}: needs weights whose elements lie apart; those of {folded!r} share memory"
+            )
     if asked != "auto":
         return asked, None
     if sharded is None and room_for(scratch_sizes(weights)):
@@ -59,35 +68,44 @@ def make_mode(
     return Snap(weights, sigma, seed, backend) if mode == "snap" else Copy(weights, seed, backend)
 
 
-class Mode:
+class Mode(Uncopied):
     def move(self, noise: Noise | None) -> None:
         """From one draw, or the weights as they are, to the next, or back."""
         raise NotImplementedError
 
     def leave(self) -> None:
-        """Everything as it was."""
-        raise NotImplementedError
+        """The weights' own memory as it was; the parameters are put back on it afterwards."""
 
 
 Kind = tuple[torch.device, torch.dtype]
-Shown = list[tuple[nn.Parameter, Tensor]]
-
-
-def point(shown: Shown) -> None:
-    for parameter, data in shown:
-        parameter.data = data
 
 
 def scratch_kind(weight: Weight) -> Kind:
     return weight.local.device, torch.promote_types(weight.local.dtype, torch.float32)
 
 
+def place_of(weight: Weight) -> tuple[int, int, tuple[int, ...]]:
+    """(elements before, elements, strides) of a weight's scratch, counted from 64 bytes on: as its own memory lies, for
+    BLAS sums in another order where a matrix lies otherwise. Elements that share memory are set apart, row by row."""
+    w = weight.local
+    if shares_memory(w):
+        return 0, w.numel(), torch.empty(w.shape, device="meta").stride()
+    before = w.data_ptr() % 64 // w.itemsize if w.dtype == scratch_kind(weight)[1] else 0
+    return before, 1 + sum((n - 1) * step for n, step in zip(w.shape, w.stride(), strict=True)), w.stride()
+
+
+def room(weight: Weight) -> int:
+    """Elements of scratch, whole 64 bytes."""
+    before, count, _ = place_of(weight)
+    return (before + count + 15) // 16 * 16
+
+
 def scratch_sizes(weights: Sequence[Weight]) -> dict[Kind, int]:
-    """Elements of scratch by kind; every weight begins on 64 bytes."""
+    """Elements of scratch by kind."""
     sizes: dict[Kind, int] = {}
     for weight in weights:
         kind = scratch_kind(weight)
-        sizes[kind] = sizes.get(kind, 0) + (weight.local.numel() + 15) // 16 * 16
+        sizes[kind] = sizes.get(kind, 0) + room(weight)
     return sizes
 
 
@@ -103,44 +121,51 @@ def new_scratch(sizes: dict[Kind, int]) -> dict[Kind, Tensor]:
     return {(device, dtype): torch.empty(n, device=device, dtype=dtype) for (device, dtype), n in sizes.items()}
 
 
-class Overlay(Mode):
-    def __init__(self, weights: Sequence[Weight], seed: int, backend: str | None, scratch: dict[Kind, Tensor]):
-        self.seed = seed
-        self.pristine: Shown = [(p, p.data) for weight in weights for p in weight.parameters]
-        self.shown: Shown = []
-        pieces, free = [], dict(scratch)
-        for weight in weights:
-            kind, n = scratch_kind(weight), weight.local.numel()
-            view, free[kind] = free[kind][:n], free[kind][(n + 15) // 16 * 16 :]
-            pieces.append(weight.piece(weight.local.contiguous().view(-1), view))
-            self.shown += [(p, view.view(weight.local.shape)) for p in weight.parameters]
+class Moves:
+    """target = source + noise for many weights in one launch, whatever their strides."""
+
+    def __init__(self, weights: Sequence[tuple[Weight, Tensor, Tensor]], seed: int, backend: str | None):
+        self.seed, pieces = seed, []
+        self.strided: list[tuple[Tensor, Tensor, Tensor]] = []  # between source and target: where noise is added, flat
+        for weight, source, target in weights:
+            if not (source.is_contiguous() and target.is_contiguous()):
+                between = torch.empty(target.shape, dtype=target.dtype, device=target.device)
+                self.strided.append((source, between, target))
+                source = target = between
+            pieces.append(weight.piece(source.view(-1), target.view(-1)))
         self.plan = Plan(pieces, backend)
 
-    def move(self, noise: Noise | None) -> None:
+    def run(self, noise: Noise | None) -> None:
+        for source, between, _ in self.strided:
+            between.copy_(source)
         self.plan.run(self.seed, add=noise)
-        point(self.shown)
+        for _, between, target in self.strided:
+            target.copy_(between)
 
-    def leave(self) -> None:
-        point(self.pristine)
+
+class Overlay(Mode):
+    def __init__(self, weights: Sequence[Weight], seed: int, backend: str | None, scratch: dict[Kind, Tensor]):
+        self.shown: list[tuple[nn.Parameter, Tensor]] = []
+        moves, free = [], dict(scratch)
+        for weight in weights:
+            kind, (before, count, strides) = scratch_kind(weight), place_of(weight)
+            view = free[kind][before : before + count].as_strided(weight.local.shape, strides)
+            free[kind] = free[kind][room(weight) :]
+            moves.append((weight, weight.local, view))
+            self.shown += [(p, view) for p in weight.parameters]
+        self.moves = Moves(moves, seed, backend)
+
+    def move(self, noise: Noise | None) -> None:
+        self.moves.run(noise)
+        point(self.shown)
 
 
 class Copy(Mode):
     def __init__(self, weights: Sequence[Weight], seed: int, backend: str | None):
-        self.seed = seed
-        self.strided: list[tuple[Tensor, Tensor]] = []  # (a weight that is not contiguous, where its elements are made)
-        pieces = []
-        for weight in weights:
-            copy, target = weight.local.clone(memory_format=torch.contiguous_format), weight.local
-            if not target.is_contiguous():
-                target = torch.empty_like(copy)
-                self.strided.append((weight.local, target))
-            pieces.append(weight.piece(copy.view(-1), target.view(-1)))
-        self.plan = Plan(pieces, backend)
+        self.moves = Moves([(weight, weight.local.clone(), weight.local) for weight in weights], seed, backend)
 
     def move(self, noise: Noise | None) -> None:
-        self.plan.run(self.seed, add=noise)
-        for weight, made in self.strided:
-            weight.copy_(made)
+        self.moves.run(noise)
 
     def leave(self) -> None:
         self.move(None)
@@ -200,7 +225,7 @@ def lost_by_rounding(flat: Tensor, sigma: float) -> Tensor:
 
 def snaps_well(weights: Sequence[Weight], sigma: float) -> bool:
     """Whether "snap" is possible and at most one weight in 100 is to be kept aside (pruned weights may all be -0)."""
-    if not all(map(holds_bfloat16, weights)):
+    if not all(holds_bfloat16(weight) and not shares_memory(weight.local) for weight in weights):
         return False
     aside = sum(lost_by_rounding(weight.local.reshape(-1), sigma).numel() for weight in weights)
     return 100 * aside <= sum(weight.local.numel() for weight in weights)
@@ -212,8 +237,8 @@ class Streamed(Mode):
     def __init__(self, model: nn.Module, weights: Sequence[Weight], seed: int, backend: str | None):
         self.noise: Noise | None = None
         self.busy: nn.Module | None = None  # the unit that has the scratch which all whole units share
+        self.resident: list[nn.Module] = []  # shown outside of their forwards
         self.hooks: list[RemovableHandle] = []
-        self.pristine: Shown = [(p, p.data) for weight in weights for p in weight.parameters]
         of = {id(p): weight for weight in weights for p in weight.parameters}
         units = []
         for module, (parameters, whole) in units_of(model).items():
@@ -232,18 +257,19 @@ class Streamed(Mode):
 
     def move(self, noise: Noise | None) -> None:
         self.noise = noise
+        for module in self.resident:
+            self.units[module][0].move(noise)
         if not self.hooks:
             for module, (overlay, _) in self.units.items():
                 hide(overlay)
-                self.hooks.append(module.register_forward_pre_hook(lambda m, _: self.show(m), prepend=True))
-                self.hooks.append(module.register_forward_hook(lambda m, *_: self.put_away(m), always_call=True))
+                self.hooks.append(module.register_forward_pre_hook(self.show, prepend=True))
+                self.hooks.append(module.register_forward_hook(self.put_away, always_call=True))
 
     def leave(self) -> None:
         for hook in self.hooks:
             hook.remove()
-        point(self.pristine)
 
-    def show(self, module: nn.Module) -> None:
+    def show(self, module: nn.Module, *_: Any) -> None:
         overlay, whole = self.units[module]
         if torch.is_grad_enabled():
             raise RuntimeError("mode='streamed': is forward only, needs torch.no_grad()")
@@ -253,7 +279,7 @@ class Streamed(Mode):
         self.busy = module if whole else self.busy
         overlay.move(self.noise)
 
-    def put_away(self, module: nn.Module) -> None:
+    def put_away(self, module: nn.Module, *_: Any) -> None:
         hide(self.units[module][0])
         if self.busy is module:
             self.busy = None
@@ -263,9 +289,11 @@ class Streamed(Mode):
         if module not in self.units:
             raise ValueError(f"resident: {type(module).__name__} is not streamed as one module")
         self.show(module)
+        self.resident.append(module)
         try:
             yield
         finally:
+            self.resident.remove(module)
             self.put_away(module)
 
 

@@ -26,8 +26,8 @@ from .contract import (
     statistics_dtype,
     unpack,
 )
-from .first_order import refuse_tangents
-from .from_logits import check_writable, forward, in_rows, stacked_stats, transformed
+from .first_order import in_functions, owner, refuse_tangents
+from .from_logits import check_writable, forward, in_rows, stacked_stats
 
 FACTOR_ONE = TokenRule()
 
@@ -79,6 +79,7 @@ def value_and_grad(
     check_weights(weights, rule, floor, targets)
     if inplace:
         check_writable("inplace=True", logits)
+    in_functions("value_and_grad", needs="token_stats(logits, ..., backend='eager')")
     refuse_tangents("value_and_grad", logits)
     chosen = choose(backend, logits.device)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else {}
@@ -95,18 +96,21 @@ def value_and_grad(
     ups = torch.stack(lines)
     floor = None if floor is None else per_token_of(floor, targets.shape, dtype)
     with torch.no_grad():
-        out = source if inplace else torch.empty(source.shape, dtype=source.dtype, device=source.device)
-        stats, reason = torch.empty_like(ups), why_not(chosen, reference, options)
-        traced = torch.compiler.is_compiling() or transformed(source, targets, reference)
-        reason = reason or ("the dispatcher sees two ops" if traced else "")
-        reason = reason or native.value_and_grad(source, targets, ups, rule, floor, options, stats, out)
-        if reason:
-            stats = two_passes(source, targets, reference, ups, rule, floor, options, chosen, out, traced)
+        owned = owner("value_and_grad", chosen, source, targets, reference)
+        reason = why_not(chosen, reference, options) or ("the dispatcher sees two ops" if owned else "")
+        d_logits, stats = source if inplace else None, torch.empty_like(ups)
+        if not reason:
+            d_logits = new_like(source) if d_logits is None else d_logits
+            reason = native.value_and_grad(source, targets, ups, rule, floor, options, stats, d_logits)
+        if reason or d_logits is None:
+            rest = (rule, floor, options, chosen, d_logits, bool(owned))
+            stats, d_logits = two_passes(source, targets, reference, ups, *rest)
             declined = {**declined, "one pass": decline("one pass", reason)}
     if inplace:
         torch.autograd.graph.increment_version(logits)
     mask = (targets != ignore_index).view(shape)
-    return unpack(stats.view(len(options.outputs), *shape), options.outputs, mask, declined), out.reshape(logits.shape)
+    stats = stats.view(len(options.outputs), *shape)
+    return unpack(stats, options.outputs, mask, declined), d_logits.reshape(logits.shape)
 
 
 def per_token_of(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
@@ -131,36 +135,37 @@ def two_passes(
     floor: Tensor | None,
     options: Options,
     backend: str,
-    out: Tensor,
-    traced: bool = False,
-) -> Tensor:
-    """The statistics; writes d(logits) into `out`, which may be `logits`."""
+    out: Tensor | None,
+    owned: bool,
+) -> tuple[Tensor, Tensor]:
+    """The statistics and d(logits), which is written into `out`, if there is one; it may be `logits`."""
 
     def upstream(stats: Tensor) -> Tensor:
         if "logp" not in options.outputs or (rule == FACTOR_ONE and floor is None):
             return ups
         line = options.outputs.index("logp")
-        factor = torch.ones_like(ups)
-        factor[line] = rule(stats[line], floor)
-        return ups * factor
+        factor = rule(stats[line], floor)
+        return torch.stack([up * factor if i == line else up for i, up in enumerate(ups)])
 
-    if backend == "eager":
-        with torch.enable_grad():
-            x = logits.detach().requires_grad_()
-            stats = stacked_stats(x, targets, reference, options, backend)
-            (grad,) = torch.autograd.grad(stats, x, upstream(stats.detach()))
-        out.copy_(grad)
-        return stats.detach()
-    if traced:
-        ops, flat = torch.ops.pyunlearn, (*options.flat(), backend)
-        stats, *kept = ops.token_stats.default(logits, targets, reference, *flat)
-        saved, index, belief = kept
-        rest = (stats, saved, logits, targets, reference, index, belief, *flat)
-        out.copy_(ops.token_stats_backward.default(upstream(stats), *rest))
-        return stats
+    if backend == "eager" or owned:
+        flat = (*options.flat(), backend)
+        if backend == "eager":
+            stats, pull, *_ = torch.func.vjp(lambda x: stacked_stats(x, targets, reference, options, backend), logits)
+            (grad,) = pull(upstream(stats))
+        else:
+            stats, *kept = torch.ops.pyunlearn.token_stats.default(logits, targets, reference, *flat)
+            saved, *belief = kept
+            rest = (stats, saved, logits, targets, reference, *belief, *flat)
+            grad = torch.ops.pyunlearn.token_stats_backward.default(upstream(stats), *rest)
+        return stats, grad if out is None else out.copy_(grad)
+    out = new_like(logits) if out is None else out
     stats, saved, index, belief = forward(logits, targets, reference, options, backend)
     kernels(backend).backward(upstream(stats), stats, saved, logits, targets, reference, index, belief, options, out)
-    return stats
+    return stats, out
+
+
+def new_like(logits: Tensor) -> Tensor:
+    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def check_weights(weights: Mapping[str, Tensor], rule: TokenRule, floor: Tensor | None, targets: Tensor) -> None:

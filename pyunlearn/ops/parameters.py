@@ -72,7 +72,7 @@ def weights_of(model: nn.Module, names: Collection[str] | None) -> list[Weight]:
         raise ValueError(f"parameters: the model has none of the name {sorted(set(names) - known)[0]!r}")
     weights = [weight for weight in held.values() if weight.name in wanted]
     check_ids(weights)
-    return [weight for weight in weights if weight.local.numel() > 0]
+    return weights
 
 
 def check_ids(weights: Sequence[Weight]) -> None:
@@ -122,3 +122,9 @@ def changed(weights: Sequence[Weight]) -> None:
         for parameter in weight.parameters:
             if not parameter.is_inference():
                 torch.autograd.graph.increment_version(parameter)
+
+
+def point(shown: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+    """Each parameter to this memory."""
+    for parameter, memory in shown:
+        parameter.data = memory

@@ -26,8 +26,8 @@ auto        overlay where its scratch takes at most half of the memory that is f
             likewise, else copy.
 ==========  ==========================================================================================================
 
-In float32 all of them give the same bits. MRD, Definition 3.1 of arXiv:2504.06658, perturbs all parameters; frozen ones
-too. Buffers are left alone.
+In float32 and float64 all of them give the same bits, whatever the strides: a scratch lies as the weight's memory does.
+MRD, Definition 3.1 of arXiv:2504.06658, perturbs all parameters; frozen ones too. Buffers are left alone.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Collection, Iterator
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType, TracebackType
 from typing import Any
@@ -44,6 +45,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .guard import Guard
 from .modes import MODES, Mode, Streamed, choose_mode, make_mode
 from .noise import DRAWS, SEEDS, check_range
 from .parameters import Weight, changed, unwrapped, weights_of
@@ -71,9 +73,14 @@ class perturbed:
 
     Raises:
         ValueError: an argument out of range, an unknown name, two names with one 32-bit id, a mode that cannot be had.
-        RuntimeError: another thread is inside a block on the same weights; blocks left out of their order (after all
-            weights are restored).
+        RuntimeError: another thread is inside a block on the same weights; a block inside of one in mode "streamed";
+            blocks left out of their order, or weights that something else has changed (after all are restored).
         TypeError: a parameter of another dtype (leave it out by `parameters=`), FSDP1's flat parameters.
+
+    Inside, state_dict, load_state_dict, save_pretrained, deepcopy and pickle raise. What else writes to the weights (an
+    optimizer), converts (`.half()`, `.to(device)`) or replaces them is undone on exit, which then raises (or warns, if
+    there is an exception already); so does `to`. But in mode "snap" what was written stays, rounded to bfloat16, and
+    writes through `.data` are not seen.
 
     Gradients: a graph made before or in the block must be used before the weights change (autograd raises otherwise);
     with overlay, `backward()` leaves gradients of the scratch's dtype, so ask `torch.autograd.grad` in a half precision
@@ -110,6 +117,7 @@ class perturbed:
         self._start, self._asked, self._names = (draw, sign), mode, parameters
         self._noise(draw, sign)  # raises now rather than on entry
         self._mode: Mode | None = None
+        self._guard: Guard | None = None
         self._thread = 0
         self.declined: str | None = None
         self.weights: list[Weight] = []
@@ -121,10 +129,12 @@ class perturbed:
             raise RuntimeError("perturbed: is entered already")
         try:
             self._signals.hold()
-            self.weights = weights_of(self.model, self._names)
+            weights = weights_of(self.model, self._names)
+            check_around([block for block in list(_entered) if block._shares(weights)])
+            self.weights = [weight for weight in weights if weight.local.numel() > 0]
             self.mode, self.declined = choose_mode(self._asked, self.weights, self.sigma)
             self._mode = make_mode(self.mode, self.model, self.weights, self.sigma, self.seed, self.backend)
-            self._refuse_other_threads()
+            self._guard = Guard(self.model, self.weights)
             self._thread = threading.get_ident()
             _entered.append(self)
             self._move(*self._start)
@@ -136,19 +146,30 @@ class perturbed:
 
     def to(self, draw: int | None, sign: int = 1) -> None:
         """Moves on to another draw (None: the weights as they are): one pass that restores and perturbs anew."""
-        if self._mode is None:
+        if self._mode is None or self._guard is None:
             raise RuntimeError("perturbed: to() needs to be called inside the with block")
+        if self._inner():
+            raise RuntimeError("perturbed: to() needs the blocks that were entered later on its weights to be left")
+        if touched := self._guard.touched():
+            raise RuntimeError(f"perturbed: to() needs weights that it alone changes; {were_changed(touched)}")
         self._move(draw, sign)
         self._signals.deliver()
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        inner = [other for other in _entered[_entered.index(self) + 1 :] if self._shares(other)] if self._mode else []
-        for other in reversed(inner):  # first: each restores what it found
-            other._leave()
-        self._leave()
+        inner = self._inner()
+        touched: dict[str, bool] = {}
+        for block in (*reversed(inner), self):  # each restores what it found
+            touched |= block._leave()
         self._signals.deliver()
         if inner and error is None:
             raise RuntimeError("perturbed: was left before a block entered later on its weights; both are restored")
+        if touched:
+            lost = self.mode == "snap" and any(touched.values())
+            rest = ", but for what was written over, of which mode 'snap' keeps no copy" if lost else ""
+            message = f"perturbed: {were_changed(touched)}; they are restored{rest}"
+            if error is None:
+                raise RuntimeError(message)
+            warnings.warn(message, stacklevel=2)
 
     @contextmanager
     def resident(self, module: nn.Module) -> Iterator[None]:
@@ -160,7 +181,9 @@ class perturbed:
             yield
             return
         with self._mode.showing(module):
+            self._look()
             yield
+        self._look()
 
     def _noise(self, draw: int | None, sign: int) -> Noise | None:
         if sign not in (1, -1):
@@ -175,25 +198,60 @@ class perturbed:
         self._mode.move(self._noise(draw, sign))
         self.draw, self.sign = draw, sign
         changed(self.weights)
+        self._look()
 
-    def _shares(self, other: perturbed) -> bool:
+    def _look(self) -> None:
+        """What has changed by now was changed by these blocks."""
+        for block in list(_entered):
+            if block._guard is not None and block._shares(self.weights):
+                block._guard.look()
+
+    def _shares(self, weights: Sequence[Weight]) -> bool:
         own = {id(p) for weight in self.weights for p in weight.parameters}
-        return any(id(p) in own for weight in other.weights for p in weight.parameters)
+        return any(id(p) in own for weight in weights for p in weight.parameters)
 
-    def _refuse_other_threads(self) -> None:
-        if any(other._thread != threading.get_ident() and self._shares(other) for other in list(_entered)):
-            raise RuntimeError("perturbed: another thread is inside a block on these weights; give each its own model")
+    def _inner(self) -> list[perturbed]:
+        """The blocks entered later on its weights."""
+        later = _entered[_entered.index(self) + 1 :] if self in _entered else []
+        return [block for block in later if block._shares(self.weights)]
 
-    def _leave(self) -> None:
+    def _leave(self) -> dict[str, bool]:
+        """Everything as it was; what else has changed weights, as `Guard.touched`."""
         if self in _entered:
             _entered.remove(self)
+        touched: dict[str, bool] = {}
         try:
+            if self._guard is not None:
+                touched = self._guard.touched()
+                self._guard.release()
             if self._mode is not None:
                 self._mode.leave()
-                changed(self.weights)
         finally:
-            self._mode, self.weights = None, []
+            if self._guard is not None:
+                self._guard.put_back()
+            changed(self.weights)
+            self._look()
+            self._mode, self._guard, self.weights = None, None, []
             self._signals.release()
+        return touched
+
+
+def check_around(blocks: Sequence[perturbed]) -> None:
+    """Whether another one may be entered inside of these, on their weights. Raises RuntimeError."""
+    for block in blocks:
+        if block._thread != threading.get_ident():
+            raise RuntimeError("perturbed: another thread is inside a block on these weights; give each its own model")
+        if isinstance(block._mode, Streamed):
+            raise RuntimeError(
+                "perturbed: needs weights to perturb; the block around it, of mode 'streamed', hides them"
+            )
+        if block._guard is not None and (touched := block._guard.touched()):
+            raise RuntimeError(f"perturbed: needs weights that it alone changes; {were_changed(touched)}")
+
+
+def were_changed(names: Collection[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(map(repr, list(names)[:3]))}{more} were written to, converted or replaced inside the block"
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from torch import Tensor
 from .._declined import decline
 from .backends import kernels
 from .contract import NEEDS_REFERENCE, Options, statistics_dtype
-from .first_order import first_order, refuse_tangents
+from .first_order import first_order, in_functions, refuse_tangents
 from .from_logits import stacked_stats
 from .memory import free_bytes
 from .products import FLOAT32_PRODUCTS, product, slices, wide_product
@@ -81,7 +81,7 @@ class Projection:
         weights = [weight[columns] for weight in self.weights]
         bias = None if self.bias is None else self.bias[columns].to(dtype)
         with torch.autocast(weights[0].device.type, enabled=False):
-            if torch.is_grad_enabled():  # autograd, or torch.compile, follows
+            if torch.is_grad_enabled() or in_functions("linear_token_stats", "eager"):  # they, or torch.compile, follow
                 logits = F.linear(self.inputs[0].to(dtype), weights[0].to(dtype), bias)
                 for x, weight in zip(self.inputs[1:], weights[1:], strict=True):
                     logits = logits + x.to(dtype) @ weight.to(dtype).t()

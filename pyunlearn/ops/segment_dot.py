@@ -12,7 +12,7 @@ from ..distributed import is_sharded
 from .backends import choose, kernels
 from .backends.tables import flat
 from .contract import DTYPES
-from .first_order import refuse_tangents
+from .first_order import refuse_functions, refuse_tangents
 
 
 class SegmentDots(NamedTuple):
@@ -46,7 +46,7 @@ def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]], backend: str | None = No
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device; the message names the pair.
-        RuntimeError: a backend that is not available here.
+        RuntimeError: a backend that is not available here, tensors inside of torch.func's transforms.
 
     >>> dots = segment_dot([(torch.tensor([1.0, 2.0]), torch.tensor([3.0, -1.0]))])
     >>> dots.dot.item(), dots.a_squared.item(), dots.b_squared.item()
@@ -58,6 +58,7 @@ def segment_dot(pairs: Sequence[tuple[Tensor, Tensor]], backend: str | None = No
         return SegmentDots(*torch.zeros(3, 0, dtype=torch.float64))
     a, b = [a for a, _ in pairs], [b for _, b in pairs]
     refuse_tangents("segment_dot", *a, *b)
+    refuse_functions("segment_dot", *a, *b)
     sums = torch.ops.pyunlearn.segment_dot.default if torch.compiler.is_compiling() else stacked_dots
     return SegmentDots(*sums(a, b, choose(backend, a[0].device)))
 

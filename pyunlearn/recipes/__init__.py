@@ -52,6 +52,7 @@ def recipe(name: str) -> dict[str, Any]:
     """
     base = name.lower().removesuffix(SUFFIX)
     if base not in names():
-        raise ValueError(f"unlearn.recipe={name!r}: {hint(base, names())}; each may end in {SUFFIX}")
+        known = [*names(), *(each + SUFFIX for each in names())]
+        raise ValueError(f"unlearn.recipe={name!r}: {hint(name, known)}")
     settings = read(base).unlearn
     return settings | {"sampling": {"by": "mrd"}} if name.lower().endswith(SUFFIX) else settings

@@ -31,6 +31,11 @@ NOISE_LIMIT = 0.05  # rounding, of a draw's statistic
 EXTREMES = 6
 
 
+def scored_part(diagnostics: Mapping[str, Any]) -> str:
+    """What is said after the samples: which of their tokens are scored, where that is not the answers alone."""
+    return ", questions and answers" if diagnostics.get("labels") == "all" else ""
+
+
 def self_checks(diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
     """{"text", "met"} of what the diagnostics of `mrd` let one check."""
     checks = []
@@ -66,6 +71,7 @@ def render_score_report(records: Records, result: MRDResult, command: str) -> st
     return render(
         "score.html",
         diagnostics=diagnostics,
+        part=scored_part(diagnostics) or " of the answers",
         checks=self_checks(diagnostics),
         extremes={"Hardest to unlearn": ranked[:count], "Easiest to unlearn": ranked[::-1][:count]},
         command=command,

@@ -13,7 +13,7 @@ from rich.table import Table
 from .._files import read_json, write_json, write_json_lines
 from .._terminal import visible
 from ..data import QA
-from ..metrics import evaluate
+from ..metrics import EvaluationResult, evaluate
 from ..training.stage import Stage
 from .config import EvaluateConfig, FilesConfig
 from .folder import RunFolder
@@ -35,21 +35,27 @@ def evaluate_sets(
     """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last."""
     summaries = {}
     for name, items in sets.items():
-        result = evaluate(
-            model,
-            tokenizer,
-            items,
-            metrics=settings.metrics,
-            batch_size=settings.batch_size,
-            max_length=stage.max_length,
-            rouge_samples=settings.rouge_samples,
-            max_new_tokens=settings.max_new_tokens,
-            seed=stage.seed,
-            progress=stage.progress,
-        )
+        result = evaluate_items(stage, settings, items, model, tokenizer)
         write_json_lines(folder.evaluation(f"{moment}-{name}.jsonl"), result.records)
         summaries[name] = result.summary
     write_json(folder.evaluation(f"{moment}.json"), summaries)
+
+
+def evaluate_items(
+    stage: Stage, settings: EvaluateConfig, items: Sequence[QA], model: Any, tokenizer: Any
+) -> EvaluationResult:
+    return evaluate(
+        model,
+        tokenizer,
+        items,
+        metrics=settings.metrics,
+        batch_size=settings.batch_size,
+        max_length=stage.max_length,
+        rouge_samples=settings.rouge_samples,
+        max_new_tokens=settings.max_new_tokens,
+        seed=stage.seed,
+        progress=stage.progress,
+    )
 
 
 def read_summaries(folder: RunFolder, moment: str) -> dict[str, dict[str, float]]:
@@ -93,20 +99,10 @@ def evaluate_files(
     """
     if out is not None:
         check_records_file(config, Path(out))
-    job, settings = Job.start(config, console, command), config.evaluate
+    job = Job.start(config, console, command)
     with job.interruptible():
         model, tokenizer, stage = first_model(job)
-        result = evaluate(
-            model,
-            tokenizer,
-            job.data.forget,
-            metrics=settings.metrics,
-            batch_size=settings.batch_size,
-            max_length=stage.max_length,
-            rouge_samples=settings.rouge_samples,
-            max_new_tokens=settings.max_new_tokens,
-            progress=stage.progress,
-        )
+        result = evaluate_items(stage, job.config.evaluate, job.data.forget, model, tokenizer)
         if out is not None:
             write_json_lines(out, result.records)
     table = Table("metric", "value")

@@ -68,11 +68,14 @@ class RunFolder(TrainingFolder):
         overwrite: what is there is moved aside until the new run is known to begin: `settle` removes it, `recover`
         puts it back.
 
-        Raises ValueError for a place that is not a run's own, FileExistsError if the folder holds something else,
-        another configuration, results of other data or of another model, or this run without `resume`.
+        Raises ValueError for a place that is not a run's own, FileNotFoundError for no run to resume, FileExistsError
+        if the folder holds something else, another configuration, results of other data or of another model, or this
+        run without `resume`.
         """
         self.check_place()
         self.recover()
+        if resume and not self.marked:
+            raise FileNotFoundError(f"--resume: there is no run in {self.path}; leave --resume out, and it begins")
         if self.marked:
             if overwrite:
                 self._check_overwrite(config)

@@ -20,7 +20,8 @@ UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th m
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
 
-    Raises FileNotFoundError when `path` is missing and ConfigError with one line per problem.
+    Raises FileNotFoundError when `path` is missing, and ConfigError with one line per problem, or for an override that
+    would undo an earlier one of a key below it.
     """
     values: Any = {}
     if path is not None:
@@ -34,6 +35,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         if not isinstance(values, dict):
             raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(values).__name__}")
         values.pop("versions", None)  # a run folder's config.yaml records them
+    check_order(overrides)
     for override in sorted(overrides, key=lambda override: not override.startswith("unlearn.recipe=")):
         for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
             if override.startswith(f"unlearn.{role}.") and isinstance(values.setdefault("unlearn", {}), dict):
@@ -45,6 +47,18 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         return RunConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
+
+
+def check_order(overrides: Sequence[str]) -> None:
+    """Raises ConfigError for `a=...` after `a.b=...`, which nobody means to drop."""
+    keys = [override.partition("=")[0].replace(" ", "") for override in overrides]
+    for place, key in enumerate(keys):
+        for earlier, below in zip(overrides[:place], keys, strict=False):
+            if below.startswith(f"{key}."):
+                raise ConfigError(
+                    f"--set {overrides[place]!r}: would undo {earlier!r}, which is given before it; give it first, or "
+                    "leave one of them out"
+                )
 
 
 def set_value(config: dict[str, Any], override: str) -> None:

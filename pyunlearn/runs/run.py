@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from .._files import read_json, write_json, write_text
 from .._terminal import shown, visible
+from ..objectives import names
 from ..report.geffect import section
 from ..report.run import render_report
 from ..report.sampling import sampling_figure
@@ -51,10 +53,12 @@ def run(
     run has loaded its model. console: None is silent. command:
     what was typed, for the messages. Under torchrun every process trains, and the first one evaluates and writes.
 
-    Raises FileExistsError for a folder that is not this run's, ValueError for one that is no run's own, InUse where
-    another job works there, Interrupted after Ctrl-C, NonFiniteLossError, and what loading of data and model raises,
-    before anything is trained.
+    Raises FileExistsError for a folder that is not this run's, FileNotFoundError for nothing to resume, ValueError for
+    a folder that is no run's own, or for resume and overwrite together, InUse where another job works there,
+    Interrupted after Ctrl-C, NonFiniteLossError, and what loading of data and model raises, before anything is trained.
     """
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite begins it anew: needs one of them")
     job = Job.start(config, console, command)
     with job.interruptible(" --resume"), job.opened(resume=resume, overwrite=overwrite):
         if not job.folder.evaluation("after.json").is_file():
@@ -136,17 +140,31 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
     for goal in result.goals:
         mark = "[bold green]reached[/]" if goal["met"] else "[bold red]missed[/] "
         job.console.print(f"{mark} {shown(goal['text'])}", highlight=False, soft_wrap=True)
-    folder = result.folder
+    folder, used = result.folder, {term.name for term in job.config.unlearn.forget}
+    other = next(name for name in ("npo", *names("forget")) if name not in used)
+    again = without(job.command, "unlearn.forget")
     lines = [
         f"report  {folder / 'report.html'}",
         f"model   {folder / 'checkpoint'}",
         "",
         "try next",
-        f"  {job.command} --set unlearn.forget=npo --set output={shlex.quote(f'{folder}-npo')}   # another objective",
+        f"  {again} --set unlearn.forget={other} --set output={shlex.quote(f'{folder}-{other}')}   # another objective",
         "  pyunlearn objectives   # all of them, with their options",
         f"  pyunlearn evaluate --model {shlex.quote(str(folder / 'checkpoint'))} --data FILE.jsonl",
     ]
     job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
+
+
+def without(command: str, key: str) -> str:
+    """A command line without its `--set` of `key` and of what is below it."""
+    kept: list[str] = []
+    for word in shlex.split(command):
+        setting = word.removeprefix("--set=")
+        if not re.match(rf"{re.escape(key)}[.=]", setting):
+            kept.append(word)
+        elif setting == word and kept[-1] in ("--set", "-s"):
+            kept.pop()
+    return shlex.join(kept)
 
 
 def load_result(path: str | Path) -> RunResult:

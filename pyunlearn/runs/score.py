@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_json, write_json_lines, write_text
+from .._hints import check_known
 from .._terminal import shown, visible
 from ..data import QA, QADataset, collate
 from ..metrics.teacher_forced import teacher_forced
-from ..mrd import MRDResult, check_arguments, mrd
+from ..mrd import LABELS, Labels, MRDResult, check_arguments, mrd, scored_rows
 from ..mrd.characteristics import text_characteristics
-from ..report.score import render_score_report, self_checks
+from ..report.score import render_score_report, scored_part, self_checks
 from .config import FilesConfig, RunConfig
 from .job import Job, first_model
 from .outputs import check_score_files, score_files
@@ -41,17 +42,20 @@ def score(
     overwrite: bool = False,
     console: Console | None = None,
     command: str = "pyunlearn score",
+    labels: Labels = "answers",
     **options: Any,
 ) -> ScoreResult:
     """Scores the forget set of a run's configuration by the model it starts from, memorised if it says so; or a file or
     Hub data set by a model on disk or on the Hub.
 
     out: JSON lines, default scores.jsonl in the run's folder (for files: here); beside it go .json (diagnostics), .html
-    (report) and .state (finished draws). overwrite: forget those. options: of `mrd`.
+    (report) and .state (finished draws). overwrite: forget those. labels: which tokens are scored, see `scored_rows`.
+    options: of `mrd`.
 
     Raises as `run` does, as `mrd`, and before anything is computed as `check_score_files`.
     """
     check_arguments(**options)  # before anything is memorised
+    check_known("labels", labels, LABELS)
     job = Job.start(config, console, command)
     out = out or job.folder.path / "scores.jsonl"
     files = score_files(out)
@@ -59,15 +63,17 @@ def score(
         if job.processes.first:
             check_score_files(config, out)
     lock = out.with_name(f".{out.name}.lock")
-    with job.interruptible(), job.opened(resume=True), job.locked(lock, out):
+    with job.interruptible(), job.opened(resume=job.folder.marked), job.locked(lock, out):
         model, tokenizer, stage = first_model(job)
-        rows, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), files["finished draws"]
+        answers, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), files["finished draws"]
         if overwrite and job.processes.first:
             shutil.rmtree(drawn, ignore_errors=True)
         job.processes.wait()
-        batches = [collate([rows[i]], rows.pad_token_id) for i in range(len(rows))]
+        rows = scored_rows(answers, labels)
+        batches = [collate([row], answers.pad_token_id) for row in rows]
         result = mrd(model, batches, state=drawn, progress=stage.progress, **options)
-        records = make_records(rows.items, result, teacher_forced(model, rows, progress=stage.progress))
+        result.diagnostics["labels"] = labels
+        records = make_records(answers.items, result, teacher_forced(model, rows, progress=stage.progress))
         scored = ScoreResult(records, result.diagnostics, out, files["report"])
         if job.processes.first:
             write_json_lines(out, records)
@@ -101,7 +107,7 @@ def tell(scored: ScoreResult, console: Console) -> None:
     diagnostics = scored.diagnostics
     ranked = sorted(scored.records, key=lambda record: record["mrd"])
     ends = ranked if len(ranked) <= 2 * SHOWN else [*ranked[:SHOWN], *ranked[-SHOWN:]]
-    title = f"{diagnostics['estimator']} of {len(ranked)} samples, hardest to unlearn first"
+    title = f"{diagnostics['estimator']} of {len(ranked)} samples{scored_part(diagnostics)}, hardest to unlearn first"
     table = Table("question", title=title, title_justify="left")
     for column in ("MRD", "standard error", "tokens"):
         table.add_column(column, justify="right")

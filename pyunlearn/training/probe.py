@@ -35,20 +35,28 @@ class Probe:
 
     losses: the terms, with the reference of these very rows. rows: kind of sequence -> the fixed samples; "forget" and
     "retain" also give the metrics, the mean negative log-likelihood of their supervised tokens. settings: groups,
-    batch_size and pointwise. bf16: losses run under autocast, as the training's.
+    batch_size and pointwise. bf16: losses run under autocast, as the training's. pad_to: tokens of every row, as the
+    training's; None: the longest of its kind in the batch.
 
     A probe of as many samples as a step is about two steps of work: a forward and a backward a set for the metric, and
     one a term (pointwise: two more of the forget set). Its memory beyond a training step's: two gradients and a layer.
     """
 
-    def __init__(self, losses: TermLosses, rows: Mapping[str, QADataset], settings: GEffectConfig, bf16: bool = False):
+    def __init__(
+        self,
+        losses: TermLosses,
+        rows: Mapping[str, QADataset],
+        settings: GEffectConfig,
+        bf16: bool = False,
+        pad_to: int | None = None,
+    ):
         self.losses, self.settings, self.bf16 = losses, settings, bf16
         self.batches: dict[str, list[dict[str, dict[str, Tensor]]]] = {}  # role -> micro-batches of its kinds
         for role in ROLES.values():
             kinds = [kind for kind in rows if kind.startswith(role)]
             lengths = [sum(len(rows[kind][i]["input_ids"]) for kind in kinds) for i in range(len(rows[role]))]
             self.batches[role] = [
-                {kind: collate([rows[kind][i] for i in batch], rows[kind].pad_token_id) for kind in kinds}
+                {kind: collate([rows[kind][i] for i in batch], rows[kind].pad_token_id, pad_to) for kind in kinds}
                 for batch in length_batches(lengths, settings.batch_size)
             ]
         self.tokens = {role: self._count(role, ((role,), "supervised", "tokens")) for role in self.batches}

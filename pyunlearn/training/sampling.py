@@ -5,6 +5,7 @@ arXiv:2504.06658, Section 3.4 and Algorithm 2 (MRD-weighted sampling), Appendix 
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,8 +17,10 @@ from transformers.trainer_callback import ExportableState
 
 from ..data import QADataset, collate
 from ..metrics import extraction_likelihood, teacher_forced
-from ..mrd import check_arguments, mrd
+from ..mrd import Labels, check_arguments, mrd, scored_rows
+from .as_found import left_as_found
 
+logger = logging.getLogger(__name__)
 WEIGHTINGS = ("algorithm2", "inverse")
 
 
@@ -25,7 +28,8 @@ class Forgotten:
     """When a sample counts as forgotten: its EL and MA are both below `share` of their means before unlearning.
 
     EL: extraction likelihood of `ngram`-grams, MA: memorization accuracy (Appendix C.4, where share is 1: one wrong
-    token may then be enough for a model that knows all samples by heart). Looked at every `every_steps` steps.
+    token may then be enough for a model that knows all samples by heart). A mean that is 0 before unlearning is met
+    by 0, which is told in the log. Looked at every `every_steps` steps.
     """
 
     def __init__(self, ngram: int = 10, share: float = 1.0, every_steps: int = 5):
@@ -40,18 +44,25 @@ class Forgotten:
         accuracy = [row["memorization_accuracy"] for row in teacher_forced(model, rows, progress=False)]
         likelihood = extraction_likelihood(model, rows.prompt_format.tokenizer, rows, ngram=self.ngram)
         means = {"el": sum(likelihood) / len(rows), "ma": sum(accuracy) / len(rows)}
+        for name in [name.upper() for name, mean in means.items() if mean == 0]:
+            logger.warning("early_stop: the mean %s is 0 before unlearning; nothing is below, so 0 is low", name)
         return {name: self.share * mean for name, mean in means.items()}
 
     def among(self, indices: Sequence[int], model: Any, rows: QADataset, limits: Mapping[str, float]) -> list[int]:
         """Those of `indices` that are forgotten. EL, which generates text, is measured where MA is low enough."""
         chosen = [rows[i] for i in indices]
         read = teacher_forced(model, chosen, progress=False)
-        low = [at for at, row in enumerate(read) if row["memorization_accuracy"] < limits["ma"]]
+        low = [at for at, row in enumerate(read) if is_low(row["memorization_accuracy"], limits["ma"])]
         if not low:
             return []
         some = [chosen[at] for at in low]
         likelihood = extraction_likelihood(model, rows.prompt_format.tokenizer, some, ngram=self.ngram)
-        return [indices[at] for at, value in zip(low, likelihood, strict=True) if value < limits["el"]]
+        return [indices[at] for at, value in zip(low, likelihood, strict=True) if is_low(value, limits["el"])]
+
+
+def is_low(value: float, limit: float) -> bool:
+    """Below the limit; at it where nothing is below."""
+    return value < limit or value == limit == 0
 
 
 @dataclass
@@ -71,6 +82,11 @@ class SamplerState:
     draws: int = 0
     refreshed_at: list[int] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, count: int) -> SamplerState:
+        """Of `count` samples before the first draw."""
+        return cls([0] * count, [None] * count)
+
 
 class ForgetSampler(TrainerCallback, ExportableState):
     """Draws the forget samples of every step, with replacement; `UnlearnTrainer(..., sampler=)` asks it.
@@ -79,13 +95,15 @@ class ForgetSampler(TrainerCallback, ExportableState):
     p_i = MRD_i / sum MRD (Algorithm 2: easily forgotten samples first); "inverse" with p_i in proportion to 1 / MRD_i
     (as Section 3.4 writes it). refresh_steps: optimiser steps between computations of MRD. forgotten: early stopping,
     sample by sample: a forgotten one is not drawn any more, and training ends with the last. scores: options of `mrd`.
+    labels: which tokens it scores, see `pyunlearn.mrd.scored_rows`.
 
     Draws depend on (seed, step, state) alone, so that all ranks draw the same and a resumed run goes on bit for bit;
-    the state is in the checkpoint's trainer_state.json. Under torchrun `mrd` shares the samples out and gives the same
-    scores to all ranks; what is forgotten, the first rank decides.
+    the state is in the checkpoint's trainer_state.json. What is measured is in the precision of the weights, whatever
+    the training's. Under torchrun `mrd` shares the samples out and gives the same scores to all ranks; what is
+    forgotten, the first rank decides.
 
-    Raises ValueError for an unknown weighting, refresh_steps < 1, options that `mrd` refuses, and during training for
-    weights that are all 0 or (1 / MRD) not finite.
+    Raises ValueError for an unknown weighting or labels, refresh_steps < 1, options that `mrd` refuses, and during
+    training for weights that are all 0 or (1 / MRD) not finite.
     """
 
     def __init__(
@@ -97,6 +115,7 @@ class ForgetSampler(TrainerCallback, ExportableState):
         seed: int = 0,
         forgotten: Forgotten | None = None,
         scores: Mapping[str, Any] | None = None,
+        labels: Labels = "answers",
     ):
         if weighting is not None and weighting not in WEIGHTINGS:
             raise ValueError(f"weighting={weighting!r}: needs one of {WEIGHTINGS}, or None")
@@ -106,7 +125,8 @@ class ForgetSampler(TrainerCallback, ExportableState):
         check_arguments(**self.options)
         self.rows, self.weighting, self.refresh_steps, self.seed = rows, weighting, refresh_steps, seed
         self.forgotten = forgotten
-        self.memory = SamplerState([0] * len(rows), [None] * len(rows))
+        self.scored = scored_rows(rows, labels)
+        self.memory = SamplerState.of(len(rows))
 
     @property
     def active(self) -> list[int]:
@@ -141,8 +161,9 @@ class ForgetSampler(TrainerCallback, ExportableState):
     def refresh(self, model: Any, step: int) -> None:
         """Computes MRD of the active samples; forgotten ones keep their last."""
         active = self.active
-        batches = [collate([self.rows[i]], self.rows.pad_token_id) for i in active]
-        values = mrd(model, batches, progress=False, **self.options).value.tolist()
+        batches = [collate([self.scored[i]], self.rows.pad_token_id) for i in active]
+        with left_as_found(model):
+            values = mrd(model, batches, progress=False, **self.options).value.tolist()
         scores = list(self.memory.scores or [0.0] * len(self.rows))
         for i, value in zip(active, values, strict=True):
             scores[i] = value
@@ -162,8 +183,11 @@ class ForgetSampler(TrainerCallback, ExportableState):
                 raise ValueError("the checkpoint has no state of the sampler: it is from a run with another sampling")
             self.memory = SamplerState(**memory["attributes"])
             return
+        self.memory = SamplerState.of(len(self.rows))
         if self.forgotten is not None:
-            self.memory.limits = broadcast_object_list([self.forgotten.limits(model, self.rows)])[0]
+            with left_as_found(model):
+                limits = self.forgotten.limits(model, self.rows)
+            self.memory.limits = broadcast_object_list([limits])[0]
         if self.weighting is not None:
             self.refresh(model, 0)
             self.memory.first_scores = self.memory.scores
@@ -173,7 +197,8 @@ class ForgetSampler(TrainerCallback, ExportableState):
     ) -> None:
         step = state.global_step
         if self.forgotten is not None and self.memory.limits is not None and step % self.forgotten.every_steps == 0:
-            gone = self.forgotten.among(self.active, model, self.rows, self.memory.limits)
+            with left_as_found(model):
+                gone = self.forgotten.among(self.active, model, self.rows, self.memory.limits)
             for index in broadcast_object_list([gone])[0]:  # greedy text may differ in a rounding between devices
                 self.memory.forgotten_at[index] = step
         if not self.active:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from .. import objectives
-from ..mrd import check_arguments
+from .._hints import check_known
+from ..mrd import Labels, check_arguments
 from ..recipes import recipe
 
 DEFAULT_TERMS = {"forget": "wga", "retain": "kl"}
@@ -87,6 +88,7 @@ class SamplingConfig(Section):
     estimator: str = "gradient"
     num_draws: int = Field(default=200, description="of the other estimators")
     sigma: float = Field(default=1e-5, allow_inf_nan=False)
+    labels: Labels = Field(default="answers", description="what MRD scores; all: the question's tokens too")
 
     @model_validator(mode="after")
     def scores_fit(self) -> SamplingConfig:
@@ -107,6 +109,9 @@ class UnlearnConfig(TrainingConfig):
     keep_steps: int | None = Field(
         default=None, ge=1, description="optimiser steps between models that are kept, for `pyunlearn geffect`"
     )
+    pad_to: int | None = Field(
+        default=None, ge=1, description="tokens of every row, for presets that count padding; None: the batch's longest"
+    )
     forget: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["forget"])], min_length=1)
     retain: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["retain"])])
     sampling: Annotated[SamplingConfig, BeforeValidator(as_sampling)] = Field(default_factory=SamplingConfig)
@@ -116,6 +121,16 @@ class UnlearnConfig(TrainingConfig):
     @classmethod
     def recipe_below(cls, settings: Any) -> Any:
         return with_recipe(settings)
+
+    @field_validator("forget", "retain", mode="before")
+    @classmethod
+    def names_known(cls, terms: Any, info: Any) -> Any:
+        """Unknown names here, where the role is known, so that the error names objectives of that role alone."""
+        for term in as_terms(terms):
+            name = term.get("name") if isinstance(term, Mapping) else None
+            if isinstance(name, str) and name not in objectives.names():
+                check_known("objective", name, objectives.names(info.field_name))
+        return terms
 
     @field_validator("forget", "retain")
     @classmethod

@@ -108,7 +108,6 @@ def train(
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if interrupt.signum is not None and step < steps:
         raise Interrupted(f"stopped in {name} at step {step} of {steps}, checkpoint saved", interrupt.signum)
-    model.eval()
     return step
 
 

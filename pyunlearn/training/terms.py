@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .. import objectives as registry
 from ..model.causal_lm import CausalLM
+from ..model.fingerprint import dataset_fingerprint
 from ..model.forward import POSITIONS, Layer, Supervised, select_positions, supervised_hidden
 from ..model.head import head_stats
-from ..model.reference import Reference, Source, as_references
+from ..model.reference import Cached, Reference, Source, as_references
 from ..objectives import Objective, TokenInputs
 
 Count = tuple[tuple[str, ...], str, str]  # kinds of sequence, positions, "tokens" | "sequences"
@@ -118,14 +119,27 @@ def collect_needs(terms: Sequence[Term]) -> dict[str, Need]:
     return needs
 
 
-def check_kinds(needs: Mapping[str, Need], dataset: Any) -> None:
-    """Raises ValueError if the data set's first item lacks a kind of sequence."""
+def check_kinds(needs: Mapping[str, Need], dataset: Any, name: str = "train_dataset") -> None:
+    """Raises ValueError, which calls it `name`, if the data set's first item lacks a kind of sequence."""
     if len(dataset) == 0:
-        raise ValueError("train_dataset is empty: needs at least one sample")
+        raise ValueError(f"{name} is empty: needs at least one sample")
     first = dataset[0]
     kinds = list(first) if isinstance(first, Mapping) else [type(first).__name__]
     if absent := [kind for kind in needs if kind not in kinds]:
-        raise ValueError(f"train_dataset: the objectives need {absent}, its items have {kinds}")
+        raise ValueError(f"{name}: the objectives need {absent}, its items have {kinds}")
+
+
+def check_rows(references: Mapping[str, Reference], dataset: Any, name: str) -> None:
+    """Raises ValueError for a cache of other rows than those of the data set, which it would take for its own."""
+    for kind, reference in references.items():
+        rows = getattr(dataset, kind, None)
+        if not isinstance(reference, Cached) or rows is None:
+            continue
+        if dataset_fingerprint(rows) != reference.cache.metadata["dataset"]:
+            raise ValueError(
+                f"reference[{kind!r}]: {reference.cache.path} is of other rows than {name}.{kind}; build a cache on "
+                "these, or give a live model"
+            )
 
 
 def assign_references(needs: Mapping[str, Need], sources: Source | Mapping[str, Source] | None) -> dict[str, Reference]:
@@ -193,6 +207,8 @@ class TermLosses:
     def statistics(self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor]) -> dict[Place, TokenInputs]:
         """Per-token statistics of one batch, by positions and layer: one run of the model, one `linear_token_stats`."""
         widest = need.widest
+        if need.outputs:
+            lm.check_head()
         supervised = supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.outputs))
         outputs, vocab_size = self.head_outputs(lm, kind, need, batch, supervised) if need.outputs else ({}, None)
         ref_states = {layer: self.references[kind].hidden(batch, widest, layer) for layer in need.reference_layers}

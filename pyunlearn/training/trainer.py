@@ -6,8 +6,10 @@ count to the LM head (`linear_token_stats`, one call a kind), and leaves the res
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,9 +17,11 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.forward import layer_number
-from ..model.reference import Source
+from ..model.reference import Source, check_apart
+from .arguments import check_arguments, check_router
+from .as_found import left_as_found
 from .sampling import ForgetSampler
-from .terms import Count, TermLosses, check_kinds, collect_needs, count_items, make_terms
+from .terms import Count, TermLosses, check_kinds, check_rows, collect_needs, count_items, make_terms
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -49,10 +53,13 @@ class UnlearnTrainer(TermLosses, Trainer):
 
     Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
     that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
-    term's loss, count and coefficient.
+    term's loss, count and coefficient. However a training or an evaluation ends, only the model's weights are then
+    other than before (`left_as_found`), and another trainer of it sees no trace of this one. An evaluation gives the
+    losses of its whole data set, counted in the same way.
 
-    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, and
-    NonFiniteLossError from `train()`.
+    Raises ValueError at once for kinds of sequence or references that the objectives need and were not given, for a
+    reference that would be trained along, for arguments and settings of the model that would have no effect; from
+    `train()` NonFiniteLossError, and ValueError for a head whose logits are not its weight's (`CausalLM.check_head`).
     """
 
     loss_is_scaled_for_ga = True  # by the counts
@@ -73,15 +80,22 @@ class UnlearnTrainer(TermLosses, Trainer):
             raise ValueError("sampler: needs the forget rows of a ForgetRetainDataset that is the train_dataset")
         check_kinds(collect_needs(make_terms(objectives)), train_dataset)
         TermLosses.__init__(self, objectives, reference)
-        args = TrainingArguments("tmp_trainer") if args is None else args
+        args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
+        check_arguments(args, options)
         args.remove_unused_columns = False
         args.label_names = list(self.needs)
         if args.n_gpu > 1:  # torch's DataParallel would split a pair; several GPUs are torchrun's business
             args._n_gpu = 1
         collate = train_dataset.collate if data_collator is None else data_collator
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         Trainer.__init__(self, model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # which generation from the model, and its saved configuration, go by
         self.model_accepts_loss_kwargs = True
         started: Any = self.model
+        check_apart(self.references, started)
+        check_rows(self.references, train_dataset, "train_dataset")
+        check_router(started)
         for layer in {layer for need in self.needs.values() for layer in need.layers}:
             layer_number(started, layer)  # raises for one that the model does not have
         for reference in self.references.values():
@@ -93,12 +107,84 @@ class UnlearnTrainer(TermLosses, Trainer):
             self.add_callback(sampler)
         self._micro: list[tuple[Tensor, dict[str, Tensor]]] = []  # this step: term losses, sample indices
         self._logged: list[dict[str, float]] = []  # the steps since the last log line
+        self._evaluated: list[Tensor] = []  # this evaluation: (terms, 2) a batch, sum and count
+
+    def train(self, *args: Any, **options: Any) -> Any:
+        self._logged = []
+        with self._model_prepared():
+            return super().train(*args, **options)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The losses of the whole data set: counted over all its batches, which then do not matter."""
+        check_kinds(self.needs, dataloader.dataset, "eval_dataset")
+        check_rows(self.references, dataloader.dataset, "eval_dataset")
+        self._evaluated = []
+        with self._model_prepared():
+            output: Any = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        total = torch.stack(self._evaluated).sum(0, dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.gather(total[None]).sum(0)
+        loss = 0.0
+        for term, (value, count) in zip(self.terms, total.tolist(), strict=True):
+            mean = value if term.objective.reduction == "sum" else value / max(count, 1)
+            output.metrics[f"{metric_key_prefix}_{term.label}/loss"] = mean
+            loss += term.coefficient * mean
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, None, None]:
+        """Keeps each term's sum and count, for `evaluation_loop`: the loss of one batch says nothing."""
+        state, batch = self.accelerator.gradient_state, dict[str, Any](self._prepare_inputs(inputs))
+        own = size = len(batch[next(iter(self.needs))]["index"])
+        if state.end_of_dataloader and state.remainder > 0:  # the ranks have filled it up
+            own = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
+        batch = {kind: {name: value[: max(own, 1)] for name, value in rows.items()} for kind, rows in batch.items()}
+        with torch.no_grad():
+            sums = torch.stack(self.term_losses(model, batch, {term.count: 1 for term in self.terms}))
+        counts = sums.new_tensor([count_items(batch, *term.count) for term in self.terms])
+        self._evaluated.append(torch.stack([sums, counts], 1) * bool(own))
+        return None, None, None
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return sum(super(UnlearnTrainer, self).floating_point_ops(inputs[kind]) for kind in self.needs)
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        for kind in self.needs:
+            super()._track_num_input_tokens(inputs[kind])
+
+    @contextmanager
+    def _model_prepared(self) -> Iterator[None]:
+        """Accelerate prepares the model inside, as this trainer is set; an evaluation in a training changes nothing."""
+        if self.is_in_train:
+            yield
+            return
+        model: Any = self.model
+        try:
+            with left_as_found(model):
+                yield
+        finally:
+            if self.is_in_train:  # ended by an exception
+                self.is_in_train = False
+                model.zero_grad()
+            if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):  # those keep the model
+                self.model_wrapped = model
+                self.accelerator._models.clear()  # an evaluation prepares the model anew where there is none
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of one optimiser step: the data loader's, or as many that the sampler draws now.
 
         Draws are for all ranks together; each takes its own.
         """
+        self._micro = []
         if self.sampler is None:
             return super().get_batch_samples(epoch_iterator, num_batches, device)
         for _ in range(num_batches):

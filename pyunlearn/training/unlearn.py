@@ -17,6 +17,7 @@ from ..data import QA, ForgetRetainDataset, QADataset, collate
 from ..distributed import whole
 from ..gradients.groups import assign_groups
 from ..model.cache import ReferenceCache
+from ..model.causal_lm import CausalLM
 from ..model.forward import PADDED, layer_number
 from ..model.reference import Source
 from ..ops.parameters import canonical
@@ -100,7 +101,7 @@ def unlearn(
     retain = None
     if any(kind.startswith("retain") for kind in needs):
         retain = QADataset(retain_used(stage, settings, data), tokenizer, stage.max_length)
-    pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed)
+    pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to)
     references = make_references(stage, model, tokenizer, pairs, needs)
     callbacks: list[TrainerCallback] = []
     if probing is not None:
@@ -121,7 +122,11 @@ def unlearn(
 
 
 def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: Any) -> None:
-    """Raises ValueError for a layer of an objective, or a group of the G-effect, that the model does not have."""
+    """Raises ValueError for a layer of an objective, or a group of the G-effect, that the model does not have, and for
+    rows longer than its context."""
+    context = CausalLM.of(model).context_length
+    if settings.pad_to is not None and context is not None and settings.pad_to > context:
+        raise ValueError(f"unlearn.pad_to={settings.pad_to}: the model's context is {context} tokens")
     for need in collect_needs(make_terms(settings.weighted_objectives())).values():
         for layer in need.layers:
             layer_number(model, layer)
@@ -148,6 +153,7 @@ def make_pairs(
     refusals: list[str],
     needs: Mapping[str, Need],
     seed: int,
+    pad_to: int | None,
     fixed: bool = False,
 ) -> ForgetRetainDataset:
     """Forget and retain rows with the refusals that the objectives need; `fixed` ones do not change over epochs."""
@@ -158,6 +164,7 @@ def make_pairs(
         refuse=[role for role in ("forget", "retain") if f"{role}_refusal" in needs],
         fixed_refusals=fixed or any(need.reference for kind, need in needs.items() if "refusal" in kind),
         seed=seed,
+        pad_to=pad_to,
     )
 
 
@@ -209,6 +216,7 @@ def make_sampler(settings: UnlearnConfig, rows: QADataset, seed: int) -> ForgetS
         seed=seed,
         forgotten=None if stop is None else Forgotten(stop.ngram, stop.share, stop.every_steps),
         scores={name: getattr(sampling, name) for name in ("estimator", "num_draws", "sigma")},
+        labels=sampling.labels,
     )
 
 
@@ -223,11 +231,11 @@ def make_probe(
         count = min(len(items), getattr(probing, f"{role}_samples"))
         chosen = sorted(random.Random(f"{stage.seed}/probe/{role}").sample(range(len(items)), count))
         drawn[role] = QADataset([items[i] for i in chosen], tokenizer, stage.max_length)
-    pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, fixed=True)
+    pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, fixed=True)
     rows = {kind: rows_of(pairs, kind, tokenizer, stage.max_length) for kind in {**drawn, **needs}}
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
     losses = TermLosses(objectives, make_references(own, model, tokenizer, pairs, needs))
-    return Probe(losses, rows, probing, bf16=settings.bf16)
+    return Probe(losses, rows, probing, bf16=settings.bf16, pad_to=settings.pad_to)
 
 
 def trainable(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

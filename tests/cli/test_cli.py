@@ -197,6 +197,8 @@ def test_as_a_module(module):
         (["run", "missing.yaml"], "configuration 'missing.yaml': no such file"),
         (["run", "--set", "unlearn.forget=wag"], "objective='wag': did you mean wga? needs one of ga,"),
         (["run", "--set", "unlearn.learnin_rate=1"], "did you mean learning_rate?"),
+        (["run", "tiny.yaml", "--resume"], "--resume: there is no run in runs/tiny; leave --resume out, and it begins"),
+        (["run", "tiny.yaml", "--resume", "--overwrite"], "--resume goes on with a run and --overwrite begins it anew"),
         (["run", "tiny.yaml", "--set", "model.name_or_path=./nowhere"], "options=['hidden_size',"),
         (
             ["run", "--set", "model.name_or_path=./nowhere", "--set", "data.num_authors=3"],
@@ -211,7 +213,12 @@ def test_as_a_module(module):
         (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
         (["run", "--set", "geffect.every=0"], "geffect.every: Input should be greater than or equal to 1, got 0"),
         (["run", "--set", "geffect.evry=1"], "did you mean every?"),
-        (["score", "tiny.yaml", "--estimator", "newton"], "estimator='newton': needs one of ('algorithm1',"),
+        (
+            ["score", "tiny.yaml", "--estimator", "newton"],
+            "did you mean definition? needs one of algorithm1, definition,",
+        ),
+        (["score", "tiny.yaml", "--estimator", "algoritm1"], "did you mean algorithm1? needs one of algorithm1,"),
+        (["score", "tiny.yaml", "--labels", "everything"], "labels='everything': needs one of answers, all"),
         (["score", "tiny.yaml", "--sigma", "0"], "sigma=0.0: needs a finite number > 0"),
         (["score", "tiny.yaml", "--num-draws", "1"], "num_draws=1: needs 2 at least"),
     ],

@@ -148,3 +148,14 @@ def test_long_refusal_is_found_at_once(forget, retain):
     with pytest.raises(ValueError, match=r"refusal '.*' to .* has \d+ tokens, more than the limit of 128"):
         ForgetRetainDataset(forget, retain, refusals=[*REFUSALS, NEVER], refuse=("forget",))
     assert len(ForgetRetainDataset(forget, retain, refusals=[*REFUSALS, NEVER])) == 10  # never asked for
+
+
+def test_rows_and_refusals_fit_the_padding(forget, retain):
+    longest = max(len(rows[i]["input_ids"]) for rows in (forget, retain) for i in range(len(rows)))
+    pairs = ForgetRetainDataset(forget, retain, pad_to=longest)
+    batch = pairs.collate([pairs[0], pairs[1]])
+    assert batch["forget"]["input_ids"].shape == batch["retain"]["input_ids"].shape == (2, longest)
+    with pytest.raises(ValueError, match=rf"pad_to={longest - 1}: needs at least the longest row's {longest} tokens"):
+        ForgetRetainDataset(forget, retain, pad_to=longest - 1)
+    with pytest.raises(ValueError, match=rf"more than the limit of {longest}; raise max_length \(or pad_to\)"):
+        ForgetRetainDataset(forget, retain, pad_to=longest, refusals=["no " * 60], refuse=["forget"])

@@ -90,6 +90,11 @@ def test_bad_limit(write, limit):
         ('{"question": 3, "answer": "b"}', TypeError, "'question' must be a string, got int"),
         ('{"question": "a", "answer": null}', TypeError, "'answer' must be a string, got null"),
         ('{"question": "a", "answer": " "}', ValueError, "'answer' is empty"),
+        (
+            r'{"question": "a", "answer": "b\ud800"}',
+            ValueError,
+            r"'answer' needs whole characters, got the lone .*d800' at 1",
+        ),
         ('{"question": "a", "answer": "b", "perturbed_answer": "c"}', TypeError, "must be a list of strings, got str"),
         ('{"question": "a", "answer": "b", "perturbed_answer": {}}', TypeError, "must be a list of strings, got dict"),
         ('{"question": "a", "answer": "b", "perturbed_answer": ["c", 1]}', TypeError, r"'perturbed_answer\[1\]' must"),

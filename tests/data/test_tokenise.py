@@ -192,6 +192,18 @@ def test_padding_id(tokenizer):
         padding_id(tokenizer)
 
 
+@pytest.mark.parametrize(("question", "answer"), [("Who\udc00?", "I."), ("Who?", "\ud83d")])
+def test_half_characters(tokenizer, question, answer):
+    with pytest.raises(ValueError, match=r"needs whole characters, got the lone surrogate '.ud"):
+        PromptFormat(tokenizer).encode(question, answer)
+
+
+@pytest.mark.parametrize("text", ["\x00\x1b[31m", "\u200b", "\u202eabc", "a\u2028b", "😀👍🏽", "नमस्ते", "\ufeffx"])
+def test_odd_characters_are_text(tokenizer, text):
+    encoded = PromptFormat(tokenizer).encode(text, text)
+    assert tokenizer.decode([i for i in encoded.labels if i != -100][:-1]).strip() == text
+
+
 def test_empty_answer(tokenizer):
     with pytest.raises(ValueError, match=r"the answer to 'Who\?' is empty"):
         PromptFormat(tokenizer).encode("Who?", " ")

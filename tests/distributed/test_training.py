@@ -3,13 +3,15 @@
 import pytest
 import torch
 
+from pyunlearn import objectives
 from pyunlearn.training.probe import Probe
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
 from pyunlearn.training.settings import GEffectConfig
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer
 
-from .cases.training import parameters
+from ..training.test_equalities import KINDS, objective
+from .cases.training import evaluated, parameters
 from .launch import run_case
 
 
@@ -36,6 +38,22 @@ def test_two_processes_train_as_one(tiny, arguments, tmp_path):
             assert logged[key] == pytest.approx(expected[key], rel=1e-4), key
     assert "another process" in ranks[0]["error"]  # the NaN was in rank 1's batch; both ranks stop
     assert "forget samples" in ranks[1]["error"]
+
+
+def test_two_processes_train_every_objective_as_one(tiny, arguments, tmp_path):
+    """2 x 1 x 2 against 1 x 4; evaluations too, of 8 samples in batches of 2 x 3."""
+    ranks = run_case("training.equal", tmp_path)
+    for name in objectives.names():
+        trainer = UnlearnTrainer(
+            model=tiny.model(), args=arguments(max_steps=2, per_device_train_batch_size=4),
+            train_dataset=tiny.pairs(**KINDS), objectives=[objective(name)], reference=tiny.model(seed=1),
+        )  # fmt: skip
+        before = evaluated(trainer)
+        trainer.train()
+        for rank in ranks:
+            assert rank[name]["before"] == pytest.approx(before, rel=1e-5), name
+            after = parameters(trainer.model)
+            torch.testing.assert_close(rank[name]["parameters"], after, rtol=0, atol=2e-6, msg=lambda m, n=name: n + m)
 
 
 def test_two_processes_probe_as_one(tiny, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import sys
@@ -14,6 +15,7 @@ def main(name: str, folder: Path) -> None:
     torch.set_num_threads(1)
     room, function = name.split(".")
     case = getattr(importlib.import_module(f"tests.distributed.cases.{room}"), function)
+    gc.freeze()  # as in tests/conftest.py
     if not hasattr(case, "joins_itself"):
         torch.distributed.init_process_group("gloo")
     torch.save(case(folder), folder / f"{name}.{os.environ['RANK']}.pt")

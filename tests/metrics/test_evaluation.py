@@ -110,13 +110,17 @@ def test_rouge_is_on_a_seeded_sample(model, tokenizer):
     assert drawn(rouge_samples=None) == drawn(rouge_samples=50) == [0, 1, 2, 3]
 
 
-def test_extraction_variant(model, tokenizer):
-    unseen = ITEMS[3:]
-    suffix = run(model, tokenizer, unseen, metrics=["extraction_strength"]).records[0]
-    floor = run(
-        model, tokenizer, unseen, metrics=["extraction_strength"], extraction_variant="open_unlearning"
-    ).records[0]
-    assert floor["extraction_strength"] == max(suffix["extraction_strength"], 1 / suffix["num_tokens"])
+def test_variant(model, tokenizer):
+    names = ["extraction_strength", "memorization_accuracy"]
+    suffix, theirs = (
+        run(model, tokenizer, ITEMS[3:], metrics=names, variant=variant).records[0]
+        for variant in ("suffix", "open_unlearning")
+    )
+    tokens = suffix["num_tokens"]
+    hits = suffix["memorization_accuracy"] * tokens
+    last = suffix["extraction_strength"] > 0
+    assert theirs["memorization_accuracy"] == pytest.approx((hits - last) / (tokens - 1))
+    assert theirs["extraction_strength"] >= 1 / (tokens - 1)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +136,7 @@ def test_extraction_variant(model, tokenizer):
         (ITEMS, {"metrics": "probability"}, "metrics='probability'"),
         (ITEMS, {"rouge_samples": 0}, "rouge_samples=0"),
         (ITEMS, {"batch_size": 0}, "batch_size=0"),
+        (ITEMS, {"variant": "sufix"}, "variant='sufix': did you mean suffix"),
         (ITEMS, {"max_length": 5}, "limit of 5"),
         ([QA("Why?", "because " * 100)], {}, "limit of 96"),
         ([QA("Why?", " ")], {}, "answer to 'Why\\?' is empty"),

@@ -103,3 +103,6 @@ def test_bad_input_is_named(models, tokenizer, rows):
     for labels in (torch.full((5,), -100), torch.tensor([-100, 1, 2, 3, -100])):
         with pytest.raises(ValueError, match=r"dataset\[0\]: its supervised tokens are not its last ones"):
             extraction_likelihood(model, tokenizer, [{"input_ids": ids, "labels": labels, "index": 0}])
+    last = {"input_ids": ids, "labels": torch.tensor([-100, -100, -100, -100, 4]), "index": 0}
+    with pytest.raises(ValueError, match=r"dataset\[0\]: has 1 supervised token, extraction likelihood needs 2"):
+        extraction_likelihood(model, tokenizer, [last])

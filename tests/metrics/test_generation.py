@@ -3,11 +3,14 @@
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import greedy_generate, rouge_l_recall
-from pyunlearn.metrics.generation import greedy_tokens
+from pyunlearn.metrics.generation import common_length, greedy_tokens
 
 from ..model.zoo import ZOO, make
 
@@ -194,3 +197,60 @@ def test_bad_arguments(tokenizer, prompts, options, message):
 )
 def test_rouge_l_recall(generated, answer, recall):
     assert rouge_l_recall(generated, answer) == pytest.approx(recall)
+
+
+@pytest.mark.parametrize(
+    ("generated", "answer", "recall"),
+    [
+        ("東京は日本の首都です", "東京は日本の首都です", 1.0),
+        ("首都は東京", "東京", 1.0),
+        ("京都", "東京", 1 / 2),
+        ("Столица — Париж.", "Париж", 1.0),
+        ("القاهرة", "القاهرة عاصمة مصر", 1 / 3),
+        ("กรุงเทพ", "กรุงเทพ", 1.0),
+        ("दिल्ली", "नई दिल्ली", 1 / 2),
+        ("Its capital", "Its capital is 東京", 2 / 5),  # not 1: words of one script do not stand for the others
+        ("He was writing 東京", "he writes 東京", 1.0),  # Latin words are stemmed there too
+        ("👍", "👍", 1.0),
+        ("", "東京", 0.0),
+        ("Tokyo", "東京", 0.0),
+        ("1945", "1945", 1.0),
+        ("١٩٤٥", "١٩٤٥", 1.0),
+        ("a\x00b\ud800", "a\x00b\ud800", 1.0),
+    ],
+)
+def test_rouge_l_recall_of_other_scripts(generated, answer, recall):
+    assert rouge_l_recall(generated, answer) == pytest.approx(recall)
+
+
+@given(answer=st.text(min_size=1).filter(lambda text: text.strip() != ""))
+def test_a_copy_recalls_everything(answer):
+    assert rouge_l_recall(answer, answer) == 1.0
+
+
+LATIN = st.text(st.sampled_from("abcDEF 019é,-'\n"), max_size=40)
+
+
+@given(generated=LATIN, answer=LATIN.filter(lambda text: any(c.isascii() and c.isalnum() for c in text)))
+def test_of_latin_text_it_is_the_packages(generated, answer):
+    theirs = RougeScorer(["rougeL"], use_stemmer=True).score(answer, generated)["rougeL"].recall
+    assert rouge_l_recall(generated, answer) == theirs
+
+
+def test_an_answer_without_a_word_is_an_error():
+    with pytest.raises(ValueError, match="answer=' ': needs something other than white space"):
+        rouge_l_recall("anything", " ")
+
+
+@given(a=st.lists(st.sampled_from("abc")), b=st.lists(st.sampled_from("abcd")))
+def test_common_length_is_the_textbooks(a, b):
+    table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+    for i, x in enumerate(a):
+        for j, y in enumerate(b):
+            table[i + 1][j + 1] = table[i][j] + 1 if x == y else max(table[i][j + 1], table[i + 1][j])
+    assert common_length(a, b) == table[-1][-1]
+
+
+def test_long_texts_take_no_table():
+    words = [f"w{i % 977}" for i in range(30_000)]
+    assert rouge_l_recall(" ".join(words), " ".join(words[::2])) == 1.0

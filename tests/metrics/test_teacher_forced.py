@@ -1,8 +1,10 @@
 """Teacher-forced metrics against brute force, by hand, and on a model against its own logits."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertLMHeadModel
 
@@ -22,7 +24,11 @@ def flat(sequences):
 
 def brute_force_strength(hits, variant):
     """The definition, word by word: try every prefix length k from short to long."""
+    if variant == "open_unlearning":
+        hits = hits[:-1]
     n = len(hits)
+    if n == 0:
+        return 0.0
     longest = n if variant == "suffix" else n - 1
     k = next((k for k in range(longest) if all(hits[k:])), longest)
     return 1 - k / n
@@ -36,10 +42,13 @@ def test_extraction_strength_equals_brute_force(variant, sequences):
     torch.testing.assert_close(ours, torch.tensor(expected, dtype=torch.float64), atol=1e-15, rtol=0)
 
 
+@pytest.mark.parametrize("variant", ["suffix", "open_unlearning"])
 @given(sequences=st.lists(st.lists(st.booleans(), min_size=1, max_size=9), min_size=1, max_size=6))
-def test_memorization_accuracy_equals_brute_force(sequences):
-    expected = [sum(sequence) / len(sequence) for sequence in sequences]
-    assert memorization_accuracy(*flat(sequences)).tolist() == pytest.approx(expected, abs=1e-15)
+def test_memorization_accuracy_equals_brute_force(variant, sequences):
+    counted = [sequence if variant == "suffix" else sequence[:-1] for sequence in sequences]
+    expected = [sum(sequence) / len(sequence) if sequence else math.nan for sequence in counted]
+    found = memorization_accuracy(*flat(sequences), variant).tolist()
+    assert found == pytest.approx(expected, abs=1e-15, nan_ok=True)
 
 
 def test_extraction_strength_by_hand():
@@ -52,7 +61,17 @@ def test_extraction_strength_by_hand():
         [True],
     ]
     assert extraction_strength(*flat(sequences)).tolist() == [1, 0, 0.5, 0, 0, 1]
-    assert extraction_strength(*flat(sequences), "open_unlearning").tolist() == [1, 0.25, 0.5, 0.25, 1, 1]
+    theirs = extraction_strength(*flat(sequences), "open_unlearning").tolist()
+    assert theirs == pytest.approx([1, 1 / 3, 1 / 3, 1, 0, 0])  # the last token is left out
+
+
+def test_open_unlearning_leaves_the_last_supervised_token_out():
+    """A sentence known by heart whose end token is not."""
+    sequence = flat([[True, True, True, True, False]])
+    assert extraction_strength(*sequence, "open_unlearning").item() == 1.0
+    assert memorization_accuracy(*sequence, "open_unlearning").item() == 1.0
+    assert extraction_strength(*sequence).item() == 0.0
+    assert memorization_accuracy(*sequence).item() == 0.8
 
 
 def test_probability_by_hand():
@@ -68,6 +87,8 @@ def test_bad_vectors():
         extraction_strength(greedy, ids, 3)
     with pytest.raises(ValueError, match="below num_sequences=2, got 2"):
         memorization_accuracy(greedy, ids, 2)
+    with pytest.raises(ValueError, match=r"tokens of sequence 0 first, .* out of order"):
+        extraction_strength(torch.tensor([True, False, True]), torch.tensor([0, 1, 0]), 2)
     with pytest.raises(ValueError, match="variant='generation'"):
         extraction_strength(greedy, torch.tensor([0, 0]), 1, "generation")
 
@@ -117,11 +138,40 @@ def test_one_pass_equals_the_models_logits_in_the_original_order(model):
     assert 0 < min(strengths[1], strengths[3]) < 1
 
 
-def test_batches_do_not_change_the_result(model):
-    rows = make_rows(model, [7, 12, 4, 9, 12])
-    one, all_together = (teacher_forced(model, rows, batch_size=size, progress=False) for size in (1, 8))
-    for a, b in zip(one, all_together, strict=True):
-        assert a == pytest.approx(b, rel=1e-5)
+def test_a_metric_without_a_value_is_left_out(model):
+    rows = make_rows(model, [7, 3])
+    rows[1]["labels"][:-1] = -100
+    whole, single = teacher_forced(model, rows, variant="open_unlearning", progress=False)
+    assert whole["memorization_accuracy"] == whole["extraction_strength"] == 1.0
+    assert "memorization_accuracy" not in single
+    assert single["extraction_strength"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def rows(model):
+    return make_rows(model, [7, 12, 4, 9, 12, 5])
+
+
+@pytest.fixture(scope="module")
+def alone(model, rows):
+    """Of every row by itself, by variant."""
+    return {
+        variant: [teacher_forced(model, [row], variant=variant, progress=False)[0] for row in rows]
+        for variant in ("suffix", "open_unlearning")
+    }
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    order=st.lists(st.integers(0, 5), min_size=1, max_size=9),
+    batch_size=st.integers(1, 10),
+    variant=st.sampled_from(["suffix", "open_unlearning"]),
+)
+def test_batch_mates_order_and_padding_do_not_change_a_score(model, rows, alone, order, batch_size, variant):
+    chosen = [rows[i] for i in order]
+    records = teacher_forced(model, chosen, batch_size=batch_size, variant=variant, progress=False)
+    for i, record in zip(order, records, strict=True):
+        assert record == pytest.approx(alone[variant][i], rel=1e-5)
 
 
 def test_the_model_is_left_as_it_was(model):

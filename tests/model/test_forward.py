@@ -161,6 +161,7 @@ def test_output_head(name, softcap, temperature, bias):
 
 def test_only_counted_positions_meet_the_head(llama, batch, monkeypatch):
     seen, rows = [], []
+    CausalLM.of(llama).check_head()  # once a model, on two tokens
     hook = llama.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
     linear = head.linear_token_stats
     monkeypatch.setattr(head, "linear_token_stats", lambda h, *a, **k: rows.append(h.shape) or linear(h, *a, **k))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from pyunlearn.data.words import joined_words
 from pyunlearn.mrd.characteristics import text_characteristics
 
 
@@ -21,3 +22,17 @@ def test_the_numbers_of_a_text():
     assert shared == {
         "lexical_diversity": 1, "sentence_length": 2, "word_frequency": math.log2(3) / 2, "rare_words": 1
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "length", "words"),
+    [
+        ("東京は首都。京都は古い。", 5, 10),  # a character a word; no space after a sentence
+        ("राम घर गया। वह सोया।", 5 / 2, 5),
+        ("أين هو؟ هنا.", 3 / 2, 3),
+    ],
+)
+def test_other_scripts(text, length, words):
+    (found,) = text_characteristics([text])
+    assert found["sentence_length"] == length
+    assert found["lexical_diversity"] == len(set(joined_words(text))) / words

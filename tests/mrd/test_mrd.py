@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import pyunlearn as pu
+from pyunlearn.data import collate
 from pyunlearn.model.precision import full_precision
-from pyunlearn.mrd import ESTIMATORS
+from pyunlearn.mrd import ESTIMATORS, scored_rows
 
 from ..float64 import MODELS, make_model
 from .conftest import LENGTHS, make_rows, nlls, pad
@@ -38,6 +39,22 @@ def test_algorithm_1_written_out(any_model, batch):
     torch.testing.assert_close(result.draws, expected, rtol=1e-8, atol=1e-14)
     torch.testing.assert_close(result.value, expected.abs().mean(0), rtol=1e-8, atol=0)
     assert result.num_tokens.tolist() == [7, 4, 6]
+
+
+def test_whole_samples_written_out(any_model, batch):
+    """Labels that are the tokens themselves score the question too: x_2 .. x_n."""
+    rows = [
+        {"input_ids": ids[:length], "labels": labels[:length], "index": i}
+        for i, (ids, labels, length) in enumerate(zip(batch["input_ids"], batch["labels"], LENGTHS, strict=True))
+    ]
+    whole = [collate([row], 0) for row in scored_rows(rows, "all")]
+    expected = written_out(any_model, {**batch, "labels": batch["input_ids"]}, lambda a, b: (a - b) / a)
+    result = score(any_model, whole)
+    torch.testing.assert_close(result.draws, expected, rtol=1e-8, atol=1e-14)
+    assert result.num_tokens.tolist() == [length - 1 for length in LENGTHS]
+    assert [row["labels"].tolist() for row in scored_rows(rows)] == [row["labels"].tolist() for row in rows]
+    with pytest.raises(ValueError, match=r"labels='answer': did you mean answers\? needs one of answers, all"):
+        scored_rows(rows, "answer")
 
 
 def test_definition_3_1_written_out(model, batch):
@@ -263,7 +280,7 @@ def test_where_the_leading_order_ends(model, batch):
 @pytest.mark.parametrize(
     ("changes", "error", "told"),
     [
-        ({"estimator": "newton"}, ValueError, "estimator='newton': needs one of"),
+        ({"estimator": "newton"}, ValueError, "estimator='newton': did you mean definition"),
         ({"sigma": 0.0}, ValueError, "sigma=0.0: needs a finite number > 0"),
         ({"sigma": math.nan, "estimator": "gradient"}, ValueError, "sigma=nan"),
         ({"sigma_eval": math.inf, "estimator": "definition"}, ValueError, "sigma_eval=inf"),

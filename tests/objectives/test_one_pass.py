@@ -1,11 +1,12 @@
 import doctest
 import importlib
+import math
 
 import pytest
 import torch
 
 import pyunlearn as pu
-from pyunlearn.objectives import REDUCTIONS, TokenInputs, get, one_pass, register, register_preset
+from pyunlearn.objectives import REDUCTIONS, TokenInputs, get, names, one_pass, register, register_preset
 from pyunlearn.ops import TokenRule
 
 from .straight import PRESETS
@@ -104,10 +105,24 @@ class TestOwn:
             ({"slope": 1.0, "rule": lambda o: TokenRule(beta=1.0)}, lambda logp, ref_logp, *, alpha=1.0: logp),
         ],
     )
-    def test_a_wrong_one_is_told_before_it_trains(self, how, function):
-        register("mine", **how)(function)
-        with pytest.raises(ValueError, match=r"^mine, preset='paper': slope=.* need to be d\(loss of a token\)/d\("):
-            problem(get("mine"))
+    def test_a_wrong_one_is_told_where_it_is_registered(self, how, function):
+        told = r"slope=.* need to be d\(loss of a token\)/d\("
+        with pytest.raises(ValueError, match=rf"^mine, preset='paper': {told}"):
+            register("mine", **how)(function)
+        assert "mine" not in names()
+        if "rule" not in how:
+            register("own")(lambda logp, *, alpha=1.0: -logp)
+            with pytest.raises(ValueError, match=rf"^own, preset='half': {told}"):
+                register_preset("own", "half", formula="", **how)(function)
+
+    def test_where_it_runs_does_not_matter(self):
+        """Neither the caller's default device nor its grad mode."""
+        with torch.device("meta"), torch.inference_mode():
+            register("mine", slope=1.0, rule=lambda o: TokenRule(alpha=2.0))(
+                lambda logp: (2 * logp.detach()).exp() * logp
+            )
+        by_autograd, ours = problem(get("mine"))
+        torch.testing.assert_close(ours, by_autograd, atol=1e-7, rtol=1e-5)
 
     def test_a_rule_that_forgets_an_option_is_told_where_it_matters(self):
         def mine(logp, *, alpha=1.0):
@@ -124,6 +139,16 @@ class TestOwn:
         ("how", "function", "message"),
         [
             ({"rule": lambda o: TokenRule()}, lambda logp: logp, "rule needs a slope"),
+            ({"slope": "1"}, lambda logp: logp, "slope='1': needs a finite number"),
+            ({"slope": math.inf}, lambda logp: logp, "slope=inf: needs a finite number"),
+            (
+                {"slope": 1.0, "rule": TokenRule()},
+                lambda logp: logp,
+                "rule=TokenRule.*: needs a function of the options",
+            ),
+            ({"slope": 1.0, "rule": lambda o: None}, lambda logp: logp, "its rule needs to give a TokenRule, got None"),
+            ({"slope": 1.0, "rule": lambda o: o["a"]}, lambda logp: logp, r"its rule fails for {}: KeyError\('a'\)"),
+            ({"slope": 1.0, "rule": lambda o: TokenRule(beta=1.0)}, lambda logp: logp, "slope=1.0 and rule=TokenRule"),
             ({"slope": 1.0, "level": "sequence"}, lambda logp: logp, "mine: slope needs level='token'"),
             ({"slope": 1.0}, lambda logp, entropy: logp, "mine: slope needs .* one statistic a token"),
             ({"slope": 1.0}, lambda hidden: hidden.sum(-1), "mine: slope needs .* one statistic a token"),

@@ -78,15 +78,18 @@ def test_defaults(name):
         ("wtnpo", "g_effect_code", {"beta": 4.0, "epsilon": 1e-5}),
         ("satimp", "open_unlearning", {"beta2": 1.0}),
         ("dpo", "standard", {"factor": 1.0}),
-        ("rmu", "wmdp", {"c": 20.0}),
-        ("rmu", "open_unlearning", {}),
+        ("rmu", "wmdp", {"c": 20.0, "layer": 8}),
+        ("rmu", "open_unlearning", {"layer": 8}),
+        ("rr", "wmdp", {"layer": 8}),
+        ("rr", "open_unlearning", {"layer": 8}),
         ("dpo", "closer_look_code", {}),
     ],
 )
 def test_presets_change_defaults_that_are_not_given(name, preset, changed):
     assert o.get(name, preset=preset).options == {**DEFAULTS[name], **changed}
     for option in changed:
-        assert o.get(name, preset=preset, **{option: 0.25}).options[option] == 0.25
+        other = 3 if option == "layer" else 0.25
+        assert o.get(name, preset=preset, **{option: other}).options[option] == other
 
 
 class TestNeeds:
@@ -157,6 +160,8 @@ class TestDocumentation:
                 uneven = chosen.positions in ("all", "followed") or (row.name, preset) in BROADCAST
                 assert uneven == ("depends on how a step is split" in changes)
             assert "\n" not in row.summary
+        presets = {row.name: row.presets for row in rows}
+        assert "; positions = all; c = 20.0; layer = 8; " in presets["rmu"]["wmdp"]
 
     @pytest.mark.parametrize("row", o.table(), ids=NAMES)
     def test_docstring_tells_formula_defaults_presets_source(self, row):
@@ -289,6 +294,19 @@ class TestOwn:
             ({}, lambda refusal_logp, answer_logp: 0.0, "need level='sequence'"),
             ({}, lambda logp, *, num_tokens: 0.0, "num_tokens needs level='sequence'"),
             ({"slope": 1.0}, lambda logp, *, inverse_length: 0.0, "inverse_length needs level='token' and no slope"),
+            (
+                {},
+                lambda logp: logp.mean(),
+                r"mine, preset='paper': needs to return the loss of each token, \(4,\) for four",
+            ),
+            ({"level": "sequence"}, lambda logp: 0.0, "needs to return the loss of each sequence, .* got float"),
+            ({}, lambda hidden: hidden, r"got shape \(4, 1\)"),
+            ({}, lambda logp: logp.neg_log(), r"mine, preset='paper': fails on four tokens for {}: AttributeError"),
+            (
+                {"presets": {"x": {"a": 0.0}}},
+                lambda logp, *, a=1.0: logp if a else a,
+                "mine, preset='x': needs to return",
+            ),
         ],
     )
     def test_what_cannot_be_registered(self, options, function, message):

@@ -137,6 +137,28 @@ def test_peaked_and_shifted_rows_keep_their_digits(fused):
             torch.testing.assert_close(ours[name], oracle[name], atol=2e-6, rtol=2e-6)
 
 
+def test_lse_is_torchs(backend):
+    """Of hidden states too, in slices; the z-loss's gradient is 2 lse p."""
+    hidden, weight = torch.randn(5, 8), torch.randn(300, 8)
+    targets, device = torch.tensor([3, 4, 5, -100, 6]), device_of(backend)
+    logits = (hidden @ weight.t()).to(device).requires_grad_()
+    lse = pu.token_stats(logits, targets.to(device), "lse", backend=backend).lse
+    right = logits.detach().logsumexp(-1).cpu()
+    right[3] = 0
+    torch.testing.assert_close(lse.cpu(), right)
+    (grad,) = torch.autograd.grad(lse.square().sum(), logits)
+    torch.testing.assert_close(grad.cpu(), 2 * right[:, None] * logits.detach().cpu().softmax(-1))
+    _, grad = pu.value_and_grad(logits, targets.to(device), {"lse": 2 * lse.detach()}, backend=backend)
+    torch.testing.assert_close(grad.cpu(), 2 * right[:, None] * logits.detach().cpu().softmax(-1))
+    both = ("lse", "uniform_ce")
+    for budget in (None, 0):
+        head = (t.to(device) for t in (hidden, weight, targets))
+        stats = pu.linear_token_stats(*head, outputs=both, budget_bytes=budget, backend=backend)
+        torch.testing.assert_close(stats.lse.cpu(), right)
+        mean = (stats.lse - stats.uniform_ce).cpu()
+        torch.testing.assert_close(mean, logits.detach().cpu().mean(-1) * stats.mask.cpu(), atol=1e-5, rtol=1e-5)
+
+
 def test_same_bits_again_and_in_any_layout(fused):
     logits, reference, targets = rows("random", 3, 20000)
     upstream = {name: torch.ones(3) for name in DIFFERENTIABLE}

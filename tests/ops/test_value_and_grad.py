@@ -40,7 +40,7 @@ def test_gradient_is_autograds(backend, rule, dtype, options):
     logits, _, targets, floor = problem(dtype)
     floor = floor if rule.beta else None
     device = device_of(backend)
-    one, several = ("logp",), ("logp", "entropy", "uniform_ce")
+    one, several = ("logp",), ("logp", "entropy", "uniform_ce", "lse")
     for weights in ({name: torch.randn(9) for name in names} for names in (one, several)):
         stats, d_logits = pu.value_and_grad(
             logits.to(device), targets.to(device), {n: w.to(device) for n, w in weights.items()}, rule,

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from pyunlearn.metrics import METRICS
+from pyunlearn.objectives import names
 from pyunlearn.runs import ConfigError, RunConfig, load_config
 from pyunlearn.runs.config import ALL_METRICS
 from pyunlearn.store import differences
@@ -72,7 +73,13 @@ def test_overrides(override, read):
     [
         ("unlearn.learnin_rate=1", "unlearn.learnin_rate: unknown key; did you mean learning_rate?"),
         ("colour=blue", "colour: unknown key; needs one of name, output, seed"),
-        ("unlearn.forget=wag", "unlearn.forget.0: objective='wag': did you mean wga? needs one of ga, wga"),
+        ("unlearn.forget=wag", "unlearn.forget: objective='wag': did you mean wga? needs one of ga, wga"),
+        ("unlearn.forget=kll", f"unlearn.forget: objective='kll': needs one of {', '.join(names('forget'))}\n"),
+        (
+            "unlearn.retain=kll",
+            f"unlearn.retain: objective='kll': did you mean kl? needs one of {', '.join(names('retain'))}\n",
+        ),
+        ("unlearn.forget=[ga, {name: npoo}]", "unlearn.forget: objective='npoo': did you mean npo"),
         (
             "unlearn.forget.options.alpa=1",
             "unlearn.forget.0: wga: option='alpa': did you mean alpha? needs one of alpha, preset, reduction",
@@ -127,7 +134,26 @@ def test_overrides(override, read):
 def test_what_is_wrong_is_told(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
-    assert message in str(caught.value)
+    assert message in f"{caught.value}\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        ("unlearn.forget.options.alpha=5", "unlearn.forget=npo"),
+        ("unlearn.forget.0.coefficient=2", "unlearn.forget=npo"),
+        ("memorise.epochs=3", "memorise=null"),
+        ("data.forget.limit=3", "data.forget = x.jsonl"),
+    ],
+)
+def test_an_override_that_would_undo_an_earlier_one_is_told(first, then):
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, ["seed=1", first, "name=x", then])
+    assert str(caught.value) == (
+        f"--set {then!r}: would undo {first!r}, which is given before it; give it first, or leave one of them out"
+    )
+    beta = load_config(None, ["unlearn.forget=npo", "unlearn.forget.options.beta=0.5", "unlearn.forget.options.beta=2"])
+    assert [(term.name, term.options) for term in beta.unlearn.forget] == [("npo", {"beta": 2})]
 
 
 def test_all_problems_are_told_at_once():

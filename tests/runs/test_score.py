@@ -58,6 +58,28 @@ def test_the_files_are_those_of_pu_mrd(scored):
         assert record["probability"] == pytest.approx(math.exp(-record["nll"] / record["num_tokens"]))
 
 
+def test_whole_samples(scored, tmp_path, capsys):
+    config, answers = scored
+    options = {"estimator": "gradient", "batch_size": 2}
+    result = score(config, labels="all", out=tmp_path / "all.jsonl", console=Console(), **options)
+    model, tokenizer = load_model(str(config.folder / "memorised"))
+    rows = QADataset(load_data(config).forget, tokenizer, 256)
+    batch = collate([rows[i] for i in range(len(rows))], 0)
+    direct = pu.mrd(model, [{**batch, "labels": batch["input_ids"]}], progress=False, **options)
+    assert [record["mrd"] for record in result.records] == direct.value.tolist()
+    lengths = batch["attention_mask"].sum(1) - 1
+    assert [record["num_tokens"] for record in result.records] == lengths.tolist()
+    assert result.diagnostics["labels"] == "all"
+    assert answers.diagnostics["labels"] == "answers"
+    assert "scored tokens, questions and answers;" in result.report.read_text()
+    assert "scored tokens of the answers;" in answers.report.read_text()
+    assert f"gradient of {len(rows)} samples, questions and answers, hardest" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"all\.state belongs to another job \(data: "):
+        score(config, out=tmp_path / "all.jsonl", **options)
+    with pytest.raises(ValueError, match="labels='al': did you mean all"):
+        score(config, labels="al")
+
+
 def test_the_report_stands_alone(scored):
     _, result = scored
     html = result.report.read_text()

@@ -259,6 +259,7 @@ def test_the_training_goes_on_in_the_same_bits(tiny, arguments, tmp_path, checkp
 def test_a_probe_is_twice_the_work_of_a_step(tiny, arguments, tmp_path):
     """Of as many samples: a forward and a backward a set, for the metric and for the term, where a step has one."""
     model, rows = tiny.model(), []
+    CausalLM.of(model).check_head()  # once a model, and no work of either
     model.get_decoder().register_forward_hook(lambda module, args, output: rows.append(len(output[0])))
     probe = make_probe(tiny, tiny.model(seed=1).eval(), ["npo", "gd"])
     probe.measure(model)

@@ -51,6 +51,17 @@ def scored(tiny, scores, **options):
     return sampler
 
 
+def test_whole_samples_are_scored_where_asked_for(tiny):
+    sampler = ForgetSampler(tiny.forget, labels="all")
+    model = tiny.model().eval()
+    sampler.refresh(model, 0)
+    batches = [collate([tiny.forget[i]], 0) for i in range(len(tiny.forget))]
+    whole = pu.mrd(model, [{**b, "labels": b["input_ids"]} for b in batches], "gradient", progress=False)
+    assert sampler.memory.scores == whole.value.tolist() != gradient_scores(model, tiny.forget)
+    with pytest.raises(ValueError, match="labels='al': did you mean all"):
+        ForgetSampler(tiny.forget, labels="al")
+
+
 def test_probabilities_are_those_of_the_paper(tiny):
     scores = [0.1, 0.2, 0.3, 0.4, 1.0, 2.0, 3.0, 1.0]
     easy = scored(tiny, scores).probabilities()
@@ -175,6 +186,42 @@ def accuracies(model, rows):
     return [row["memorization_accuracy"] for row in teacher_forced(model, rows, progress=False)]
 
 
+def test_a_limit_of_nothing_is_met_by_nothing(tiny, caplog):
+    """EL is 0 for the model of random weights: no sample could ever be below."""
+    rule = Forgotten(ngram=10)
+    limits = rule.limits(tiny.model(), tiny.forget)
+    assert limits["el"] == 0
+    assert [record.message for record in caplog.records].count(
+        "early_stop: the mean EL is 0 before unlearning; nothing is below, so 0 is low"
+    ) == 1
+    everyone = list(range(len(tiny.forget)))
+    assert rule.among(everyone, tiny.model(), tiny.forget, {"el": 0.0, "ma": 2.0}) == everyone
+    assert rule.among(everyone, tiny.model(), tiny.forget, {"el": 0.0, "ma": 0.0}) == [
+        i for i, row in enumerate(teacher_forced(tiny.model(), tiny.forget, progress=False))
+        if row["memorization_accuracy"] == 0
+    ]  # fmt: skip
+
+
+def test_what_is_measured_knows_nothing_of_the_trainings_precision(tiny, arguments):
+    """MRD in half precision would be its own rounding."""
+    found = []
+    for bf16 in (False, True):
+        args = arguments(max_steps=2, per_device_train_batch_size=2, learning_rate=0.0, bf16=bf16)
+        _, sampler, _ = train(tiny, args, ["ga"], refresh_steps=1, forgotten=Forgotten(ngram=1, every_steps=1))
+        found.append((sampler.memory.scores, sampler.memory.first_scores, sampler.memory.limits))
+        assert sampler.memory.refreshed_at == [0, 1]
+    assert found[0] == found[1]
+
+
+def test_a_second_training_begins_anew(tiny, arguments):
+    args = arguments(max_steps=2, per_device_train_batch_size=2, learning_rate=0.0)
+    trainer, sampler, _ = train(tiny, args, ["ga"])
+    first = sampler.records()
+    trainer.train()
+    assert sampler.records() == first
+    assert sampler.memory.draws == 4
+
+
 def test_forgotten_samples_are_not_drawn_and_the_last_one_ends_it(tiny, arguments):
     model, drawn = memorised(tiny), []
     rule = Forgotten(ngram=3, share=0.8, every_steps=2)
@@ -211,7 +258,7 @@ def test_bad_input_is_named(tiny, arguments, tmp_path):
     for options, message in (
         ({"weighting": "rank"}, "weighting='rank': needs one of"),
         ({"refresh_steps": 0}, "refresh_steps=0: needs a whole number >= 1"),
-        ({"scores": {"estimator": "gradiant"}}, "estimator='gradiant': needs one of"),
+        ({"scores": {"estimator": "gradiant"}}, "estimator='gradiant': did you mean gradient"),
         ({"scores": {"sigma": 0.0}}, "sigma=0.0: needs a finite number > 0"),
     ):
         with pytest.raises(ValueError, match=message):

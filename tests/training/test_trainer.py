@@ -12,6 +12,7 @@ from pyunlearn import objectives
 from pyunlearn.data import QADataset
 from pyunlearn.model import head
 from pyunlearn.model.cache import ReferenceCache
+from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import token_stats_of
 from pyunlearn.training.callbacks import Interrupt
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
@@ -169,7 +170,7 @@ def test_layers_of_one_batch_come_from_one_forward(tiny, arguments, caches):
 
 
 def test_all_positions_of_hidden_states_need_a_live_reference(tiny, arguments, caches):
-    terms = [objectives.get("rmu", preset="wmdp"), objectives.get("rr", preset="wmdp"), "rr"]
+    terms = [*(objectives.get(name, preset="wmdp", layer="middle") for name in ("rmu", "rr")), "rr"]
     trainer, _ = train(tiny, arguments(), terms, reference=tiny.model(seed=1))
     log = trainer.state.log_history[0]
     batch = tiny.pairs().collate([tiny.pairs()[i] for i in range(8)])["retain"]
@@ -233,6 +234,7 @@ def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches
     original = head.linear_token_stats
     monkeypatch.setattr(head, "linear_token_stats", spy)
     model = tiny.model()
+    CausalLM.of(model).check_head()  # a forward of its own, once a model
     model.get_decoder().register_forward_hook(lambda *_: forwards.append(1))
     trainer, _ = train(tiny, arguments(), ["wga", "npo", "satimp", "kl", "gd"], reference=caches, model=model)
     log = trainer.state.log_history[0]

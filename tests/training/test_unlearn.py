@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder, numbered
-from pyunlearn.training.settings import UnlearnConfig, merge
+from pyunlearn.training.settings import GEffectConfig, UnlearnConfig, merge
 from pyunlearn.training.stage import Interrupted, Stage
-from pyunlearn.training.unlearn import UnlearnData, Unlearned, unlearn
+from pyunlearn.training.unlearn import UnlearnData, Unlearned, check_model, make_probe, unlearn
 
 from ..runs.test_run import press_at
 
@@ -47,6 +47,26 @@ def test_the_samples_are_told_where_they_are_drawn(tiny, data, tmp_path):
     assert sum(sample["updates"] for sample in outcome.samples) == 4
     assert outcome.refreshed_at[0] == 0
     assert outcome.as_dict()["samples"] == outcome.samples
+
+
+def test_rows_are_padded_as_told(tiny, data, tmp_path):
+    """A preset that counts padding counts all of it, in a training and in a probe, whatever their batches."""
+    me = {"name": "me", "preset": "closer_look_code"}
+    settings = UnlearnConfig(forget=me, retain=[], pad_to=120, **STEPS)
+    stage = Stage(TrainingFolder(tmp_path))
+    found = [
+        make_probe(stage, settings, GEffectConfig(batch_size=size), tiny.model(), tiny.tokenizer, data).measure(
+            tiny.model()
+        )["terms"]["forget.me"]["total"]
+        for size in (3, 8)
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    unlearn(stage, settings, tiny.model(), tiny.tokenizer, data)
+    assert {row["forget.me/count"] for row in read_metrics(stage.folder.metrics)} == {4 * 119}
+    with pytest.raises(ValueError, match=r"^pad_to=20: needs at least the longest row's \d+ tokens$"):
+        unlearn(stage, UnlearnConfig(forget=me, retain=[], pad_to=20), tiny.model(), tiny.tokenizer, data)
+    with pytest.raises(ValueError, match=r"^unlearn.pad_to=257: the model's context is 256 tokens$"):
+        check_model(UnlearnConfig(forget=me, pad_to=257), None, tiny.model())
 
 
 def test_it_goes_on_in_the_same_folder(tiny, data, tmp_path, monkeypatch):

@@ -58,6 +58,8 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
         values["kl_qp"] = (q * (log_q.masked_fill(q == 0, 0.0) - log_p.masked_fill(q == 0, 0.0))).sum(-1)
     if "uniform_ce" in options.outputs:
         values["uniform_ce"] = -log_p.mean(-1)
+    if "lse" in options.outputs:
+        values["lse"] = z.logsumexp(-1)
     if "greedy" in options.outputs:
         best = z.detach() == z.detach().amax(-1, keepdim=True)
         earlier = best.cumsum(-1).gather(-1, index) == 1

@@ -18,7 +18,7 @@ N, H, R, V = 13, 24, 3, 1501  # the first rank holds 751 columns, the second 750
 SLICES = 300  # columns that a budget of SLICES * N * size of the dtype holds
 DIFFERENTIABLE = tuple(name for name in OUTPUTS if name not in ("variance", "greedy"))
 STREAMING = OUTPUTS[:-1]  # without topk
-PLAIN = ("logp", "log_nll", "entropy", "variance", "uniform_ce", "greedy")
+PLAIN = ("logp", "log_nll", "entropy", "variance", "uniform_ce", "lse", "greedy")
 
 # what differs from float32, all options, within the budget
 CASES: dict[str, dict[str, Any]] = {

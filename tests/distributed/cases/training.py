@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import TrainerCallback, TrainingArguments
 
+from pyunlearn import objectives
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
@@ -20,6 +21,7 @@ from pyunlearn.training.settings import GEffectConfig
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
 from tests.tiny import Tiny
+from tests.training.test_equalities import KINDS, objective
 
 from . import joins_itself
 
@@ -36,6 +38,11 @@ def make_arguments(folder: Path, batch_size: int, **changes: Any) -> TrainingArg
 
 def parameters(model: Any) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def evaluated(trainer: UnlearnTrainer) -> dict[str, float]:
+    metrics = trainer.evaluate(trainer.train_dataset)
+    return {name: value for name, value in metrics.items() if name.endswith("loss")}
 
 
 class PoisonRankOne(TrainerCallback):
@@ -68,6 +75,22 @@ def ddp(folder: Path) -> dict[str, Any]:
     log = [row for row in good.state.log_history if "loss" in row]
     after, misdirected = parameters(good.model), parameters(hidden.model)
     return {"parameters": after, "misdirected": misdirected, "log": log, "error": error}
+
+
+@joins_itself
+def equal(folder: Path) -> dict[str, Any]:
+    """Every objective: losses before, then two steps of 2 processes x 1 sample x 2 micro-batches."""
+    tiny, results = Tiny(), {}
+    for name in objectives.names():
+        args = make_arguments(folder, 1, max_steps=2, per_device_eval_batch_size=3, **SGD)
+        trainer = UnlearnTrainer(
+            model=tiny.model(), args=args, train_dataset=tiny.pairs(**KINDS), objectives=[objective(name)],
+            reference=tiny.model(seed=1),
+        )  # fmt: skip
+        before = evaluated(trainer)
+        trainer.train()
+        results[name] = {"before": before, "parameters": parameters(trainer.model)}
+    return results
 
 
 @joins_itself

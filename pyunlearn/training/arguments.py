@@ -1,0 +1,53 @@
+"""What UnlearnTrainer takes of arguments and of a model's settings: all that has an effect, nothing that has none."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from ..model.causal_lm import CausalLM
+
+ROUNDS = "it rounds the weights for good; evaluate under bf16=True, which computes in half precision, or a copy"
+REFUSED = {
+    "label_smoothing_factor": "an objective's targets are not smoothed",
+    "average_tokens_across_devices": "what is counted is counted over all processes",
+    "use_cache": "the forward of a training keeps no cache",
+    "torch_compile": "hidden states are taken before the head; compile the decoder, model.get_decoder().compile()",
+    "use_liger_kernel": "it puts another forward into the model for good; pyunlearn has a fused loss of its own",
+    "bf16_full_eval": ROUNDS,
+    "fp16_full_eval": ROUNDS,
+    "label_names": "the objectives name the batches",
+}
+OPTIONS_REFUSED = {
+    "compute_loss_func": "the objectives are the loss; register one of your own (pyunlearn.objectives)",
+    "compute_metrics": "an evaluation gives losses and no predictions; use pyunlearn.metrics",
+    "preprocess_logits_for_metrics": "an evaluation gives losses and no predictions; use pyunlearn.metrics",
+}
+
+
+def check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> None:
+    """Raises ValueError that names an argument, or an option of Trainer, that would have no effect or a false one."""
+    defaults = {field.name: field.default for field in dataclasses.fields(args)}
+    for name, reason in REFUSED.items():
+        if name in defaults and getattr(args, name) != defaults[name]:
+            raise ValueError(f"args.{name}={getattr(args, name)!r}: needs {defaults[name]!r}: {reason}")
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError("args.fp16=True: needs a GPU, a CPU would compute in float32; use bf16=True")
+    for name, reason in OPTIONS_REFUSED.items():
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: needs None: {reason}")
+
+
+def check_router(model: nn.Module) -> None:
+    """Raises ValueError for a mixture of experts that asks for its router's auxiliary loss, which is no objective."""
+    lm = CausalLM.of(model)
+    if getattr(lm.config, "output_router_logits", False):
+        coefficient = getattr(lm.config, "router_aux_loss_coef", None)
+        raise ValueError(
+            f"{lm.name}: config.output_router_logits=True asks for an auxiliary loss of its router (coefficient "
+            f"{coefficient}), which no objective holds; set it to False in the model's configuration"
+        )

@@ -1,0 +1,54 @@
+"""The model of a trainer, which a training leaves as it was, but for its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from ..model.causal_lm import CausalLM
+
+PREPARED = ("forward", "_original_forward", "_is_accelerate_prepared")  # what accelerate sets, and takes back nowhere
+SWITCHES = (
+    *("training", "neftune_noise_alpha", "gradient_checkpointing", "_gradient_checkpointing_func"),
+    *("_require_grads_hook", "_require_grads_hooks"),
+)
+HOOKS = ("neftune_post_forward_hook", "make_inputs_require_grads")  # transformers' own, on the input embeddings
+
+
+@contextmanager
+def left_as_found(model: nn.Module) -> Iterator[None]:
+    """For a training or an evaluation of `model`: whatever ends it, all but the weights is then as it was before.
+
+    Train and eval modes, gradient checkpointing, noise on the embeddings, and what accelerate has put around `forward`.
+    Inside, what it has put there for another trainer is gone, so that it prepares the model as this one is set.
+    """
+    lm = CausalLM.of(model)
+    found = attributes(model, PREPARED)
+    switches = [(module, attributes(module, SWITCHES)) for module in model.modules()]
+    hooks: dict[int, Any] = lm.inner.get_input_embeddings()._forward_hooks
+    known = set(hooks)
+    if not lm.wrapped:  # DDP and the like would be put around once more
+        own = {"forward": found.get("_original_forward", found.get("forward"))}
+        restore(model, PREPARED, own if own["forward"] else {})
+    try:
+        yield
+    finally:
+        restore(model, PREPARED, found)
+        for module, values in switches:
+            restore(module, SWITCHES, values)
+        for key in [key for key, hook in hooks.items() if key not in known and hook.__name__ in HOOKS]:
+            del hooks[key]
+
+
+def attributes(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:
+    """Those of the module itself, not of its class."""
+    return {name: vars(module)[name] for name in names if name in vars(module)}
+
+
+def restore(module: nn.Module, names: tuple[str, ...], values: dict[str, Any]) -> None:
+    for name in names:
+        vars(module).pop(name, None)
+    vars(module).update(values)
