@@ -36,7 +36,6 @@ def extraction_likelihood(
     if not rows:
         raise ValueError("dataset: is empty, needs at least one row")
     lm = CausalLM.of(model)
-    lm.check_head()
     right = greedy_right(lm, rows, batch_size)
     starts = [len(row["input_ids"]) - len(known) for row, known in zip(rows, right, strict=True)]
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):

@@ -97,7 +97,6 @@ def teacher_forced(
             raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
     records: list[dict[str, float | int]] = [{} for _ in rows]
     lm = CausalLM.of(model)
-    lm.check_head()
     with eval_mode(lm.given), torch.no_grad():
         for batch in track(length_batches([len(row["labels"]) for row in rows], batch_size), "reading", progress):
             inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}

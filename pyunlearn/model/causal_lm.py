@@ -159,8 +159,9 @@ class CausalLM:
     def check_head(self) -> None:
         """Compares `read_head` with the logits the model itself makes for two tokens: a few ms, once a model.
 
-        Raises ValueError if they differ: the architecture does something to its logits that is not known here; and for
-        a model that is not causal: the logits of a token that change with the next one.
+        Raises ValueError if they differ: the architecture, or a head of a class of its own, does something to its
+        logits that is not known here; and for a model that is not causal: one whose logits of a token change with the
+        next token.
         """
         forward = getattr(self.inner.forward, "__func__", self.inner.forward)
         proof = (id(self.head_layer), id(forward), *logit_settings(self.config))
@@ -172,8 +173,7 @@ class CausalLM:
             with eval_mode(self.alone):
                 ids = torch.tensor([[0, 1], [0, 0]], device=self.device)
                 mask = torch.ones_like(ids)
-                output = self.alone(input_ids=ids, attention_mask=mask, use_cache=False).logits
-                logits = output.float()
+                logits = self.alone(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
         finally:
             hook.remove()
         if len(calls) != 1:
@@ -187,7 +187,7 @@ class CausalLM:
         tolerance = 1e-3 if torch.finfo(computed.dtype).bits >= 32 else 3e-2
         # A model that has diverged to NaN is not this function's business.
         scale = float(logits.nan_to_num(0, 0, 0).abs().max())
-        rounding = min(4 * torch.finfo(output.dtype).eps, 2**-9) * scale  # one token's way twice: not even that
+        rounding = min(4 * torch.finfo(computed.dtype).eps, 2**-9) * scale  # one token's way twice: not even that
         if not torch.allclose(logits[0, 0], logits[1, 0], 0, rounding, equal_nan=True):
             raise ValueError(
                 f"{self.name}: is not causal, its logits of a token change with the token after it; needs a model in "
