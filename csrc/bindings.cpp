@@ -198,6 +198,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  m.attr("outputs") = pu::cpu::output_count();
   m.attr("state_fields") = pu::cpu::state_fields();
   m.def("instruction_set", [] { return pu::cpu::lanes().name; });
   m.def("choose_instruction_set", &pu::cpu::choose_lanes, "name"_a);

@@ -75,6 +75,8 @@ template <class A> void backward_as(const Call& call) {
 
 }  // namespace
 
+int output_count() { return kOutputCount; }
+
 int64_t state_fields() { return sizeof(RowState<float>) / sizeof(float); }
 
 void accumulate(const Call& call) {

@@ -8,6 +8,7 @@ namespace pu::cpu {
 // outside [0, vocabulary).
 void accumulate(const Call&);
 int64_t state_fields();
+int output_count();  // of the bits of Call::outputs
 // Parts a row is best split into for its state. Here threads share a row by themselves.
 inline int64_t parts_of(int64_t, int64_t) { return 1; }
 

@@ -50,7 +50,8 @@ def linear_token_stats(
     """Statistics of the logits `hidden @ weight.T + bias` at `targets`, differentiable in hidden, weight and bias.
 
     Args:
-        hidden: (..., H) last hidden states. Rows whose target is `ignore_index` never reach the head.
+        hidden: (..., H) last hidden states. Rows whose target is `ignore_index` never reach the head (under
+            torch.compile and torch.func all do).
         weight: (V, H), the head; same dtype as hidden (autocast casts both). A frozen head costs no dW. Or a DTensor,
             see below.
         targets: (...) int64 or int32.
@@ -60,12 +61,12 @@ def linear_token_stats(
         ignore_index: as in `token_stats`. Finding the rows that count is a sync on a GPU, which their GEMMs outweigh;
             None: all count, and nothing waits.
         budget_bytes: logits (the reference's included) that may be held at once; default a quarter of the free memory
-            of the device, on a CPU without a graph 2 MiB, which its cache holds. Beyond it: slices of the vocabulary,
-            never narrower than 256 columns, recomputed in backward; always so with 0, which leaves a checkpoint around
-            this call nothing to save. With kl_pq, kl_qp, entropy or variance among the outputs the logits of bfloat16
-            and float16 are held in float32, twice the bytes, and on a CPU multiplied in float32: rounded, they
-            would spoil what is left of sums that cancel. Slicing moves the last bits: give a budget where they matter.
-            Under torch.compile and torch.func it is not looked at.
+            of the device, on a CPU without a graph or top k 2 MiB, which its cache holds. Beyond it: slices of the
+            vocabulary, never narrower than 256 columns, recomputed in backward; always so with 0, which leaves a
+            checkpoint around this call nothing to save. With kl_pq, kl_qp, entropy or variance among the outputs the
+            logits of bfloat16 and float16 are held in float32, twice the bytes, and on a CPU multiplied in float32:
+            rounded, they would spoil what is left of sums that cancel. Slicing moves the last bits: give a budget where
+            they matter. Under torch.compile and torch.func it is not looked at.
         adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
             x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
 
@@ -81,7 +82,8 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError, IndexError: as `token_stats`; the message names the argument.
-        RuntimeError: a second backward within the budget (the logits became their gradient; budget_bytes=0 allows it).
+        RuntimeError: a second backward within the budget of a fused backend (the logits became their gradient;
+            budget_bytes=0 allows it).
 
     >>> hidden, weight = torch.ones(3, 8), torch.zeros(5, 8, requires_grad=True)
     >>> linear_token_stats(hidden, weight, torch.tensor([0, 4, -100])).logp.exp()

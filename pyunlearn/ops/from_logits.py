@@ -37,7 +37,8 @@ def token_stats(
         outputs: names from `pyunlearn.ops.OUTPUTS`: logp, log_nll, entropy, variance, kl_pq, kl_qp, uniform_ce, lse,
             greedy, topk. `pyunlearn.ops.contract` has the formulas; all are in nats.
         reference: (..., V) logits of a frozen reference, for kl_pq and kl_qp, read in its own dtype; no gradient flows
-            into it. Where its dtype is not that of logits, the compiled backends make copies in the wider one.
+            into it. Where its dtype is not that of logits, "cpu" and "cuda" read copies of both in float32 (in
+            float64 for float64 logits).
         temperature, softcap: z = softcap * tanh(logits / softcap) / temperature, for the reference too.
         inplace_backward: backward writes d(logits) into the memory of `logits` (no second N V buffer). `logits` must
             not be used afterwards, and a second backward raises. Declined by the eager backend, under torch.compile and

@@ -13,8 +13,9 @@ noise and subtracting it again is not exact (float32: 1e-4 sigma after one cycle
 mode        what happens
 ==========  ==========================================================================================================
 overlay     w is only read; w + sigma z goes to a scratch (float32; float64 for float64) that the parameters' `.data`
-            points to inside the block. Nothing to restore. 4 more bytes a parameter. A bfloat16 model computes in
-            float32 inside: adding 1e-5 to bfloat16 weights would move one in eight of them.
+            points to inside the block. Nothing to restore. 4 more bytes a parameter (8 in float64; twice that where a
+            weight is not contiguous). A bfloat16 model computes in float32 inside: adding 1e-5 to bfloat16 weights
+            would move one in eight of them.
 streamed    overlay of one layer at a time, around its forward: the scratch is as large as the largest layer. Forward
             only, under no_grad. Noise is made anew in each forward. Outside its module's forward a parameter is empty.
 snap        float32 parameters that hold bfloat16 numbers (a checkpoint loaded in float32), in place, with no other

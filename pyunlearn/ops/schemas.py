@@ -95,9 +95,8 @@ token_stats.register_autograd(differentiate, setup_context=save)
 # ---- inner products: none has a gradient -----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("pyunlearn::segment_dot", mutates_args=(), device_types=DEVICES)
-def segment_dot(a: list[Tensor], b: list[Tensor], backend: str) -> Tensor:
-    return stacked_dots(a, b, backend)
+segment_dot = torch.library.custom_op("pyunlearn::segment_dot", stacked_dots, mutates_args=(), device_types=DEVICES)
+ghost_dot = torch.library.custom_op("pyunlearn::ghost_dot", dots_of, mutates_args=(), device_types=DEVICES)
 
 
 @segment_dot.register_fake
@@ -105,21 +104,6 @@ def _(a, b, backend):
     return a[0].new_empty((3, len(a)), dtype=torch.float64)
 
 
-@torch.library.custom_op("pyunlearn::ghost_dot", mutates_args=(), device_types=DEVICES)
-def ghost_dot(
-    u_left: Tensor,
-    u_right: Tensor,
-    u_ends: Tensor | None,
-    u_longest: int | None,
-    v_left: Tensor | None,
-    v_right: Tensor | None,
-    v_ends: Tensor | None,
-    v_longest: int | None,
-    backend: str,
-) -> Tensor:
-    return dots_of(u_left, u_right, u_ends, u_longest, v_left, v_right, v_ends, v_longest, backend)
-
-
 @ghost_dot.register_fake
-def _(u_left, u_right, u_ends, u_longest, v_left, v_right, v_ends, v_longest, backend):
+def _(u_left, u_right, u_ends, *rest):
     return u_right.new_empty(u_right.size(0) if u_ends is None else u_ends.numel() - 1, dtype=torch.float64)

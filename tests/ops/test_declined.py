@@ -98,7 +98,7 @@ def test_two_passes_for_fewer_rows_than_threads():
 
 
 def test_overlay_without_room(log, monkeypatch):
-    monkeypatch.setattr(modes, "free_bytes", lambda device: 0)
+    monkeypatch.setattr(modes, "free_bytes", lambda device: 0)  # the machine's memory, which no argument sets
     snappy, model = nn.Linear(3, 3, bias=False), nn.Linear(3, 3)
     snappy.weight.data.fill_(1.0)
     with torch.no_grad(), pu.perturbed(snappy) as it:

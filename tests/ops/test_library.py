@@ -96,6 +96,17 @@ def test_missing_native_module_falls_back_and_says_so(monkeypatch):
         pu.token_stats(logits, targets, backend="cpu")
 
 
+def test_a_module_of_other_sources_is_not_used():
+    """Its bits of outputs would be others: in a process of its own, before anything is imported."""
+    code = (
+        "import sys, types; sys.modules['pyunlearn._C'] = types.SimpleNamespace(outputs=9, cuda_archs='');"
+        "import pyunlearn, torch; stats = pyunlearn.token_stats(torch.zeros(1, 2), torch.zeros(1).long());"
+        "print(stats.declined['fused kernels'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("the native module was built from other sources; build it again")
+
+
 def test_backends_explain_themselves(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert backends.choose(None, cpu) == "cpu"

@@ -54,7 +54,7 @@ def test_half_precision_gradients_are_rounded_once(path, monkeypatch):
         tiles.append(d.shape)
         add(self, d, rows, columns)
 
-    monkeypatch.setattr(projection.Gradients, "add", watch)
+    monkeypatch.setattr(projection.Gradients, "add", watch)  # nothing public shows d(logits)
     ours = gradients(*problem(), **PATHS[path])
     assert len(tiles) == {"within": 1, "slices": 6}.get(path, 7)
     for name, gradient in ours.items():

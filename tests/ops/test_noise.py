@@ -16,7 +16,7 @@ from scipy import stats
 import pyunlearn as pu
 from pyunlearn import _C
 from pyunlearn.ops import noise
-from pyunlearn.ops.backends import eager, kernels, tables
+from pyunlearn.ops.backends import eager, kernels
 from pyunlearn.ops.noise import Noise, Piece, Plan, fill, parameter_id
 
 from .conftest import FUSED
@@ -154,19 +154,21 @@ def test_cuda_kernel(offset):
     assert float((z.cpu().double() - expected).abs().max()) < 2e-5
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 1000])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_chunks_and_threads_change_nothing(monkeypatch, backend, chunk, threads):
-    whole = pu.gaussian_noise(3001, seed=1, name="w", offset=2**34 - 1500, backend=backend)
-    monkeypatch.setattr(tables, "PERTURB_CHUNK", chunk)
-    monkeypatch.setattr(eager, "PERTURB_CHUNK", chunk)
-    before = torch.get_num_threads()
+def test_chunks_and_threads_change_nothing(backend, threads):
+    """Of more than a chunk, 2^15 elements (2^20 of the eager twin), and in pieces of any length."""
+    n = (1 << 20) + 1001 if backend == "eager" else (1 << 16) + 1001
+    whole = pu.gaussian_noise(n, seed=1, name="w", offset=2**34 - 1500, backend=backend)
+    before, parts, at = torch.get_num_threads(), [], 0
     try:
         torch.set_num_threads(threads)
-        assert torch.equal(pu.gaussian_noise(3001, seed=1, name="w", offset=2**34 - 1500, backend=backend), whole)
+        for length in (0, 1, 7, 64, 1000, 430, 1 << 15, n):
+            length = min(length, n - at)
+            parts.append(pu.gaussian_noise(length, seed=1, name="w", offset=2**34 - 1500 + at, backend=backend))
+            at += length
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(pu.gaussian_noise(77, seed=1, name="w", offset=2**34 + 3, backend=backend), whole[1503:1580])
+    assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

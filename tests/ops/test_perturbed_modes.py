@@ -130,7 +130,7 @@ def test_auto(monkeypatch):
     numbers, whole, half = make(bfloat16_numbers=True), make(), make(torch.bfloat16)
     assert [mode_of(model) for model in (numbers, whole, half)] == ["overlay"] * 3
     size = sum(p.numel() + -p.numel() % 16 for p in whole.parameters()) * 4
-    monkeypatch.setattr(modes, "free_bytes", lambda device: 2 * size)
+    monkeypatch.setattr(modes, "free_bytes", lambda device: 2 * size)  # the machine's memory, which no argument sets
     assert mode_of(whole) == "overlay"
     monkeypatch.setattr(modes, "free_bytes", lambda device: 2 * size - 1)
     assert [mode_of(model) for model in (numbers, whole, half)] == ["snap", "streamed", "streamed"]

@@ -71,10 +71,14 @@ def test_many_pairs_of_mixed_dtypes_and_sizes_at_once(backend):
     check(pairs, backend)
 
 
-def test_chunks(backend, monkeypatch):
-    """Segments of several chunks, of a whole number of them, empty ones in between and at the ends."""
-    monkeypatch.setattr(tables, "SEGMENT_CHUNK", 64)
-    check([(torch.randn(n), torch.randn(n).bfloat16()) for n in (0, 64, 63, 0, 0, 65, 128, 641, 20000, 0)], backend)
+def test_chunks(backend):
+    """Segments of several chunks of 65536, of a whole number of them, empty ones in between and at the ends; whole
+    numbers, whose sums are exact."""
+    sizes = (0, 65536, 65535, 0, 0, 65537, 131072, 200001, 0)
+    pairs = [(torch.randint(-99, 100, (n,)).float(), torch.randint(-99, 100, (n,)).bfloat16()) for n in sizes]
+    wide = [(a.long(), b.long()) for a, b in pairs]
+    sums = [[int(x.dot(y)) for x, y in ((a, b), (a, a), (b, b))] for a, b in wide]
+    assert dots(pairs, backend).t().tolist() == sums
 
 
 def test_near_orthogonal_bfloat16(backend):
@@ -136,9 +140,9 @@ def test_same_bits_on_every_run(backend):
     assert torch.equal(dots(pairs, backend), dots(pairs, backend))
 
 
-def test_same_bits_for_threads_and_instruction_sets(monkeypatch):
-    monkeypatch.setattr(tables, "SEGMENT_CHUNK", 1024)
-    pairs = [(torch.randn(n).to(a), torch.randn(n).to(b)) for n in (9000, 100, 5001) for a in DTYPES for b in DTYPES]
+def test_same_bits_for_threads_and_instruction_sets():
+    sizes = (3 * 65536 + 9, 100, 65537)  # of several chunks, of less than one
+    pairs = [(torch.randn(n).to(a), torch.randn(n).to(b)) for n in sizes for a in DTYPES for b in DTYPES]
     threads = torch.get_num_threads()
     expected = dots(pairs, "cpu")
     try:

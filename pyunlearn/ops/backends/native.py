@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..contract import SAVED, Options, TokenRule, statistics_dtype
+from ..contract import OUTPUTS, SAVED, Options, TokenRule, statistics_dtype
 from ..outer_sum import OuterSum
 from ..pieces import Noise, Piece
 from . import blocks, tables
@@ -24,6 +24,9 @@ try:
     from ... import _C
 except ImportError as error:
     unavailable = f"the native module did not load ({error}); build it with: pip install -e ."
+else:
+    if getattr(_C, "outputs", 0) != len(OUTPUTS):  # the bits of a call would ask for other ones
+        unavailable = "the native module was built from other sources; build it again with: pip install -e ."
 
 
 def capsule(tensor: Tensor | None) -> Any:
@@ -60,8 +63,8 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
 
 
 def _alike(logits: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The kernels read both in one dtype: where they differ, in float32 (in float64 where the logits are), never in the
-    narrower one. That costs a copy, N V elements, in forward and in backward."""
+    """The kernels read both in one dtype: where they differ, in the statistics', float32 (in float64 where the logits
+    are). That costs a copy, N V elements, in forward and in backward."""
     if reference is None or reference.dtype == logits.dtype:
         return logits, reference
     wide = statistics_dtype(logits)
