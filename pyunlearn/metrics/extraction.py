@@ -75,13 +75,10 @@ def write_from_errors(
     wanted = [(i, t) for i, known in enumerate(right) for t, good in enumerate(known) if not good]
     limits = [len(right[i]) - t for i, t in wanted]
     written: list[dict[int, list[int]]] = [{} for _ in rows]
-    context = lm.context_length
     for batch in length_batches(limits, batch_size):
         some, room = [wanted[j] for j in batch], limits[batch[0]]
         prompts = [rows[i]["input_ids"][: starts[i] + t].tolist() for i, t in some]
-        fits = context is None or max(map(len, prompts)) + room <= context  # else padding would cut texts short
-        size = batch_size if fits else 1
-        texts = greedy_tokens(lm, tokenizer, prompts, max_new_tokens=room, batch_size=size, progress=False)
+        texts = greedy_tokens(lm, tokenizer, prompts, max_new_tokens=room, batch_size=batch_size, progress=False)
         for (i, t), text in zip(some, texts, strict=True):
             written[i][t] = text[: len(right[i]) - t]
     return written
