@@ -197,4 +197,5 @@ def test_of_a_run_that_does_not_memorise(tiny_config, monkeypatch, checkpointing
     assert [row["step"] for row in result.rows] == [0, 1]
     assert [row["geffect"] for row in result.rows] == live
     passes, layers, models = 3, 2, 2  # metrics and a term
-    assert len(calls) == passes * layers * models * (2 if checkpointing else 1)  # the backward runs them again
+    proofs = layers * models  # of each model's head, once
+    assert len(calls) == proofs + passes * layers * models * (2 if checkpointing else 1)  # the backward runs them again
