@@ -43,8 +43,8 @@ class EpochSetter(TrainerCallback):
 class UnlearnTrainer(TermLosses, Trainer):
     """Trains on coefficient-weighted objectives over paired batches.
 
-    model: a transformers causal LM (peft included). args: TrainingArguments; remove_unused_columns and label_names are
-    set as this trainer needs them. train_dataset: a ForgetRetainDataset, or any data set whose `collate` gives
+    model: a transformers causal LM (peft included). args: TrainingArguments; remove_unused_columns is set as this
+    trainer needs it. train_dataset: a ForgetRetainDataset, or any data set whose `collate` gives
     {kind: batch} with batches of input_ids, attention_mask, labels (B, T) and index (B,).
     objectives: see `make_terms`. reference: what stands for the frozen reference: a ReferenceCache, {kind:
     ReferenceCache} when several kinds of sequence need one, a live model, or, for a model under peft,
@@ -83,7 +83,6 @@ class UnlearnTrainer(TermLosses, Trainer):
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         check_arguments(args, options)
         args.remove_unused_columns = False
-        args.label_names = list(self.needs)
         if args.n_gpu > 1:  # torch's DataParallel would split a pair; several GPUs are torchrun's business
             args._n_gpu = 1
         collate = train_dataset.collate if data_collator is None else data_collator
@@ -92,6 +91,7 @@ class UnlearnTrainer(TermLosses, Trainer):
         if use_cache is not None:
             model.config.use_cache = use_cache  # which generation from the model, and its saved configuration, go by
         self.model_accepts_loss_kwargs = True
+        self.label_names = list(self.needs)
         started: Any = self.model
         check_apart(self.references, started)
         check_rows(self.references, train_dataset, "train_dataset")
@@ -167,11 +167,11 @@ class UnlearnTrainer(TermLosses, Trainer):
         if self.is_in_train:
             yield
             return
-        model: Any = self.model
         try:
-            with left_as_found(model):
+            with left_as_found(self.model):
                 yield
         finally:
+            model: Any = self.model  # another one where train() has called model_init
             if self.is_in_train:  # ended by an exception
                 self.is_in_train = False
                 model.zero_grad()
