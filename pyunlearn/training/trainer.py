@@ -167,11 +167,12 @@ class UnlearnTrainer(TermLosses, Trainer):
         if self.is_in_train:
             yield
             return
+        model: Any = self.model
         try:
-            with left_as_found(self.model):
+            with left_as_found(model):
                 yield
         finally:
-            model: Any = self.model  # another one where train() has called model_init
+            model = self.model  # another one where train() has called model_init
             if self.is_in_train:  # ended by an exception
                 self.is_in_train = False
                 model.zero_grad()
