@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..distributed import local
-from .parameters import Weight, point
+from .parameters import Weight, changed, point
 
 
 class Guard:
@@ -23,7 +25,7 @@ class Guard:
         self.weights = weights
         weight_of = {id(p): weight for weight in weights for p in weight.parameters}
         self.places: list[tuple[nn.Module, str, nn.Parameter]] = []
-        self.hooks: list[Any] = []
+        self.hooks: list[Any] = [register_optimizer_step_post_hook(self.stepped)]
         refusal = Refusal()
         for module in model.modules():
             held = [(module, key, p) for key, p in module._parameters.items() if p is not None and id(p) in weight_of]
@@ -33,6 +35,11 @@ class Guard:
             # FSDP itself puts others in the places of sharded ones
             self.places += [place for place in held if not weight_of[id(place[2])].sharded]
         self.look()
+
+    def stepped(self, optimizer: Optimizer, *_: Any) -> None:
+        """Counts as a write: fused kernels change no version."""
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
+        changed([weight for weight in self.weights if any(id(p) in moved for p in weight.parameters)])
 
     def look(self) -> None:
         """From now on the parameters as they are count as untouched."""

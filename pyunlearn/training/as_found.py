@@ -39,8 +39,9 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         restore(model, PREPARED, found)
         for module, values in switches:
             restore(module, SWITCHES, values)
-        for key in [key for key, hook in hooks.items() if key not in known and hook.__name__ in HOOKS]:
-            del hooks[key]
+        for key in hooks.keys() - known:
+            if getattr(hooks[key], "__name__", None) in HOOKS:  # a callable object has none
+                del hooks[key]
 
 
 def attributes(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:

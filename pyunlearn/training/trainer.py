@@ -83,7 +83,6 @@ class UnlearnTrainer(TermLosses, Trainer):
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         check_arguments(args, options)
         args.remove_unused_columns = False
-        args.label_names = list(self.needs)
         if args.n_gpu > 1:  # torch's DataParallel would split a pair; several GPUs are torchrun's business
             args._n_gpu = 1
         collate = train_dataset.collate if data_collator is None else data_collator
@@ -92,6 +91,7 @@ class UnlearnTrainer(TermLosses, Trainer):
         if use_cache is not None:
             model.config.use_cache = use_cache  # which generation from the model, and its saved configuration, go by
         self.model_accepts_loss_kwargs = True
+        self.label_names = list(self.needs)
         started: Any = self.model
         check_apart(self.references, started)
         check_rows(self.references, train_dataset, "train_dataset")
@@ -172,6 +172,7 @@ class UnlearnTrainer(TermLosses, Trainer):
             with left_as_found(model):
                 yield
         finally:
+            model = self.model  # another one where train() has called model_init
             if self.is_in_train:  # ended by an exception
                 self.is_in_train = False
                 model.zero_grad()

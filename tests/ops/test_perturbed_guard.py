@@ -54,11 +54,11 @@ def test_save_pretrained_writes_nothing(mode, tmp_path):
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def step(model):
+def step(model, **options):
     weights = [p for p in model.parameters() if p.requires_grad]
     for p in weights:
         p.grad = torch.ones_like(p)
-    torch.optim.SGD(weights, lr=0.5).step()
+    torch.optim.SGD(weights, lr=0.5, **options).step()
     model.zero_grad()
 
 
@@ -100,7 +100,7 @@ CHANGES = {  # and the first parameter that is told of
     "replaced": (exchange, "'layers.0.linear.weight'"),
     "assigned": (assign, "'position'"),
 }
-WRITES = {"step": step, "edit": edit}
+WRITES = {"step": step, "fused step": partial(step, fused=True), "edit": edit}
 
 
 @pytest.mark.parametrize("what", CHANGES)
@@ -132,7 +132,7 @@ def test_a_conversion_is_told_and_undone(mode, what):
 def test_a_write_is_told_and_undone(mode, what):
     model = make(bfloat16_numbers=True)
     before = state(model)
-    untouched = {"layers.2.linear.weight"} if what == "step" else before.keys() - {"position"}
+    untouched = {"layers.2.linear.weight"} if "step" in what else before.keys() - {"position"}
     with pytest.raises(RuntimeError, match=f"perturbed: '.*{TOLD}"), pu.perturbed(model, sigma=1e-3, mode=mode):
         WRITES[what](model)
     if mode != "snap":

@@ -172,3 +172,29 @@ def test_what_was_set_before_stays_set(tiny):
 def test_half_precision_that_a_cpu_does_not_have_is_refused(tiny, arguments):
     with pytest.raises(ValueError, match=r"args\.fp16=True: needs a GPU"):
         trainer_of(tiny, arguments(fp16=True), tiny.model())
+
+
+def test_arguments_and_a_model_made_by_the_trainer_serve_again(tiny, arguments):
+    """`args` of one trainer make the next; with `model_init` every training starts anew, on the trainer's model."""
+    first = trainer_of(tiny, arguments(max_steps=1), None, model_init=lambda: tiny.model())
+    losses = []
+    for trainer in (first, first, trainer_of(tiny, first.args, tiny.model())):
+        losses.append(trainer.train().training_loss)
+        assert trainer.model_wrapped is trainer.model
+        assert trainer.evaluate(tiny.pairs())["eval_loss"] != losses[0]
+    assert losses[0] == losses[1] == losses[2]
+
+
+def test_hooks_of_callers_stay_whatever_they_are(tiny, arguments):
+    class Hook:
+        def __call__(self, *_):
+            return None
+
+    class Registers(TrainerCallback):
+        def on_train_begin(self, *_, model, **options):
+            model.get_input_embeddings().register_forward_hook(Hook())
+
+    model = tiny.model()
+    trainer_of(tiny, arguments(max_steps=1), model, callbacks=[Registers()]).train()
+    (hook,) = model.get_input_embeddings()._forward_hooks.values()
+    assert isinstance(hook, Hook)
