@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -143,17 +142,15 @@ class PromptFormat:
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in a template, rendered inside by this thread, that takes longer.
 
-    Without signals, so in any thread, and none is left running. One call into C is not broken off.
+    Without signals, so in any thread, and none is left running. It is looked at with each call and each piece of text,
+    not with each line, which would take longer than the template: loops are over ranges, which the sandbox keeps short,
+    or over what is in memory. One call into C is not broken off.
     """
     end, before = time.monotonic() + seconds, sys.gettrace()
-    templates = ("<template>", os.path.dirname(jinja2.__file__))  # others' lines are not worth their time
 
-    def trace(frame: FrameType, *_: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(templates):
-            return None
+    def trace(frame: FrameType, *_: Any) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"it has not ended after {seconds:g} seconds")
-        return trace
 
     sys.settrace(trace)
     try:
