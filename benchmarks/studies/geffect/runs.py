@@ -154,7 +154,7 @@ def memorised(base: RunConfig, work: Path) -> Path:
     own = {key: whole[key] for key in ("seed", "num_threads", "model", "data", "memorise")}
     config = RunConfig.model_validate({**own, "name": "start", "output": str(work / "start")})
     job = Job.start(config, None, "the same command")
-    job.folder.open(config, resume=True)
+    job.folder.open(config, resume=job.folder.marked)
     if not job.folder.memorised.is_dir():
         with job.interruptible():
             first_model(job)

@@ -55,7 +55,7 @@ def embedded(seed: int, work: Path) -> Start:
     """The embedded world of this seed, learnt by heart by a model of this seed (kept in `work`)."""
     config = RunConfig.model_validate({"seed": seed, "output": str(work / f"seed{seed}" / "run")})
     job = Job.start(config, None, "the same command")
-    job.folder.open(config, resume=True)
+    job.folder.open(config, resume=job.folder.marked)
     model, tokenizer, _ = first_model(job)
     data = job.data
     return Start(model.eval(), tokenizer, data.forget, data.retain, data.refusals, work / f"seed{seed}")
