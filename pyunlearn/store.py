@@ -51,10 +51,15 @@ class Damaged(ValueError):
         return f"{path}: is damaged ({why}); {remedy}"
 
 
+class OthersFolder(ValueError):
+    """A folder is another job's."""
+
+
 class Store:
     """See the module. owner: the identity of the one job that a folder belongs to, or None.
 
-    Raises ValueError that names the first difference if `place` belongs to another job, or holds other files.
+    Raises OthersFolder that names the first difference if `place` belongs to another job, ValueError if it holds other
+    files.
     """
 
     def __init__(self, place: str | Path | None, owner: Identity | None = None, what: str = "store"):
@@ -194,7 +199,7 @@ def own(folder: Path, owner: dict[str, Any], what: str) -> None:
             raise Damaged(manifest, why, f"delete the folder {folder} or choose another") from None
         if changed := differences(mark, owner):
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-            raise ValueError(
+            raise OthersFolder(
                 f"{what}: {folder} belongs to another job ({changed[0]}{more}); delete it or choose another folder"
             )
     elif others:

@@ -20,6 +20,7 @@ from ..metrics.teacher_forced import teacher_forced
 from ..mrd import LABELS, Labels, MRDResult, check_arguments, mrd, scored_rows
 from ..mrd.characteristics import text_characteristics
 from ..report.score import render_score_report, scored_part, self_checks
+from ..store import OthersFolder
 from .config import FilesConfig, RunConfig
 from .job import Job, first_model
 from .outputs import check_score_files, score_files
@@ -71,7 +72,12 @@ def score(
         job.processes.wait()
         rows = scored_rows(answers, labels)
         batches = [collate([row], answers.pad_token_id) for row in rows]
-        result = mrd(model, batches, state=drawn, progress=stage.progress, **options)
+        try:
+            result = mrd(model, batches, state=drawn, progress=stage.progress, **options)
+        except OthersFolder as error:
+            raise ValueError(
+                f"{out}: is of other scores, with draws of its own; choose --overwrite or --out FILE\n{error}"
+            ) from None
         result.diagnostics["labels"] = labels
         records = make_records(answers.items, result, teacher_forced(model, rows, progress=stage.progress))
         scored = ScoreResult(records, result.diagnostics, out, files["report"])

@@ -85,6 +85,8 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
 
     Raises ValueError for an empty list, an unknown name or a coefficient that is not finite; TypeError otherwise.
     """
+    if isinstance(objectives, str):
+        raise TypeError(f"objectives={objectives!r}: needs a list, [{objectives!r}]")
     if not objectives:
         raise ValueError("objectives is empty: needs at least one objective")
     terms: list[Term] = []

@@ -74,7 +74,8 @@ def test_whole_samples(scored, tmp_path, capsys):
     assert "scored tokens, questions and answers;" in result.report.read_text()
     assert "scored tokens of the answers;" in answers.report.read_text()
     assert f"gradient of {len(rows)} samples, questions and answers, hardest" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"all\.state belongs to another job \(data: "):
+    message = r"all\.jsonl: is of other scores.*--out FILE\n.*all\.state belongs to another job \(data: "
+    with pytest.raises(ValueError, match=message):
         score(config, out=tmp_path / "all.jsonl", **options)
     with pytest.raises(ValueError, match="labels='al': did you mean all"):
         score(config, labels="al")

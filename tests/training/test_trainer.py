@@ -349,6 +349,8 @@ def test_what_is_missing_is_named(tiny, arguments, caches):
         train(tiny, arguments(), [objectives.get("rmu", layer=3)])
     with pytest.raises(ValueError, match=r"objective='wgaa': did you mean wga or ga\?"):
         train(tiny, arguments(), ["wgaa"])
+    with pytest.raises(TypeError, match=r"objectives='wga': needs a list, \['wga'\]"):
+        train(tiny, arguments(), "wga")
     with pytest.raises(ValueError, match="objectives is empty"):
         train(tiny, arguments(), [])
     with pytest.raises(TypeError, match="got 3"):
