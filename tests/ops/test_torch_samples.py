@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="
 @pytest.fixture(scope="module")
 def samples_of():
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends, "disable_global_flags", lambda: None)  # for this process's other tests too
         if not importlib.util.find_spec("expecttest"):  # torch's test classes derive from it; none is used here
             patch.setitem(sys.modules, "expecttest", SimpleNamespace(TestCase=unittest.TestCase))
         return importlib.import_module("torch.testing._internal.common_methods_invocations")
