@@ -12,7 +12,7 @@ from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import greedy_generate, rouge_l_recall
 from pyunlearn.metrics.generation import common_length, greedy_tokens
 
-from ..model.zoo import ZOO, make
+from ..model.zoo import kinds, make
 
 TEXTS = ["the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs"]
 SUPPRESSED = list(range(8, 300))
@@ -69,11 +69,10 @@ def test_batches_equal_argmax_one_by_one(tokenizer, build):
     assert len(set(texts)) > 1
 
 
-@pytest.mark.parametrize(("dtype", "attention"), [(torch.float32, None), (torch.float64, "eager")], ids=str)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(
+    ("name", "dtype", "attention"), kinds((torch.float32, None), (torch.float64, "eager")), ids=str
+)
 def test_every_architecture_writes_in_a_batch_as_alone(tokenizer, name, dtype, attention):
-    if dtype == torch.float64 and name in ("mixtral", "qwen2_moe"):
-        pytest.skip("transformers multiplies experts in float32 at most")
     model = make(name, dtype, attention)
     model.generation_config.eos_token_id = None
     prompts = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]

@@ -73,6 +73,14 @@ ZOO: dict[str, Callable[[], tuple[type, Any]]] = {
 }
 
 
+FLOAT32_AT_MOST = ("mixtral", "qwen2_moe")  # torch multiplies grouped experts in nothing wider
+
+
+def kinds(*kinds: tuple[torch.dtype, str | None]) -> list[tuple[str, torch.dtype, str | None]]:
+    """(name, dtype, attention) of all that transformers can compute."""
+    return [(name, *kind) for name in ZOO for kind in kinds if kind[0] != torch.float64 or name not in FLOAT32_AT_MOST]
+
+
 def make(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
     """One of ZOO whose logits are far from uniform. attention: "eager" or "sdpa"; None: the model's own choice."""
     torch.manual_seed(0)
