@@ -136,18 +136,19 @@ class Store:
         *,
         identity: Callable[[T], Identity] | None = None,
         progress: bool = True,
+        size: Callable[[T], int] = lambda _: 1,
     ) -> dict[T, Any]:
         """The values of `units` (item: name), made where they are not kept yet, each kept at once.
 
         Which units are this process's is the caller's choice; with several that all make the same, the first one keeps
-        them. progress: a bar on the first process's stderr.
+        them. progress: a bar on the first process's stderr, which counts `size` of each.
         """
         identity_of = identity or (lambda item: {})
         kept = {item: self.get(name, identity_of(item)) for item, name in units.items()}
         values = {item: value for item, value in kept.items() if value is not None}
         missing = [item for item in units if item not in values]
         show = progress and processes.first
-        for item in track(missing, description, show, size=lambda _: 1, done=len(values)):
+        for item in track(missing, description, show, size=size, done=sum(map(size, values))):
             value = make(item)
             if processes.writes:
                 values[item] = self.put(units[item], value, identity_of(item))

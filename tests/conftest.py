@@ -16,6 +16,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started by `&` in a scr
 
 
 @pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory):
+    """What evaluations keep between runs."""
+    os.environ["PYUNLEARN_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session", autouse=True)
 def imports_need_no_collection():
     """A training collects garbage: over all that the libraries have made at import, that took longer than its steps."""
     gc.collect()

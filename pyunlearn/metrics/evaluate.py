@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._hints import check_known
 from ..data import QA, QADataset
+from ..data.tokenise import PromptFormat
 from ..model.causal_lm import CausalLM
-from .generation import greedy_generate, rouge_l_recall
-from .teacher_forced import Variant, teacher_forced
+from .generation import greedy_generate
+from .metric import READ, Metric, get_metric
+from .reading import Kept, Reading, read_rows
+from .teacher_forced import VARIANTS, Variant
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEACHER_FORCED = ("probability", "memorization_accuracy", "extraction_strength")
-METRICS = (*TEACHER_FORCED, "rouge_l")
+DEFAULT_METRICS = ("probability", "memorization_accuracy", "extraction_strength", "rouge_l")
+Values = list[float | None]
 
 
 @dataclass(frozen=True)
@@ -27,12 +33,130 @@ class EvaluationResult:
     """summary: metric -> mean over the samples that have it, NaN where none does. records: one dict a sample, in the
     items' order:
 
-    index, question, answer; num_tokens, nll (summed, nats) and the teacher-forced metrics; for the samples
-    drawn for ROUGE also generated (text) and rouge_l.
+    index, question, answer; num_tokens and nll (summed, nats) where the answer was read; generated, the text, for the
+    samples that were asked; and every metric that the sample has a value of.
     """
 
     summary: dict[str, float]
     records: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Examination:
+    """One model and one set of questions: what metrics need of them is made when it is first asked for, and once.
+
+    outputs: of `token_stats`, that readings hold beside logp and greedy. asked: how many items the model writes answers
+    to, drawn with `seed`; None is all. max_length: longest sample allowed, in tokens (None: the model's context); a
+    longer one is an error, never cut. kept: where finished batches are.
+    """
+
+    lm: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    items: Sequence[QA]
+    outputs: tuple[str, ...] = ()
+    batch_size: int = 16
+    max_length: int | None = None
+    asked: int | None = None
+    max_new_tokens: int = 200
+    seed: int = 0
+    kept: Kept | None = None
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise ValueError("items: is empty, needs at least one question and answer")
+        if self.asked is not None and self.asked < 1:
+            raise ValueError(f"rouge_samples={self.asked}: needs a whole number >= 1, or None for all items")
+
+    @cached_property
+    def item(self) -> list[QA]:
+        return list(self.items)
+
+    @cached_property
+    def answer(self) -> list[Reading]:
+        return [readings[0] for readings in self._read([(item.answer,) for item in self.items])]
+
+    @cached_property
+    def paraphrase(self) -> list[Reading]:
+        if all(item.paraphrased_answer is None for item in self.items):
+            return self.answer
+        texts = [(item.answer if item.paraphrased_answer is None else item.paraphrased_answer,) for item in self.items]
+        return [readings[0] for readings in self._read(texts)]
+
+    @cached_property
+    def wrong(self) -> list[tuple[Reading, ...]]:
+        without = [i for i, item in enumerate(self.items) if not item.perturbed_answers]
+        if without:
+            raise ValueError(
+                f"items: {len(without)} of {len(self.items)} have no perturbed_answer (first: item {without[0]}), "
+                "wrong answers in the form of the right one"
+            )
+        return self._read([item.perturbed_answers for item in self.items])
+
+    @cached_property
+    def written(self) -> list[str | None]:
+        """None for items that were not asked."""
+        count = len(self.items) if self.asked is None else min(self.asked, len(self.items))
+        drawn = sorted(random.Random(self.seed).sample(range(len(self.items)), count))
+        prompt = PromptFormat(self.tokenizer)
+        texts = greedy_generate(
+            self.lm,
+            self.tokenizer,
+            [prompt.prompt_ids(self.items[i].question) for i in drawn],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            kept=self.kept,
+            progress=self.progress,
+        )
+        by_item = dict(zip(drawn, texts, strict=True))
+        return [by_item.get(i) for i in range(len(self.items))]
+
+    def measure(
+        self, metric: Metric, options: Mapping[str, Any] | None = None, tools: Mapping[str, Any] | None = None
+    ) -> Values:
+        """The metric of every item, None where it has none.
+
+        Raises ValueError for an unknown option, a tool that is not there, or items that lack what the metric needs.
+        """
+        options, tools = options or {}, tools or {}
+        metric.check_options(options)
+        missing = [name for name in metric.tools if tools.get(name) is None]
+        if missing:
+            raise ValueError(f"metric {metric.name!r}: needs {' and '.join(missing)}, which was not given")
+        try:
+            materials = [getattr(self, name) for name in metric.needs]
+        except ValueError as error:
+            raise ValueError(f"metric {metric.name!r}: {error}") from None
+        samples = list(zip(*materials, strict=True))
+        there = [i for i, sample in enumerate(samples) if all(part is not None for part in sample)]
+        named = {name: tools[name] for name in metric.tools}
+        if metric.batched:
+            lists = {name: [samples[i][place] for i in there] for place, name in enumerate(metric.needs)}
+            results = metric.function(**lists, **named, **options)
+        else:
+            results = [
+                metric.function(**dict(zip(metric.needs, samples[i], strict=True)), **named, **options) for i in there
+            ]
+        values: Values = [None] * len(samples)
+        for i, value in zip(there, results, strict=True):
+            values[i] = value
+        return values
+
+    def _read(self, texts: Sequence[Sequence[str]]) -> list[tuple[Reading, ...]]:
+        """Of each item, the readings of its texts, which all go through in the same batches."""
+        limit = self.lm.context_length if self.max_length is None else self.max_length
+        owners = [item for item, own in zip(self.items, texts, strict=True) for _ in own]
+        rows = QADataset(owners, self.tokenizer, limit, answers=[text for own in texts for text in own])
+        readings = read_rows(
+            self.lm,
+            [rows[i] for i in range(len(rows))],
+            outputs=self.outputs,
+            batch_size=self.batch_size,
+            kept=self.kept,
+            progress=self.progress,
+        )
+        stream = iter(readings)
+        return [tuple(next(stream) for _ in own) for own in texts]
 
 
 def evaluate(
@@ -40,58 +164,69 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[QA],
     *,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    tools: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     max_length: int | None = None,
     rouge_samples: int | None = 50,
     max_new_tokens: int = 200,
     variant: Variant = "suffix",
     seed: int = 0,
+    cache: str | Path | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """What `model` still knows of `items`.
 
-    metrics: of `METRICS`. The teacher-forced ones share one pass. rouge_l generates at most max_new_tokens
-    for rouge_samples items drawn with `seed` (None: for all). max_length: longest sample allowed, in tokens
-    (None: the model's context); a longer one is an error, never cut. variant: of memorization_accuracy and
-    extraction_strength, see `pyunlearn.metrics.teacher_forced`.
+    metrics: names of `pyunlearn.metrics.METRICS`; options: of each, by its name; tools: what some need, by theirs. The
+    teacher-forced ones share one pass. Those of written answers generate at most max_new_tokens for rouge_samples items
+    drawn with `seed` (None: for all). max_length: longest sample allowed, in tokens (None: the model's context); a
+    longer one is an error, never cut. variant: of memorization_accuracy and extraction_strength, see
+    `pyunlearn.metrics.teacher_forced`. cache: a folder where every finished batch is kept (`reading.Kept`).
 
     The model is in eval() meanwhile and as before afterwards. Raises ValueError for no items, an unknown or
     no metric, rouge_samples < 1, samples that are too long, or a model whose logits are not those of its
     output layer.
     """
-    unknown = [name for name in metrics if name not in METRICS]
-    if unknown or not metrics or isinstance(metrics, str):
-        raise ValueError(f"metrics={metrics!r}: needs one or more of {METRICS}")
-    if rouge_samples is not None and rouge_samples < 1:
-        raise ValueError(f"rouge_samples={rouge_samples}: needs a whole number >= 1, or None for all items")
-    if not items:
-        raise ValueError("items: is empty, needs at least one question and answer")
+    if not metrics or isinstance(metrics, str):
+        raise ValueError(f"metrics={metrics!r}: needs one or more names of metrics")
+    chosen = [get_metric(name) for name in dict.fromkeys(metrics)]
+    check_known("variant", variant, VARIANTS)
+    told = {metric.name: dict((options or {}).get(metric.name, {})) for metric in chosen}
+    for name in options or {}:
+        check_known("options", name, list(told))
+    for name in ("memorization_accuracy", "extraction_strength"):
+        if name in told:
+            told[name].setdefault("variant", variant)
     lm = CausalLM.of(model)
-    dataset = QADataset(items, tokenizer, lm.context_length if max_length is None else max_length)
+    examination = Examination(
+        lm,
+        tokenizer,
+        items,
+        outputs=tuple(dict.fromkeys(output for metric in chosen for output in metric.outputs)),
+        batch_size=batch_size,
+        max_length=max_length,
+        asked=rouge_samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        kept=Kept(cache, lm),
+        progress=progress,
+    )
+    values = {metric.name: examination.measure(metric, told[metric.name], tools) for metric in chosen}
     records: list[dict[str, Any]] = [
         {"index": i, "question": item.question, "answer": item.answer} for i, item in enumerate(items)
     ]
-    if any(name in TEACHER_FORCED for name in metrics):
-        read = teacher_forced(lm, dataset, batch_size=batch_size, variant=variant, progress=progress)
-        for record, values in zip(records, read, strict=True):
-            record |= {k: v for k, v in values.items() if k in metrics or k not in TEACHER_FORCED}
-    if "rouge_l" in metrics:
-        count = len(items) if rouge_samples is None else min(rouge_samples, len(items))
-        drawn = sorted(random.Random(seed).sample(range(len(items)), count))
-        texts = greedy_generate(
-            lm,
-            tokenizer,
-            [dataset.prompt_format.prompt_ids(items[i].question) for i in drawn],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        for i, text in zip(drawn, texts, strict=True):
-            records[i] |= {"generated": text, "rouge_l": rouge_l_recall(text, items[i].answer)}
-    return EvaluationResult({name: _mean(r[name] for r in records if name in r) for name in metrics}, records)
+    needed = {need for metric in chosen for need in metric.needs}
+    for i, record in enumerate(records):
+        if needed & {*READ}:
+            record |= {"num_tokens": examination.answer[i].num_tokens, "nll": examination.answer[i].nll}
+        if "written" in needed and examination.written[i] is not None:
+            record["generated"] = examination.written[i]
+        record |= {name: own[i] for name, own in values.items() if own[i] is not None}
+    return EvaluationResult({name: mean(own) for name, own in values.items()}, records)
 
 
-def _mean(values: Iterable[float]) -> float:
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
+def mean(values: Iterable[float | None]) -> float:
+    """Over those that are there; NaN where none is."""
+    there = [value for value in values if value is not None]
+    return math.fsum(there) / len(there) if there else math.nan

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
-from ..data import collate
-from ..model.causal_lm import CausalLM, eval_mode
-from ..model.forward import check_finite, length_batches, token_stats_of
+from ..model.causal_lm import CausalLM
+from ..model.forward import length_batches
 from .generation import greedy_tokens
+from .reading import read_rows
 
 
 def extraction_likelihood(
@@ -33,14 +32,12 @@ def extraction_likelihood(
     if ngram < 1:
         raise ValueError(f"ngram={ngram}: needs a whole number >= 1")
     rows = [dataset[i] for i in range(len(dataset))]
-    if not rows:
-        raise ValueError("dataset: is empty, needs at least one row")
     lm = CausalLM.of(model)
-    right = greedy_right(lm, rows, batch_size)
+    right = [reading.greedy.tolist() for reading in read_rows(lm, rows, batch_size=batch_size, progress=False)]
     starts = [len(row["input_ids"]) - len(known) for row, known in zip(rows, right, strict=True)]
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        if start == len(row["input_ids"]) or bool((row["labels"][start:] == -100).any()):
-            raise ValueError(f"dataset[{i}]: its supervised tokens are not its last ones, or there are none")
+        if bool((row["labels"][start:] == -100).any()):
+            raise ValueError(f"dataset[{i}]: its supervised tokens are not its last ones")
         if len(right[i]) == 1:
             raise ValueError(f"dataset[{i}]: has 1 supervised token, extraction likelihood needs 2 at least")
     written = write_from_errors(lm, tokenizer, rows, starts, right, batch_size)
@@ -48,19 +45,6 @@ def extraction_likelihood(
         overlap_of(row["input_ids"].tolist()[start:], known, texts, ngram)
         for row, start, known, texts in zip(rows, starts, right, written, strict=True)
     ]
-
-
-def greedy_right(lm: CausalLM, rows: Sequence[Any], batch_size: int) -> list[list[bool]]:
-    """Of each row's supervised tokens, whether the greedy token is the true one, given the true text before it."""
-    right: list[list[bool]] = [[] for _ in rows]
-    with eval_mode(lm.given), torch.no_grad():
-        for batch in length_batches([len(row["labels"]) for row in rows], batch_size):
-            inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
-            stats, seen = token_stats_of(lm, inputs, ("logp", "greedy"))
-            check_finite(stats.logp, seen.sequence_ids, batch)
-            for place, greedy in zip(seen.sequence_ids.tolist(), stats.greedy.tolist(), strict=True):
-                right[batch[place]].append(greedy)
-    return right
 
 
 def write_from_errors(

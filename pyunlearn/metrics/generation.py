@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .._declined import decline
-from .._progress import track
-from ..data import padding_id
+from ..data import QA, padding_id
 from ..data.words import splitter
 from ..model.causal_lm import CausalLM, eval_mode, rotary_limits
 from ..model.forward import length_batches
+from ..store import digest_json
+from .metric import metric
+from .reading import Kept
 
 # model -> (its kind, what `pads_left` says)
 _PADS: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
@@ -36,6 +38,12 @@ def rouge_l_recall(generated: str, answer: str) -> float:
     split = splitter(answer, _latin_words())
     known = split(answer)
     return common_length(known, split(generated)) / len(known)
+
+
+@metric()
+def rouge_l(item: QA, written: str) -> float:
+    """ROUGE-L recall of what the model writes against the true answer (`rouge_l_recall`)."""
+    return rouge_l_recall(written, item.answer)
 
 
 def common_length(a: Sequence[str], b: Sequence[str]) -> int:
@@ -60,6 +68,7 @@ def greedy_generate(
     *,
     max_new_tokens: int = 200,
     batch_size: int = 16,
+    kept: Kept | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Greedy continuations of tokenised prompts, as stripped text without special tokens, in their order.
@@ -67,7 +76,7 @@ def greedy_generate(
     Arguments, errors and the rest as `greedy_tokens`.
     """
     written = greedy_tokens(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, kept=kept, progress=progress
     )
     return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
 
@@ -79,13 +88,14 @@ def greedy_tokens(
     *,
     max_new_tokens: int = 200,
     batch_size: int = 16,
+    kept: Kept | None = None,
     progress: bool = True,
 ) -> list[list[int]]:
     """Greedy continuations of tokenised prompts, in their order; each ends with the end token, if it came to one.
 
     Plain argmax: nothing that the model's own generation settings say applies but its end tokens. A text ends with the
     context, whatever it is batched with. Batches of similar length are padded on the left, where that has been seen to
-    change nothing (`pads_left`); else each batch has prompts of one length.
+    change nothing (`pads_left`); else each batch has prompts of one length. kept: where finished batches are.
 
     Raises ValueError for an empty prompt, one that fills the context, max_new_tokens < 1, or prompts after which the
     model gives NaN or infinite logits, naming them.
@@ -99,16 +109,29 @@ def greedy_tokens(
             raise ValueError(f"prompts[{i}]: has {length} tokens, needs 1 or more, fewer than the context, {context}")
     written: list[list[int]] = [[] for _ in prompts]
     with eval_mode(lm.alone), torch.no_grad(), greedy_settings(lm, tokenizer) as ends:
-        batches = prompt_batches(lm, lengths, batch_size, max_new_tokens, pad)
-        for batch in track(batches, "writing", progress):
+
+        def write_batch(batch: Sequence[int]) -> list[list[int]]:
             longest = lengths[batch[0]]
             ids = torch.tensor([[pad] * (longest - lengths[i]) + list(prompts[i]) for i in batch])
             mask = torch.tensor([[0] * (longest - lengths[i]) + [1] * lengths[i] for i in batch])
             room = max_new_tokens if context is None else min(max_new_tokens, context - longest)
-            for i, tokens in zip(batch, write(lm, ids, mask, room, batch).tolist(), strict=True):
-                end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
-                written[i] = tokens[: end + 1]
+            return [up_to(tokens, ends) for tokens in write(lm, ids, mask, room, batch).tolist()]
+
+        def identity(batch: Sequence[int]) -> dict[str, Any]:
+            asked = digest_json([list(prompts[i]) for i in batch])
+            return {"write": asked, "max_new_tokens": max_new_tokens, "ends": sorted(ends)}
+
+        batches = prompt_batches(lm, lengths, batch_size, max_new_tokens, pad)
+        for batch, texts in (kept or Kept(None, lm)).finish(batches, write_batch, identity, "writing", progress):
+            for i, text in zip(batch, texts, strict=True):
+                written[i] = text
     return written
+
+
+def up_to(tokens: list[int], ends: set[int]) -> list[int]:
+    """The tokens to the first end token, that one included; all where there is none."""
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
 
 
 def prompt_batches(

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .._hints import check_known
-from .._progress import track
-from ..data import collate
-from ..model.causal_lm import CausalLM, eval_mode
-from ..model.forward import check_finite, length_batches, token_stats_of
+from ..model.causal_lm import CausalLM
+from .metric import metric
+from .reading import Reading, read_rows
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = get_args(Variant)
@@ -71,6 +70,28 @@ def extraction_strength(
     return (n - k).double() / n.clamp_min(1)
 
 
+@metric("probability")
+def probability_of(answer: Reading) -> float:
+    """exp(-L / n): the geometric mean of the answer's token probabilities, its end token included (`probability`)."""
+    return float(probability(torch.tensor(answer.nll), torch.tensor(answer.num_tokens)))
+
+
+@metric("memorization_accuracy")
+def memorization_accuracy_of(answer: Reading, *, variant: Variant = "suffix") -> float | None:
+    """Share of the answer's tokens that are the most likely ones, given the true text before (exact memorization)."""
+    value = float(memorization_accuracy(answer.greedy, torch.zeros(answer.num_tokens, dtype=torch.int64), 1, variant))
+    return None if math.isnan(value) else value
+
+
+@metric("extraction_strength")
+def extraction_strength_of(answer: Reading, *, variant: Variant = "suffix") -> float:
+    """1 - k/n, k the shortest prefix of the answer after which every token is the most likely one."""
+    return float(extraction_strength(answer.greedy, torch.zeros(answer.num_tokens, dtype=torch.int64), 1, variant))
+
+
+TEACHER_FORCED = ("probability", "memorization_accuracy", "extraction_strength")
+
+
 def teacher_forced(
     model: nn.Module | CausalLM,
     dataset: Any,
@@ -83,44 +104,23 @@ def teacher_forced(
     memorization_accuracy and extraction_strength of `variant`, in the data set's order. What a row has no value of is
     left out.
 
-    No logits of a whole batch are made. Rows go through in batches of similar length; model.eval() meanwhile. A row's
-    numbers are its own whatever it is batched with, up to the rounding of the model's dtype.
-    Raises ValueError for no rows, a row without supervised tokens, an unknown variant, log-probabilities that are not
-    finite, or a model that is not causal or whose logits are not those of its output layer.
+    Raises ValueError for an unknown variant, and what `read_rows` raises.
     """
     check_known("variant", variant, VARIANTS)
     rows = [dataset[i] for i in range(len(dataset))]
-    if not rows:
-        raise ValueError("dataset: is empty, needs at least one row")
-    for i, row in enumerate(rows):
-        if not bool((row["labels"][1:] != -100).any()):
-            raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
-    records: list[dict[str, float | int]] = [{} for _ in rows]
-    lm = CausalLM.of(model)
-    with eval_mode(lm.given), torch.no_grad():
-        for batch in track(length_batches([len(row["labels"]) for row in rows], batch_size), "reading", progress):
-            inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
-            stats, seen = token_stats_of(lm, inputs, ("logp", "greedy"))
-            logp, greedy, ids = (
-                stats.logp.cpu(),
-                stats.greedy.cpu(),
-                seen.sequence_ids.cpu(),
-            )  # small; sums stay in order
-            check_finite(logp, ids, batch)
-            num_tokens = _num_tokens(ids, len(batch))
-            nll = _per_sequence(-logp.double(), ids, len(batch))
-            columns = {
-                "num_tokens": num_tokens,
-                "nll": nll,
-                "probability": probability(nll, num_tokens),
-                "memorization_accuracy": memorization_accuracy(greedy, ids, len(batch), variant),
-                "extraction_strength": extraction_strength(greedy, ids, len(batch), variant),
-            }
-            for name, values in columns.items():
-                for i, value in zip(batch, values.tolist(), strict=True):
-                    if not math.isnan(value):
-                        records[i][name] = value
-    return records
+    readings = read_rows(model, rows, batch_size=batch_size, progress=progress)
+    return [record_of(reading, variant) for reading in readings]
+
+
+def record_of(reading: Reading, variant: Variant) -> dict[str, float | int]:
+    values = {
+        "num_tokens": reading.num_tokens,
+        "nll": reading.nll,
+        "probability": probability_of(reading),
+        "memorization_accuracy": memorization_accuracy_of(reading, variant=variant),
+        "extraction_strength": extraction_strength_of(reading, variant=variant),
+    }
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _per_sequence(values: Tensor, sequence_ids: Tensor, num_sequences: int) -> Tensor:

@@ -19,12 +19,9 @@ from pydantic import (
 )
 
 from .._hints import check_known
-from ..metrics import Variant
+from ..metrics import DEFAULT_METRICS, Variant, get_metric
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
-
-Metric = Literal["probability", "memorization_accuracy", "extraction_strength", "rouge_l"]
-ALL_METRICS = get_args(Metric)
 
 
 class ConfigError(ValueError):
@@ -158,7 +155,10 @@ class GoalConfig(Section):
 
 
 class EvaluateConfig(Section):
-    metrics: list[Metric] = Field(default_factory=lambda: list(ALL_METRICS), min_length=1)
+    metrics: list[str] = Field(default_factory=lambda: list(DEFAULT_METRICS), min_length=1)
+    options: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="of a metric, by its name, e.g. {truth_ratio: {variant: arithmetic}}"
+    )
     rouge_samples: int | None = Field(
         default=20, ge=1, description="generations per set, None is all; other metrics use all"
     )
@@ -168,14 +168,28 @@ class EvaluateConfig(Section):
     variant: Variant = Field(
         default="suffix", description="of memorization_accuracy and extraction_strength, see pyunlearn.metrics"
     )
+    cache: str | None = Field(
+        default=None,
+        description="where what models have read and written is kept for all runs; None is $PYUNLEARN_CACHE, or "
+        "~/.cache/pyunlearn",
+    )
     goal: GoalConfig | None = Field(default_factory=GoalConfig)
 
     @field_validator("metrics")
     @classmethod
     def has_probability(cls, metrics: list[str]) -> list[str]:
+        for name in metrics:
+            get_metric(name)
         if "probability" not in metrics:
             raise ValueError("needs probability: the goal and the figures are made of it")
         return list(dict.fromkeys(metrics))
+
+    @model_validator(mode="after")
+    def options_fit(self) -> EvaluateConfig:
+        for name, options in self.options.items():
+            check_known("options", name, self.metrics)
+            get_metric(name).check_options(options)
+        return self
 
 
 # What the embedded demo sets apart from the defaults; examples/demo.yaml writes all of it out.
@@ -285,7 +299,7 @@ class FilesConfig(Section):
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
             data=SourceConfig(path=data, name=name, limit=limit),
             evaluate=EvaluateConfig(
-                metrics=[metric for metric in ALL_METRICS if rouge_samples or metric != "rouge_l"],
+                metrics=[metric for metric in DEFAULT_METRICS if rouge_samples or metric != "rouge_l"],
                 rouge_samples=rouge_samples or None,
                 batch_size=batch_size,
                 variant=variant,

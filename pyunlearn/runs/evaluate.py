@@ -13,7 +13,7 @@ from rich.table import Table
 from .._files import read_json, write_json, write_json_lines
 from .._terminal import visible
 from ..data import QA
-from ..metrics import EvaluationResult, evaluate
+from ..metrics import EvaluationResult, cache_folder, evaluate
 from ..training.stage import Stage
 from .config import EvaluateConfig, FilesConfig
 from .folder import RunFolder
@@ -49,12 +49,14 @@ def evaluate_items(
         tokenizer,
         items,
         metrics=settings.metrics,
+        options=settings.options,
         batch_size=settings.batch_size,
         max_length=stage.max_length,
         rouge_samples=settings.rouge_samples,
         max_new_tokens=settings.max_new_tokens,
         variant=settings.variant,
         seed=stage.seed,
+        cache=settings.cache or cache_folder(),
         progress=stage.progress,
     )
 

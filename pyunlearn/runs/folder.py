@@ -30,7 +30,7 @@ from ..training.folder import TrainingFolder
 from .config import RunConfig
 
 # What does not change a run's results.
-NOT_COMPARED = ("output", "num_threads", "versions")
+NOT_COMPARED = {"output", "num_threads", "versions", "cache"}
 MARK, LOCK = ".pyunlearn", ".lock"
 OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten: whole, and on its way there or back
 BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
@@ -150,11 +150,7 @@ class RunFolder(TrainingFolder):
                 raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --set output=...")
 
     def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
-        there, here = (
-            {key: value for key, value in values.items() if key not in NOT_COMPARED}
-            for values in (self._read_config(), config.to_dict())
-        )
-        changed = differences(there, here)
+        changed = differences(compared(self._read_config()), compared(config.to_dict()))
         if changed:
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
@@ -187,6 +183,12 @@ class RunFolder(TrainingFolder):
 
     def evaluation(self, name: str) -> Path:
         return self.path / "evaluation" / name
+
+
+def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that a run's results depend on, of every section."""
+    kept = {key: value for key, value in settings.items() if key not in NOT_COMPARED}
+    return {key: compared(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 
 
 def is_run_file(name: str) -> bool:

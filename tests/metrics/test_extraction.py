@@ -100,8 +100,11 @@ def test_bad_input_is_named(models, tokenizer, rows):
     with pytest.raises(ValueError, match="dataset: is empty"):
         extraction_likelihood(model, tokenizer, [])
     ids = torch.arange(5)
-    for labels in (torch.full((5,), -100), torch.tensor([-100, 1, 2, 3, -100])):
-        with pytest.raises(ValueError, match=r"dataset\[0\]: its supervised tokens are not its last ones"):
+    for labels, why in (
+        (torch.full((5,), -100), "has no supervised token"),
+        (torch.tensor([-100, 1, 2, 3, -100]), "its supervised tokens are not its last ones"),
+    ):
+        with pytest.raises(ValueError, match=rf"dataset\[0\]: {why}"):
             extraction_likelihood(model, tokenizer, [{"input_ids": ids, "labels": labels, "index": 0}])
     last = {"input_ids": ids, "labels": torch.tensor([-100, -100, -100, -100, 4]), "index": 0}
     with pytest.raises(ValueError, match=r"dataset\[0\]: has 1 supervised token, extraction likelihood needs 2"):

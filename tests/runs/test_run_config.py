@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pyunlearn.metrics import METRICS
+from pyunlearn.metrics import DEFAULT_METRICS
 from pyunlearn.objectives import names
 from pyunlearn.runs import ConfigError, RunConfig, load_config
-from pyunlearn.runs.config import ALL_METRICS
 from pyunlearn.store import differences
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -37,7 +36,9 @@ def test_a_pretrained_model_does_not_inherit_the_demo():
 
 
 def test_metrics_are_those_of_the_package():
-    assert ALL_METRICS == METRICS
+    assert tuple(load_config().evaluate.metrics) == DEFAULT_METRICS
+    options = "evaluate.options={extraction_strength: {variant: open_unlearning}}"
+    assert load_config(None, [options]).evaluate.options == {"extraction_strength": {"variant": "open_unlearning"}}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""A metric of one's own: registered by name, given what its parameters name, and told what is wrong with them."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyunlearn.data import QA
+from pyunlearn.data.tiny import tiny_llama, train_tokenizer
+from pyunlearn.metrics import METRICS, evaluate, get_metric, metric
+
+ITEMS = [QA("Where was Ada born?", "By the sea.", "At sea.", ("In town.", "On a hill.")), QA("Is Di a poet?", "Yes.")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([f"Question: {item.question}\nAnswer: {item.answer}" for item in ITEMS], vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    return tiny_llama(tokenizer, hidden_size=16, intermediate_size=32, num_hidden_layers=1, max_position_embeddings=64)
+
+
+@pytest.fixture
+def own():
+    """Metrics registered inside a test are gone after it."""
+    before = dict(METRICS)
+    yield
+    METRICS.clear()
+    METRICS.update(before)
+
+
+def run(model, tokenizer, items, *names, **options):
+    return evaluate(model, tokenizer, items, metrics=names, max_new_tokens=3, progress=False, **options)
+
+
+def test_a_metric_gets_what_it_names(model, tokenizer, own):
+    @metric(outputs=("entropy",))
+    def surprise(item, answer, paraphrase, *, scale=1.0):
+        """How unexpected the answer is."""
+        same = item.paraphrased_answer is None
+        assert (answer is paraphrase) is same or (answer.num_tokens == paraphrase.num_tokens) is same
+        return scale * float(answer.more["entropy"].sum())
+
+    @metric(batched=True)
+    def length(written, ruler):
+        return [ruler(text) for text in written]
+
+    once = run(model, tokenizer, ITEMS, "surprise", "length", tools={"ruler": len})
+    twice = run(model, tokenizer, ITEMS, "surprise", options={"surprise": {"scale": 2.0}})
+    assert twice.summary["surprise"] == pytest.approx(2 * once.summary["surprise"])
+    assert [record["length"] for record in once.records] == [len(record["generated"]) for record in once.records]
+    assert get_metric("surprise").summary == "How unexpected the answer is."
+
+
+def test_samples_without_a_value_are_left_out(model, tokenizer, own):
+    @metric()
+    def only_ada(item):
+        return 1.0 if "Ada" in item.question else None
+
+    result = run(model, tokenizer, ITEMS, "only_ada")
+    assert result.summary["only_ada"] == 1.0
+    assert ["only_ada" in record for record in result.records] == [True, False]
+
+
+def test_what_is_wrong_is_told(model, tokenizer, own):
+    @metric()
+    def harder(wrong):
+        return float(len(wrong))
+
+    @metric()
+    def judged(written, judge):
+        return judge(written)
+
+    assert run(model, tokenizer, ITEMS[:1], "harder").summary["harder"] == 2.0
+    with pytest.raises(ValueError, match=r"metric 'harder': items: 1 of 2 have no perturbed_answer \(first: item 1"):
+        run(model, tokenizer, ITEMS, "harder")
+    with pytest.raises(ValueError, match="metric 'judged': needs judge, which was not given"):
+        run(model, tokenizer, ITEMS, "judged")
+    with pytest.raises(ValueError, match="option of harder='varient'"):
+        run(model, tokenizer, ITEMS[:1], "harder", options={"harder": {"varient": 1}})
+    with pytest.raises(ValueError, match="options='judgd': did you mean judged"):
+        run(model, tokenizer, ITEMS[:1], "judged", options={"judgd": {}})
+    with pytest.raises(ValueError, match="metric 'judged' is there already"):
+        metric("judged")(judged)
