@@ -27,7 +27,7 @@ demo: $(VENV)/built
 	@echo; echo "The command pyunlearn is in $(VENV)/bin: source $(VENV)/bin/activate"
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 PYUNLEARN_SMOLLM2_GGUF="$(abspath $(wildcard $(MODEL)))" $(VENV)/bin/python -m pytest -n $(JOBS) $(PYTEST)
+	OMP_NUM_THREADS=1 PYUNLEARN_SMOLLM2_GGUF="$(abspath $(wildcard $(MODEL)))" $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .

@@ -16,7 +16,7 @@ def visible(text: object) -> str:
     >>> visible("\x1b[2Jbold")
     '\\x1b[2Jbold'
     """
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
+    return CONTROL.sub(lambda control: control[0].encode("unicode_escape").decode(), str(text))
 
 
 def shown(text: object) -> str:

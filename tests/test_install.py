@@ -34,6 +34,29 @@ assert native.cuda_reason == "switched off at build time (PYUNLEARN_CUDA=off)"
 print(folder)
 """
 
+# Unoptimised, and what is the same after preprocessing is compiled once: what is tested is the way there, not the code.
+COMPILER = """#!{python} -IS
+import hashlib, os, pathlib, shutil, subprocess, sys
+words = sys.argv[1:]
+headers = [folder for word, folder in zip(words, words[1:]) if word == "-isystem"]  # elsewhere in each isolated build
+command = ["c++", *words, *(f"-fmacro-prefix-map={folder}=" for folder in headers), "-O0"]
+if "-c" not in command:
+    sys.exit(subprocess.call(command))
+place = command.index("-o")
+target, to_text = command[place + 1], command[:place] + command[place + 2 :] + ["-E", "-P"]
+done = subprocess.run(to_text, stdout=subprocess.PIPE)
+if done.returncode:
+    sys.exit(done.returncode)
+flags = [word for word in words if word.startswith(("-f", "-m", "-std", "-W"))]
+name = hashlib.sha256(done.stdout + repr(flags).encode()).hexdigest()
+compiled = pathlib.Path(__file__).with_name(name + ".o")
+if not compiled.exists():
+    if code := subprocess.call(command):
+        sys.exit(code)
+    shutil.copyfile(target, compiled)
+shutil.copyfile(compiled, target)
+"""
+
 
 def call(*command: str | Path, folder: Path, **environment: str) -> str:
     """The command's standard output; what it said where it failed."""
@@ -62,12 +85,9 @@ def requirements(tmp_path_factory) -> Path:
 class Environment:
     """A virtual environment of its own, without even pip."""
 
-    def __init__(self, folder: Path, requirements: Path):
+    def __init__(self, folder: Path, requirements: Path, compiler: Path):
         venv.create(folder / "venv", symlinks=True)
         self.folder, self.python = folder, folder / "venv/bin/python"
-        compiler = folder / "c++"  # what is tested is the way there, not the speed of the code
-        compiler.write_text('#!/bin/sh\nexec c++ "$@" -O0\n')
-        compiler.chmod(0o755)
         self.environment = {
             "CXX": str(compiler),
             "PIP_FIND_LINKS": str(requirements),
@@ -90,9 +110,17 @@ class Environment:
         return folder
 
 
+@pytest.fixture(scope="module")
+def compiler(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("compiler") / "c++"
+    path.write_text(COMPILER.replace("{python}", sys.executable))
+    path.chmod(0o755)
+    return path
+
+
 @pytest.fixture
-def environment(tmp_path, requirements) -> Environment:
-    return Environment(tmp_path, requirements)
+def environment(tmp_path, requirements, compiler) -> Environment:
+    return Environment(tmp_path, requirements, compiler)
 
 
 @pytest.fixture

@@ -68,8 +68,8 @@ class PromptFormat:
         turn = {"role": "user", "content": question.strip()}
         prompt = self._render([turn], add_generation_prompt=True)
         conversation = self._render([turn, {"role": "assistant", "content": PROBE}])
-        before, found, _ = conversation.rpartition(PROBE)
-        return before if found and not conversation.startswith(prompt) else prompt
+        before, probe, _ = conversation.rpartition(PROBE)
+        return before if probe and not conversation.startswith(prompt) else prompt
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of the prompt, opening tokens included: what generation starts from."""

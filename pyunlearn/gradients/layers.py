@@ -87,7 +87,7 @@ def check_gain(module: Any, x: Tensor, output: Tensor) -> None:
         # its own: of no other sample, of no other input
         own = affine(module, x, module.weight, 0 if bias is None else bias)
         pairs.append((own, output))
-        if all(alike(found.to(output.dtype), expected.to(output.dtype)) for found, expected in pairs):
+        if all(alike(actual.to(output.dtype), expected.to(output.dtype)) for actual, expected in pairs):
             return
     raise TypeError(
         f"{type(module).__name__}: its output is not affine in its gain along the last axis, sample by sample, so no "
@@ -95,11 +95,11 @@ def check_gain(module: Any, x: Tensor, output: Tensor) -> None:
     )
 
 
-def alike(found: Tensor, expected: Tensor) -> bool:
+def alike(actual: Tensor, expected: Tensor) -> bool:
     """Equal but for rounding."""
     eps = max(torch.finfo(dtype).eps for dtype in (expected.dtype, torch.float32))  # transformers' are float32 inside
     tolerance = 16 * eps * float(expected.abs().nan_to_num(0, 0, 0).max())
-    return found.shape == expected.shape and torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
+    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=0, atol=tolerance, equal_nan=True)
 
 
 def by_position(x: Tensor, num_samples: int) -> Tensor:

@@ -122,9 +122,9 @@ def check_weights(source: str, info: Mapping[str, Any]) -> None:
             f"model {source!r}: its files lack {some(absent)}, which would be random; needs all its weights"
         )
     if others := sorted(info["mismatched_keys"]):
-        name, found, needed = others[0]
+        name, shape, needed = others[0]
         raise ValueError(
-            f"model {source!r}: {name} has shape {tuple(found)} in its files, config.json needs {tuple(needed)}"
+            f"model {source!r}: {name} has shape {tuple(shape)} in its files, config.json needs {tuple(needed)}"
             + (f", and {len(others) - 1} more differ" if len(others) > 1 else "")
         )
     if unused := sorted(info["unexpected_keys"]):

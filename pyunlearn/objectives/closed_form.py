@@ -64,7 +64,7 @@ def check_gradient(
     with on_the_side():
         values, ref_logp = trial_values(variant)
         direction = torch.arange(1.0, 1.0 + len(LOGP), dtype=torch.float64)
-        found = differentiate(lambda x: loss_of(name, preset, variant, options, x, ref_logp), values, direction)
+        gradient = differentiate(lambda x: loss_of(name, preset, variant, options, x, ref_logp), values, direction)
         try:
             rule = variant.token_rule(options)
         except Exception as error:
@@ -74,12 +74,12 @@ def check_gradient(
         floor = sigmoid_floor(ref_logp, rule.beta, options.get("epsilon", 0.0)) if needs_reference else None
         wrong = rule != TokenRule() and (not is_logp or (rule.beta > 0 and floor is None))
         factor = rule(values, floor) if is_logp and not wrong else torch.ones_like(values)
-        told = direction * (variant.slope or 0.0) * factor
-    if wrong or not torch.allclose(told, found, rtol=1e-6, atol=1e-12):
+        claimed = direction * (variant.slope or 0.0) * factor
+    if wrong or not torch.allclose(claimed, gradient, rtol=1e-6, atol=1e-12):
         raise ValueError(
             f"{name}, preset={preset!r}: slope={variant.slope} and rule={rule} need to be "
-            f"d(loss of a token)/d({statistic}), for {dict(options)}: {(found / direction).tolist()} where it is "
-            f"differentiated, got {(told / direction).tolist()}"
+            f"d(loss of a token)/d({statistic}), for {dict(options)}: {(gradient / direction).tolist()} where it is "
+            f"differentiated, got {(claimed / direction).tolist()}"
         )
 
 

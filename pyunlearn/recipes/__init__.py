@@ -30,7 +30,7 @@ class Recipe(NamedTuple):
 @cache
 def names() -> tuple[str, ...]:
     """Every recipe, in alphabetical order."""
-    return tuple(sorted(found[1] for file in files(__name__).iterdir() if (found := FILE.fullmatch(file.name))))
+    return tuple(sorted(match[1] for file in files(__name__).iterdir() if (match := FILE.fullmatch(file.name))))
 
 
 def read(name: str) -> Recipe:

@@ -37,10 +37,10 @@ def model_fingerprints(source: ModelConfig) -> dict[str, str]:
     """Of a model's and its tokenizer's files; the name of what is none here (embedded, or on the Hub)."""
     name, gguf = source.name_or_path, source.gguf_file
     files = matching(Path(name), MODEL) if gguf is None else [Path(gguf) if name == EMBEDDED else Path(name) / gguf]
-    found = {"model": digest_files(files) or f"{name} {gguf}"}
+    fingerprints = {"model": digest_files(files) or f"{name} {gguf}"}
     if source.tokenizer is not None:
-        found["model.tokenizer"] = digest_files(matching(Path(source.tokenizer), TOKENIZER)) or source.tokenizer
-    return found
+        fingerprints["model.tokenizer"] = digest_files(matching(Path(source.tokenizer), TOKENIZER)) or source.tokenizer
+    return fingerprints
 
 
 def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:

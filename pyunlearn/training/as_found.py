@@ -26,17 +26,17 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
     Inside, what it has put there for another trainer is gone, so that it prepares the model as this one is set.
     """
     lm = CausalLM.of(model)
-    found = attributes(model, PREPARED)
+    prepared = attributes(model, PREPARED)
     switches = [(module, attributes(module, SWITCHES)) for module in model.modules()]
     hooks: dict[int, Any] = lm.inner.get_input_embeddings()._forward_hooks
     known = set(hooks)
     if not lm.wrapped:  # DDP and the like would be put around once more
-        own = {"forward": found.get("_original_forward", found.get("forward"))}
+        own = {"forward": prepared.get("_original_forward", prepared.get("forward"))}
         restore(model, PREPARED, own if own["forward"] else {})
     try:
         yield
     finally:
-        restore(model, PREPARED, found)
+        restore(model, PREPARED, prepared)
         for module, values in switches:
             restore(module, SWITCHES, values)
         for key in hooks.keys() - known:

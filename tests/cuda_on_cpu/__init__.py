@@ -7,6 +7,8 @@ import importlib.util
 import os
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -43,20 +45,9 @@ def build(target: Path) -> None:
     includes = [f"-I{HERE}/include", f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
     if os.uname().machine == "x86_64":
         includes.append("-mf16c")
-    objects = []
-    for source in sources:
-        objects.append(str(BUILD / f"{source.stem}{source.suffix}.o"))
-        command = [
-            "g++",
-            *FLAGS,
-            *(f"-D{name}" for name in NAMES),
-            *includes,
-            "-x",
-            "c++",
-            "-c",
-            str(source),
-            "-o",
-            objects[-1],
-        ]
-        subprocess.run(command, check=True)
+    objects = [str(BUILD / f"{source.stem}{source.suffix}.o") for source in sources]
+    compiler = ["g++", *FLAGS, *(f"-D{name}" for name in NAMES), *includes, "-x", "c++"]
+    commands = [[*compiler, "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(partial(subprocess.run, check=True), commands))
     subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-o", str(target)], check=True)

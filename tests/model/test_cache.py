@@ -20,21 +20,6 @@ from .small import H, V, build, make, make_rows, spoil
 ROUNDING = {"atol": 2e-6, "rtol": 1e-6}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return make_rows()
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "reference.safetensors"
-
-
 def test_same_batches_give_the_same_bits(model, path):
     rows = make_rows([8] * 6)
     cache = build(model, rows, path, kl=True, batch_size=3)

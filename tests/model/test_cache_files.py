@@ -18,21 +18,6 @@ from pyunlearn.store import Damaged, digest_tensors, header_of
 from .small import H, V, build, make, make_rows
 
 
-@pytest.fixture(scope="module")
-def model():
-    return make()
-
-
-@pytest.fixture(scope="module")
-def rows():
-    return make_rows()
-
-
-@pytest.fixture
-def path(tmp_path):
-    return tmp_path / "reference.safetensors"
-
-
 def test_a_matching_file_is_reused(model, rows, path, monkeypatch):
     build(model, rows, path, kl=True)
     monkeypatch.setattr(caches, "_fill", lambda *args: pytest.fail("it was built again"))

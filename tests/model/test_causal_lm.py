@@ -17,7 +17,7 @@ from pyunlearn.data.tiny import tiny_llama
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import token_stats_of
 
-from .test_forward import SIZES, Adapter, Doubled, batch, make  # noqa: F401 (batch is a fixture)
+from .test_forward import SIZES, Adapter, Doubled, make
 from .zoo import ZOO
 from .zoo import make as make_of_zoo
 
@@ -75,7 +75,7 @@ def test_wrappers_are_seen_through(names):
     assert CausalLM.of(lm) is lm
 
 
-def test_a_wrapper_that_passes_attributes_on(batch):  # noqa: F811
+def test_a_wrapper_that_passes_attributes_on(batch):
     model = make("llama")
     lm = CausalLM.of(Adapter(model))
     assert lm.blocks is model.model.layers

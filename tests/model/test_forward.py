@@ -17,22 +17,7 @@ from pyunlearn.model import head
 from pyunlearn.model.causal_lm import CausalLM, eval_mode
 from pyunlearn.model.forward import length_batches, select_positions, supervised_hidden, token_stats_of
 
-from .variants import MODELS, SIZES, LoraLinear, V, make, make_batch
-
-
-@pytest.fixture(scope="module", params=sorted(MODELS))
-def model(request):
-    return make(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return make("llama")
-
-
-@pytest.fixture
-def batch():
-    return make_batch()
+from .variants import SIZES, LoraLinear, V, make
 
 
 def plain(model, batch, positions="supervised"):
@@ -44,10 +29,10 @@ def plain(model, batch, positions="supervised"):
 
 
 @pytest.mark.parametrize("positions", ["supervised", "real"])
-def test_statistics_equal_the_models_own_logits(model, batch, positions):
+def test_statistics_equal_the_models_own_logits(variant, batch, positions):
     with torch.no_grad():
-        stats, found = token_stats_of(model, batch, ("logp", "entropy", "greedy"), positions=positions)
-        expected, targets = plain(model, batch, positions)
+        stats, found = token_stats_of(variant, batch, ("logp", "entropy", "greedy"), positions=positions)
+        expected, targets = plain(variant, batch, positions)
     assert len(targets) == (5 + 3 + 2 if positions == "supervised" else 8 + 5 + 3)
     torch.testing.assert_close(stats.logp, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(stats.entropy, -(expected.exp() * expected).sum(-1), atol=1e-5, rtol=1e-5)
@@ -58,9 +43,9 @@ def test_statistics_equal_the_models_own_logits(model, batch, positions):
     assert found.sequence_ids.tolist() == [i for i, n in enumerate(lengths) for _ in range(n)]
 
 
-def test_gradients_of_every_parameter_equal_the_plain_path(model, batch):
+def test_gradients_of_every_parameter_equal_the_plain_path(variant, batch):
     weights = torch.randn(10, generator=torch.Generator().manual_seed(2))
-    ours, theirs = copy.deepcopy(model), copy.deepcopy(model)
+    ours, theirs = copy.deepcopy(variant), copy.deepcopy(variant)
     stats, _ = token_stats_of(ours, batch, ("logp", "entropy"))
     (weights * stats.logp + stats.entropy).sum().backward()
     logp, targets = plain(theirs, batch)
@@ -71,14 +56,14 @@ def test_gradients_of_every_parameter_equal_the_plain_path(model, batch):
         torch.testing.assert_close(a.grad, b.grad, atol=2e-5, rtol=2e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_kl_to_a_live_reference(model, batch):
-    reference = copy.deepcopy(model)
+def test_kl_to_a_live_reference(variant, batch):
+    reference = copy.deepcopy(variant)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
         pair = supervised_hidden(reference, batch).hidden, CausalLM.of(reference).read_head()
-        stats, _ = token_stats_of(model, batch, ("kl_pq", "kl_qp"), reference=pair)
-        p, q = plain(model, batch)[0], plain(reference, batch)[0]
+        stats, _ = token_stats_of(variant, batch, ("kl_pq", "kl_qp"), reference=pair)
+        p, q = plain(variant, batch)[0], plain(reference, batch)[0]
     assert stats.kl_pq.min() > 1e-4
     torch.testing.assert_close(stats.kl_pq, (p.exp() * (p - q)).sum(-1), atol=2e-5, rtol=1e-3)
     torch.testing.assert_close(stats.kl_qp, (q.exp() * (q - p)).sum(-1), atol=2e-5, rtol=1e-3)

@@ -12,42 +12,27 @@ from pyunlearn.model import forward
 from pyunlearn.model.forward import layer_number, select_positions, supervised_hidden
 from pyunlearn.objectives.definition import DEPTHS
 
-from .variants import MODELS, SIZES, make, make_batch
-
-
-@pytest.fixture(scope="module", params=sorted(MODELS))
-def model(request):
-    return make(request.param)
-
-
-@pytest.fixture(scope="module")
-def llama():
-    return make("llama")
-
-
-@pytest.fixture
-def batch():
-    return make_batch()
+from .variants import SIZES, make
 
 
 class TestLayers:
     """Hidden states of single layers, against all of them from output_hidden_states."""
 
     @pytest.mark.parametrize("positions", ["supervised", "real"])
-    def test_states_and_gradients(self, model, batch, positions):
-        model.zero_grad()
+    def test_states_and_gradients(self, variant, batch, positions):
+        variant.zero_grad()
         rows = select_positions(batch, positions)[0]
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
-        states = model(**inputs, output_hidden_states=True).hidden_states
+        states = variant(**inputs, output_hidden_states=True).hidden_states
         want = {layer: states[number].flatten(0, 1)[rows] for layer, number in ((1, 1), (2, 2), ("deep", 2), (-1, 2))}
-        found = supervised_hidden(model, batch, positions, layers=want)
+        found = supervised_hidden(variant, batch, positions, layers=want)
         assert list(found.layers) == list(want)
         for layer in want:
             torch.testing.assert_close(found.layers[layer], want[layer])
-        torch.testing.assert_close(found.hidden, supervised_hidden(model, batch, positions).hidden)
-        for early in (supervised_hidden(model, batch, positions, layers=[1], through_head=False), found):
+        torch.testing.assert_close(found.hidden, supervised_hidden(variant, batch, positions).hidden)
+        for early in (supervised_hidden(variant, batch, positions, layers=[1], through_head=False), found):
             ours, theirs = early.layers[1].square().sum(), want[1].square().sum()
-            parameters = list(model.parameters())
+            parameters = list(variant.parameters())
             options = {"allow_unused": True, "retain_graph": True}
             mine, other = (torch.autograd.grad(loss, parameters, **options) for loss in (ours, theirs))
             assert any(gradient is not None for gradient in mine)

@@ -10,7 +10,7 @@ from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden, token_stats_of
 from pyunlearn.ops import projection
 
-from .test_forward import batch, make, plain  # noqa: F401 (batch is a fixture)
+from .test_forward import make, plain
 
 
 def adapted(name="llama", **options):
@@ -39,7 +39,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", ["llama", "phi_bias", "gemma2_softcap"])
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
-def test_values_and_gradients_equal_pefts_own_forward(name, options, batch):  # noqa: F811
+def test_values_and_gradients_equal_pefts_own_forward(name, options, batch):
     ours = adapted(name, **options)
     theirs = copy.deepcopy(ours)
     weights = torch.randn(10, generator=torch.Generator().manual_seed(2))
@@ -61,7 +61,7 @@ def test_values_and_gradients_equal_pefts_own_forward(name, options, batch):  # 
     CausalLM.of(adapted(name, **options).bfloat16()).check_head()
 
 
-def test_the_frozen_weight_costs_no_gradient(batch, monkeypatch):  # noqa: F811
+def test_the_frozen_weight_costs_no_gradient(batch, monkeypatch):
     """Of d(logits) only products with H and r columns are made: none is as large as the head."""
     shapes, product = [], projection.product
     monkeypatch.setattr(
@@ -71,7 +71,7 @@ def test_the_frozen_weight_costs_no_gradient(batch, monkeypatch):  # noqa: F811
     assert sorted(map(tuple, shapes)) == [(10, 4), (10, 32), (61, 4)]
 
 
-def test_adapters_in_float32_over_a_half_precision_model(batch):  # noqa: F811
+def test_adapters_in_float32_over_a_half_precision_model(batch):
     """peft keeps adapters in float32; the head's GEMMs run in the model's dtype."""
     model = peft.get_peft_model(make("llama").bfloat16(), peft.LoraConfig(target_modules=["lm_head"], r=4))
     move(model)
@@ -90,7 +90,7 @@ def test_adapters_in_float32_over_a_half_precision_model(batch):  # noqa: F811
             assert torch.nn.functional.cosine_similarity(ours.grad.flatten(), theirs.grad.flatten(), 0) > 0.999
 
 
-def test_the_head_follows_what_peft_has_switched(batch):  # noqa: F811
+def test_the_head_follows_what_peft_has_switched(batch):
     model = adapted()
     model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["lm_head"]))
     model.base_model.set_adapter(["default", "second"])
@@ -117,7 +117,7 @@ def test_the_head_follows_what_peft_has_switched(batch):  # noqa: F811
     torch.testing.assert_close(expected["merged"], expected["one"], atol=1e-4, rtol=1e-4)
 
 
-def test_a_switched_off_copy_is_the_original(batch):  # noqa: F811
+def test_a_switched_off_copy_is_the_original(batch):
     model = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"])
     wrapper = model.get_output_embeddings()
     assert CausalLM.of(model).read_head().weight is wrapper.modules_to_save["default"].weight
@@ -125,7 +125,7 @@ def test_a_switched_off_copy_is_the_original(batch):  # noqa: F811
         assert CausalLM.of(model).read_head().weight is wrapper.original_module.weight
 
 
-def test_dropout_belongs_to_training(batch):  # noqa: F811
+def test_dropout_belongs_to_training(batch):
     model = adapted(target_modules=["lm_head"], lora_dropout=0.5)
     with torch.no_grad():
         assert torch.equal(token_stats_of(model, batch)[0].logp, token_stats_of(model, batch)[0].logp)
@@ -133,7 +133,7 @@ def test_dropout_belongs_to_training(batch):  # noqa: F811
         assert not torch.equal(token_stats_of(model, batch)[0].logp, token_stats_of(model, batch)[0].logp)
 
 
-def test_a_reference_under_lora(batch):  # noqa: F811
+def test_a_reference_under_lora(batch):
     model, reference = make("llama"), adapted()
     with torch.no_grad():
         pair = supervised_hidden(reference, batch).hidden, CausalLM.of(reference).read_head()
@@ -143,7 +143,7 @@ def test_a_reference_under_lora(batch):  # noqa: F811
     torch.testing.assert_close(stats.kl_qp, (q.exp() * (q - p)).sum(-1), atol=2e-5, rtol=1e-3)
 
 
-def test_merged_is_what_peft_merges(batch):  # noqa: F811
+def test_merged_is_what_peft_merges(batch):
     model = adapted()
     head = CausalLM.of(model).read_head().merged()
     assert head.lora == ()
