@@ -1,5 +1,6 @@
 """evaluate() as a whole on a model that has learnt two answers by heart, and its records on disk."""
 
+import copy
 import json
 import math
 
@@ -145,6 +146,15 @@ def test_variant(model, tokenizer):
 def test_bad_arguments(model, tokenizer, items, options, message):
     with pytest.raises(ValueError, match=message):
         run(model, tokenizer, items, **options)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_model_that_diverged_has_not_forgotten(model, tokenizer, metric):
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"non-finite log-probabilities|are NaN or infinite"):
+        run(broken, tokenizer, metrics=[metric])
 
 
 def test_records_as_json_lines(model, tokenizer, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -111,6 +112,15 @@ def test_rows_near_the_context_are_not_cut_short(tokenizer, world):
     )
     scores = extraction_likelihood(model, tokenizer, rows, ngram=1, batch_size=64)
     assert scores == pytest.approx([by_definition(row, continuations(model, row), 1) for row in rows], abs=1e-12)
+
+
+def test_a_model_that_diverged_has_not_forgotten(models, tokenizer, rows):
+    """Greedy tokens of NaN would be token 0 everywhere, and the overlap 0."""
+    model = copy.deepcopy(models(150))
+    with torch.no_grad():
+        model.model.norm.weight[0] = torch.nan
+    with pytest.raises(ValueError, match=r"non-finite log-probabilities among rows \[0, 1"):
+        extraction_likelihood(model, tokenizer, rows)
 
 
 def test_bad_input_is_named(models, tokenizer, rows):

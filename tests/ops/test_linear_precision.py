@@ -267,20 +267,33 @@ def test_bad_input(change, error, message):
         pu.linear_token_stats(**{**ARGUMENTS, **change})
 
 
+def nearby(hidden, weight):
+    """A reference 5 % away: KL is a difference of logits that all but agree."""
+    return hidden, weight, ((hidden.float() + 0.05 * torch.randn(hidden.shape)).bfloat16(), weight)
+
+
+def near_uniform(hidden, weight):
+    """Logits of 5 +- 0.02, in bfloat16 0.03 apart at least: the gradient of entropy is made of their differences."""
+    hidden[:, 0], weight[:, 1:], weight[:, 0] = 1.0, 0.02 * weight[:, 1:], 5.0
+    return hidden, weight, None
+
+
 @pytest.mark.parametrize("budget", [None, 0])
 @pytest.mark.parametrize("backend", ["cpu", "eager"])
-def test_the_kl_of_nearby_models_in_bfloat16_has_the_gradient_of_float32(backend, budget):
+@pytest.mark.parametrize(("output", "numbers"), [("kl_pq", nearby), ("kl_qp", nearby), ("entropy", near_uniform)])
+def test_what_cancels_has_the_gradient_of_float32_in_bfloat16(output, numbers, backend, budget):
     """As far from float32's on the same numbers as rounding that one to bfloat16 takes it (0.17 %), and 0.1 % more."""
-    hidden, weight = torch.randn(128, 512).bfloat16(), (torch.randn(8000, 512) / 512**0.5).bfloat16()
-    reference, targets = (hidden.float() + 0.05 * torch.randn(128, 512)).bfloat16(), torch.zeros(128).long()
+    hidden, weight = torch.randn(32, 512).bfloat16(), (torch.randn(2000, 512) / 512**0.5).bfloat16()
+    hidden, weight, reference = numbers(hidden, weight)
+    targets = torch.zeros(32).long()
 
     def gradients(dtype):
         x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
-        kept = (reference.to(dtype), weight.to(dtype))
+        kept = None if reference is None else tuple(t.to(dtype) for t in reference)
         stats = pu.linear_token_stats(
-            x, w, targets, outputs="kl_pq", reference=kept, budget_bytes=budget, backend=backend
+            x, w, targets, outputs=output, reference=kept, budget_bytes=budget, backend=backend
         )
-        return torch.autograd.grad(stats.kl_pq.sum(), (x, w))
+        return torch.autograd.grad(getattr(stats, output).sum(), (x, w))
 
     for mine, whole in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
         rounding = (whole.bfloat16().float() - whole).norm()
