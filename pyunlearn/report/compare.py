@@ -14,7 +14,7 @@ import matplotlib
 from markupsafe import Markup
 from scipy.stats import t as student
 
-from .figures import STYLE, new_figure, render, to_svg
+from .figures import STYLE, new_figure, render, to_panels
 
 # told apart by shape and dash first, by hue second
 MARKERS = "osD^vPX*"
@@ -133,7 +133,7 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.set(xlabel="forgotten: 1 - probability of forget answers", ylabel=f"kept: probability of {utility} answers")
     axes.legend(fontsize=8, frameon=False, loc="lower left")
-    return to_svg(figure, "Forgetting against utility of every run")
+    return to_panels(figure, "Forgetting against utility of every run")
 
 
 def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
