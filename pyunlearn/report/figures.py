@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
-from markupsafe import Markup
+from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"forget": "#c2410c", "retain": "#0f766e"}
+# told apart by lightness, dash and marker too: hue alone is lost on some eyes, printers and screens
+COLOURS = {"forget": "#c2410c", "retain": "#134e4a"}
+DASHES = {"forget": "-", "retain": "--"}
+MARKERS = {"forget": "o", "retain": "s"}
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -50,17 +54,42 @@ def new_figure(rows: int, columns: int, height: float = 2.3) -> Figure:
     return figure
 
 
+def to_panels(figure: Figure, name: str) -> Markup:
+    """Every axes of the figure as an <svg> of its own, for a page to lay out: side by side, or below each other.
+
+    name: what each shows, read out before its title; ids are unique to it.
+    """
+    figure.draw_without_rendering()  # lays it out, for good
+    figure.set_layout_engine("none")
+    every = list(figure.axes)
+    panels = []
+    for i, axes in enumerate(every):
+        for other in every:
+            other.set_visible(other is axes)
+        box = axes.get_tightbbox()
+        assert box is not None
+        inches = box.transformed(figure.dpi_scale_trans.inverted()).padded(0.05)
+        title = axes.get_title()
+        panels.append(svg_of(figure, f"{name}-{i}", f"{name}: {title}" if title else name, bbox_inches=inches))
+    return Markup('<div class="panels">') + Markup("").join(panels) + Markup("</div>")
+
+
 def to_svg(figure: Figure, name: str) -> Markup:
-    """The figure as an <svg> element that takes the width of its box. Element ids are unique to `name`."""
+    """The whole figure as an <svg> element that takes the width of its box. Element ids are unique to `name`."""
+    return svg_of(figure, name, name)
+
+
+def svg_of(figure: Figure, salt: str, label: str, **options: Any) -> Markup:
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, **options)
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :]
     head, rest = svg.split(">", 1)
     attributes = [part for part in head.split() if not part.startswith(("width=", "height="))]
-    width = round(105 * figure.get_figwidth())
-    return Markup(" ".join(attributes) + f' role="img" aria-label="{name}" style="max-width: {width}px">' + rest)
+    width = float(re.search(r'width="([\d.]+)pt"', head)[1])  # type: ignore[index]
+    box = f'role="img" aria-label="{escape(label)}" style="max-width: {round(105 / 72 * width)}px"'
+    return Markup(f"{' '.join(attributes)} {box}>{rest}")
 
 
 def as_file(svg: str) -> str:

@@ -11,11 +11,12 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .figures import COLOURS, STYLE, new_figure, render, to_svg
+from .figures import COLOURS, DASHES, STYLE, new_figure, render, to_panels
 
 Rows = Sequence[Mapping[str, Any]]  # {"step", "geffect": what `Probe.measure` gives, "probe_seconds", "step_seconds"}
 TITLES = {"unlearn": "unlearning G-effect", "retain": "retaining G-effect"}
 METRIC_COLOURS = {"unlearn": COLOURS["forget"], "retain": COLOURS["retain"]}
+DASH_OF = {COLOURS[name]: dash for name, dash in DASHES.items()}
 # the paper's groups, or any others in their order
 PALETTE = ("#64748b", "#1d4ed8", "#0ea5e9", "#7c3aed", "#ca8a04", "#be185d", "#15803d")
 SCALES = (1.0, 10.0, 100.0)
@@ -40,7 +41,7 @@ def section(rows: Rows) -> dict[str, Any] | None:
         "cost": cost(rows),
         "samples": finite[0]["geffect"]["samples"] if finite else None,
         "not_finite": f"step {lost[0]['step']}: {lost[0]['geffect']['not_finite']}" if lost else None,
-        "figures": figures(finite) if finite else [],
+        "figures": [{**each, "svg": to_panels(each["figure"], each["caption"])} for each in figures(finite)],
         "heat": heat(finite),
     }
 
@@ -56,8 +57,16 @@ def cost(rows: Rows) -> str | None:
 
 
 def figures(rows: Rows) -> list[dict[str, Any]]:
-    """{"name", "svg", "caption"} of every figure that these rows, all finite, have numbers for."""
-    drawn: list[tuple[str, Figure, str]] = [
+    """{"name", "figure", "caption"} of every figure that these rows, all finite, have numbers for."""
+    if not rows:
+        return []
+    with matplotlib.rc_context(STYLE):
+        return [{"name": name, "figure": figure, "caption": caption} for name, figure, caption in draw(rows)]
+
+
+def draw(rows: Rows) -> list[tuple[str, Figure, str]]:
+    """(name, figure, caption)."""
+    drawn = [
         ("total", total_figure(rows), "the whole objective's G-effects at three scales"),
         ("groups", groups_figure(rows), "by group of layers at three scales; dark: total"),
     ]
@@ -68,8 +77,7 @@ def figures(rows: Rows) -> list[dict[str, Any]]:
         (f"scatter-{label}", figure, f"each forget sample's own effect under gradient ascent, by its weight in {label}")
         for label, figure in scatter_figures(rows)
     ]
-    with matplotlib.rc_context(STYLE):
-        return [{"name": n, "svg": to_svg(figure, f"geffect-{n}"), "caption": caption} for n, figure, caption in drawn]
+    return drawn
 
 
 def values(rows: Rows, *keys: str) -> list[float]:
@@ -85,13 +93,13 @@ def values(rows: Rows, *keys: str) -> list[float]:
 
 def total_figure(rows: Rows) -> Figure:
     curves = {TITLES[m]: (values(rows, "total", m), METRIC_COLOURS[m], 1.6) for m in TITLES}
-    figure = styled(1, len(SCALES))
+    figure = new_figure(1, len(SCALES))
     zoomed(figure.axes, steps_of(rows), curves)
     return figure
 
 
 def groups_figure(rows: Rows) -> Figure:
-    figure = styled(2, len(SCALES))
+    figure = new_figure(2, len(SCALES))
     groups = list(rows[0]["geffect"]["groups"]["unlearn"])
     for i, metric in enumerate(TITLES):
         curves = {"total": (values(rows, "total", metric), "#0f172a", 1.6)}
@@ -104,7 +112,7 @@ def groups_figure(rows: Rows) -> Figure:
 
 
 def terms_figure(rows: Rows) -> Figure:
-    figure = styled(1, 2)
+    figure = new_figure(1, 2)
     for axes, metric in zip(figure.axes, TITLES, strict=True):
         for k, label in enumerate(rows[0]["geffect"]["terms"]):
             line(axes, rows, values(rows, "terms", label, "total", metric), PALETTE[1 + k % (len(PALETTE) - 1)], label)
@@ -116,7 +124,7 @@ def terms_figure(rows: Rows) -> Figure:
 def dynamics_figure(rows: Rows) -> Figure:
     """Risk, inverse confidence, and the mean weight of each objective that has one."""
     weights = list(rows[0]["geffect"]["weights"])
-    figure = styled(1, 3 if weights else 2)
+    figure = new_figure(1, 3 if weights else 2)
     for metric, colour in METRIC_COLOURS.items():
         line(figure.axes[0], rows, values(rows, "nll", metric), colour, "forget" if metric == "unlearn" else metric)
     figure.axes[0].set_title("negative log-likelihood")
@@ -143,7 +151,7 @@ def scatter_figures(rows: Rows) -> Iterable[tuple[str, Figure]]:
         return
     shown = [rows[i] for i in evenly(len(rows), PANELS)]
     for label in shown[0]["geffect"]["pointwise"]["weights"]:
-        figure = styled(1, len(shown))
+        figure = new_figure(1, len(shown))
         for axes, row in zip(figure.axes, shown, strict=True):
             points = row["geffect"]["pointwise"]
             for k, (low, high) in enumerate(pairwise(RANGES)):
@@ -157,7 +165,7 @@ def scatter_figures(rows: Rows) -> Iterable[tuple[str, Figure]]:
                     axes.plot(*zip(*inside, strict=True), "o", markersize=4, color=SHADES[k], label=name)
             axes.set_title(f"step {row['step']}")
             axes.set(xlabel="unlearning", ylabel="retaining")
-            axes.legend(frameon=False, fontsize=7, title="weight", title_fontsize=7)
+            axes.legend(frameon=False, fontsize=8, title="weight", title_fontsize=8)
             short_numbers(axes, "both")
         yield label, figure
 
@@ -194,11 +202,6 @@ def evenly(count: int, most: int) -> list[int]:
     return sorted({round(k * (count - 1) / (most - 1)) for k in range(most)})
 
 
-def styled(rows: int, columns: int) -> Figure:
-    with matplotlib.rc_context(STYLE):
-        return new_figure(rows, columns)
-
-
 def steps_of(rows: Rows) -> list[int]:
     return [row["step"] for row in rows]
 
@@ -210,21 +213,23 @@ def zoomed(panels: Sequence[Axes], steps: list[int], curves: Mapping[str, tuple[
     margin = 0.05 * (high - low) or 1.0
     for axes, scale in zip(panels, SCALES, strict=True):
         for name, (of_curve, colour, width) in curves.items():
-            axes.plot(steps, of_curve, color=colour, linewidth=width, marker="o", markersize=2, label=name)
+            dash = DASH_OF.get(colour, "-")
+            axes.plot(steps, of_curve, dash, color=colour, linewidth=width, marker="o", markersize=2, label=name)
         axes.set_ylim((low - margin) / scale, (high + margin) / scale)
         axes.set_title("" if scale == 1 else f"{scale:g} times closer")
         finish(axes, legend=scale == 1)
 
 
 def line(axes: Axes, rows: Rows, of_curve: list[float], colour: str, name: str) -> None:
-    axes.plot(steps_of(rows), of_curve, color=colour, linewidth=1.4, marker="o", markersize=2, label=name)
+    dash = DASH_OF.get(colour, "-")
+    axes.plot(steps_of(rows), of_curve, dash, color=colour, linewidth=1.4, marker="o", markersize=2, label=name)
 
 
 def finish(axes: Axes, legend: bool = True) -> None:
     axes.set_xlabel("optimiser step")
     short_numbers(axes, "y")
     if legend:
-        axes.legend(frameon=False, fontsize=7)
+        axes.legend(frameon=False, fontsize=8)
 
 
 def short_numbers(axes: Axes, which: Any) -> None:

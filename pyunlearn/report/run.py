@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 
-from .figures import COLOURS, STYLE, new_figure, render, to_svg
+from .figures import COLOURS, DASHES, MARKERS, STYLE, new_figure, render, to_panels
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record per sample
 
@@ -25,10 +25,11 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
     for axes, key in zip(figure.axes, terms, strict=True):
         points = [(row["step"], row[key]) for row in rows if key in row]
         name = key.removesuffix("/loss")
-        axes.plot(*zip(*points, strict=True), color=COLOURS.get(name.split(".")[0], "#1d4ed8"), linewidth=1.4)
+        role = name.split(".")[0]
+        axes.plot(*zip(*points, strict=True), DASHES[role], color=COLOURS[role], linewidth=1.4)
         axes.set(xlabel="optimiser step", ylabel="loss")
         axes.set_title(name)
-    return to_svg(figure, f"loss-{stage}")
+    return to_panels(figure, f"loss of {stage}")
 
 
 def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
@@ -41,12 +42,12 @@ def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
             for row in table:
                 if (row["set"], row["metric"]) == (name, metric):
                     axes.plot([row["before"], row["after"]], [y, y], color=colour, linewidth=2, alpha=0.35)
-                    axes.plot(row["before"], y, "o", mfc="white", mec=colour, markersize=6)
-                    axes.plot(row["after"], y, "o", color=colour, markersize=6)
+                    axes.plot(row["before"], y, MARKERS[name], mfc="white", mec=colour, markersize=6)
+                    axes.plot(row["after"], y, MARKERS[name], color=colour, markersize=6)
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.6, len(metrics) - 0.4))
         axes.set_title(name)
         axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in reversed(metrics)])
-    return to_svg(figure, "metrics")
+    return to_panels(figure, "metrics before and after")
 
 
 def probability_figure(before: Records, after: Records) -> Markup:
@@ -59,7 +60,7 @@ def probability_figure(before: Records, after: Records) -> Markup:
         axes.hist(then, bins=bins, histtype="step", color="#334155", linewidth=1.2)
         axes.set(xlim=(-0.02, 1.02), xlabel="probability of the answer", ylabel="samples")
         axes.set_title(f"{name}, {len(after[name])} samples")
-    return to_svg(figure, "probability")
+    return to_panels(figure, "answer probabilities before and after")
 
 
 def pair_generations(before: Records, after: Records, limit: int = 6) -> dict[str, list[dict[str, Any]]]:

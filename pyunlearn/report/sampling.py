@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 from markupsafe import Markup
 
-from .figures import COLOURS, STYLE, new_figure, to_svg
+from .figures import COLOURS, STYLE, new_figure, to_panels
 
 GREY = "#94a3b8"
 
@@ -40,4 +40,4 @@ def sampling_figure(unlearning: Mapping[str, Any]) -> Markup | None:
             axes.step([0, *steps], range(len(steps) + 1), where="post", color=COLOURS["forget"])
             axes.set(xlabel="optimiser step", ylabel="samples", ylim=(0, len(samples)))
             axes.set_title(f"forgotten, of {len(samples)}")
-        return to_svg(figure, "sampling")
+        return to_panels(figure, "sampling of forget samples")

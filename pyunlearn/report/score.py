@@ -13,7 +13,7 @@ from markupsafe import Markup
 from scipy.stats import spearmanr
 
 from ..mrd import MRDResult
-from .figures import COLOURS, STYLE, new_figure, render, to_svg
+from .figures import COLOURS, STYLE, new_figure, render, to_panels
 
 Records = Sequence[Mapping[str, Any]]
 # record key -> what it is called
@@ -92,7 +92,7 @@ def distribution_figure(ranked: Records) -> Markup:
     right.errorbar(range(len(values)), values, errors, fmt="o", markersize=2.5, color=BLUE, ecolor=GREY, elinewidth=0.8)
     right.set(xlabel="sample, hardest first", ylabel="MRD")
     plain_numbers(figure)
-    return to_svg(figure, "distribution")
+    return to_panels(figure, "distribution of MRD")
 
 
 def plain_numbers(figure: Any) -> None:
@@ -134,7 +134,7 @@ def convergence_figure(result: MRDResult) -> Markup:
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8)
     plain_numbers(figure)
-    return to_svg(figure, "convergence")
+    return to_panels(figure, "MRD by number of draws")
 
 
 def band(axes: Any, x: range, mean: torch.Tensor, error: torch.Tensor, colour: str, name: str) -> None:
@@ -151,7 +151,7 @@ def sigma_figure(diagnostics: Mapping[str, Any]) -> Markup:
     axes.plot(steps, [step**order for step in steps], color=GREY, linewidth=1)
     axes.plot(steps, [diagnostics["noise_share"], 1.0, diagnostics["sigma_ratio"]], "o", color=BLUE)
     axes.set(xscale="log", yscale="log", xlabel="sigma, relative", ylabel="statistic, relative")
-    return to_svg(figure, "sigma")
+    return to_panels(figure, "MRD by sigma")
 
 
 def characteristics_figure(records: Records) -> Markup:
@@ -170,7 +170,7 @@ def characteristics_figure(records: Records) -> Markup:
         axes.set_title(f"{name}{rho}")
         axes.set_ylabel("MRD")
     plain_numbers(figure)
-    return to_svg(figure, "characteristics")
+    return to_panels(figure, "MRD by characteristic")
 
 
 def thirds(x: Sequence[float], values: Sequence[float]) -> list[list[float]]:

@@ -150,7 +150,7 @@ class RunFolder(TrainingFolder):
                 raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --set output=...")
 
     def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
-        changed = differences(compared(self._read_config()), compared(config.to_dict()))
+        changed = differences(compared(self.read_config()), compared(config.to_dict()))
         if changed:
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
@@ -167,7 +167,7 @@ class RunFolder(TrainingFolder):
             state = "a finished run" if self.report.is_file() else "an unfinished run"
             raise FileExistsError(f"{self.path} holds {state}; choose --resume, --overwrite or --set output=...")
 
-    def _read_config(self) -> dict[str, Any]:
+    def read_config(self) -> dict[str, Any]:
         why = "it holds no keys"
         try:
             values = yaml.safe_load(self.config.read_text(encoding="utf-8"))

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from .._files import write_json, write_text
 from .._terminal import shown, visible
-from ..report.figures import as_file
+from ..report.figures import as_file, to_svg
 from ..report.geffect import figures, render_geffect
 from ..store import Store, belongs
 from ..training.callbacks import read_metrics
@@ -151,8 +151,8 @@ def write_figures(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
     folder = job.folder.geffect
     write_text(folder / "geffect.html", render_geffect(job.config.name, rows, job.command))
     finite = [row for row in rows if "not_finite" not in row["geffect"]]
-    for figure in figures(finite) if finite else []:
-        write_text(folder / f"{figure['name']}.svg", as_file(figure["svg"]))
+    for each in figures(finite):
+        write_text(folder / f"{each['name']}.svg", as_file(to_svg(each["figure"], f"geffect-{each['name']}")))
 
 
 def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,167 @@
+"""The page that shows several runs side by side: forgetting against utility, and what the runs differ in."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from scipy.stats import t as student
+
+from .figures import STYLE, new_figure, render, to_panels
+
+# told apart by shape and dash first, by hue second
+MARKERS = "osD^vPX*"
+DASHES = ("-", "--", ":", "-.")
+HUES = ("#c2410c", "#1d4ed8", "#0f766e", "#7c3aed", "#a16207", "#be185d")
+METRIC = "probability"
+
+LEVEL = 0.95  # of intervals over seeds
+Column = tuple[str, str]  # set, metric
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in name and seed alone.
+
+    values: (set, metric) -> {"before": one number a run, "after": ...}; settings: flat, by dotted key. steps: per run,
+    {step: {set: {metric: mean}}} of the evaluations on its way.
+    """
+
+    name: str
+    folders: list[Path]
+    seeds: list[int]
+    settings: dict[str, Any]
+    values: dict[Column, dict[str, list[float]]]
+    steps: list[dict[int, dict[str, dict[str, float]]]]
+
+    def mean(self, column: Column, moment: str = "after") -> float | None:
+        """Over the runs; None where they have no such value."""
+        values = self.values.get(column, {}).get(moment)
+        return statistics.fmean(values) if values else None
+
+    def half_width(self, column: Column, moment: str = "after") -> float | None:
+        """Of the 95 % interval of that mean over seeds (Student's t); None for a single run."""
+        values = self.values.get(column, {}).get(moment, [])
+        if len(values) < 2:
+            return None
+        spread = statistics.stdev(values) / math.sqrt(len(values))
+        return float(student.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread
+
+    def text(self, column: Column, moment: str = "after") -> str:
+        """`0.123`, `0.123 ± 0.004`, or a dash."""
+        mean, half = self.mean(column, moment), self.half_width(column, moment)
+        if mean is None:
+            return "–"
+        return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """groups, in the order the runs were named; columns: (set, metric) that any run has; differences: key -> the
+    value of each group, of settings that differ."""
+
+    groups: list[Group]
+    columns: list[Column]
+    differences: dict[str, list[Any]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "groups": [
+                {
+                    "name": group.name,
+                    "runs": [str(folder) for folder in group.folders],
+                    "seeds": group.seeds,
+                    "values": [
+                        {"set": name, "metric": metric, "moment": moment, "values": values,
+                         "mean": group.mean((name, metric), moment),
+                         "half_width_95": group.half_width((name, metric), moment)}
+                        for (name, metric), moments in group.values.items()
+                        for moment, values in moments.items()
+                    ],
+                }
+                for group in self.groups
+            ],
+            "differences": self.differences,
+        }  # fmt: skip
+
+
+def utility_set(columns: Sequence[tuple[str, str]]) -> str:
+    """Of which the right answers should stay: held-out rows where the runs have some, else the trained ones."""
+    return "holdout" if ("holdout", METRIC) in columns else "retain"
+
+
+def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
+    """Forgetting to the right, utility to the top, as probabilities of right answers; lines go along the steps."""
+    figure = new_figure(1, 1, height=3.4)
+    figure.set_figwidth(5.4)
+    axes = figure.axes[0]
+    for i, group in enumerate(groups):
+        style = {"color": HUES[i % len(HUES)], "label": group.name}
+        for steps in group.steps:
+            way = [means for means in steps.values() if {"forget", utility} <= means.keys()]
+            axes.plot(
+                [1 - means["forget"][METRIC] for means in way],
+                [means[utility][METRIC] for means in way],
+                linestyle=DASHES[i % len(DASHES)],
+                linewidth=1.2,
+                color=style["color"],
+                alpha=0.7,
+            )
+        forget, kept = group.mean(("forget", METRIC)), group.mean((utility, METRIC))
+        if forget is not None and kept is not None:
+            axes.errorbar(
+                1 - forget,
+                kept,
+                xerr=group.half_width(("forget", METRIC)),
+                yerr=group.half_width((utility, METRIC)),
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=7,
+                linestyle="none",
+                capsize=2,
+                **style,
+            )
+    forget, kept = groups[0].mean(("forget", METRIC), "before"), groups[0].mean((utility, METRIC), "before")
+    if forget is not None and kept is not None:
+        axes.plot(1 - forget, kept, "o", mfc="white", mec="#334155", markersize=7, label="before")
+    axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
+    axes.set(xlabel="forgotten: 1 - probability of forget answers", ylabel=f"kept: probability of {utility} answers")
+    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    return to_panels(figure, "Forgetting against utility of every run")
+
+
+def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
+    """The page. links: from the page to each run's report, by the run's folder."""
+    utility = utility_set(comparison.columns)
+    with matplotlib.rc_context(STYLE):
+        svg = trade_figure(comparison.groups, utility)
+    rows = [
+        {
+            "set": name,
+            "metric": metric,
+            "before": comparison.groups[0].text((name, metric), "before"),
+            "after": [group.text((name, metric)) for group in comparison.groups],
+        }
+        for name, metric in comparison.columns
+    ]
+    heads = [
+        {
+            "name": group.name,
+            "runs": [(seed, links[str(f)]) for seed, f in zip(group.seeds, group.folders, strict=True)],
+        }
+        for group in comparison.groups
+    ]
+    differences = {
+        key: [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+        for key, values in comparison.differences.items()
+    }
+    seeds = any(len(group.folders) > 1 for group in comparison.groups)
+    return render(
+        "compare.html", heads=heads, rows=rows, svg=svg, utility=utility, differences=differences, seeds=seeds
+    )

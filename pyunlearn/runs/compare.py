@@ -1,0 +1,177 @@
+"""Finished runs side by side: one row for runs that differ in their seed alone, and what else they differ in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .._files import check_writable, read_json, write_json, write_text
+from .._terminal import shown, visible
+from ..report.compare import LEVEL, Column, Comparison, Group, render_comparison
+from .evaluate import evaluate_again
+from .folder import RunFolder, compared
+from .run import load_result
+
+FILES = {"page": "compare.html", "table": "compare.csv", "records": "compare.json", "LaTeX": "compare.tex"}
+NAMES = ("name", "seed")  # of a run's settings: what tells runs of one kind apart
+
+
+def compare_runs(folders: Sequence[str | Path]) -> Comparison:
+    """Reads finished run folders.
+
+    Raises ValueError for none, or one that is named twice; FileNotFoundError for a folder without a finished run;
+    ValueError that names a damaged file.
+    """
+    if not folders:
+        raise ValueError("RUN: needs one finished run folder at least")
+    paths = [Path(folder) for folder in folders]
+    for i, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:i]]:
+            raise ValueError(f"RUN={str(path)!r}: is named twice")
+    kinds: dict[str, list[Path]] = {}
+    settings: dict[Path, dict[str, Any]] = {}
+    for path in paths:
+        load_result(path)  # before anything else: is there a finished run?
+        settings[path] = compared(RunFolder(path).read_config())
+        kind = {key: value for key, value in settings[path].items() if key not in NAMES}
+        kinds.setdefault(json.dumps(kind, sort_keys=True), []).append(path)
+    groups = [make_group(members, settings) for members in kinds.values()]
+    columns = list(dict.fromkeys(column for group in groups for column in group.values))
+    keys = dict.fromkeys(key for group in groups for key in group.settings)
+    values = {key: [group.settings.get(key) for group in groups] for key in keys}
+    differences = {key: own for key, own in values.items() if any(value != own[0] for value in own)}
+    return Comparison(groups, columns, differences)
+
+
+def make_group(folders: list[Path], settings: Mapping[Path, dict[str, Any]]) -> Group:
+    values: dict[Column, dict[str, list[float]]] = {}
+    for folder in folders:
+        for row in load_result(folder).table:
+            moments = values.setdefault((row["set"], row["metric"]), {})
+            for moment, value in row.items():
+                if isinstance(value, int | float) and moment not in ("change", "samples"):
+                    moments.setdefault(moment, []).append(float(value))
+    own = settings[folders[0]]
+    flat = flatten({key: value for key, value in own.items() if key not in NAMES})
+    name = str(own["name"]) if len({settings[folder]["name"] for folder in folders}) == 1 else folders[0].name
+    seeds = [settings[folder]["seed"] for folder in folders]
+    return Group(name, folders, seeds, flat, values, [read_steps(folder) for folder in folders])
+
+
+def read_steps(folder: Path) -> dict[int, dict[str, dict[str, float]]]:
+    """The means of evaluations on a run's way, by its optimiser step. Raises ValueError for a damaged file."""
+    files = {file.stem.removeprefix("step-"): file for file in RunFolder(folder).evaluation("").glob("step-*.json")}
+    numbers = sorted(int(number) for number in files if number.isdigit())
+    return {number: read_json(files[str(number)], evaluate_again(files[str(number)])) for number in numbers}
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections by dotted keys; a list is one value."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def as_csv(comparison: Comparison) -> str:
+    """One line a group, set, metric and moment: the mean, half the width of its interval, and each run's value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["name", "set", "metric", "moment", "mean", "half_width_95", "runs", "values"])
+    for group in comparison.as_dict()["groups"]:
+        for row in group["values"]:
+            numbers = [row["mean"], "" if row["half_width_95"] is None else row["half_width_95"], len(row["values"])]
+            values = " ".join(map(repr, row["values"]))
+            writer.writerow([group["name"], row["set"], row["metric"], row["moment"], *numbers, values])
+    return out.getvalue()
+
+
+LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+
+
+def as_latex(comparison: Comparison) -> str:
+    r"""A `tabular` for booktabs: a line for the values before unlearning, then one a group."""
+
+    def escaped(text: str) -> str:
+        return "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text).replace("±", r"$\pm$")
+
+    columns = comparison.columns
+    head = [" & ".join(["", *(escaped(f"{name} {metric}".replace("_", " ")) for name, metric in columns)])]
+    first = comparison.groups[0]
+    lines = [" & ".join(["before", *(escaped(first.text(column, "before")) for column in columns)])]
+    for group in comparison.groups:
+        lines.append(" & ".join([escaped(group.name), *(escaped(group.text(column)) for column in columns)]))
+    rows = [r"\toprule", head[0] + r" \\", r"\midrule", *(line + r" \\" for line in lines), r"\bottomrule"]
+    return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", *rows, r"\end{tabular}", ""])
+
+
+def compare(
+    folders: Sequence[str | Path], *, out: str | Path | None = None, console: Console | None = None
+) -> Comparison:
+    """Prints the runs side by side and, with `out`, writes a page, a CSV file, JSON and a LaTeX table there.
+
+    Raises what `compare_runs` raises, FileExistsError where `out` is a run folder or holds other files of those names,
+    OSError where nothing can be written.
+    """
+    comparison = compare_runs(folders)
+    console = console or Console(quiet=True)
+    files = {} if out is None else {what: Path(out) / name for what, name in FILES.items()}
+    for path in files.values():
+        if RunFolder(path.parent).marked:
+            raise FileExistsError(f"--out {out}: is a run folder; choose a folder of its own")
+        check_writable(path)
+    tell(comparison, console)
+    if files:
+        links = {
+            str(f): os.path.relpath(f / "report.html", Path(out or "")) for g in comparison.groups for f in g.folders
+        }
+        write_text(files["page"], render_comparison(comparison, links))
+        write_text(files["table"], as_csv(comparison))
+        write_json(files["records"], comparison.as_dict())
+        write_text(files["LaTeX"], as_latex(comparison))
+        for what, path in files.items():
+            console.print(f"{what:8}{visible(path)}", soft_wrap=True, markup=False, highlight=False)
+    return comparison
+
+
+def tell(comparison: Comparison, console: Console) -> None:
+    """Groups as columns: a screen has room for few of them, and for any number of metrics."""
+    groups = comparison.groups
+    table = Table("set", "metric", title="after unlearning", title_justify="left")
+    table.add_column("before", justify="right")
+    for group in groups:
+        runs = f" ({len(group.folders)} seeds)" if len(group.folders) > 1 else ""
+        table.add_column(shown(group.name + runs), justify="right")
+    for i, column in enumerate(comparison.columns):
+        last = i + 1 == len(comparison.columns)
+        cells = [groups[0].text(column, "before"), *(group.text(column) for group in groups)]
+        table.add_row(*column, *cells, end_section=last)
+    for key, values in comparison.differences.items():
+        table.add_row("setting", shown(key), "", *(shown(as_text(value)) for value in values))
+    console.print(table)
+    if any(len(group.folders) > 1 for group in groups):
+        console.print(f"± half of the {LEVEL:.0%} interval of the mean over seeds (Student's t)", highlight=False)
+    if any(differ_before(groups, column) for column in comparison.columns):
+        console.print("The runs did not begin alike: `before` is the first one's.", highlight=False)
+
+
+def differ_before(groups: Sequence[Group], column: Column) -> bool:
+    """Whether the groups' values before unlearning are not the same up to their third digit."""
+    values = [group.mean(column, "before") for group in groups]
+    there = [value for value in values if value is not None]
+    return bool(there) and max(there) - min(there) > 5e-4

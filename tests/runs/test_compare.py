@@ -1,0 +1,117 @@
+"""Finished runs side by side, from folders as runs leave them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import statistics
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from pyunlearn.cli import app
+from pyunlearn.runs.compare import compare, compare_runs
+from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.folder import RunFolder
+from pyunlearn.runs.table import make_table
+
+BEFORE = {"forget": {"probability": 0.99}, "retain": {"probability": 0.98, "rouge_l": 0.9}}
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Makes the folder of a run that ended with these probabilities."""
+
+    def make(name, forgotten, kept, seed=0, steps=(), **unlearn):
+        config = RunConfig.model_validate({"name": name, "seed": seed, "unlearn": unlearn})
+        folder = RunFolder(tmp_path / f"{name}-{seed}")
+        folder.open(config)
+        after = {"forget": {"probability": forgotten}, "retain": {"probability": kept, "rouge_l": kept}}
+        table = {"table": make_table(BEFORE, after), "goals": []}
+        (folder.path / "table.json").write_text(json.dumps(table))
+        (folder.path / "evaluation").mkdir()
+        for step, means in steps:
+            folder.evaluation(f"step-{step}.json").write_text(json.dumps(means))
+        return folder.path
+
+    return make
+
+
+def test_seeds_of_one_kind_become_one_row(finished):
+    runs = [finished("npo", 0.1 + seed / 100, 0.9, seed, forget="npo") for seed in range(3)]
+    comparison = compare_runs([*runs, finished("ga", 0.0, 0.2, forget="ga")])
+    npo, ga = comparison.groups
+    assert (npo.name, npo.seeds, ga.seeds) == ("npo", [0, 1, 2], [0])
+    assert npo.mean(("forget", "probability")) == pytest.approx(0.11)
+    # half of the 95 % interval of three values: 4.3027 standard errors
+    assert npo.half_width(("forget", "probability")) == pytest.approx(4.30265 * 0.01 / math.sqrt(3), rel=1e-5)
+    assert ga.half_width(("forget", "probability")) is None
+    assert ga.text(("retain", "rouge_l")) == "0.200"
+    assert ga.text(("holdout", "rouge_l")) == "–"
+    assert comparison.columns == [("forget", "probability"), ("retain", "probability"), ("retain", "rouge_l")]
+    names = [[term["name"] for term in terms] for terms in comparison.differences["unlearn.forget"]]
+    assert names == [["npo"], ["ga"]]
+    assert list(comparison.differences) == ["unlearn.forget"]
+
+
+def test_files_hold_what_is_shown(finished, tmp_path):
+    steps = [(5, {"forget": {"probability": 0.5}, "retain": {"probability": 0.95}})]
+    runs = [finished("a_b", 0.2, 0.9, seed, steps) for seed in (0, 1)]
+    out = tmp_path / "side by side"
+    comparison = compare([*runs, finished("other", 0.3, 0.8, learning_rate=1e-3)], out=out)
+    records = json.loads((out / "compare.json").read_text())
+    assert records["differences"] == {"unlearn.learning_rate": [5e-4, 1e-3]}
+    assert records["groups"][0]["seeds"] == [0, 1]
+    with open(out / "compare.csv", newline="") as lines:
+        rows = [row for row in csv.DictReader(lines) if (row["set"], row["moment"]) == ("forget", "after")]
+    assert [(row["name"], float(row["mean"]), row["runs"]) for row in rows] == [("a_b", 0.2, "2"), ("other", 0.3, "1")]
+    latex = (out / "compare.tex").read_text()
+    assert r"a\_b & 0.200 $\pm$ 0.000 & 0.900 $\pm$ 0.000" in latex
+    assert latex.count(r"\\") == 4  # a head, the values before, two kinds
+    page = (out / "compare.html").read_text()
+    assert 'href="../a_b-1/report.html"' in page
+    assert "<svg" in page
+    assert not re.findall(r"(?:href|src)=.http", page)
+    assert comparison.groups[0].steps[0] == {5: steps[0][1]}
+
+
+def test_what_cannot_be_compared_is_named(finished, tmp_path):
+    run = finished("a", 0.1, 0.9)
+    with pytest.raises(ValueError, match="needs one finished run folder at least"):
+        compare_runs([])
+    with pytest.raises(ValueError, match="is named twice"):
+        compare_runs([run, run.parent / "." / run.name])
+    with pytest.raises(FileNotFoundError, match="no finished run there"):
+        compare_runs([run, tmp_path])
+    with pytest.raises(FileExistsError, match="is a run folder"):
+        compare([run], out=run)
+    (run / "evaluation" / "step-3.json").write_text("{")
+    with pytest.raises(ValueError, match=r"step-3\.json"):
+        compare_runs([run])
+    (run / "table.json").write_text("[")
+    with pytest.raises(ValueError, match=r"table\.json"):
+        compare_runs([run])
+
+
+def test_the_command(finished, tmp_path):
+    runs = [finished("a", 0.1, 0.9), finished("b", 0.4, 0.95, forget="npo")]
+    result = CliRunner().invoke(app, ["compare", *map(str, runs), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "compare.html" in result.output
+    missing = CliRunner().invoke(app, ["compare", str(tmp_path / "nothing")])
+    assert missing.exit_code == 2
+    assert "no finished run there" in missing.output
+
+
+def test_other_beginnings_are_told(finished, capsys):
+    one, other = finished("a", 0.1, 0.9), finished("b", 0.1, 0.9, forget="npo")
+    table = json.loads((other / "table.json").read_text())
+    table["table"][0]["before"] = 0.5
+    (other / "table.json").write_text(json.dumps(table))
+    console = Console(width=120)
+    compare([one, other], console=console)
+    assert "did not begin alike" in capsys.readouterr().out
+    assert statistics.fmean([0.99]) == compare_runs([one]).groups[0].mean(("forget", "probability"), "before")
