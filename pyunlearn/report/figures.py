@@ -11,7 +11,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-COLOURS = {"forget": "#c2410c", "retain": "#0f766e"}
+COLOURS = {"forget": "#c2410c", "retain": "#0f766e", "holdout": "#6d28d9"}
+OTHER = "#1d4ed8"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

@@ -8,35 +8,42 @@ from typing import Any
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from .figures import COLOURS, STYLE, new_figure, render, to_svg
+from .figures import COLOURS, OTHER, STYLE, new_figure, render, to_svg
 
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record per sample
+
+
+def panels(names: Sequence[str], height: float = 2.3) -> Figure:
+    """A figure with axes for each of them, three a row at most."""
+    columns = min(len(names), 3)
+    figure = new_figure(math.ceil(len(names) / columns), columns, height)
+    for axes in figure.axes[len(names) :]:
+        axes.remove()
+    return figure
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
     """Loss of each term over the optimiser steps of one stage."""
     rows = [row for row in rows if row["stage"] == stage]
     terms = sorted({key for row in rows for key in row if key.endswith("/loss")})
-    columns = min(len(terms), 3)
-    figure = new_figure(math.ceil(len(terms) / columns), columns)
-    for axes in figure.axes[len(terms) :]:
-        axes.remove()
+    figure = panels(terms)
     for axes, key in zip(figure.axes, terms, strict=True):
         points = [(row["step"], row[key]) for row in rows if key in row]
         name = key.removesuffix("/loss")
-        axes.plot(*zip(*points, strict=True), color=COLOURS.get(name.split(".")[0], "#1d4ed8"), linewidth=1.4)
+        axes.plot(*zip(*points, strict=True), color=COLOURS.get(name.split(".")[0], OTHER), linewidth=1.4)
         axes.set(xlabel="optimiser step", ylabel="loss")
         axes.set_title(name)
     return to_svg(figure, f"loss-{stage}")
 
 
 def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
-    """Every metric before (open circle) and after (dot), one line each."""
-    metrics = list(dict.fromkeys(row["metric"] for row in table))
-    figure = new_figure(1, 2, height=0.34 * len(metrics) + 1.1)
-    for axes, name in zip(figure.axes, COLOURS, strict=True):
-        colour = COLOURS[name]
+    """Every metric before (open circle) and after (dot), one line each, in one panel a set."""
+    metrics, sets = (list(dict.fromkeys(row[key] for row in table)) for key in ("metric", "set"))
+    figure = panels(sets, height=0.34 * len(metrics) + 1.1)
+    for axes, name in zip(figure.axes, sets, strict=True):
+        colour = COLOURS.get(name, OTHER)
         for y, metric in enumerate(reversed(metrics)):
             for row in table:
                 if (row["set"], row["metric"]) == (name, metric):
@@ -50,12 +57,12 @@ def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
 
 
 def probability_figure(before: Records, after: Records) -> Markup:
-    """Histograms of the samples' answer probabilities: before as an outline, after filled."""
-    figure = new_figure(1, 2)
-    for axes, name in zip(figure.axes, COLOURS, strict=True):
+    """Histograms of the samples' answer probabilities: before as an outline, after filled; one panel a set."""
+    figure = panels(list(before))
+    for axes, name in zip(figure.axes, before, strict=True):
         bins = [i / 20 for i in range(21)]
         then, now = ([row["probability"] for row in records[name]] for records in (before, after))
-        axes.hist(now, bins=bins, color=COLOURS[name], alpha=0.6)
+        axes.hist(now, bins=bins, color=COLOURS.get(name, OTHER), alpha=0.6)
         axes.hist(then, bins=bins, histtype="step", color="#334155", linewidth=1.2)
         axes.set(xlim=(-0.02, 1.02), xlabel="probability of the answer", ylabel="samples")
         axes.set_title(f"{name}, {len(after[name])} samples")
@@ -102,6 +109,7 @@ def render_report(
         config=config,
         config_text=config_text,
         table=table,
+        columns=[key for key in table[0] if key not in ("set", "metric", "samples")],
         goals=goals,
         generations=pair_generations(before, after),
         unlearning=unlearning,

@@ -2,7 +2,7 @@
 
 config.yaml        the configuration as resolved, with versions
 memorised/         model and tokenizer after memorising (if the run does)
-evaluation/        {before,after}-{forget,retain}.jsonl, one line a sample; {before,after}.json, the means
+evaluation/        {before,after}-{forget,retain,holdout}.jsonl, one line a sample; {before,after}.json, the means
 unlearning.json    mean absolute change of a weight; with sampling also each sample's updates, MRD, and when forgotten
 checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
@@ -27,7 +27,7 @@ import yaml
 from .._files import read_json, remove_orphans, write_json, write_text
 from ..store import differences
 from ..training.folder import TrainingFolder
-from .config import RunConfig
+from .config import RunConfig, as_meant
 
 # What does not change a run's results.
 NOT_COMPARED = {"output", "num_threads", "versions", "cache"}
@@ -150,7 +150,14 @@ class RunFolder(TrainingFolder):
                 raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --set output=...")
 
     def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
-        changed = differences(compared(self._read_config()), compared(config.to_dict()))
+        written = self._read_config()
+        changed = differences(compared(with_defaults(written)), compared(config.to_dict()))
+        data = written.get("data")
+        if changed and config.data.holdout and isinstance(data, Mapping) and "holdout" not in data:
+            raise FileExistsError(
+                f"{self.path} holds a run from before there was data.holdout; go on with it by --set data.holdout=0, "
+                "or choose --set output=... or --overwrite"
+            )
         if changed:
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
@@ -158,7 +165,8 @@ class RunFolder(TrainingFolder):
             )
         mark = read_json(self.path / MARK, f"delete {self.path}, or choose --set output=...")
         known = mark.get("reads") if isinstance(mark, dict) else None
-        if known and reads and (other := [key for key in {**reads, **known} if known.get(key) != reads.get(key)]):
+        both = [key for key in reads if key in known] if known and reads else []  # others are of other configurations
+        if other := [key for key in both if known[key] != reads[key]]:
             raise FileExistsError(
                 f"{self.path} holds results of other content: {', '.join(other)} changed since the run began; bring it "
                 "back, choose --set output=... or --overwrite"
@@ -183,6 +191,14 @@ class RunFolder(TrainingFolder):
 
     def evaluation(self, name: str) -> Path:
         return self.path / "evaluation" / name
+
+
+def with_defaults(written: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run folder's configuration with the keys that came later; as it is written where it has others than today's."""
+    try:
+        return RunConfig.model_validate(as_meant(written)).to_dict()
+    except ValueError:
+        return written
 
 
 def compared(settings: Mapping[str, Any]) -> dict[str, Any]:

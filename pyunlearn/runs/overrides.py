@@ -12,8 +12,9 @@ from pydantic import BaseModel, ValidationError
 from .._hints import hint
 from ..recipes import recipe
 from ..training.settings import DEFAULT_TERMS, merge
-from .config import ConfigError, RunConfig
+from .config import ConfigError, RunConfig, as_meant
 
+SETS = ["evaluate", "sets"]
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th month, too deep
 
 
@@ -36,7 +37,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"configuration {str(path)!r}: not valid YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(values).__name__}")
-        values.pop("versions", None)  # a run folder's config.yaml records them
+        if "versions" in values:  # a run folder's config.yaml records them
+            values = as_meant(values)
     check_order(overrides)
     for override in sorted(overrides, key=lambda override: not override.startswith("unlearn.recipe=")):
         for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
@@ -94,8 +96,9 @@ def set_value(config: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {'.'.join(parts[:depth])} is {at!r}, not a section")
         if at.get(part) is None:
             at[part] = {}
-        elif isinstance(at[part], str) and part in ("forget", "retain", "sampling"):
-            at[part] = {"by" if part == "sampling" else "path" if parts[0] == "data" else "name": at[part]}
+        elif isinstance(at[part], str) and (part in ("forget", "retain", "sampling") or parts[:2] == SETS):
+            path = parts[0] == "data" or parts[:2] == SETS
+            at[part] = {"by" if part == "sampling" else "path" if path else "name": at[part]}
         at = at[part]
     if isinstance(at, list) and not parts[-1].isdigit():
         at = at[list_index(at, parts[-1], override)]
@@ -140,7 +143,7 @@ def fields_at(location: Sequence[str]) -> Iterable[str]:
     """The keys of the section at `location`."""
     section: type[BaseModel] = RunConfig
     for part in location:
-        if part.isdigit():
+        if part not in section.model_fields:  # a place in a list, a name of the user's
             continue
         section = next(iter(sections_in(section.model_fields[part].annotation)))
     return section.model_fields

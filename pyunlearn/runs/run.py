@@ -24,7 +24,7 @@ from .config import ModelConfig, RunConfig
 from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import config_text
 from .job import Job, first_model, loaded, save
-from .table import check_goal, make_table, table_markdown
+from .table import cell, check_goal, columns, make_table, table_markdown
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def compute(job: Job[RunConfig]) -> None:
 
 def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, tokenizer: Any) -> None:
     settings = job.config.evaluate
-    sets = {"forget": job.data.forget, "retain": job.data.retain[: settings.retain_limit]}
+    sets = job.data.evaluated(settings.retain_limit)
     if job.processes.first and not job.folder.evaluation(f"{moment}.json").is_file():
         counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
         job.console.print(f"[bold]evaluate[/] {moment}: {counts} samples")
@@ -104,9 +104,12 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
 def finish(job: Job[RunConfig]) -> RunResult:
     """Table and report from what is on disk."""
     folder, config = job.folder, job.config
-    before, after = read_summaries(folder, "before"), read_summaries(folder, "after")
-    table = make_table(before, after)
-    goals = [] if config.evaluate.goal is None else check_goal(before, after, config.evaluate.goal)
+    sets = list(job.data.evaluated(config.evaluate.retain_limit))
+    moments = {moment: read_summaries(folder, moment, sets) for moment in ("before", "after")}
+    records = {moment: read_records(folder, moment, sets) for moment in ("before", "after")}
+    table = make_table(moments, records["after"])
+    goal = config.evaluate.goal
+    goals = [] if goal is None else check_goal(moments["before"], moments["after"], goal)
     if job.processes.first:
         remedy = f"delete {folder.checkpoint} and {folder.evaluation('after.json')}, and --resume unlearns again"
         unlearning = read_json(folder.unlearning, remedy)
@@ -119,8 +122,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
             table=table,
             goals=goals,
             metrics=metrics,
-            before=read_records(folder, "before"),
-            after=read_records(folder, "after"),
+            before=records["before"],
+            after=records["after"],
             unlearning={**unlearning, "svg": sampling_figure(unlearning)},
             geffect=section([row for row in metrics if "geffect" in row]),
         )
@@ -131,11 +134,12 @@ def finish(job: Job[RunConfig]) -> RunResult:
 def tell(job: Job[RunConfig], result: RunResult) -> None:
     """The table, the goals, and what to try next."""
     table = Table("set", "metric", title="before and after", title_justify="left")
-    for column in ("before", "after", "change"):
+    for column in columns(result.table):
         table.add_column(column, justify="right")
-    for row in result.table:
-        numbers = [f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}"]
-        table.add_row(row["set"], row["metric"], *numbers, end_section=row is result.table[-1])
+    for row, following in zip(result.table, [*result.table[1:], None], strict=True):
+        numbers = [cell(row, column) for column in columns(result.table)]
+        last = following is None or following["set"] != row["set"]
+        table.add_row(shown(row["set"]), row["metric"], *numbers, end_section=last)
     job.console.print(table)
     for goal in result.goals:
         mark = "[bold green]reached[/]" if goal["met"] else "[bold red]missed[/] "

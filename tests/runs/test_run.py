@@ -14,7 +14,7 @@ from pyunlearn.data import QADataset
 from pyunlearn.metrics import teacher_forced
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs import run as run_module
-from pyunlearn.runs.config import EvaluateConfig, RunConfig
+from pyunlearn.runs.config import SETS, EvaluateConfig, RunConfig
 from pyunlearn.runs.evaluate import evaluate_sets
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result, run
@@ -46,7 +46,7 @@ def test_the_folder_is_whole(finished):
     config, result = finished
     folder = result.folder
     assert {path.name for path in folder.iterdir()} == FILES
-    evaluations = {f"{moment}-{name}.jsonl" for moment in ("before", "after") for name in ("forget", "retain")}
+    evaluations = {f"{moment}-{name}.jsonl" for moment in ("before", "after") for name in SETS}
     assert {path.name for path in (folder / "evaluation").iterdir()} == evaluations | {
         "before.json",
         "after.json",

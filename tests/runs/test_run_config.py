@@ -63,6 +63,11 @@ def test_metrics_are_those_of_the_package():
         ("output=some/where", lambda c: c.folder == Path("some/where")),
         ("name=v1.5", lambda c: c.folder == Path("runs/v1.5")),
         ("evaluate.goal=null", lambda c: c.evaluate.goal is None),
+        ("data.holdout=0", lambda c: c.data.holdout == 0),
+        ("data.holdout=0.25", lambda c: c.data.holdout == 0.25),
+        ("data.holdout=12", lambda c: c.data.holdout == 12),
+        ("evaluate.sets.real=r.jsonl", lambda c: c.evaluate.sets["real"].path == "r.jsonl"),
+        ("evaluate.sets.real={path: r.jsonl, limit: 2}", lambda c: c.evaluate.sets["real"].limit == 2),
     ],
 )
 def test_overrides(override, read):
@@ -124,6 +129,12 @@ def test_overrides(override, read):
             "data.source=files",
             "data: source=files needs data.forget and data.retain, missing: ['forget', 'retain']",
         ),
+        ("data.holdout=-1", "data.holdout: needs a share below 1, or a whole number of rows, got -1"),
+        ("data.holdout=1.5", "data.holdout: needs a share below 1, or a whole number of rows, got 1.5"),
+        ("data.holdout=some", "data.holdout: needs a share below 1, or a whole number of rows, got 'some'"),
+        ("evaluate.sets.holdout=x", "evaluate.sets: 'holdout': needs a name of letters, digits, _, . and - other than"),
+        ("evaluate.sets={../x: y}", "evaluate.sets: '../x': needs a name of letters"),
+        ("evaluate.sets.real.pth=x", "evaluate.sets.real.pth: unknown key; did you mean path or split?"),
         ("name=../x", "name: String should match pattern"),
         ("seed", "--set 'seed': needs key.sub=value"),
         ("a..b=1", "--set 'a..b=1': needs key.sub=value"),
@@ -136,6 +147,12 @@ def test_what_is_wrong_is_told(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert message in f"{caught.value}\n"
+
+
+def test_a_source_that_a_file_names_by_its_path_takes_keys(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("evaluate: {sets: {real: r.jsonl}}")
+    assert load_config(file, ["evaluate.sets.real.limit=3"]).evaluate.sets["real"].limit == 3
 
 
 @pytest.mark.parametrize(
