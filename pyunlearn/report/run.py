@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
@@ -12,6 +13,9 @@ from matplotlib.figure import Figure
 
 from .figures import COLOURS, OTHER, STYLE, new_figure, render, to_svg
 
+LINES = (("-", "o"), ("--", "s"), (":", "^"), ("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 3)), "x"))  # of the sets
+MARKS = {"retrained": "D", "random": "x"}
+Means = Mapping[str, Mapping[str, float]]  # set name -> metric -> mean
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record per sample
 
 
@@ -39,7 +43,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
 
 
 def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
-    """Every metric before (open circle) and after (dot), one line each, in one panel a set."""
+    """Every metric before (open circle) and after (dot), one line each, and of other models by MARKS; a panel a set."""
     metrics, sets = (list(dict.fromkeys(row[key] for row in table)) for key in ("metric", "set"))
     figure = panels(sets, height=0.34 * len(metrics) + 1.1)
     for axes, name in zip(figure.axes, sets, strict=True):
@@ -50,10 +54,35 @@ def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
                     axes.plot([row["before"], row["after"]], [y, y], color=colour, linewidth=2, alpha=0.35)
                     axes.plot(row["before"], y, "o", mfc="white", mec=colour, markersize=6)
                     axes.plot(row["after"], y, "o", color=colour, markersize=6)
+                    for model, mark in MARKS.items():
+                        if model in row:
+                            axes.plot(row[model], y + 0.2, mark, mfc="white", color="#334155", markersize=5)
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.6, len(metrics) - 0.4))
         axes.set_title(name)
         axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in reversed(metrics)])
     return to_svg(figure, "metrics")
+
+
+def curves_figure(curves: Mapping[int, Means]) -> Markup:
+    """Each metric over the optimiser steps, a line a set, told apart by dash and marker as well as by colour."""
+    first = next(iter(curves.values()))
+    metrics = list(dict.fromkeys(metric for means in first.values() for metric in means))
+    figure = panels(metrics)
+    for axes, metric in zip(figure.axes, metrics, strict=True):
+        for (name, means), (dash, marker) in zip(first.items(), cycle(LINES), strict=False):
+            if metric in means:
+                values = [at[name][metric] for at in curves.values()]
+                look: dict[str, Any] = {
+                    "color": COLOURS.get(name, OTHER),
+                    "linestyle": dash,
+                    "marker": marker,
+                    "markersize": 4,
+                }
+                axes.plot(list(curves), values, label=name, **look)
+        axes.set(xlabel="optimiser step", ylim=(-0.04, 1.04))
+        axes.set_title(metric.replace("_", " "))
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return to_svg(figure, "curves")
 
 
 def probability_figure(before: Records, after: Records) -> Markup:
@@ -90,18 +119,20 @@ def render_report(
     table: Sequence[Mapping[str, Any]],
     goals: Sequence[Mapping[str, Any]],
     metrics: Sequence[Mapping[str, Any]],
+    curves: Mapping[int, Means],
     before: Records,
     after: Records,
     unlearning: Mapping[str, Any] | None = None,
     geffect: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report as one HTML page. unlearning: what unlearning.json holds, and its figure or None as "svg"; geffect:
-    `report.geffect.section` of the metrics' probes."""
+    """The report as one HTML page. curves: means by optimiser step, or none. unlearning: what unlearning.json holds,
+    and its figure or None as "svg". geffect: `report.geffect.section` of the metrics' probes."""
     stages = list(dict.fromkeys(row["stage"] for row in metrics))
     with matplotlib.rc_context(STYLE):
         figures = {
             "losses": {stage: loss_figure(metrics, stage) for stage in stages},
             "metrics_svg": metrics_figure(table),
+            "curves_svg": curves_figure(curves) if curves else None,
             "probability_svg": probability_figure(before, after),
         }
     return render(
@@ -110,6 +141,7 @@ def render_report(
         config_text=config_text,
         table=table,
         columns=[key for key in table[0] if key not in ("set", "metric", "samples")],
+        before=before,
         goals=goals,
         generations=pair_generations(before, after),
         unlearning=unlearning,

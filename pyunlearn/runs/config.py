@@ -178,6 +178,14 @@ class GoalConfig(Section):
 
 
 SETS = ("forget", "retain", "holdout")
+ANCHORS = ("retrained", "random")
+
+
+def as_every(value: Any) -> Any:
+    """Raises ValueError for what is neither a number of steps nor `epoch`."""
+    if value not in (None, "epoch") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"needs epoch, or a number of optimiser steps, got {value!r}")
+    return value
 
 
 class EvaluateConfig(Section):
@@ -193,6 +201,13 @@ class EvaluateConfig(Section):
     retain_limit: int | None = Field(
         default=None, ge=1, description="samples evaluated of the retain rows, and of those held out; None is all"
     )
+    every: Annotated[Literal["epoch"] | int | None, BeforeValidator(as_every)] = Field(
+        default=None, description="optimiser steps of the unlearning between evaluations on the way, or epoch"
+    )
+    anchors: list[Literal["retrained", "random"]] = Field(
+        default_factory=list,
+        description="models to hold the unlearned one against: one trained without the forget set, one not trained",
+    )
     sets: dict[str, Source] = Field(default_factory=dict, description="further sets to evaluate, by name")
     variant: Variant = Field(
         default="suffix", description="of memorization_accuracy and extraction_strength, see pyunlearn.metrics"
@@ -203,6 +218,11 @@ class EvaluateConfig(Section):
         "~/.cache/pyunlearn",
     )
     goal: GoalConfig | None = Field(default_factory=GoalConfig)
+
+    @field_validator("anchors")
+    @classmethod
+    def anchors_in_order(cls, anchors: list[str]) -> list[str]:
+        return [name for name in ANCHORS if name in anchors]
 
     @field_validator("sets")
     @classmethod
@@ -270,6 +290,15 @@ class RunConfig(Section):
             raise ValueError(
                 f"unlearn.sampling=mrd scores by small changes of the weights: set model.dtype=float32, got "
                 f"{self.model.dtype} (unlearn.bf16=true still computes the updates in bfloat16)"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def retraining_is_told_how(self) -> RunConfig:
+        if "retrained" in self.evaluate.anchors and self.memorise is None:
+            raise ValueError(
+                "evaluate.anchors=[retrained] trains the starting model by the memorise settings, without the forget "
+                "set: set memorise (epochs, learning_rate, ...), got null"
             )
         return self
 

@@ -171,7 +171,7 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
                 raise ValueError(f"evaluate.sets.{name}: {error}") from None
         if job.processes.first:
             job.folder.settle()
-            for name in ("memorise", "unlearn"):
+            for name in ("memorise", "unlearn", "retrain"):
                 if job.folder.result(name).is_dir():
                     job.folder.remove_training(name)  # what a kill has left of it
     if job.config.memorise is not None and not job.folder.memorised.is_dir():

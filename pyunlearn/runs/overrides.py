@@ -18,10 +18,13 @@ SETS = ["evaluate", "sets"]
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th month, too deep
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, anchors: Sequence[str] = ()
+) -> RunConfig:
     """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
 
-    A recipe among the overrides comes before the others, and takes the place of what the file has for its keys.
+    anchors: further ones of evaluate.anchors. A recipe among the overrides comes before the others, and takes the place
+    of what the file has for its keys.
 
     Raises FileNotFoundError when `path` is missing, and ConfigError with one line per problem, or for an override that
     would undo an earlier one of a key below it.
@@ -49,6 +52,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         set_value(values, override)
         if override.startswith("unlearn.recipe=") and isinstance(named := values["unlearn"]["recipe"], str):
             values["unlearn"] = merge(values["unlearn"], recipe_by(named))
+    evaluate = values.get("evaluate") or {}
+    if anchors and isinstance(evaluate, dict) and isinstance(evaluate.get("anchors") or [], list):
+        values["evaluate"] = {**evaluate, "anchors": [*(evaluate.get("anchors") or []), *anchors]}
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:

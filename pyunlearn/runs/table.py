@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import GoalConfig
+from .config import ANCHORS, GoalConfig
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record a sample
 Row = Mapping[str, Any]
-COLUMNS = ("before", "after", "change")
+COLUMNS = ("before", "after", "change", *ANCHORS)
 
 
 def make_table(moments: Mapping[str, Summaries], records: Records) -> list[dict[str, Any]]:
-    """One row per set and metric: {"set", "metric", "before", "after", "change", "samples"}.
+    """One row per set and metric: {"set", "metric", "before", "after", "change", "samples"}, and an anchor's value.
 
-    moments: what was evaluated, before and after among it. records: of one of them; samples: how many of those the
-    value is the mean of.
+    moments: what was evaluated: before, after, and any of the anchors. records: of one of them; samples: how many of
+    those the value is the mean of.
     """
     rows = []
     for name, first in moments["before"].items():
@@ -38,6 +38,8 @@ def columns(table: Sequence[Row]) -> list[str]:
 
 
 def cell(row: Row, column: str) -> str:
+    if column not in row:
+        return ""
     return f"{row[column]:{'+' if column == 'change' else ''}.4f}"
 
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from pyunlearn.report.run import pair_generations, render_report
+from pyunlearn.report.run import curves_figure, pair_generations, render_report
 from pyunlearn.runs.config import GoalConfig
 from pyunlearn.runs.table import check_goal, columns, make_table, table_markdown
 
@@ -32,6 +34,16 @@ def test_the_table():
     assert lines[3] == "| retain | probability | 0.8000 | 0.7000 | -0.1000 | 3 |"
 
 
+def test_other_models_have_columns_where_they_were_measured():
+    moments = {"before": BEFORE, "after": AFTER, "random": {"forget": {"probability": 0.01}, "retain": ONE}}
+    table = make_table(moments, RECORDS)
+    assert columns(table) == ["before", "after", "change", "random"]
+    assert [row.get("random") for row in table] == [0.01, 0.5, None]
+    lines = table_markdown(table).splitlines()
+    assert lines[2] == "| forget | probability | 0.9000 | 0.0500 | -0.8500 | 0.0100 | 2 |"
+    assert lines[4] == "| retain | rouge_l | 0.5000 | 0.5000 | +0.0000 |  | 1 |"
+
+
 def test_goals():
     forget, retain = check_goal(BEFORE, AFTER, GoalConfig())
     assert forget["met"]
@@ -51,6 +63,14 @@ def test_the_retain_goal_is_that_of_held_out_rows():
     assert retain["met"]
     assert retain["value"] == pytest.approx(0.95)
     assert retain["text"].startswith("retain probability of held-out rows 0.600 -> 0.570, 95.0% of before, wanted")
+
+
+def test_curves_are_told_apart_without_colour():
+    sets = {name: {"probability": 0.5, "rouge_l": 0.25} for name in ("forget", "retain", "holdout")}
+    svg = curves_figure({0: sets, 4: sets, 8: sets})
+    assert all(name in svg for name in (*sets, "rouge l", "probability", "optimiser step"))
+    drawn = re.findall(r'clip-path="[^"]*" style="fill: none; (?:stroke-dasharray: ([\d.,]+);[^"]*)?stroke: #', svg)
+    assert len(set(drawn)) == 3
 
 
 def test_generations_are_those_of_both_evaluations():
@@ -77,6 +97,7 @@ def test_what_a_model_or_a_file_says_is_escaped():
         table=make_table({"before": BEFORE, "after": AFTER}, records),
         goals=check_goal(BEFORE, AFTER, GoalConfig()),
         metrics=metrics,
+        curves={},
         before=records,
         after=records,
     )
