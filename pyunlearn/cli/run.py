@@ -21,6 +21,8 @@ EXAMPLES = """[bold]Examples[/bold]
 
   pyunlearn run examples/smollm2_tofu.yaml                 a pretrained model on TOFU
 
+  pyunlearn run --retrain --resume                         beside a model that has never seen the forget set
+
   pyunlearn run --resume                                   go on after Ctrl-C or a crash
 """
 
@@ -30,6 +32,9 @@ def run(
     set_: Set = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue this run where it stopped.")] = False,
     overwrite: Overwrite = False,
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Also train a model without the forget set, and measure it beside.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
     """Memorise (where asked), evaluate, unlearn, evaluate again, and write a report."""
@@ -37,5 +42,5 @@ def run(
         from ..runs import load_config
         from ..runs.run import run as run_job
 
-        loaded = load_config(config, set_ or [])
+        loaded = load_config(config, set_ or [], anchors=["retrained"] if retrain else [])
         run_job(loaded, resume=resume, overwrite=overwrite, console=Console(), command=command_line())

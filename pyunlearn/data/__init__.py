@@ -5,7 +5,7 @@
 
 from pyunlearn.data.authors import Author, World, generate_authors
 from pyunlearn.data.pairs import ForgetRetainDataset
-from pyunlearn.data.qa import QA, check_disjoint, load_qa, load_refusals
+from pyunlearn.data.qa import QA, check_disjoint, hold_out, load_qa, load_refusals
 from pyunlearn.data.tokenise import (
     Encoded,
     PromptFormat,
@@ -25,6 +25,7 @@ __all__ = [
     "check_disjoint",
     "collate",
     "generate_authors",
+    "hold_out",
     "load_qa",
     "load_refusals",
     "padding_id",

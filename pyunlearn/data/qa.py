@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,6 +105,29 @@ def check_disjoint(forget: Iterable[QA], retain: Iterable[QA]) -> None:
             f"{len(overlap)} forget pair(s) are in the retain set too; the first question is "
             f"{brief(overlap[0].question)}"
         )
+
+
+def hold_out(items: Sequence[QA], holdout: float, seed: int) -> tuple[list[QA], list[QA]]:
+    """(kept, held out), in the order of `items`: a seeded draw of `holdout` pairs, or of that share if it is below 1.
+
+    A share takes one at least, and leaves one. Pairs that are the same, case and white space aside, count as one and
+    stay together. 0 holds out none.
+
+    Raises ValueError for too few pairs.
+    """
+    if holdout == 0:
+        return list(items), []
+    different = list(dict.fromkeys(map(_normalised, items)))
+    count = max(1, min(round(holdout * len(different)), len(different) - 1)) if holdout < 1 else int(holdout)
+    if count >= len(different):
+        raise ValueError(
+            f"holdout={holdout:g}: needs {count + 1} different retain pairs at least, {count} to hold out and one to "
+            f"keep, got {len(different)}; 0 holds out none"
+        )
+    drawn = set(random.Random(f"{seed}/holdout").sample(different, count))
+    chosen = [_normalised(item) in drawn for item in items]
+    kept, held = ([item for item, out in zip(items, chosen, strict=True) if out == side] for side in (False, True))
+    return kept, held
 
 
 def _normalised(item: QA) -> tuple[str, str]:

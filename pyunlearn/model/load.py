@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,19 @@ def load_model(
         its_tokenizer.pad_token = its_tokenizer.convert_ids_to_tokens(padding_id(its_tokenizer))
     CausalLM.of(model).check_tokenizer(its_tokenizer)
     return model.eval(), its_tokenizer
+
+
+def with_random_weights(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Another model of this one's configuration, dtype and device, as it is before any training (evaluation mode).
+
+    The global generators stay as they are.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.random.default_generator.manual_seed(seed)
+        other: Any = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return other.to(model.device).eval()
 
 
 def build_embedded(

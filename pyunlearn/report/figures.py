@@ -13,9 +13,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 # told apart by lightness, dash and marker too: hue alone is lost on some eyes, printers and screens
-COLOURS = {"forget": "#c2410c", "retain": "#134e4a"}
-DASHES = {"forget": "-", "retain": "--"}
-MARKERS = {"forget": "o", "retain": "s"}
+COLOURS = {"forget": "#c2410c", "retain": "#134e4a", "holdout": "#6d28d9"}
+DASHES = {"forget": "-", "retain": "--", "holdout": ":"}
+MARKERS = {"forget": "o", "retain": "s", "holdout": "^"}
+OTHER = "#1d4ed8"  # sets of other names
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",

@@ -4,24 +4,35 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
 import matplotlib
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
-from .figures import COLOURS, DASHES, MARKERS, STYLE, new_figure, render, to_panels
+from .figures import COLOURS, DASHES, MARKERS, OTHER, STYLE, new_figure, render, to_panels
 
+OTHER_LINES = (("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 3)), "x"))  # of sets of other names
+MARKS = {"retrained": "D", "random": "x"}
+Means = Mapping[str, Mapping[str, float]]  # set name -> metric -> mean
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record per sample
+
+
+def panels(names: Sequence[str], height: float = 2.3) -> Figure:
+    """A figure with axes for each of them, three a row at most."""
+    columns = min(len(names), 3)
+    figure = new_figure(math.ceil(len(names) / columns), columns, height)
+    for axes in figure.axes[len(names) :]:
+        axes.remove()
+    return figure
 
 
 def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
     """Loss of each term over the optimiser steps of one stage."""
     rows = [row for row in rows if row["stage"] == stage]
     terms = sorted({key for row in rows for key in row if key.endswith("/loss")})
-    columns = min(len(terms), 3)
-    figure = new_figure(math.ceil(len(terms) / columns), columns)
-    for axes in figure.axes[len(terms) :]:
-        axes.remove()
+    figure = panels(terms)
     for axes, key in zip(figure.axes, terms, strict=True):
         points = [(row["step"], row[key]) for row in rows if key in row]
         name = key.removesuffix("/loss")
@@ -33,30 +44,58 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
 
 
 def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
-    """Every metric before (open circle) and after (dot), one line each."""
-    metrics = list(dict.fromkeys(row["metric"] for row in table))
-    figure = new_figure(1, 2, height=0.34 * len(metrics) + 1.1)
-    for axes, name in zip(figure.axes, COLOURS, strict=True):
-        colour = COLOURS[name]
+    """Every metric before (open circle) and after (dot), one line each, and of other models by MARKS; a panel a set."""
+    metrics, sets = (list(dict.fromkeys(row[key] for row in table)) for key in ("metric", "set"))
+    figure = panels(sets, height=0.34 * len(metrics) + 1.1)
+    for axes, name in zip(figure.axes, sets, strict=True):
+        colour = COLOURS.get(name, OTHER)
         for y, metric in enumerate(reversed(metrics)):
             for row in table:
                 if (row["set"], row["metric"]) == (name, metric):
                     axes.plot([row["before"], row["after"]], [y, y], color=colour, linewidth=2, alpha=0.35)
-                    axes.plot(row["before"], y, MARKERS[name], mfc="white", mec=colour, markersize=6)
-                    axes.plot(row["after"], y, MARKERS[name], color=colour, markersize=6)
+                    mark = MARKERS.get(name, "D")
+                    axes.plot(row["before"], y, mark, mfc="white", mec=colour, markersize=6)
+                    axes.plot(row["after"], y, mark, color=colour, markersize=6)
+                    for model, other in MARKS.items():
+                        if model in row:
+                            axes.plot(row[model], y + 0.2, other, mfc="white", color="#334155", markersize=5)
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.6, len(metrics) - 0.4))
         axes.set_title(name)
         axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in reversed(metrics)])
     return to_panels(figure, "metrics before and after")
 
 
+def curves_figure(curves: Mapping[int, Means]) -> Markup:
+    """Each metric over the optimiser steps, a line a set, told apart by dash and marker as well as by colour."""
+    first = next(iter(curves.values()))
+    metrics = list(dict.fromkeys(metric for means in first.values() for metric in means))
+    figure = panels(metrics)
+    for axes, metric in zip(figure.axes, metrics, strict=True):
+        others = cycle(OTHER_LINES)
+        for name, means in first.items():
+            dash, marker = (DASHES[name], MARKERS[name]) if name in DASHES else next(others)
+            if metric in means:
+                values = [at[name][metric] for at in curves.values()]
+                look: dict[str, Any] = {
+                    "color": COLOURS.get(name, OTHER),
+                    "linestyle": dash,
+                    "marker": marker,
+                    "markersize": 4,
+                }
+                axes.plot(list(curves), values, label=name, **look)
+        axes.set(xlabel="optimiser step", ylim=(-0.04, 1.04))
+        axes.set_title(metric.replace("_", " "))
+    figure.axes[0].legend(frameon=False, fontsize=8)
+    return to_panels(figure, "metrics on the way")
+
+
 def probability_figure(before: Records, after: Records) -> Markup:
-    """Histograms of the samples' answer probabilities: before as an outline, after filled."""
-    figure = new_figure(1, 2)
-    for axes, name in zip(figure.axes, COLOURS, strict=True):
+    """Histograms of the samples' answer probabilities: before as an outline, after filled; one panel a set."""
+    figure = panels(list(before))
+    for axes, name in zip(figure.axes, before, strict=True):
         bins = [i / 20 for i in range(21)]
         then, now = ([row["probability"] for row in records[name]] for records in (before, after))
-        axes.hist(now, bins=bins, color=COLOURS[name], alpha=0.6)
+        axes.hist(now, bins=bins, color=COLOURS.get(name, OTHER), alpha=0.6)
         axes.hist(then, bins=bins, histtype="step", color="#334155", linewidth=1.2)
         axes.set(xlim=(-0.02, 1.02), xlabel="probability of the answer", ylabel="samples")
         axes.set_title(f"{name}, {len(after[name])} samples")
@@ -84,18 +123,20 @@ def render_report(
     table: Sequence[Mapping[str, Any]],
     goals: Sequence[Mapping[str, Any]],
     metrics: Sequence[Mapping[str, Any]],
+    curves: Mapping[int, Means],
     before: Records,
     after: Records,
     unlearning: Mapping[str, Any] | None = None,
     geffect: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report as one HTML page. unlearning: what unlearning.json holds, and its figure or None as "svg"; geffect:
-    `report.geffect.section` of the metrics' probes."""
+    """The report as one HTML page. curves: means by optimiser step, or none. unlearning: what unlearning.json holds,
+    and its figure or None as "svg". geffect: `report.geffect.section` of the metrics' probes."""
     stages = list(dict.fromkeys(row["stage"] for row in metrics))
     with matplotlib.rc_context(STYLE):
         figures = {
             "losses": {stage: loss_figure(metrics, stage) for stage in stages},
             "metrics_svg": metrics_figure(table),
+            "curves_svg": curves_figure(curves) if curves else None,
             "probability_svg": probability_figure(before, after),
         }
     return render(
@@ -103,6 +144,8 @@ def render_report(
         config=config,
         config_text=config_text,
         table=table,
+        columns=[key for key in table[0] if key not in ("set", "metric", "samples")],
+        before=before,
         goals=goals,
         generations=pair_generations(before, after),
         unlearning=unlearning,

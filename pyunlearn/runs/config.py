@@ -7,6 +7,7 @@ pretrained model otherwise (no memorise stage, learning rate 1e-5).
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -103,6 +104,15 @@ def check_options(options: Mapping[str, Any]) -> None:
         )
 
 
+# What keys that came later were as good as, in the configurations that runs have written before (`as_meant`).
+EARLIER: dict[str, Any] = {"data": {"holdout": 0}}
+
+
+def as_meant(written: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a run folder's config.yaml, without its versions: what the run did, whatever is the default now."""
+    return merge(EARLIER, {key: value for key, value in written.items() if key != "versions"})
+
+
 def existing(named: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
     """(key, path) of those that are files or folders here, and not names on the Hub."""
     return ((key, Path(name)) for key, name in named.items() if name is not None and Path(name).exists())
@@ -124,12 +134,25 @@ def as_source(value: Any) -> Any:
 Source = Annotated[SourceConfig, BeforeValidator(as_source)]
 
 
+def as_holdout(value: Any) -> Any:
+    """Raises ValueError for what is neither a share nor a number of rows."""
+    rows = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not rows and not (isinstance(value, float) and 0 <= value < 1):
+        raise ValueError(f"needs a share below 1, or a whole number of rows, got {value!r}")
+    return value
+
+
 class DataConfig(Section):
     source: Literal["embedded", "files"] = Field(
         default=EMBEDDED, description="`files` also reads Hub ids (with a name)"
     )
     forget: Source | None = None
     retain: Source | None = None
+    holdout: Annotated[int | float, BeforeValidator(as_holdout)] = Field(
+        default=0.1,
+        description="retain rows, a share below 1 or a number, that are memorised and evaluated but kept out of the "
+        "unlearning; drawn with the seed",
+    )
     refusals: str | None = Field(default=None, description="a text file, one refusal a line; needed by idk, dpo and ap")
     max_length: int | None = Field(default=None, ge=8, description="tokens; None is the model's context")
     num_authors: int = Field(default=40, ge=2, description="embedded source only, as the next two")
@@ -154,6 +177,17 @@ class GoalConfig(Section):
     retain_probability_kept: float = Field(default=0.9, ge=0, le=1, description="share of the value before unlearning")
 
 
+SETS = ("forget", "retain", "holdout")
+ANCHORS = ("retrained", "random")
+
+
+def as_every(value: Any) -> Any:
+    """Raises ValueError for what is neither a number of steps nor `epoch`."""
+    if value not in (None, "epoch") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"needs epoch, or a number of optimiser steps, got {value!r}")
+    return value
+
+
 class EvaluateConfig(Section):
     metrics: list[str] = Field(default_factory=lambda: list(DEFAULT_METRICS), min_length=1)
     options: dict[str, dict[str, Any]] = Field(
@@ -164,7 +198,17 @@ class EvaluateConfig(Section):
     )
     max_new_tokens: int = Field(default=64, ge=1)
     batch_size: int = Field(default=16, ge=1)
-    retain_limit: int | None = Field(default=None, ge=1, description="retain samples evaluated; None is all")
+    retain_limit: int | None = Field(
+        default=None, ge=1, description="samples evaluated of the retain rows, and of those held out; None is all"
+    )
+    every: Annotated[Literal["epoch"] | int | None, BeforeValidator(as_every)] = Field(
+        default=None, description="optimiser steps of the unlearning between evaluations on the way, or epoch"
+    )
+    anchors: list[Literal["retrained", "random"]] = Field(
+        default_factory=list,
+        description="models to hold the unlearned one against: one trained without the forget set, one not trained",
+    )
+    sets: dict[str, Source] = Field(default_factory=dict, description="further sets to evaluate, by name")
     variant: Variant = Field(
         default="suffix", description="of memorization_accuracy and extraction_strength, see pyunlearn.metrics"
     )
@@ -174,6 +218,19 @@ class EvaluateConfig(Section):
         "~/.cache/pyunlearn",
     )
     goal: GoalConfig | None = Field(default_factory=GoalConfig)
+
+    @field_validator("anchors")
+    @classmethod
+    def anchors_in_order(cls, anchors: list[str]) -> list[str]:
+        return [name for name in ANCHORS if name in anchors]
+
+    @field_validator("sets")
+    @classmethod
+    def sets_have_names(cls, sets: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
+        for name in sets:
+            if name in SETS or not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"{name!r}: needs a name of letters, digits, _, . and - other than {', '.join(SETS)}")
+        return sets
 
     @field_validator("metrics")
     @classmethod
@@ -237,6 +294,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def retraining_is_told_how(self) -> RunConfig:
+        if "retrained" in self.evaluate.anchors and self.memorise is None:
+            raise ValueError(
+                "evaluate.anchors=[retrained] trains the starting model by the memorise settings, without the forget "
+                "set: set memorise (epochs, learning_rate, ...), got null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def refusals_given(self) -> RunConfig:
         terms = [*self.unlearn.forget, *self.unlearn.retain]
         needy = [term.name for term in terms if "refusal" in term.objective().batches]
@@ -255,6 +321,7 @@ class RunConfig(Section):
     def paths(self) -> Iterator[tuple[str, Path]]:
         """(key, path) of all that the run reads and that is a file or a folder here."""
         sources = {"data.forget": self.data.forget, "data.retain": self.data.retain}
+        sources |= {f"evaluate.sets.{name}": source for name, source in self.evaluate.sets.items()}
         named = {key: source.path for key, source in sources.items() if source is not None}
         yield from existing({"data.refusals": self.data.refusals, **named, **self.model.named_paths()})
 

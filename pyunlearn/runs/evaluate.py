@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,6 @@ from .config import EvaluateConfig, FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
 from .outputs import check_records_file
-
-SETS = ("forget", "retain")
 
 
 def evaluate_sets(
@@ -61,18 +59,18 @@ def evaluate_items(
     )
 
 
-def read_summaries(folder: RunFolder, moment: str) -> dict[str, dict[str, float]]:
-    """Raises ValueError that names the file if it is damaged."""
+def read_summaries(folder: RunFolder, moment: str, sets: Iterable[str]) -> dict[str, dict[str, float]]:
+    """The means of every set. Raises ValueError that names the file if it is damaged."""
     path = folder.evaluation(f"{moment}.json")
     summaries = read_json(path, evaluate_again(path))
-    if not isinstance(summaries, dict) or not all(isinstance(summaries.get(name), dict) for name in SETS):
-        raise ValueError(f"{path}: is damaged, it has no means of both sets; {evaluate_again(path)}")
-    return summaries
+    if not isinstance(summaries, dict) or not all(isinstance(summaries.get(name), dict) for name in sets):
+        raise ValueError(f"{path}: is damaged, it has no means of {', '.join(sets)}; {evaluate_again(path)}")
+    return {name: summaries[name] for name in sets}
 
 
-def read_records(folder: RunFolder, moment: str) -> dict[str, list[dict[str, Any]]]:
-    """Raises ValueError that names file and line if one is damaged."""
-    return {name: read_lines(folder.evaluation(f"{moment}-{name}.jsonl")) for name in SETS}
+def read_records(folder: RunFolder, moment: str, sets: Iterable[str]) -> dict[str, list[dict[str, Any]]]:
+    """Of every set, one record a sample. Raises ValueError that names file and line if one is damaged."""
+    return {name: read_lines(folder.evaluation(f"{moment}-{name}.jsonl")) for name in sets}
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

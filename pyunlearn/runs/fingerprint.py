@@ -10,18 +10,22 @@ from ..data import QA
 from ..store import digest_json
 from ..training.unlearn import UnlearnData
 from .config import EMBEDDED, ModelConfig, RunConfig
+from .data import RunData
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 MODEL = ("*.safetensors", "config.json", *TOKENIZER)
 
 
-def fingerprints(config: RunConfig, data: UnlearnData) -> dict[str, str]:
+def fingerprints(config: RunConfig, data: RunData) -> dict[str, str]:
     """BLAKE2b (32 hex digits) of what a run reads, by the key of its configuration."""
-    return {**data_fingerprints(data), **model_fingerprints(config.model)}
+    more = {"data.holdout": data.holdout, **{f"evaluate.sets.{name}": items for name, items in data.sets.items()}}
+    digests = {key: digest_pairs(items) for key, items in more.items()}
+    return {**data_fingerprints(data), **digests, **model_fingerprints(config.model)}
 
 
 def data_fingerprints(data: UnlearnData) -> dict[str, str]:
-    """Of the pairs and refusals as read: where they lie, and what else is in their files, does not count."""
+    """Of the pairs and refusals to unlearn with, as read: where they lie, and what else is in their files, does not
+    count."""
     return {
         "data.forget": digest_pairs(data.forget),
         "data.retain": digest_pairs(data.retain),

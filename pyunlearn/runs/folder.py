@@ -2,8 +2,10 @@
 
 config.yaml        the configuration as resolved, with versions
 memorised/         model and tokenizer after memorising (if the run does)
-evaluation/        {before,after}-{forget,retain}.jsonl, one line a sample; {before,after}.json, the means
+evaluation/        {before,after}-{forget,retain,holdout}.jsonl, one line a sample; {before,after}.json, the means;
+                   the same of step-N on the way, and of the models it is held against (retrained, random)
 unlearning.json    mean absolute change of a weight; with sampling also each sample's updates, MRD, and when forgotten
+retrained/         a model that was trained as memorised/ was, but without the forget set (with --retrain)
 checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
 table.json, table.md, report.html
@@ -27,16 +29,16 @@ import yaml
 from .._files import read_json, remove_orphans, write_json, write_text
 from ..store import differences
 from ..training.folder import TrainingFolder
-from .config import RunConfig
+from .config import RunConfig, as_meant
 
-# What does not change a run's results.
-NOT_COMPARED = {"output", "num_threads", "versions", "cache"}
+# What does not change a run's results; anchors are measured beside them, whenever they are asked for.
+NOT_COMPARED = {"output", "num_threads", "versions", "cache", "anchors"}
 MARK, LOCK = ".pyunlearn", ".lock"
 OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten: whole, and on its way there or back
 BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
 RUN_FILES = BEGUN | {
     "memorised", "evaluation", "unlearning.json", "checkpoint", "geffect", "table.json", "table.md", "report.html",
-    "training", "metrics.jsonl", "reference", "checkpoints",
+    "retrained", "training", "metrics.jsonl", "reference", "checkpoints",
 }  # fmt: skip
 SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
 LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`
@@ -51,6 +53,7 @@ class RunFolder(TrainingFolder):
         self.memorised = self.path / "memorised"
         self.unlearning = self.path / "unlearning.json"
         self.checkpoint = self.path / "checkpoint"
+        self.retrained = self.path / "retrained"
         self.report = self.path / "report.html"
         self.lock = self.path / LOCK
 
@@ -150,7 +153,14 @@ class RunFolder(TrainingFolder):
                 raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --set output=...")
 
     def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
-        changed = differences(compared(self.read_config()), compared(config.to_dict()))
+        written = self.read_config()
+        changed = differences(compared(with_defaults(written)), compared(config.to_dict()))
+        data = written.get("data")
+        if changed and config.data.holdout and isinstance(data, Mapping) and "holdout" not in data:
+            raise FileExistsError(
+                f"{self.path} holds a run from before there was data.holdout; go on with it by --set data.holdout=0, "
+                "or choose --set output=... or --overwrite"
+            )
         if changed:
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
@@ -158,7 +168,8 @@ class RunFolder(TrainingFolder):
             )
         mark = read_json(self.path / MARK, f"delete {self.path}, or choose --set output=...")
         known = mark.get("reads") if isinstance(mark, dict) else None
-        if known and reads and (other := [key for key in {**reads, **known} if known.get(key) != reads.get(key)]):
+        both = (known or {}).keys() & (reads or {}).keys()  # what one of them lacks is another configuration's
+        if known and reads and (other := [key for key in reads if key in both and known[key] != reads[key]]):
             raise FileExistsError(
                 f"{self.path} holds results of other content: {', '.join(other)} changed since the run began; bring it "
                 "back, choose --set output=... or --overwrite"
@@ -179,10 +190,23 @@ class RunFolder(TrainingFolder):
 
     def result(self, stage: str) -> Path:
         """Where the model goes that a stage leaves."""
-        return {"memorise": self.memorised, "unlearn": self.checkpoint}[stage]
+        return {"memorise": self.memorised, "unlearn": self.checkpoint, "retrain": self.retrained}[stage]
 
     def evaluation(self, name: str) -> Path:
         return self.path / "evaluation" / name
+
+    def evaluated_steps(self) -> list[int]:
+        """The optimiser steps of the unlearning after which the model was evaluated."""
+        found = (re.fullmatch(r"step-(\d+)\.json", path.name) for path in self.path.glob("evaluation/step-*.json"))
+        return sorted(int(name[1]) for name in found if name)
+
+
+def with_defaults(written: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A run folder's configuration with the keys that came later; as it is written where it has others than today's."""
+    try:
+        return RunConfig.model_validate(as_meant(written)).to_dict()
+    except ValueError:
+        return written
 
 
 def compared(settings: Mapping[str, Any]) -> dict[str, Any]:

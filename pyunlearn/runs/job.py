@@ -15,27 +15,21 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from .._files import SEAL, check_seal
-from ..data import check_disjoint, generate_authors, load_qa, load_refusals
+from ..data import QADataset
 from ..distributed import Processes
 from ..model.causal_lm import CausalLM
-from ..model.load import EMBEDDED, load_model
+from ..model.load import load_model
 from ..training.folder import write_model
 from ..training.stage import Interrupted, Stage
-from ..training.unlearn import UnlearnData, check_model, memorise
-from .config import DataConfig, FilesConfig, ModelConfig, RunConfig
+from ..training.unlearn import check_model, memorise
+from .config import FilesConfig, ModelConfig, RunConfig
+from .data import RunData, load_data
 from .fingerprint import fingerprints
 from .folder import RunFolder
 from .lock import held
 
 UNREADABLE = (SafetensorError, StrictDataclassError, KeyError, JSONDecodeError)  # of damaged files
 C = TypeVar("C", bound="RunConfig | FilesConfig")
-
-
-@dataclass(frozen=True)
-class RunData(UnlearnData):
-    """Questions and answers of a job; `texts` trains the embedded tokenizer."""
-
-    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -170,9 +164,14 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
     stage = job.stage(model)
     if isinstance(job.config, RunConfig):
         check_model(job.config.unlearn, job.config.geffect, model)
+        for name, items in job.data.sets.items():
+            try:
+                QADataset(items, tokenizer, stage.max_length)
+            except ValueError as error:
+                raise ValueError(f"evaluate.sets.{name}: {error}") from None
         if job.processes.first:
             job.folder.settle()
-            for name in ("memorise", "unlearn"):
+            for name in ("memorise", "unlearn", "retrain"):
                 if job.folder.result(name).is_dir():
                     job.folder.remove_training(name)  # what a kill has left of it
     if job.config.memorise is not None and not job.folder.memorised.is_dir():
@@ -188,31 +187,6 @@ def save(job: Job, stage: str, model: Any, tokenizer: Any) -> None:
         write_model(job.folder.result(stage), model, tokenizer)
         job.folder.remove_training(stage)
     job.processes.wait()
-
-
-def load_data(config: RunConfig | FilesConfig) -> RunData:
-    """Raises what `load_qa` and `load_refusals` raise, and ValueError where forget and retain overlap."""
-    data = config.data
-    if not isinstance(data, DataConfig):
-        items = load_qa(data.path, name=data.name, split=data.split, limit=data.limit)
-        return RunData(items, [], [], texts_of(items))
-    if data.source == EMBEDDED:
-        world = generate_authors(data.num_authors, data.questions_per_author, config.seed, data.forget_fraction)
-        sets = RunData(world.forget, world.retain, list(world.refusals), world.texts)
-    else:
-        forget, retain = (
-            load_qa(source.path, name=source.name, split=source.split, limit=source.limit)
-            for source in (data.forget, data.retain)
-            if source is not None
-        )
-        refusals = [] if data.refusals is None else load_refusals(data.refusals)
-        sets = RunData(forget, retain, refusals, texts_of(forget + retain) + refusals)
-    check_disjoint(sets.forget, sets.retain)
-    return sets
-
-
-def texts_of(items: list[Any]) -> list[str]:
-    return [f"Question: {item.question}\nAnswer: {item.answer}" for item in items]
 
 
 def quiet_libraries() -> None:

@@ -12,15 +12,19 @@ from pydantic import BaseModel, ValidationError
 from .._hints import hint
 from ..recipes import recipe
 from ..training.settings import DEFAULT_TERMS, merge
-from .config import ConfigError, RunConfig
+from .config import ConfigError, RunConfig, as_meant
 
+SETS = ["evaluate", "sets"]
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th month, too deep
 
 
-def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    path: str | Path | None = None, overrides: Sequence[str] = (), *, anchors: Sequence[str] = ()
+) -> RunConfig:
     """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
 
-    A recipe among the overrides comes before the others, and takes the place of what the file has for its keys.
+    anchors: further ones of evaluate.anchors. A recipe among the overrides comes before the others, and takes the place
+    of what the file has for its keys.
 
     Raises FileNotFoundError when `path` is missing, and ConfigError with one line per problem, or for an override that
     would undo an earlier one of a key below it.
@@ -36,7 +40,8 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
             raise ConfigError(f"configuration {str(path)!r}: not valid YAML: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(values).__name__}")
-        values.pop("versions", None)  # a run folder's config.yaml records them
+        if "versions" in values:  # a run folder's config.yaml records them
+            values = as_meant(values)
     check_order(overrides)
     for override in sorted(overrides, key=lambda override: not override.startswith("unlearn.recipe=")):
         for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
@@ -47,6 +52,9 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         set_value(values, override)
         if override.startswith("unlearn.recipe=") and isinstance(named := values["unlearn"]["recipe"], str):
             values["unlearn"] = merge(values["unlearn"], recipe_by(named))
+    evaluate = values.get("evaluate") or {}
+    if anchors and isinstance(evaluate, dict) and isinstance(evaluate.get("anchors") or [], list):
+        values["evaluate"] = {**evaluate, "anchors": [*(evaluate.get("anchors") or []), *anchors]}
     try:
         return RunConfig.model_validate(values)
     except ValidationError as error:
@@ -94,8 +102,9 @@ def set_value(config: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {'.'.join(parts[:depth])} is {at!r}, not a section")
         if at.get(part) is None:
             at[part] = {}
-        elif isinstance(at[part], str) and part in ("forget", "retain", "sampling"):
-            at[part] = {"by" if part == "sampling" else "path" if parts[0] == "data" else "name": at[part]}
+        elif isinstance(at[part], str) and (part in ("forget", "retain", "sampling") or parts[:2] == SETS):
+            path = parts[0] == "data" or parts[:2] == SETS
+            at[part] = {"by" if part == "sampling" else "path" if path else "name": at[part]}
         at = at[part]
     if isinstance(at, list) and not parts[-1].isdigit():
         at = at[list_index(at, parts[-1], override)]
@@ -140,7 +149,7 @@ def fields_at(location: Sequence[str]) -> Iterable[str]:
     """The keys of the section at `location`."""
     section: type[BaseModel] = RunConfig
     for part in location:
-        if part.isdigit():
+        if part not in section.model_fields:  # a place in a list, a name of the user's
             continue
         section = next(iter(sections_in(section.model_fields[part].annotation)))
     return section.model_fields

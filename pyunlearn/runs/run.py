@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,15 @@ from ..objectives import names
 from ..report.geffect import section
 from ..report.run import render_report
 from ..report.sampling import sampling_figure
-from ..training.callbacks import read_metrics
+from ..training.callbacks import Evaluations, read_metrics
 from ..training.stage import Stage
 from ..training.unlearn import unlearn
+from .anchors import ANCHORS
 from .config import ModelConfig, RunConfig
 from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import config_text
 from .job import Job, first_model, loaded, save
-from .table import check_goal, make_table, table_markdown
+from .table import cell, check_goal, columns, make_table, table_markdown
 
 
 @dataclass(frozen=True)
@@ -61,30 +63,38 @@ def run(
         raise ValueError("--resume goes on with a run and --overwrite begins it anew: needs one of them")
     job = Job.start(config, console, command)
     with job.interruptible(" --resume"), job.opened(resume=resume, overwrite=overwrite):
-        if not job.folder.evaluation("after.json").is_file():
-            compute(job)
+        wanted = ("before", "after", *config.evaluate.anchors)
+        missing = [moment for moment in wanted if not job.folder.evaluation(f"{moment}.json").is_file()]
+        job.processes.wait()  # all have looked before any writes
+        if missing:
+            compute(job, missing)
         result = finish(job)
         job.processes.wait()
     tell(job, result)
     return result
 
 
-def compute(job: Job[RunConfig]) -> None:
-    """Everything up to the second evaluation, leaving out what an earlier attempt has finished."""
+def compute(job: Job[RunConfig], missing: Sequence[str]) -> None:
+    """The missing evaluations and all that comes before them, leaving out what an earlier attempt has finished."""
     model, tokenizer, stage = first_model(job)
-    evaluate_moment(job, stage, "before", model, tokenizer)
-    if job.folder.checkpoint.is_dir():
-        checkpoint = ModelConfig(name_or_path=str(job.folder.checkpoint), dtype=job.config.model.dtype)
-        model, tokenizer = loaded(job, checkpoint)
-    else:
-        unlearn_model(job, stage, model, tokenizer)
-    evaluate_moment(job, stage, "after", model, tokenizer)
+    if "before" in missing:
+        evaluate_moment(job, stage, "before", model, tokenizer)
+    if "after" in missing:
+        if job.folder.checkpoint.is_dir():
+            checkpoint = ModelConfig(name_or_path=str(job.folder.checkpoint), dtype=job.config.model.dtype)
+            model, tokenizer = loaded(job, checkpoint)
+        else:
+            unlearn_model(job, stage, model, tokenizer)
+        evaluate_moment(job, stage, "after", model, tokenizer)
+    for name in job.config.evaluate.anchors:
+        if name in missing:
+            evaluate_moment(job, stage, name, *ANCHORS[name](job, stage))
 
 
 def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, tokenizer: Any) -> None:
     settings = job.config.evaluate
-    sets = {"forget": job.data.forget, "retain": job.data.retain[: settings.retain_limit]}
-    if job.processes.first and not job.folder.evaluation(f"{moment}.json").is_file():
+    sets = job.data.evaluated(settings.retain_limit)
+    if job.processes.first:
         counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
         job.console.print(f"[bold]evaluate[/] {moment}: {counts} samples")
         evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer)
@@ -95,7 +105,14 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
     settings = job.config.unlearn
     terms = [f"{term.coefficient:g}·{term.name}" for term in (*settings.forget, *settings.retain)]
     job.console.print(f"[bold]unlearn[/] {' + '.join(terms)}")
-    unlearned = unlearn(stage, settings, model, tokenizer, job.data, job.config.geffect)
+    quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
+
+    def evaluate(step: int, model: Any) -> None:
+        evaluate_moment(job, quiet, f"step-{step}", model, tokenizer)
+
+    every = job.config.evaluate.every
+    watching = [] if every is None else [Evaluations(every, evaluate)]
+    unlearned = unlearn(stage, settings, model, tokenizer, job.data, job.config.geffect, watching)
     if job.processes.first:
         write_json(job.folder.unlearning, unlearned.as_dict())
     save(job, "unlearn", model, tokenizer)
@@ -104,23 +121,30 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
 def finish(job: Job[RunConfig]) -> RunResult:
     """Table and report from what is on disk."""
     folder, config = job.folder, job.config
-    before, after = read_summaries(folder, "before"), read_summaries(folder, "after")
-    table = make_table(before, after)
-    goals = [] if config.evaluate.goal is None else check_goal(before, after, config.evaluate.goal)
+    sets = list(job.data.evaluated(config.evaluate.retain_limit))
+    measured = [name for name in ("before", "after", *ANCHORS) if folder.evaluation(f"{name}.json").is_file()]
+    moments = {moment: read_summaries(folder, moment, sets) for moment in measured}
+    records = {moment: read_records(folder, moment, sets) for moment in ("before", "after")}
+    table = make_table(moments, records["after"])
+    goal = config.evaluate.goal
+    goals = [] if goal is None else check_goal(moments["before"], moments["after"], goal)
     if job.processes.first:
         remedy = f"delete {folder.checkpoint} and {folder.evaluation('after.json')}, and --resume unlearns again"
         unlearning = read_json(folder.unlearning, remedy)
         write_json(folder.path / "table.json", {"table": table, "goals": goals})
         write_text(folder.path / "table.md", table_markdown(table))
         metrics = read_metrics(folder.metrics)
+        on_the_way = {step: read_summaries(folder, f"step-{step}", sets) for step in folder.evaluated_steps()}
+        curves = {0: moments["before"], **on_the_way, unlearning["steps"]: moments["after"]} if on_the_way else {}
         html = render_report(
             config=config.to_dict(),
             config_text=config_text(config),
             table=table,
             goals=goals,
             metrics=metrics,
-            before=read_records(folder, "before"),
-            after=read_records(folder, "after"),
+            curves=curves,
+            before=records["before"],
+            after=records["after"],
             unlearning={**unlearning, "svg": sampling_figure(unlearning)},
             geffect=section([row for row in metrics if "geffect" in row]),
         )
@@ -131,11 +155,12 @@ def finish(job: Job[RunConfig]) -> RunResult:
 def tell(job: Job[RunConfig], result: RunResult) -> None:
     """The table, the goals, and what to try next."""
     table = Table("set", "metric", title="before and after", title_justify="left")
-    for column in ("before", "after", "change"):
+    for column in columns(result.table):
         table.add_column(column, justify="right")
-    for row in result.table:
-        numbers = [f"{row['before']:.4f}", f"{row['after']:.4f}", f"{row['change']:+.4f}"]
-        table.add_row(row["set"], row["metric"], *numbers, end_section=row is result.table[-1])
+    for row, following in zip(result.table, [*result.table[1:], None], strict=True):
+        numbers = [cell(row, column) for column in columns(result.table)]
+        last = following is None or following["set"] != row["set"]
+        table.add_row(shown(row["set"]), row["metric"], *numbers, end_section=last)
     job.console.print(table)
     for goal in result.goals:
         mark = "[bold green]reached[/]" if goal["met"] else "[bold red]missed[/] "
@@ -143,6 +168,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
     folder, used = result.folder, {term.name for term in job.config.unlearn.forget}
     other = next(name for name in ("npo", *names("forget")) if name not in used)
     again = without(job.command, "unlearn.forget")
+    told = job.config.memorise is None or "retrained" in columns(result.table)
     lines = [
         f"report  {folder / 'report.html'}",
         f"model   {folder / 'checkpoint'}",
@@ -150,6 +176,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
         "try next",
         f"  {again} --set unlearn.forget={other} --set output={shlex.quote(f'{folder}-{other}')}   # another objective",
         "  pyunlearn objectives   # all of them, with their options",
+        *([] if told else [f"  {job.command} --retrain --resume   # beside a model that never saw the forget set"]),
         f"  pyunlearn evaluate --model {shlex.quote(str(folder / 'checkpoint'))} --data FILE.jsonl",
     ]
     job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+import torch
 from torch import nn
 
 from ..model.causal_lm import CausalLM
@@ -42,6 +45,19 @@ def left_as_found(model: nn.Module) -> Iterator[None]:
         for key in hooks.keys() - known:
             if getattr(hooks[key], "__name__", None) in HOOKS:  # a callable object has none
                 del hooks[key]
+
+
+@contextmanager
+def random_as_found() -> Iterator[None]:
+    """The global generators of Python, NumPy and torch (CPU and this process's GPU) are afterwards as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def attributes(module: nn.Module, names: tuple[str, ...]) -> dict[str, Any]:

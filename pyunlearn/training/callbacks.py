@@ -9,9 +9,10 @@ import json
 import shutil
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import seal, write_json_lines
+from .as_found import left_as_found, random_as_found
 from .folder import TrainingFolder, write_model
 
 
@@ -111,6 +113,27 @@ class KeepCheckpoints(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero and state.global_step % self.every == 0:
             write_model(self.folder.kept / f"step-{state.global_step}", model, self.tokenizer)
+
+
+class Evaluations(TrainerCallback):
+    """Calls `evaluate(step, model)` every so many optimiser steps, or after each epoch; not after the last step.
+
+    It comes before the checkpoint of its step, so that a resumed training leaves none out. The training goes on in the
+    same bits: the model but for its weights, its gradients and the random generators are as before.
+    """
+
+    def __init__(self, every: int | Literal["epoch"], evaluate: Callable[[int, Any], None]):
+        self.every, self.evaluate = every, evaluate
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        step = state.global_step
+        due = float(state.epoch or 0).is_integer() if self.every == "epoch" else step % self.every == 0
+        if due and step < state.max_steps:
+            with left_as_found(model), random_as_found():
+                self.evaluate(step, model)
+            model.zero_grad()
 
 
 class ProgressBar(TrainerCallback):

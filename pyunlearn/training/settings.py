@@ -70,9 +70,9 @@ class TrainingConfig(Section):
 
 
 class MemoriseConfig(TrainingConfig):
-    """Fine-tunes on the forget set and retain_limit retain rows first, so that there is something to forget."""
+    """Fine-tunes on forget rows, retain_limit retain rows and those held out first: so there is something to forget."""
 
-    retain_limit: int | None = Field(default=None, ge=0, description="None is all of them")
+    retain_limit: int | None = Field(default=None, ge=0, description="beside those held out; None is all of them")
 
 
 class SamplingConfig(Section):

@@ -6,7 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,11 +32,15 @@ from .terms import Need, TermLosses, collect_needs, make_terms
 
 @dataclass(frozen=True)
 class UnlearnData:
-    """Questions and answers to forget and to retain, and refusals for the objectives that answer with them."""
+    """Questions and answers to forget and to retain, and refusals for the objectives that answer with them.
+
+    holdout: what is to be retained, too, and only `memorise` takes: nothing of the unlearning has seen it.
+    """
 
     forget: list[QA]
     retain: list[QA]
     refusals: list[str]
+    holdout: list[QA] = field(default_factory=list, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -58,11 +62,16 @@ class Unlearned:
         return asdict(self)
 
 
-def memorise(stage: Stage, settings: MemoriseConfig, model: Any, tokenizer: Any, data: UnlearnData) -> None:
-    """Fine-tunes `model` in place on the forget set and `retain_limit` retain rows, by `gd` alone."""
-    items = data.forget + data.retain[: settings.retain_limit]
+def memorise(
+    stage: Stage, settings: MemoriseConfig, model: Any, tokenizer: Any, data: UnlearnData, name: str = "memorise"
+) -> None:
+    """Fine-tunes `model` in place on the forget set, `retain_limit` retain rows and those held out, by `gd` alone.
+
+    name: of the stage, in the folder and in the metrics.
+    """
+    items = data.forget + data.retain[: settings.retain_limit] + data.holdout
     rows = AnswerRows(QADataset(items, tokenizer, stage.max_length))
-    train(stage, "memorise", settings, model, rows, ["gd"])
+    train(stage, name, settings, model, rows, ["gd"])
 
 
 class AnswerRows(Dataset):
@@ -88,10 +97,11 @@ def unlearn(
     tokenizer: Any,
     data: UnlearnData,
     probing: GEffectConfig | None = None,
+    watching: Sequence[TrainerCallback] = (),
 ) -> Unlearned:
     """Unlearns `model` in place; what it says before is the frozen reference, cached in the stage's folder.
 
-    probing: also measures the G-effect on the way, into the metrics.
+    probing: also measures the G-effect on the way, into the metrics. watching: further callbacks of the training.
 
     Raises ValueError for data that the objectives need and were not given, and what `train` raises.
     """
@@ -103,7 +113,7 @@ def unlearn(
         retain = QADataset(retain_used(stage, settings, data), tokenizer, stage.max_length)
     pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to)
     references = make_references(stage, model, tokenizer, pairs, needs)
-    callbacks: list[TrainerCallback] = []
+    callbacks = [*watching]
     if probing is not None:
         probe = make_probe(stage, settings, probing, model, tokenizer, data)
         callbacks.append(GEffectCallback(probe, stage.folder.metrics, "unlearn", probing.every))

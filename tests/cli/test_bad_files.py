@@ -19,7 +19,7 @@ from pyunlearn.data import load_qa
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs import load_config
 from pyunlearn.runs import score as score_module
-from pyunlearn.runs.config import ConfigError, ModelConfig
+from pyunlearn.runs.config import SETS, ConfigError, ModelConfig
 from pyunlearn.runs.evaluate import read_records, read_summaries
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result
@@ -126,7 +126,7 @@ def test_json_that_cannot_be_read(tmp_path, text):
     folder.evaluation("before.json").write_text(text)
     again = r".*; delete .*evaluation, and --resume evaluates again"
     with pytest.raises(ValueError, match=r"before\.json: is damaged" + again):
-        read_summaries(folder, "before")
+        read_summaries(folder, "before", SETS)
     (tmp_path / "table.json").write_text(text)
     with pytest.raises(ValueError, match=r"table\.json: is damaged, .*; --resume of the run makes it again"):
         load_result(tmp_path)
@@ -136,7 +136,7 @@ def test_json_that_cannot_be_read(tmp_path, text):
     if text != "3":
         folder.evaluation("before-forget.jsonl").write_text("{}\n" + text)
         with pytest.raises(ValueError, match=r"before-forget\.jsonl:2: is damaged" + again):
-            read_records(folder, "before")
+            read_records(folder, "before", SETS)
         (tmp_path / "data.jsonl").write_text(text)
         with pytest.raises(ValueError, match=r"data\.jsonl:1: not valid JSON"):
             load_qa(tmp_path / "data.jsonl")

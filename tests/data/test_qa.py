@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pyunlearn.data import QA, check_disjoint, load_qa, load_refusals
+from pyunlearn.data import QA, check_disjoint, hold_out, load_qa, load_refusals
 
 from .conftest import TOFU_FILES
 
@@ -195,6 +195,31 @@ def test_check_disjoint():
     check_disjoint(forget, [QA("Who is it?", "You."), QA("Where", "Here.")])
     with pytest.raises(ValueError, match=r"2 forget pair\(s\) .* first question is 'Who  is it\?'"):
         check_disjoint(forget, [QA("WHY?", "so."), QA("who is it?", " me.")])
+
+
+@pytest.mark.parametrize(
+    ("holdout", "count", "held"),
+    [(0, 5, 0), (0.0, 5, 0), (0.1, 5, 1), (0.1, 40, 4), (0.99, 5, 4), (3, 5, 3), (4, 5, 4), (0.1, 2, 1)],
+)
+def test_held_out_pairs_are_a_seeded_draw(holdout, count, held):
+    items = [QA(f"Who is {i}?", "Nobody.") for i in range(count)]
+    kept, out = hold_out(items, holdout, seed=3)
+    assert len(out) == held
+    assert sorted(kept + out, key=items.index) == items
+    assert all(part == sorted(part, key=items.index) for part in (kept, out))
+    assert hold_out(items, holdout, seed=3) == (kept, out)
+    assert count < 40 or hold_out(items, holdout, seed=4) != (kept, out)
+
+
+def test_the_same_pair_is_not_on_both_sides():
+    items = [QA(f"Who is {i}?", "Nobody.") for i in range(4)]
+    twice = [*items, *(QA(item.question.upper(), item.answer) for item in items)]
+    kept, out = hold_out(twice, 2, seed=0)
+    assert (len(kept), len(out)) == (4, 4)
+    check_disjoint(out, kept)
+    for few, holdout in ((twice, 4), (twice[::4], 0.1), ([], 1)):
+        with pytest.raises(ValueError, match=rf"^holdout={holdout}: needs \d+ different retain pairs at least, "):
+            hold_out(few, holdout, seed=0)
 
 
 @pytest.mark.parametrize("name", TOFU_FILES)

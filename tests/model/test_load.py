@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pyunlearn.model.load import load_model
+from pyunlearn.model.load import load_model, with_random_weights
 from pyunlearn.runs.config import ModelConfig
 
 
@@ -40,6 +40,19 @@ def test_the_embedded_model_is_a_function_of_texts_and_seed(tiny):
     assert first.lm_head.weight.shape == (300, 16)
     with pytest.raises(ValueError, match="trains its tokenizer on the run's data"):
         load_model()
+
+
+def test_random_weights_are_those_of_a_new_model(tiny):
+    model = tiny.model().to(torch.bfloat16).train()
+    state = torch.get_rng_state()
+    one, same, other = (with_random_weights(model, seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (one.dtype, one.training, model.training) == (torch.bfloat16, False, True)
+    assert {**one.config.to_dict(), "dtype": None} == {**model.config.to_dict(), "dtype": None}
+    weights = [each.model.embed_tokens.weight for each in (one, same, other, model)]
+    assert [torch.equal(weights[0], each) for each in weights] == [True, True, False, False]
+    assert weights[0].float().std().item() == pytest.approx(model.config.initializer_range, rel=0.1)
+    assert one.get_output_embeddings().weight is weights[0]  # tied, as the model's are
 
 
 def test_a_configuration_holds_its_arguments(tiny):

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 
-from pyunlearn.report.run import pair_generations, render_report
+from pyunlearn.report.run import curves_figure, pair_generations, render_report
 from pyunlearn.runs.config import GoalConfig
-from pyunlearn.runs.table import check_goal, make_table, table_markdown
+from pyunlearn.runs.table import check_goal, columns, make_table, table_markdown
 
 BEFORE = {"forget": {"probability": 0.9}, "retain": {"probability": 0.8, "rouge_l": 0.5}}
 AFTER = {"forget": {"probability": 0.05}, "retain": {"probability": 0.7, "rouge_l": 0.5}}
+
+
+ONE = {"probability": 0.5}
+RECORDS = {"forget": [ONE] * 2, "retain": [{**ONE, "rouge_l": 0.5}, ONE, ONE]}
 
 
 def record(probability, **more):
@@ -15,14 +21,27 @@ def record(probability, **more):
 
 
 def test_the_table():
-    table = make_table(BEFORE, AFTER)
-    assert [(row["set"], row["metric"], row["before"], row["after"]) for row in table] == [
-        ("forget", "probability", 0.9, 0.05),
-        ("retain", "probability", 0.8, 0.7),
-        ("retain", "rouge_l", 0.5, 0.5),
+    table = make_table({"before": BEFORE, "after": AFTER}, RECORDS)
+    assert [(row["set"], row["metric"], row["before"], row["after"], row["samples"]) for row in table] == [
+        ("forget", "probability", 0.9, 0.05, 2),
+        ("retain", "probability", 0.8, 0.7, 3),
+        ("retain", "rouge_l", 0.5, 0.5, 1),
     ]
     assert table[0]["change"] == pytest.approx(-0.85)
-    assert "| retain | probability | 0.8000 | 0.7000 | -0.1000 |" in table_markdown(table)
+    assert columns(table) == ["before", "after", "change"]
+    lines = table_markdown(table).splitlines()
+    assert lines[0] == "| set | metric | before | after | change | samples |"
+    assert lines[3] == "| retain | probability | 0.8000 | 0.7000 | -0.1000 | 3 |"
+
+
+def test_other_models_have_columns_where_they_were_measured():
+    moments = {"before": BEFORE, "after": AFTER, "random": {"forget": {"probability": 0.01}, "retain": ONE}}
+    table = make_table(moments, RECORDS)
+    assert columns(table) == ["before", "after", "change", "random"]
+    assert [row.get("random") for row in table] == [0.01, 0.5, None]
+    lines = table_markdown(table).splitlines()
+    assert lines[2] == "| forget | probability | 0.9000 | 0.0500 | -0.8500 | 0.0100 | 2 |"
+    assert lines[4] == "| retain | rouge_l | 0.5000 | 0.5000 | +0.0000 |  | 1 |"
 
 
 def test_goals():
@@ -36,6 +55,22 @@ def test_goals():
     assert not ignorant["met"]
     assert ignorant["text"].endswith("there was nothing to forget")
     assert check_goal(BEFORE, AFTER, GoalConfig(retain_probability_kept=0.8))[1]["met"]
+
+
+def test_the_retain_goal_is_that_of_held_out_rows():
+    before, after = ({**each, "holdout": {"probability": p}} for each, p in ((BEFORE, 0.6), (AFTER, 0.57)))
+    retain = check_goal(before, after, GoalConfig())[1]
+    assert retain["met"]
+    assert retain["value"] == pytest.approx(0.95)
+    assert retain["text"].startswith("retain probability of held-out rows 0.600 -> 0.570, 95.0% of before, wanted")
+
+
+def test_curves_are_told_apart_without_colour():
+    sets = {name: {"probability": 0.5, "rouge_l": 0.25} for name in ("forget", "retain", "holdout")}
+    svg = curves_figure({0: sets, 4: sets, 8: sets})
+    assert all(name in svg for name in (*sets, "rouge l", "probability", "optimiser step"))
+    drawn = re.findall(r'clip-path="[^"]*" style="fill: none; (?:stroke-dasharray: ([\d.,]+);[^"]*)?stroke: #', svg)
+    assert len(set(drawn)) == 3
 
 
 def test_generations_are_those_of_both_evaluations():
@@ -59,9 +94,10 @@ def test_what_a_model_or_a_file_says_is_escaped():
     html = render_report(
         config=config,
         config_text="a: <i>",
-        table=make_table(BEFORE, AFTER),
+        table=make_table({"before": BEFORE, "after": AFTER}, records),
         goals=check_goal(BEFORE, AFTER, GoalConfig()),
         metrics=metrics,
+        curves={},
         before=records,
         after=records,
     )

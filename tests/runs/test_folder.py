@@ -14,6 +14,7 @@ from pyunlearn.runs.config import ModelConfig, RunConfig
 from pyunlearn.runs.fingerprint import fingerprints, model_fingerprints
 from pyunlearn.runs.folder import MOVING, OLD, RunFolder, is_run_file
 from pyunlearn.runs.job import load_data
+from pyunlearn.runs.overrides import load_config
 from pyunlearn.runs.run import run
 from pyunlearn.training.folder import write_model
 
@@ -161,7 +162,11 @@ def test_results_of_other_data_or_another_model_are_not_taken_up(tiny_config, tm
     write("retain", rows[2:])
     names = {name: str(file) for name, file in files.items()}
     config = RunConfig.model_validate(
-        {"output": str(tmp_path / "run"), "model": {"name_or_path": str(model)}, "data": {"source": "files", **names}}
+        {
+            "output": str(tmp_path / "run"),
+            "model": {"name_or_path": str(model)},
+            "data": {"source": "files", "holdout": 0, **names},
+        }
     )
 
     def open_folder(**options):
@@ -183,6 +188,55 @@ def test_results_of_other_data_or_another_model_are_not_taken_up(tiny_config, tm
         open_folder(resume=True)
     open_folder(overwrite=True).settle()
     open_folder(resume=True)
+
+
+def test_rows_that_are_only_evaluated_are_the_same_too(tiny_config, tmp_path):
+    """Held-out rows, and those of further sets; but a set that is only called otherwise is another configuration."""
+    rows = [{"question": f"Who wrote book {i}?", "answer": f"Author number {i} did."} for i in range(8)]
+
+    def write(name, items):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in items))
+        return str(tmp_path / f"{name}.jsonl")
+
+    paths = {"forget": write("forget", rows[:2]), "retain": write("retain", rows[2:])}
+    sets = {"others": write("others", rows[:3])}
+    config = tiny_config(
+        {"data": {"source": "files", "holdout": 2, **paths}, "evaluate": {"sets": sets}, "memorise": None}
+    )
+    folder, data = RunFolder(config.folder), load_data(config)
+    folder.open(config, reads=fingerprints(config, data))
+    folder.metrics.write_text("")
+    changed = [dict(row, answer="Nobody.") if row["question"] == data.holdout[0].question else row for row in rows[2:]]
+    write("retain", changed)
+    write("others", rows[:2])
+    with pytest.raises(FileExistsError, match=r"other content: data\.holdout, evaluate\.sets\.others changed since"):
+        folder.open(config, resume=True, reads=fingerprints(config, load_data(config)))
+
+
+def test_a_folder_from_before_a_key_is_taken_up_where_the_key_changes_nothing(finished):
+    """Keys that a run folder's configuration does not have yet count as what the run did."""
+    folder = RunFolder(finished.folder)
+    written = yaml.safe_load(folder.config.read_text())
+    for section, key in (("evaluate", "sets"), ("unlearn", "pad_to"), ("data", "holdout")):
+        del written[section][key]
+        folder.config.write_text(yaml.safe_dump(written))
+        if key != "holdout":
+            folder.open(finished, resume=True)
+            assert yaml.safe_load(folder.config.read_text())[section][key] == finished.to_dict()[section][key]
+    folder.config.write_text(yaml.safe_dump(written))
+    before = content(folder.path)
+    with pytest.raises(
+        FileExistsError,
+        match=r"run from before there was data\.holdout; go on with it by --set data\.holdout=0, or choose --set",
+    ):
+        folder.open(finished, resume=True)
+    assert content(folder.path) == before
+    assert load_config(folder.config).data.holdout == 0  # as it was
+    none = finished.model_copy(update={"data": finished.data.model_copy(update={"holdout": 0})})
+    folder.open(none, resume=True)
+    folder.config.write_text(yaml.safe_dump({**written, "colour": "blue"}))  # of another version altogether
+    with pytest.raises(FileExistsError, match=r"another configuration \(.*colour: 'blue' -> None"):
+        folder.open(none, resume=True)
 
 
 def test_fingerprints_of_models(tmp_path):

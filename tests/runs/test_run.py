@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 
 from pyunlearn.data import QADataset
 from pyunlearn.metrics import teacher_forced
+from pyunlearn.model.load import load_tokenizer
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs import run as run_module
-from pyunlearn.runs.config import EvaluateConfig, RunConfig
+from pyunlearn.runs.config import SETS, EvaluateConfig, RunConfig
 from pyunlearn.runs.evaluate import evaluate_sets
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result, run
@@ -27,6 +28,9 @@ FILES = {
     "config.yaml", "metrics.jsonl", "table.json", "table.md", "report.html", "memorised", "checkpoint", "evaluation",
     "reference", "unlearning.json", ".pyunlearn",
 }  # fmt: skip
+
+
+STAGES = ("memorise", "unlearn", "retrain")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +50,7 @@ def test_the_folder_is_whole(finished):
     config, result = finished
     folder = result.folder
     assert {path.name for path in folder.iterdir()} == FILES
-    evaluations = {f"{moment}-{name}.jsonl" for moment in ("before", "after") for name in ("forget", "retain")}
+    evaluations = {f"{moment}-{name}.jsonl" for moment in ("before", "after") for name in SETS}
     assert {path.name for path in (folder / "evaluation").iterdir()} == evaluations | {
         "before.json",
         "after.json",
@@ -159,6 +163,60 @@ def test_the_report_stands_alone(finished):
         "versions:",
     ):
         assert word in html
+
+
+def test_other_models_stand_beside_it(tiny_config, monkeypatch):
+    """Asked for later: the run is not run again. The retrained model is kept, made by the memorised one's recipe."""
+    config = tiny_config()
+    folder, plain = RunFolder(config.folder), run(config).table
+    memorised = load_file(folder.memorised / "model.safetensors")
+    monkeypatch.setattr(run_module, "unlearn", None)
+    monkeypatch.setattr(job_module, "memorise", None)
+    asked = tiny_config({"evaluate": {"anchors": ["random", "retrained"]}})
+    with monkeypatch.context() as patch:
+        press_at(patch, "retrain", 2)
+        with pytest.raises(Interrupted, match="stopped in retrain at step 3 of 6, checkpoint saved"):
+            run(asked, resume=True)
+    result = run(asked, resume=True)
+    assert {path.name for path in folder.path.iterdir()} == FILES | {"retrained"}
+    assert [{key: row[key] for key in plain[0]} for row in result.table] == plain
+    assert all({"retrained", "random"} < row.keys() for row in result.table)
+    retrained = load_file(folder.retrained / "model.safetensors")
+    assert any(not torch.equal(retrained[name], tensor) for name, tensor in memorised.items())
+    rows = {stage: [row for row in read_metrics(folder.metrics) if row["stage"] == stage] for stage in STAGES}
+    assert [row["step"] for row in rows["retrain"]] == list(range(1, 7))
+    tokens = {stage: sum(row["retain.gd/count"] for row in own) for stage, own in rows.items() if stage != "unlearn"}
+    forgotten = QADataset(job_module.load_data(config).forget, load_tokenizer(str(folder.checkpoint)), None)
+    assert tokens["memorise"] - tokens["retrain"] == 3 * sum(int((row["labels"] != -100).sum()) for row in forgotten)
+    monkeypatch.setattr(run_module, "compute", None)
+    assert run(config, resume=True).table == result.table  # measured once, told ever after
+    assert "| retrained | random | samples |" in (folder.path / "table.md").read_text().splitlines()[0]
+    html = folder.report.read_text()
+    assert '<th class="n">retrained</th><th class="n">random</th>' in html
+    assert "diamond: a model trained without the forget set; cross: a model that was not trained" in html
+
+
+def test_it_is_evaluated_on_the_way(tiny_config, tmp_path):
+    """As a curve in the report, with the same unlearned weights as without."""
+    plain = tiny_config({"output": str(tmp_path / "plain"), "unlearn": {"batch_size": 1}})
+    run(plain)
+    config = tiny_config({"evaluate": {"every": "epoch"}, "unlearn": {"batch_size": 1}})
+    result = run(config)
+    folder = RunFolder(config.folder)
+    assert folder.evaluated_steps() == [2, 4]  # of 6
+    assert {path.name for path in folder.path.glob("evaluation/step-*")} == {
+        f"step-{step}{rest}" for step in (2, 4) for rest in (".json", *(f"-{name}.jsonl" for name in SETS))
+    }
+    for name, tensor in weights(plain).items():
+        assert torch.equal(tensor, weights(config)[name])
+    values = [json.loads((folder.evaluation(f"{moment}.json")).read_text())["forget"]["probability"]
+              for moment in ("before", "step-2", "step-4", "after")]  # fmt: skip
+    assert values == sorted(values, reverse=True)
+    html = folder.report.read_text()
+    assert html.count("<svg") == 5
+    assert "means of each set over the steps of the unlearning" in html
+    assert "means of each set" not in RunFolder(plain.folder).report.read_text()
+    assert result.table[0]["after"] == values[-1]
 
 
 def test_a_finished_run_is_not_run_again(finished, monkeypatch):

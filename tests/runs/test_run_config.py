@@ -63,6 +63,14 @@ def test_metrics_are_those_of_the_package():
         ("output=some/where", lambda c: c.folder == Path("some/where")),
         ("name=v1.5", lambda c: c.folder == Path("runs/v1.5")),
         ("evaluate.goal=null", lambda c: c.evaluate.goal is None),
+        ("evaluate.every=epoch", lambda c: c.evaluate.every == "epoch"),
+        ("evaluate.every=5", lambda c: c.evaluate.every == 5),
+        ("evaluate.anchors=[random, retrained, random]", lambda c: c.evaluate.anchors == ["retrained", "random"]),
+        ("data.holdout=0", lambda c: c.data.holdout == 0),
+        ("data.holdout=0.25", lambda c: c.data.holdout == 0.25),
+        ("data.holdout=12", lambda c: c.data.holdout == 12),
+        ("evaluate.sets.real=r.jsonl", lambda c: c.evaluate.sets["real"].path == "r.jsonl"),
+        ("evaluate.sets.real={path: r.jsonl, limit: 2}", lambda c: c.evaluate.sets["real"].limit == 2),
     ],
 )
 def test_overrides(override, read):
@@ -124,6 +132,14 @@ def test_overrides(override, read):
             "data.source=files",
             "data: source=files needs data.forget and data.retain, missing: ['forget', 'retain']",
         ),
+        ("evaluate.every=epochs", "evaluate.every: needs epoch, or a number of optimiser steps, got 'epochs'"),
+        ("evaluate.every=0", "evaluate.every: needs epoch, or a number of optimiser steps, got 0"),
+        ("data.holdout=-1", "data.holdout: needs a share below 1, or a whole number of rows, got -1"),
+        ("data.holdout=1.5", "data.holdout: needs a share below 1, or a whole number of rows, got 1.5"),
+        ("data.holdout=some", "data.holdout: needs a share below 1, or a whole number of rows, got 'some'"),
+        ("evaluate.sets.holdout=x", "evaluate.sets: 'holdout': needs a name of letters, digits, _, . and - other than"),
+        ("evaluate.sets={../x: y}", "evaluate.sets: '../x': needs a name of letters"),
+        ("evaluate.sets.real.pth=x", "evaluate.sets.real.pth: unknown key; did you mean path or split?"),
         ("name=../x", "name: String should match pattern"),
         ("seed", "--set 'seed': needs key.sub=value"),
         ("a..b=1", "--set 'a..b=1': needs key.sub=value"),
@@ -136,6 +152,12 @@ def test_what_is_wrong_is_told(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert message in f"{caught.value}\n"
+
+
+def test_a_source_that_a_file_names_by_its_path_takes_keys(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("evaluate: {sets: {real: r.jsonl}}")
+    assert load_config(file, ["evaluate.sets.real.limit=3"]).evaluate.sets["real"].limit == 3
 
 
 @pytest.mark.parametrize(
@@ -161,6 +183,14 @@ def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["unlearn.epochs=0", "colour=blue", "model.dtype=x"])
     assert len(str(caught.value).splitlines()) == 3
+
+
+def test_retraining_needs_a_recipe():
+    with pytest.raises(ConfigError, match=r"evaluate\.anchors=\[retrained\] trains .* set memorise .*, got null"):
+        load_config(None, ["memorise=null"], anchors=["retrained"])
+    config = load_config(None, ["evaluate.anchors=[random]"], anchors=["retrained"])
+    assert config.evaluate.anchors == ["retrained", "random"]
+    assert load_config(None, anchors=["retrained"]) == load_config(None, ["evaluate.anchors=[retrained]"])
 
 
 def test_refusals_are_asked_for():

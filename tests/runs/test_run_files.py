@@ -8,6 +8,7 @@ import pytest
 
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs.folder import RunFolder
+from pyunlearn.runs.overrides import load_config
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.stage import Stage
@@ -59,6 +60,36 @@ def test_files_and_every_kind_of_term(tiny_config, files, tmp_path, terms):
     }
 
 
+def test_held_out_rows_and_further_sets_are_evaluated(tiny_config, files, tmp_path):
+    """At every moment; held-out rows are of the retain file, and `retain_limit` bounds them as it does the others."""
+    others = write_lines(tmp_path / "others.jsonl", [{"question": "Who are you?", "answer": "A model."}] * 2)
+    config = tiny_config(
+        {
+            "data": {**files, "holdout": 2},
+            "memorise": {"epochs": 1},
+            "unlearn": {"max_steps": 1},
+            "evaluate": {"metrics": ["probability"], "retain_limit": 1, "sets": {"real.others": others}},
+        }
+    )
+    result = run(config)
+    counts = {row["set"]: row["samples"] for row in result.table}
+    assert counts == {"forget": 2, "retain": 1, "holdout": 1, "real.others": 2}
+    data = job_module.load_data(config)
+    assert len(data.holdout) == 2
+    assert not set(data.holdout) & set(data.retain)
+    for moment in ("before", "after"):
+        (line,) = (result.folder / "evaluation" / f"{moment}-holdout.jsonl").read_text().splitlines()
+        assert json.loads(line)["question"] == data.holdout[0].question
+    (held_out,) = (row for row in result.table if row["set"] == "holdout")
+    assert "held-out rows" in result.goals[1]["text"]
+    assert result.goals[1]["value"] == pytest.approx(held_out["after"] / held_out["before"])
+    html = (result.folder / "report.html").read_text()
+    assert "real.others" in html
+    assert '<td class="holdout">holdout</td>' in html
+    written = result.folder / "config.yaml"
+    assert load_config(written) == config
+
+
 def test_only_retain_rows_that_are_used_get_a_reference(tiny_config, files):
     config = tiny_config({"data": files, "memorise": None, "unlearn": {"max_steps": 1, "batch_size": 2}})
     data, stage = job_module.load_data(config), Stage(RunFolder(config.folder))
@@ -100,6 +131,10 @@ def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_pat
     )
     told(ValueError, "data.max_length=4096: the model's context is 256 tokens", max_length=4096)
     told(FileNotFoundError, "no such file: .*nowhere.txt", refusals=str(tmp_path / "nowhere.txt"))
+    told(ValueError, r"data\.holdout=4: needs 5 different retain pairs at least, 4 to hold out and one to", holdout=4)
+    with pytest.raises(ValueError, match=r"evaluate\.sets\.long: sample 0 .* has \d+ tokens .* than the limit of 256"):
+        run(tiny_config({"data": files, "evaluate": {"sets": {"long": long}}}))
+    assert not RunFolder(tiny_config().folder).computed
 
 
 def test_a_mistake_that_computed_nothing_does_not_block_the_folder(tiny_config, files):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
+import torch
 from pydantic import ValidationError
 
+from pyunlearn.data import QADataset
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder, numbered
-from pyunlearn.training.settings import GEffectConfig, UnlearnConfig, merge
+from pyunlearn.training.settings import GEffectConfig, MemoriseConfig, UnlearnConfig, merge
 from pyunlearn.training.stage import Interrupted, Stage
-from pyunlearn.training.unlearn import UnlearnData, Unlearned, check_model, make_probe, unlearn
+from pyunlearn.training.unlearn import UnlearnData, Unlearned, check_model, make_probe, memorise, unlearn
 
 from ..runs.test_run import press_at
 
@@ -67,6 +70,26 @@ def test_rows_are_padded_as_told(tiny, data, tmp_path):
         unlearn(stage, UnlearnConfig(forget=me, retain=[], pad_to=20), tiny.model(), tiny.tokenizer, data)
     with pytest.raises(ValueError, match=r"^unlearn.pad_to=257: the model's context is 256 tokens$"):
         check_model(UnlearnConfig(forget=me, pad_to=257), None, tiny.model())
+
+
+def test_held_out_rows_are_memorised_and_nothing_else(tiny, data, tmp_path):
+    """They count among the tokens that are memorised, and an unlearning is the same, bit by bit, whatever they are."""
+    retain, held_out = data.retain[:8], data.retain[8:]
+    counts, weights = [], []
+    for name, holdout in (("none", []), ("some", held_out)):
+        some = replace(data, retain=retain, holdout=holdout)
+        stage = Stage(TrainingFolder(tmp_path / name))
+        settings = MemoriseConfig(batch_size=64, epochs=1, retain_limit=2)
+        memorise(stage, settings, tiny.model(), tiny.tokenizer, some)
+        (row,) = read_metrics(stage.folder.metrics)
+        counts.append(row["retain.gd/count"])
+        model = tiny.model()
+        settings = UnlearnConfig(forget="npo", retain=["kl", "gd"], sampling={"by": "mrd"}, **STEPS)
+        unlearn(stage, settings, model, tiny.tokenizer, some, GEffectConfig(every=2, retain_samples=8))
+        weights.append(list(model.parameters()))
+    rows = QADataset(held_out, tiny.tokenizer, None)
+    assert counts[1] - counts[0] == sum(int((rows[i]["labels"] != -100).sum()) for i in range(len(rows)))
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
 
 
 def test_it_goes_on_in_the_same_folder(tiny, data, tmp_path, monkeypatch):

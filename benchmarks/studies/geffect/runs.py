@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from pyunlearn.report.geffect import evenly
-from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.config import RunConfig, as_meant
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.job import Job, first_model
 from pyunlearn.runs.run import run
@@ -95,8 +95,8 @@ def settings_of(base: RunConfig, name: str) -> dict[str, Any]:
 
 
 def fill(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With today's defaults for what there was no setting for when they were written."""
-    whole = RunConfig.model_validate(settings).to_dict()
+    """With what there was no setting for when they were written."""
+    whole = RunConfig.model_validate(as_meant(settings)).to_dict()
     return {key: whole[key] for key in settings}
 
 

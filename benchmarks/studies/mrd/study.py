@@ -53,7 +53,9 @@ class Start:
 
 def embedded(seed: int, work: Path) -> Start:
     """The embedded world of this seed, learnt by heart by a model of this seed (kept in `work`)."""
-    config = RunConfig.model_validate({"seed": seed, "output": str(work / f"seed{seed}" / "run")})
+    config = RunConfig.model_validate(
+        {"seed": seed, "output": str(work / f"seed{seed}" / "run"), "data": {"holdout": 0}}
+    )
     job = Job.start(config, None, "the same command")
     job.folder.open(config, resume=job.folder.marked)
     model, tokenizer, _ = first_model(job)
