@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from ..data import QA, QADataset
 from ..data.tokenise import PromptFormat
 from ..model.causal_lm import CausalLM
 from .generation import greedy_generate
-from .metric import READ, Metric, get_metric
+from .metric import READ, Metric, Told, get_metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
 
@@ -34,7 +34,7 @@ class EvaluationResult:
     items' order:
 
     index, question, answer; num_tokens and nll (summed, nats) where the answer was read; generated, the text, for the
-    samples that were asked; and every metric that the sample has a value of.
+    samples that were asked; and every metric that the sample has a value of, with what it tells beside it (`Told`).
     """
 
     summary: dict[str, float]
@@ -47,7 +47,8 @@ class Examination:
 
     outputs: of `token_stats`, that readings hold beside logp and greedy. asked: how many items the model writes answers
     to, drawn with `seed`; None is all. max_length: longest sample allowed, in tokens (None: the model's context); a
-    longer one is an error, never cut. kept: where finished batches are.
+    longer one is an error, never cut. kept: where finished batches are. told: by item, what metrics have told beside
+    their values (`measure`).
     """
 
     lm: CausalLM
@@ -61,6 +62,7 @@ class Examination:
     seed: int = 0
     kept: Kept | None = None
     progress: bool = True
+    told: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -118,9 +120,13 @@ class Examination:
 
         Raises ValueError for an unknown option, a tool that is not there, or items that lack what the metric needs.
         """
-        options, tools = options or {}, tools or {}
+        options = options or {}
+        tools = {
+            "tokenizer": self.tokenizer,
+            **{name: tool for name, tool in (tools or {}).items() if tool is not None},
+        }
         metric.check_options(options)
-        missing = [name for name in metric.tools if tools.get(name) is None]
+        missing = [name for name in metric.tools if name not in (*tools, *metric.optional_tools)]
         if missing:
             raise ValueError(f"metric {metric.name!r}: needs {' and '.join(missing)}, which was not given")
         try:
@@ -129,7 +135,7 @@ class Examination:
             raise ValueError(f"metric {metric.name!r}: {error}") from None
         samples = list(zip(*materials, strict=True))
         there = [i for i, sample in enumerate(samples) if all(part is not None for part in sample)]
-        named = {name: tools[name] for name in metric.tools}
+        named = {name: tools[name] for name in metric.tools if name in tools}
         if metric.batched:
             lists = {name: [samples[i][place] for i in there] for place, name in enumerate(metric.needs)}
             results = metric.function(**lists, **named, **options)
@@ -138,8 +144,10 @@ class Examination:
                 metric.function(**dict(zip(metric.needs, samples[i], strict=True)), **named, **options) for i in there
             ]
         values: Values = [None] * len(samples)
-        for i, value in zip(there, results, strict=True):
-            values[i] = value
+        for i, result in zip(there, results, strict=True):
+            if isinstance(result, Told):
+                self.told.setdefault(i, {}).update(result.more)
+            values[i] = result.value if isinstance(result, Told) else result
         return values
 
     def _read(self, texts: Sequence[Sequence[str]]) -> list[tuple[Reading, ...]]:
@@ -222,6 +230,7 @@ def evaluate(
             record |= {"num_tokens": examination.answer[i].num_tokens, "nll": examination.answer[i].nll}
         if "written" in needed and examination.written[i] is not None:
             record["generated"] = examination.written[i]
+        record |= examination.told.get(i, {})
         record |= {name: own[i] for name, own in values.items() if own[i] is not None}
     return EvaluationResult({name: mean(own) for name, own in values.items()}, records)
 
