@@ -32,6 +32,7 @@ from .._hints import check_known
 
 MATERIALS = ("item", "answer", "paraphrase", "wrong", "written")
 READ = ("answer", "paraphrase", "wrong")
+ALWAYS = "tokenizer"  # the tool that no one has to bring
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -56,6 +57,11 @@ class Metric:
     options: Mapping[str, Any]
     outputs: tuple[str, ...] = ()
     batched: bool = False
+
+    @property
+    def required_tools(self) -> tuple[str, ...]:
+        """Those that someone has to bring."""
+        return tuple(name for name in self.tools if name not in (*self.optional_tools, ALWAYS))
 
     @property
     def summary(self) -> str:
