@@ -1,4 +1,4 @@
-"""The command line: `pyunlearn run`, `score`, `geffect`, `evaluate`, `objectives`, `doctor`, one file each.
+"""The command line: `pyunlearn run`, `score`, `geffect`, `evaluate`, `metrics`, `objectives`, `doctor`, one file each.
 
 User errors end in one red line and exit code 2; `--debug` shows the traceback. Ctrl-C exits with 130.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import doctor, evaluate, geffect, objectives, run, score
+from . import doctor, evaluate, geffect, metrics, objectives, run, score
 
 app = typer.Typer(
     name="pyunlearn",
@@ -43,6 +43,7 @@ app.command(epilog=run.EXAMPLES)(run.run)
 app.command(epilog=score.EXAMPLES)(score.score)
 app.command(epilog=geffect.EXAMPLES)(geffect.geffect)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command()(metrics.metrics)
 app.command()(objectives.objectives)
 app.command()(doctor.doctor)
 

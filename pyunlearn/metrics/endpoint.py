@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import threading
 import urllib.error
 import urllib.request
@@ -28,6 +29,7 @@ from ..store import Store, digest_json
 Messages = Sequence[Mapping[str, str]]
 FORMAT = 1  # of what is kept: a later one does not read an earlier one's
 KEY = "PYUNLEARN_API_KEY"
+VARIABLE = r"[A-Za-z_]\w*"  # names of environment variables
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 60.0  # seconds between two attempts
 LONGEST_ANSWER = 2**24  # bytes
@@ -91,6 +93,8 @@ class Endpoint:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}: needs a whole number >= {least}")
+        if not re.fullmatch(VARIABLE, self.key):
+            raise ValueError("key: needs the name of an environment variable, which holds the key, not the key itself")
         if not self.timeout > 0:
             raise ValueError(f"timeout={self.timeout}: needs seconds, more than 0")
         self.store = Store(None if self.cache is None else Path(self.cache) / "endpoints")

@@ -25,6 +25,7 @@ from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import config_text
 from .job import Job, first_model, loaded, save
 from .table import check_goal, make_table, table_markdown
+from .tools import load_tools
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
     if job.processes.first and not job.folder.evaluation(f"{moment}.json").is_file():
         counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
         job.console.print(f"[bold]evaluate[/] {moment}: {counts} samples")
-        evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer)
+        tools = load_tools(settings, job.data.texts, job.processes.device, stage.progress)
+        evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer, tools)
     job.processes.wait()
 
 

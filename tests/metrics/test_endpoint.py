@@ -227,6 +227,7 @@ def test_the_budget_counts_every_request(server):
         ({"url": "http://host:port/v1"}, "needs an http or https address"),
         ({"url": f"http://me:{SECRET}@host/v1"}, "url: has a user, a password, a query or a fragment"),
         ({"url": f"http://host/v1?key={SECRET}"}, "url: has a user"),
+        ({"key": SECRET}, "key: needs the name of an environment variable"),
         ({"model": ""}, "model='': needs the name"),
         ({"retries": -1}, "retries=-1"),
         ({"concurrency": 0}, "concurrency=0"),
