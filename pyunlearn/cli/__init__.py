@@ -1,4 +1,5 @@
-"""The command line: `pyunlearn run`, `score`, `geffect`, `evaluate`, `compare`, `objectives`, `doctor`, one file each.
+"""The command line, one file a command: `pyunlearn run`, `score`, `geffect`, `evaluate`, `compare`, `metrics`,
+`objectives`, `doctor`.
 
 User errors end in one red line and exit code 2; `--debug` shows the traceback. Ctrl-C exits with 130.
 """
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import compare, doctor, evaluate, geffect, objectives, run, score
+from . import compare, doctor, evaluate, geffect, metrics, objectives, run, score
 
 app = typer.Typer(
     name="pyunlearn",
@@ -44,6 +45,7 @@ app.command(epilog=score.EXAMPLES)(score.score)
 app.command(epilog=geffect.EXAMPLES)(geffect.geffect)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command()(metrics.metrics)
 app.command()(objectives.objectives)
 app.command()(doctor.doctor)
 

@@ -10,9 +10,11 @@ from rich.console import Console
 
 from .shared import BatchSize, Data, Debug, GgufFile, Limit, Model, Name, Tokenizer, clean_errors, command_line
 
-EXAMPLES = """[bold]Example[/bold]
+EXAMPLES = """[bold]Examples[/bold]
 
   pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl --out records.jsonl
+
+  pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl --metric rouge_l --metric fluency
 """
 
 
@@ -23,6 +25,17 @@ def evaluate(
     gguf_file: GgufFile = None,
     tokenizer: Tokenizer = None,
     limit: Limit = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="A metric of `pyunlearn metrics` (repeatable); none: the usual four.", show_default=False),
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="Folder or Hub id of a sentence embedding model, for cosine_similarity.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="URL of an OpenAI-compatible server that judges, e.g. http://localhost:8000/v1.")
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The judge's name on that server.")] = None,
     rouge_samples: Annotated[int, typer.Option(min=0, help="Samples to generate for; 0 is none.")] = 20,
     batch_size: BatchSize = 16,
     variant: Annotated[
@@ -36,8 +49,11 @@ def evaluate(
         from ..runs.config import FilesConfig
         from ..runs.evaluate import evaluate_files
 
+        if (judge is None) != (judge_model is None):
+            raise ValueError("--judge and --judge-model go together: the URL of a server, and a model's name there")
         files = FilesConfig.of(
             model, data, name=name, gguf_file=gguf_file, tokenizer=tokenizer, limit=limit, batch_size=batch_size,
-            rouge_samples=rouge_samples, variant=variant,
+            rouge_samples=rouge_samples, variant=variant, metrics=metric or (), embedder=embedder,
+            judge=None if judge is None else {"url": judge, "model": judge_model},
         )  # fmt: skip
         evaluate_files(files, out=out, console=Console(), command=command_line())

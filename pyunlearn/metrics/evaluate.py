@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,9 @@ from .._hints import check_known
 from ..data import QA, QADataset
 from ..data.tokenise import PromptFormat
 from ..model.causal_lm import CausalLM
+from .endpoint import Endpoint
 from .generation import greedy_generate
-from .metric import READ, Metric, get_metric
+from .metric import ALWAYS, READ, Metric, Told, get_metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
 
@@ -34,7 +35,7 @@ class EvaluationResult:
     items' order:
 
     index, question, answer; num_tokens and nll (summed, nats) where the answer was read; generated, the text, for the
-    samples that were asked; and every metric that the sample has a value of.
+    samples that were asked; and every metric that the sample has a value of, with what it tells beside it (`Told`).
     """
 
     summary: dict[str, float]
@@ -47,10 +48,12 @@ class Examination:
 
     outputs: of `token_stats`, that readings hold beside logp and greedy. asked: how many items the model writes answers
     to, drawn with `seed`; None is all. max_length: longest sample allowed, in tokens (None: the model's context); a
-    longer one is an error, never cut. kept: where finished batches are.
+    longer one is an error, never cut. kept: where finished batches are. writer: a server that writes in the place of
+    the model, which may then be None if nothing is to be read. told: by item, what metrics have told beside their
+    values (`measure`).
     """
 
-    lm: CausalLM
+    lm: CausalLM | None
     tokenizer: PreTrainedTokenizerBase
     items: Sequence[QA]
     outputs: tuple[str, ...] = ()
@@ -61,6 +64,8 @@ class Examination:
     seed: int = 0
     kept: Kept | None = None
     progress: bool = True
+    writer: Endpoint | None = None
+    told: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -98,16 +103,8 @@ class Examination:
         """None for items that were not asked."""
         count = len(self.items) if self.asked is None else min(self.asked, len(self.items))
         drawn = sorted(random.Random(self.seed).sample(range(len(self.items)), count))
-        prompt = PromptFormat(self.tokenizer)
-        texts = greedy_generate(
-            self.lm,
-            self.tokenizer,
-            [prompt.prompt_ids(self.items[i].question) for i in drawn],
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-            kept=self.kept,
-            progress=self.progress,
-        )
+        questions = [self.items[i].question for i in drawn]
+        texts = self._write(questions) if self.writer is None else self._have_written(self.writer, questions)
         by_item = dict(zip(drawn, texts, strict=True))
         return [by_item.get(i) for i in range(len(self.items))]
 
@@ -118,9 +115,11 @@ class Examination:
 
         Raises ValueError for an unknown option, a tool that is not there, or items that lack what the metric needs.
         """
-        options, tools = options or {}, tools or {}
+        options = options or {}
+        given = {name: tool for name, tool in (tools or {}).items() if tool is not None}
+        tools = {ALWAYS: self.tokenizer, **given}
         metric.check_options(options)
-        missing = [name for name in metric.tools if tools.get(name) is None]
+        missing = [name for name in metric.required_tools if name not in tools]
         if missing:
             raise ValueError(f"metric {metric.name!r}: needs {' and '.join(missing)}, which was not given")
         try:
@@ -129,7 +128,7 @@ class Examination:
             raise ValueError(f"metric {metric.name!r}: {error}") from None
         samples = list(zip(*materials, strict=True))
         there = [i for i, sample in enumerate(samples) if all(part is not None for part in sample)]
-        named = {name: tools[name] for name in metric.tools}
+        named = {name: tools[name] for name in metric.tools if name in tools}
         if metric.batched:
             lists = {name: [samples[i][place] for i in there] for place, name in enumerate(metric.needs)}
             results = metric.function(**lists, **named, **options)
@@ -138,17 +137,47 @@ class Examination:
                 metric.function(**dict(zip(metric.needs, samples[i], strict=True)), **named, **options) for i in there
             ]
         values: Values = [None] * len(samples)
-        for i, value in zip(there, results, strict=True):
-            values[i] = value
+        for i, result in zip(there, results, strict=True):
+            if isinstance(result, Told):
+                self.told.setdefault(i, {}).update(result.more)
+            values[i] = result.value if isinstance(result, Told) else result
         return values
+
+    def _write(self, questions: Sequence[str]) -> list[str]:
+        prompt = PromptFormat(self.tokenizer)
+        return greedy_generate(
+            self._reader(),
+            self.tokenizer,
+            [prompt.prompt_ids(question) for question in questions],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            kept=self.kept,
+            progress=self.progress,
+        )
+
+    def _have_written(self, writer: Endpoint, questions: Sequence[str]) -> list[str]:
+        """By the server's own chat template where the tokenizer has one, else after the same prompt as here."""
+        prompt, limit = PromptFormat(self.tokenizer), self.max_new_tokens
+        if prompt.chat:
+            turns = [[{"role": "user", "content": question.strip()}] for question in questions]
+            texts = writer.chat(turns, description="writing", max_tokens=limit)
+        else:
+            texts = writer.complete([prompt.prompt(question) for question in questions], max_tokens=limit)
+        return [text.strip() for text in texts]
+
+    def _reader(self) -> CausalLM:
+        if self.lm is None:
+            raise ValueError("needs a model; an endpoint alone writes answers, and reads none")
+        return self.lm
 
     def _read(self, texts: Sequence[Sequence[str]]) -> list[tuple[Reading, ...]]:
         """Of each item, the readings of its texts, which all go through in the same batches."""
-        limit = self.lm.context_length if self.max_length is None else self.max_length
+        lm = self._reader()
+        limit = lm.context_length if self.max_length is None else self.max_length
         owners = [item for item, own in zip(self.items, texts, strict=True) for _ in own]
         rows = QADataset(owners, self.tokenizer, limit, answers=[text for own in texts for text in own])
         readings = read_rows(
-            self.lm,
+            lm,
             [rows[i] for i in range(len(rows))],
             outputs=self.outputs,
             batch_size=self.batch_size,
@@ -160,7 +189,7 @@ class Examination:
 
 
 def evaluate(
-    model: nn.Module | CausalLM,
+    model: nn.Module | CausalLM | None,
     tokenizer: PreTrainedTokenizerBase,
     items: Sequence[QA],
     *,
@@ -174,6 +203,7 @@ def evaluate(
     variant: Variant = "suffix",
     seed: int = 0,
     cache: str | Path | None = None,
+    writer: Endpoint | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """What `model` still knows of `items`.
@@ -183,6 +213,7 @@ def evaluate(
     drawn with `seed` (None: for all). max_length: longest sample allowed, in tokens (None: the model's context); a
     longer one is an error, never cut. variant: of memorization_accuracy and extraction_strength, see
     `pyunlearn.metrics.teacher_forced`. cache: a folder where every finished batch is kept (`reading.Kept`).
+    writer: a server that writes the answers in the place of the model, which may be None if no metric reads any.
 
     The model is in eval() meanwhile and as before afterwards. Raises ValueError for no items, an unknown or
     no metric, rouge_samples < 1, samples that are too long, or a model whose logits are not those of its
@@ -198,7 +229,7 @@ def evaluate(
     for name in ("memorization_accuracy", "extraction_strength"):
         if name in told:
             told[name].setdefault("variant", variant)
-    lm = CausalLM.of(model)
+    lm = None if model is None else CausalLM.of(model)
     examination = Examination(
         lm,
         tokenizer,
@@ -209,8 +240,9 @@ def evaluate(
         asked=rouge_samples,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        kept=Kept(cache, lm),
+        kept=None if lm is None else Kept(cache, lm),
         progress=progress,
+        writer=writer,
     )
     values = {metric.name: examination.measure(metric, told[metric.name], tools) for metric in chosen}
     records: list[dict[str, Any]] = [
@@ -222,6 +254,7 @@ def evaluate(
             record |= {"num_tokens": examination.answer[i].num_tokens, "nll": examination.answer[i].nll}
         if "written" in needed and examination.written[i] is not None:
             record["generated"] = examination.written[i]
+        record |= examination.told.get(i, {})
         record |= {name: own[i] for name, own in values.items() if own[i] is not None}
     return EvaluationResult({name: mean(own) for name, own in values.items()}, records)
 

@@ -9,8 +9,9 @@ Its positional parameters name what it needs, and it is given nothing else:
     wrong       those of the perturbed answers, a tuple
     written     what the model writes when it is asked, greedily, as stripped text
 
-Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring; keyword-only ones are
-options, where sources disagree. A metric returns a float, or None for a sample that has no value.
+Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring unless it has a default; the
+`tokenizer` is always there. Keyword-only ones are options, where sources disagree. A metric returns a float, None for a
+sample that has no value, or `Told`, which holds more for the sample's record.
 
     @metric()
     def surprise(answer: Reading) -> float:
@@ -31,21 +32,36 @@ from .._hints import check_known
 
 MATERIALS = ("item", "answer", "paraphrase", "wrong", "written")
 READ = ("answer", "paraphrase", "wrong")
+ALWAYS = "tokenizer"  # the tool that no one has to bring
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
+class Told:
+    """The value of a metric, None where there is none, and what else the sample's record holds, by its key."""
+
+    value: float | None
+    more: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Metric:
-    """See the module. needs: of MATERIALS; tools: other positional parameters; options: keyword -> default; outputs: of
-    `token_stats`, beside logp and greedy, that its readings have to hold."""
+    """See the module. needs: of MATERIALS; tools: other positional parameters, and those that may be left out; options:
+    keyword -> default; outputs: of `token_stats`, beside logp and greedy, that its readings have to hold."""
 
     name: str
     function: Callable[..., Any]
     needs: tuple[str, ...]
     tools: tuple[str, ...]
+    optional_tools: tuple[str, ...]
     options: Mapping[str, Any]
     outputs: tuple[str, ...] = ()
     batched: bool = False
+
+    @property
+    def required_tools(self) -> tuple[str, ...]:
+        """Those that someone has to bring."""
+        return tuple(name for name in self.tools if name not in (*self.optional_tools, ALWAYS))
 
     @property
     def summary(self) -> str:
@@ -69,12 +85,14 @@ def metric(name: str | None = None, *, outputs: tuple[str, ...] = (), batched: b
         if known in METRICS:
             raise ValueError(f"metric {known!r} is there already, of {METRICS[known].function.__module__}")
         parameters = inspect.signature(function).parameters.values()
-        positional = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY]
+        positional = {each.name: each.default for each in parameters if each.kind is not each.KEYWORD_ONLY}
+        tools = {each: default for each, default in positional.items() if each not in MATERIALS}
         METRICS[known] = Metric(
             known,
             function,
             needs=tuple(each for each in positional if each in MATERIALS),
-            tools=tuple(each for each in positional if each not in MATERIALS),
+            tools=tuple(tools),
+            optional_tools=tuple(each for each, default in tools.items() if default is not inspect.Parameter.empty),
             options={each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY},
             outputs=outputs,
             batched=batched,

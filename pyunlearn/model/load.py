@@ -90,12 +90,31 @@ def load_pretrained(name_or_path: str, gguf_file: str | None, tokenizer: str | N
     from transformers import AutoModelForCausalLM
 
     source, gguf = locate(name_or_path, gguf_file)
-    options: dict[str, Any] = {"use_safetensors": True} if gguf is None else gguf_options(gguf)
+    options = {} if gguf is None else gguf_options(gguf)
     its_tokenizer = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(source, gguf)
+    model = load_weights(AutoModelForCausalLM, source, dtype, **options)
+    quantizer = getattr(model, "hf_quantizer", None)
+    if gguf is not None and quantizer is not None:
+        quantizer.remove_quantization_config(model)  # its weights are dense now, so it can be trained and saved
+    return model, its_tokenizer
+
+
+def load_encoder(kind: Any, name_or_path: str, what: str, spared: str | None = None) -> tuple[Any, Any]:
+    """A model that writes nothing, of a kind (an Auto class of transformers), and its tokenizer: float32, on the CPU.
+
+    what: the argument that errors name. spared: weights with this in their name may be absent, as no one asks for them.
+    Raises as `load_model`.
+    """
+    source, _ = locate(name_or_path, None, what)
+    return load_weights(kind, source, "float32", spared).eval(), load_tokenizer(source)
+
+
+def load_weights(kind: Any, source: str, dtype: str, spared: str | None = None, **options: Any) -> Any:
     try:
-        if gguf is None:
+        if "gguf_file" not in options:
             check_index(source)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            options["use_safetensors"] = True
+        model, info = kind.from_pretrained(
             source,
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
@@ -105,12 +124,10 @@ def load_pretrained(name_or_path: str, gguf_file: str | None, tokenizer: str | N
         )
     except OSError as error:
         raise missing(source, error) from None
-    model, info = loaded
+    if spared is not None:
+        info["missing_keys"] = [name for name in info["missing_keys"] if spared not in name]
     check_weights(source, info)
-    quantizer = getattr(model, "hf_quantizer", None)
-    if gguf is not None and quantizer is not None:
-        quantizer.remove_quantization_config(model)  # its weights are dense now, so it can be trained and saved
-    return model, its_tokenizer
+    return model
 
 
 def check_index(source: str) -> None:
@@ -175,8 +192,11 @@ def load_tokenizer(source: str, gguf: str | None = None) -> PreTrainedTokenizerB
         raise missing(source, error) from None
 
 
-def locate(source: str, gguf: str | None) -> tuple[str, str | None]:
-    """(folder or Hub id, name of the GGUF file in it or None), checked as far as can be without the network."""
+def locate(source: str, gguf: str | None, what: str = "model.name_or_path") -> tuple[str, str | None]:
+    """(folder or Hub id, name of the GGUF file in it or None), checked as far as can be without the network.
+
+    what: the argument that errors name.
+    """
     if gguf is not None:
         if importlib.util.find_spec("gguf") is None:
             raise ImportError(f"model.gguf_file={gguf!r} needs the gguf package: pip install 'pyunlearn[gguf]'")
@@ -189,19 +209,17 @@ def locate(source: str, gguf: str | None) -> tuple[str, str | None]:
     if gguf is None and folder.is_dir():
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(
-                f"model.name_or_path={source!r}: no config.json there; for a GGUF file in it set model.gguf_file"
+                f"{what}={source!r}: no config.json there; for a GGUF file in it set model.gguf_file"
             )
         if not any(folder.glob("*.safetensors")):
             raise ValueError(
-                f"model.name_or_path={source!r}: the folder has no .safetensors weights; no other kind is loaded "
+                f"{what}={source!r}: the folder has no .safetensors weights; no other kind is loaded "
                 "(pickle can run code): convert them where you trust them, by from_pretrained(...).save_pretrained(...)"
             )
     elif folder.is_file():
-        raise ValueError(
-            f"model.name_or_path={source!r}: is a file; needs a folder or a Hub id (GGUF: model.gguf_file)"
-        )
+        raise ValueError(f"{what}={source!r}: is a file; needs a folder or a Hub id (GGUF: model.gguf_file)")
     elif is_path(source):
-        raise FileNotFoundError(f"model.name_or_path: no such folder: {source}{path_hint(folder)}")
+        raise FileNotFoundError(f"{what}: no such folder: {source}{path_hint(folder)}")
     return source, gguf
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -20,7 +20,8 @@ from pydantic import (
 )
 
 from .._hints import check_known
-from ..metrics import DEFAULT_METRICS, Variant, get_metric
+from ..metrics import DEFAULT_METRICS, Endpoint, Variant, get_metric
+from ..metrics.endpoint import KEY
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
 
@@ -188,11 +189,36 @@ def as_every(value: Any) -> Any:
     return value
 
 
+class EndpointConfig(Section):
+    """A model behind an OpenAI-compatible server, see `pyunlearn.metrics.Endpoint`."""
+
+    url: str = Field(description="up to the version, e.g. http://localhost:8000/v1")
+    model: str = Field(description="its name there")
+    settings: dict[str, Any] = Field(default_factory=dict, description="of every request, beside temperature: 0")
+    key: str = Field(default=KEY, description="the environment variable that holds the server's key, if it needs one")
+    timeout: float = Field(default=120.0, description="seconds for one attempt")
+    retries: int = 4
+    concurrency: int = Field(default=8, description="requests at once")
+    budget: int | None = Field(default=None, description="requests in all, retries too; None is no limit")
+
+    @model_validator(mode="after")
+    def can_be_asked(self) -> EndpointConfig:
+        Endpoint(**self.model_dump())
+        return self
+
+
 class EvaluateConfig(Section):
     metrics: list[str] = Field(default_factory=lambda: list(DEFAULT_METRICS), min_length=1)
     options: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="of a metric, by its name, e.g. {truth_ratio: {variant: arithmetic}}"
     )
+    embedder: str | None = Field(
+        default=None, description="a sentence embedding model, folder or Hub id, for cosine_similarity, nearest_answer"
+    )
+    entailer: str | None = Field(default=None, description="a model of language inference, for entailment_score")
+    classifier: str | None = Field(default=None, description="a text classifier, for clean or toxicity")
+    judge: EndpointConfig | None = Field(default=None, description="for naturalness, similarity, hallucination")
+    endpoint: EndpointConfig | None = Field(default=None, description="writes the answers in the model's place")
     rouge_samples: int | None = Field(
         default=20, ge=1, description="generations per set, None is all; other metrics use all"
     )
@@ -234,11 +260,9 @@ class EvaluateConfig(Section):
 
     @field_validator("metrics")
     @classmethod
-    def has_probability(cls, metrics: list[str]) -> list[str]:
+    def are_known(cls, metrics: list[str]) -> list[str]:
         for name in metrics:
             get_metric(name)
-        if "probability" not in metrics:
-            raise ValueError("needs probability: the goal and the figures are made of it")
         return list(dict.fromkeys(metrics))
 
     @model_validator(mode="after")
@@ -246,6 +270,14 @@ class EvaluateConfig(Section):
         for name, options in self.options.items():
             check_known("options", name, self.metrics)
             get_metric(name).check_options(options)
+        return self
+
+    @model_validator(mode="after")
+    def tools_there(self) -> EvaluateConfig:
+        for name in self.metrics:
+            own = [tool for tool in get_metric(name).required_tools if getattr(self, tool, None) is None]
+            if own:
+                raise ValueError(f"metrics: {name} needs {' and '.join(f'evaluate.{tool}' for tool in own)}")
         return self
 
 
@@ -283,6 +315,13 @@ class RunConfig(Section):
             return values
         unlearn = values.get("unlearn")
         return merge(DEMO, {**values, "unlearn": with_recipe(unlearn)} if unlearn is not None else values)
+
+    @field_validator("evaluate")
+    @classmethod
+    def has_probability(cls, evaluate: EvaluateConfig) -> EvaluateConfig:
+        if "probability" not in evaluate.metrics:
+            raise ValueError("metrics needs probability: the goal and the figures are made of it")
+        return evaluate
 
     @model_validator(mode="after")
     def scores_are_possible(self) -> RunConfig:
@@ -359,14 +398,20 @@ class FilesConfig(Section):
         rouge_samples: int = 20,
         batch_size: int = 16,
         variant: Any = "suffix",
+        metrics: Sequence[str] = (),
+        embedder: str | None = None,
+        judge: Mapping[str, Any] | None = None,
     ) -> FilesConfig:
-        """model, data: paths or Hub ids; name: of a Hub data set's configuration; rouge_samples: 0 writes nothing."""
+        """model, data: paths or Hub ids; name: of a Hub data set's configuration; rouge_samples: 0 writes nothing;
+        metrics: none are the default ones; judge: of `EndpointConfig`."""
         check_known("variant", variant, get_args(Variant))
         return cls(
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
             data=SourceConfig(path=data, name=name, limit=limit),
             evaluate=EvaluateConfig(
-                metrics=[metric for metric in DEFAULT_METRICS if rouge_samples or metric != "rouge_l"],
+                metrics=[*metrics] or [name for name in DEFAULT_METRICS if rouge_samples or name != "rouge_l"],
+                embedder=embedder,
+                judge=None if judge is None else EndpointConfig.model_validate(judge),
                 rouge_samples=rouge_samples or None,
                 batch_size=batch_size,
                 variant=variant,

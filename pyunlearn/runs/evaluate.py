@@ -19,6 +19,7 @@ from .config import EvaluateConfig, FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
 from .outputs import check_records_file
+from .tools import load_tools, make_endpoint
 
 
 def evaluate_sets(
@@ -29,18 +30,24 @@ def evaluate_sets(
     sets: Mapping[str, Sequence[QA]],
     model: Any,
     tokenizer: Any,
+    tools: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last."""
+    """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last; tools: `load_tools`."""
     summaries = {}
     for name, items in sets.items():
-        result = evaluate_items(stage, settings, items, model, tokenizer)
+        result = evaluate_items(stage, settings, items, model, tokenizer, tools)
         write_json_lines(folder.evaluation(f"{moment}-{name}.jsonl"), result.records)
         summaries[name] = result.summary
     write_json(folder.evaluation(f"{moment}.json"), summaries)
 
 
 def evaluate_items(
-    stage: Stage, settings: EvaluateConfig, items: Sequence[QA], model: Any, tokenizer: Any
+    stage: Stage,
+    settings: EvaluateConfig,
+    items: Sequence[QA],
+    model: Any,
+    tokenizer: Any,
+    tools: Mapping[str, Any] | None = None,
 ) -> EvaluationResult:
     return evaluate(
         model,
@@ -48,6 +55,7 @@ def evaluate_items(
         items,
         metrics=settings.metrics,
         options=settings.options,
+        tools=tools,
         batch_size=settings.batch_size,
         max_length=stage.max_length,
         rouge_samples=settings.rouge_samples,
@@ -55,6 +63,7 @@ def evaluate_items(
         variant=settings.variant,
         seed=stage.seed,
         cache=settings.cache or cache_folder(),
+        writer=make_endpoint(settings.endpoint, settings, stage.progress) if settings.endpoint else None,
         progress=stage.progress,
     )
 
@@ -103,7 +112,8 @@ def evaluate_files(
     job = Job.start(config, console, command)
     with job.interruptible():
         model, tokenizer, stage = first_model(job)
-        result = evaluate_items(stage, job.config.evaluate, job.data.forget, model, tokenizer)
+        tools = load_tools(job.config.evaluate, job.data.texts, job.processes.device, stage.progress)
+        result = evaluate_items(stage, job.config.evaluate, job.data.forget, model, tokenizer, tools)
         if out is not None:
             write_json_lines(out, result.records)
     table = Table("metric", "value")

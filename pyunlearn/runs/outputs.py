@@ -38,7 +38,7 @@ def check_records_file(config: FilesConfig, out: Path) -> None:
     """Raises ValueError or OSError if an evaluation's records cannot go to `out`, FileExistsError for other files."""
     check_places(config, {"records": out})
     record = first_record(out)
-    if is_filled(out) and ("nll" not in record or "mrd" in record):
+    if is_filled(out) and (not {"index", "question", "answer"} <= record.keys() or "mrd" in record):
         raise FileExistsError(f"--out {out}: no earlier evaluation wrote it; move it away or choose another name")
 
 

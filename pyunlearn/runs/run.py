@@ -27,6 +27,7 @@ from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import config_text
 from .job import Job, first_model, loaded, save
 from .table import cell, check_goal, columns, make_table, table_markdown
+from .tools import load_tools
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,8 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
     if job.processes.first:
         counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
         job.console.print(f"[bold]evaluate[/] {moment}: {counts} samples")
-        evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer)
+        tools = load_tools(settings, job.data.texts, job.processes.device, stage.progress)
+        evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer, tools)
     job.processes.wait()
 
 

@@ -16,6 +16,7 @@ import pyunlearn
 from pyunlearn import objectives, recipes
 from pyunlearn.cli import app
 from pyunlearn.cli.shared import command_line
+from pyunlearn.metrics import METRICS
 from pyunlearn.store import Store
 from pyunlearn.training.callbacks import MetricsWriter
 
@@ -56,7 +57,7 @@ def test_version_and_help(call):
     assert call("--version") == (0, f"pyunlearn {pyunlearn.__version__}\n", "")
     code, text, _ = call("--help")
     assert code == 0
-    for command in ("run", "score", "geffect", "evaluate", "objectives", "doctor"):
+    for command in ("run", "score", "geffect", "evaluate", "metrics", "objectives", "doctor"):
         assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
     code, text, _ = call("run", "--help")
     assert code == 0
@@ -72,6 +73,15 @@ def test_objectives_lists_every_one_and_every_recipe(call):
     assert re.search(r"\Wcga\W+ga\W+mrd, one an update\W", text)
     assert re.search(r"\Wwtnpo\W+g_effect_code\W+beta = 4.0, epsilon = 1e-05; reduction =\W+token_mean\W", text)
     assert re.search(r"\Wap\W+paper\W+reduction = sequence_mean\W", text)
+
+
+def test_metrics_lists_every_one(call):
+    code, text, _ = call("metrics")
+    assert code == 0
+    for name, metric in METRICS.items():
+        assert re.search(rf"^\W*{name}\W", text, re.MULTILINE), name
+        assert all(f"{option} = {default}" in text for option, default in metric.options.items())
+    assert re.search(r"cosine_similarity\W+max\(0, cosine\).*embedder, \(before\)", text)
 
 
 def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
@@ -107,6 +117,12 @@ def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
     summary = json.loads((tmp_path / "runs/tiny/evaluation/after.json").read_text())["forget"]
     assert probability == pytest.approx(summary["probability"], abs=1e-4)
     assert "rouge_l" not in text
+    code, text, _ = call(
+        "evaluate", "--model", "runs/tiny/checkpoint", "--data", str(data), "--metric", "fluency", "--metric",
+        "token_entropy", "--rouge-samples", "1",
+    )  # fmt: skip
+    assert code == 0
+    assert re.findall(r"(\w+)\W+\d\.\d{4}", text) == ["fluency", "token_entropy"]
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["question"] for record in records] == [json.loads(line)["question"] for line in data.open()]
 
@@ -216,6 +232,18 @@ def test_as_a_module(module):
         (
             ["evaluate", "--model", "x", "--data", "one.jsonl", "--variant", "sufix"],
             "variant='sufix': did you mean suffix?",
+        ),
+        (
+            ["evaluate", "--model", "x", "--data", "one.jsonl", "--metric", "rouge"],
+            "metric='rouge': did you mean rouge_l?",
+        ),
+        (
+            ["evaluate", "--model", "x", "--data", "one.jsonl", "--metric", "cosine_similarity"],
+            "cosine_similarity needs evaluate.embedder",
+        ),
+        (
+            ["evaluate", "--model", "x", "--data", "one.jsonl", "--judge", "http://h/v1"],
+            "--judge and --judge-model go together",
         ),
         (["score", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
         (["score", "--model", "./nowhere"], "needs --model and --data (with their options), or a configuration"),

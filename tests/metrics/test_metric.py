@@ -6,7 +6,7 @@ import pytest
 
 from pyunlearn.data import QA
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.metrics import METRICS, evaluate, get_metric, metric
+from pyunlearn.metrics import METRICS, Told, evaluate, get_metric, metric
 
 ITEMS = [QA("Where was Ada born?", "By the sea.", "At sea.", ("In town.", "On a hill.")), QA("Is Di a poet?", "Yes.")]
 
@@ -51,6 +51,23 @@ def test_a_metric_gets_what_it_names(model, tokenizer, own):
     assert twice.summary["surprise"] == pytest.approx(2 * once.summary["surprise"])
     assert [record["length"] for record in once.records] == [len(record["generated"]) for record in once.records]
     assert get_metric("surprise").summary == "How unexpected the answer is."
+
+
+def test_tools_with_a_default_may_be_left_out_and_a_metric_may_tell_more(model, tokenizer, own):
+    @metric()
+    def told_of(item, tokenizer, extra=5):
+        return Told(
+            None if "Di" in item.question else float(extra), {"words": len(tokenizer(item.answer)["input_ids"])}
+        )
+
+    assert get_metric("told_of").required_tools == ()
+    for tools, value in (({}, 5), ({"extra": 7}, 7), ({"extra": None}, 5)):
+        result = run(model, tokenizer, ITEMS, "told_of", tools=tools)
+        assert result.summary["told_of"] == value
+        assert ["told_of" in record for record in result.records] == [True, False]
+        assert [record["words"] for record in result.records] == [
+            len(tokenizer(item.answer)["input_ids"]) for item in ITEMS
+        ]
 
 
 def test_samples_without_a_value_are_left_out(model, tokenizer, own):

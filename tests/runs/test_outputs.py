@@ -73,11 +73,12 @@ def test_files_that_no_score_wrote(files, overwrite):
 
 
 def test_files_that_no_evaluation_wrote(files):
-    for record in ({"question": "Who?"}, {"nll": 1.0, "mrd": 2.0}, 3):
+    ours = {"index": 0, "question": "Who?", "answer": "I."}
+    for record in ({"question": "Who?", "answer": "I."}, {**ours, "mrd": 2.0}, 3):
         Path("x.jsonl").write_text(json.dumps(record))
         with pytest.raises(FileExistsError, match="no earlier evaluation wrote it"):
             evaluate_files(files, out="x.jsonl")
-    Path("x.jsonl").write_text('{"nll": 1.0}\n')
+    Path("x.jsonl").write_text(json.dumps(ours) + "\n")
     with pytest.raises(TypeError, match="not callable"):
         evaluate_files(files, out="x.jsonl")
 

@@ -126,7 +126,15 @@ def test_overrides(override, read):
         ("unlearn.batch_size=2.5", "unlearn.batch_size: Input should be a valid integer"),
         ("memorise.epochs=many", "got 'many'"),
         ("model.dtype=int8", "model.dtype: Input should be 'float32', 'bfloat16' or 'float16', got 'int8'"),
-        ("evaluate.metrics=[rouge_l]", "evaluate.metrics: needs probability"),
+        ("evaluate.metrics=[rouge_l]", "evaluate: metrics needs probability"),
+        (
+            "evaluate.metrics=[probability, cosine_similarity]",
+            "evaluate: metrics: cosine_similarity needs evaluate.embedder",
+        ),
+        ("evaluate.metrics=[probability, naturalness]", "evaluate: metrics: naturalness needs evaluate.judge"),
+        ("evaluate.judge={url: 'localhost:1', model: m}", "evaluate.judge: url='localhost:1': needs an http or https"),
+        ("evaluate.judge={url: 'http://h/v1', model: m, key: sk-a}", "evaluate.judge: key: needs the name of an env"),
+        ("evaluate.endpoint={url: 'http://h/v1', model: m, retries: -1}", "evaluate.endpoint: retries=-1: needs"),
         ("data.forget=x.jsonl", "data: source=embedded generates its own authors, got ['forget']"),
         (
             "data.source=files",

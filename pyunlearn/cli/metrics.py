@@ -1,0 +1,23 @@
+"""`pyunlearn metrics`."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .shared import Debug, clean_errors
+
+
+def metrics(debug: Debug = False) -> None:
+    """List the metrics: what each measures, what it needs, and its options with their defaults."""
+    with clean_errors(debug):
+        from ..metrics import METRICS
+
+        title = "evaluate.metrics=[NAME, ...], evaluate.options.NAME.OPTION=...; a tool in brackets may be left out"
+        table = Table("name", "what it measures", "needs", "tools", "options and defaults", title=title)
+        for name, metric in sorted(METRICS.items()):
+            tools = [f"({tool})" if tool in metric.optional_tools else tool for tool in metric.tools]
+            options = "\n".join(f"{option} = {default}" for option, default in metric.options.items())
+            table.add_row(name, escape(metric.summary), ", ".join(metric.needs), ", ".join(tools), escape(options))
+        Console().print(table)

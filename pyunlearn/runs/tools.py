@@ -1,0 +1,34 @@
+"""What metrics need besides the model, loaded as an evaluation's settings name it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..metrics import Classifier, Embedder, Endpoint, cache_folder, get_metric
+from .config import EndpointConfig, EvaluateConfig
+
+
+def load_tools(
+    settings: EvaluateConfig, texts: Iterable[str], device: str | torch.device, progress: bool = True
+) -> dict[str, Any]:
+    """By name, those that the settings' metrics need; texts: all of the data, whose words are known.
+
+    Raises what `Embedder`, `Classifier` and `Endpoint` raise.
+    """
+    needed = {tool for name in settings.metrics for tool in get_metric(name).tools}
+    tools: dict[str, Any] = {"texts": tuple(texts)}
+    if "embedder" in needed and settings.embedder:
+        tools["embedder"] = Embedder(settings.embedder, batch_size=settings.batch_size, device=device)
+    for name in ("entailer", "classifier"):
+        if name in needed and (model := getattr(settings, name)):
+            tools[name] = Classifier(model, what=name, batch_size=settings.batch_size, device=device)
+    if "judge" in needed and settings.judge:
+        tools["judge"] = make_endpoint(settings.judge, settings, progress)
+    return tools
+
+
+def make_endpoint(config: EndpointConfig, settings: EvaluateConfig, progress: bool) -> Endpoint:
+    return Endpoint(**config.model_dump(), cache=settings.cache or cache_folder(), progress=progress)
