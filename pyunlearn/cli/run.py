@@ -37,10 +37,15 @@ def run(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Memorise (where asked), evaluate, unlearn, evaluate again, and write a report."""
+    """Memorise (where asked), evaluate, unlearn, evaluate again, and write a report.
+
+    Ends with 0 where every goal was met, with 1 where one was missed (evaluate.goal=null asks nothing).
+    """
     with clean_errors(debug):
         from ..runs import load_config
         from ..runs.run import run as run_job
 
         loaded = load_config(config, set_ or [], anchors=["retrained"] if retrain else [])
-        run_job(loaded, resume=resume, overwrite=overwrite, console=Console(), command=command_line())
+        result = run_job(loaded, resume=resume, overwrite=overwrite, console=Console(), command=command_line())
+    if not result.reached:
+        raise typer.Exit(1)

@@ -25,7 +25,7 @@ from .teacher_forced import VARIANTS, Variant
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEFAULT_METRICS = ("probability", "memorization_accuracy", "extraction_strength", "rouge_l")
+DEFAULT_METRICS = ("probability", "memorization_accuracy", "extraction_strength", "rouge_l", "fluency")
 Values = list[float | None]
 
 

@@ -15,6 +15,13 @@ from .figures import COLOURS, DASHES, MARKERS, OTHER, STYLE, new_figure, render,
 
 OTHER_LINES = (("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 3)), "x"))  # of sets of other names
 MARKS = {"retrained": "D", "random": "x"}
+# what each goal asks, in a word, and the picture for it
+CARDS = {
+    "forget": {"question": "Forgot?", "icon": "◌"},
+    "retain": {"question": "What did it cost?", "icon": "⚖"},
+    "words": {"question": "In other words?", "icon": "❝"},
+    "fluency": {"question": "Still fluent?", "icon": "✎"},
+}
 Means = Mapping[str, Mapping[str, float]]  # set name -> metric -> mean
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record per sample
 
@@ -122,6 +129,8 @@ def render_report(
     config_text: str,
     table: Sequence[Mapping[str, Any]],
     goals: Sequence[Mapping[str, Any]],
+    verdict: Mapping[str, Any] | None,
+    command: str,
     metrics: Sequence[Mapping[str, Any]],
     curves: Mapping[int, Means],
     before: Records,
@@ -129,8 +138,12 @@ def render_report(
     unlearning: Mapping[str, Any] | None = None,
     geffect: Mapping[str, Any] | None = None,
 ) -> str:
-    """The report as one HTML page. curves: means by optimiser step, or none. unlearning: what unlearning.json holds,
-    and its figure or None as "svg". geffect: `report.geffect.section` of the metrics' probes."""
+    """The report as one HTML page.
+
+    verdict: `runs.verdict.Verdict` as a dict, None where nothing was asked. command: what was typed. curves: means by
+    optimiser step, or none. unlearning: what unlearning.json holds, and its figure or None as "svg". geffect:
+    `report.geffect.section` of the metrics' probes.
+    """
     stages = list(dict.fromkeys(row["stage"] for row in metrics))
     with matplotlib.rc_context(STYLE):
         figures = {
@@ -146,7 +159,10 @@ def render_report(
         table=table,
         columns=[key for key in table[0] if key not in ("set", "metric", "samples")],
         before=before,
-        goals=goals,
+        goals=[{**goal, **CARDS[goal["name"]]} for goal in goals],
+        verdict=verdict,
+        command=command,
+        counts={name: len(records) for name, records in before.items()},
         generations=pair_generations(before, after),
         unlearning=unlearning,
         geffect=geffect,

@@ -172,10 +172,16 @@ class DataConfig(Section):
 
 
 class GoalConfig(Section):
-    """What the run must reach; it is checked and told at the end."""
+    """What the run must reach; it is checked and told at the end, and decides the exit status."""
 
     forget_probability_below: float = Field(default=0.1, gt=0, le=1)
     retain_probability_kept: float = Field(default=0.9, ge=0, le=1, description="share of the value before unlearning")
+    forget_rouge_below: float = Field(
+        default=0.5, gt=0, le=1, description="words of forget answers that the model still writes (ROUGE-L recall)"
+    )
+    fluent_share: float = Field(
+        default=0.8, ge=0, le=1, description="of what the model writes when it is asked what it should have forgotten"
+    )
 
 
 SETS = ("forget", "retain", "holdout")

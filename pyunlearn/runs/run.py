@@ -26,8 +26,9 @@ from .config import ModelConfig, RunConfig
 from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import config_text
 from .job import Job, first_model, loaded, save
-from .table import cell, check_goal, columns, make_table, table_markdown
+from .table import cell, columns, make_table, table_markdown
 from .tools import load_tools
+from .verdict import check_goals, reach_verdict
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class RunResult:
     folder: Path
     table: list[dict[str, Any]]
     goals: list[dict[str, Any]]
+    verdict: dict[str, Any] | None
 
     @property
     def reached(self) -> bool:
@@ -129,11 +131,12 @@ def finish(job: Job[RunConfig]) -> RunResult:
     records = {moment: read_records(folder, moment, sets) for moment in ("before", "after")}
     table = make_table(moments, records["after"])
     goal = config.evaluate.goal
-    goals = [] if goal is None else check_goal(moments["before"], moments["after"], goal)
+    goals = [] if goal is None else check_goals(moments["before"], moments["after"], goal)
+    verdict = None if goal is None else reach_verdict(moments["before"], goal, goals).as_dict()
     if job.processes.first:
         remedy = f"delete {folder.checkpoint} and {folder.evaluation('after.json')}, and --resume unlearns again"
         unlearning = read_json(folder.unlearning, remedy)
-        write_json(folder.path / "table.json", {"table": table, "goals": goals})
+        write_json(folder.path / "table.json", {"table": table, "goals": goals, "verdict": verdict})
         write_text(folder.path / "table.md", table_markdown(table))
         metrics = read_metrics(folder.metrics)
         on_the_way = {step: read_summaries(folder, f"step-{step}", sets) for step in folder.evaluated_steps()}
@@ -143,6 +146,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
             config_text=config_text(config),
             table=table,
             goals=goals,
+            verdict=verdict,
+            command=job.command,
             metrics=metrics,
             curves=curves,
             before=records["before"],
@@ -151,7 +156,7 @@ def finish(job: Job[RunConfig]) -> RunResult:
             geffect=section([row for row in metrics if "geffect" in row]),
         )
         write_text(folder.report, html)
-    return RunResult(folder.path, table, goals)
+    return RunResult(folder.path, table, goals, verdict)
 
 
 def tell(job: Job[RunConfig], result: RunResult) -> None:
@@ -167,6 +172,9 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
     for goal in result.goals:
         mark = "[bold green]reached[/]" if goal["met"] else "[bold red]missed[/] "
         job.console.print(f"{mark} {shown(goal['text'])}", highlight=False, soft_wrap=True)
+    if result.verdict is not None:
+        style, verdict = "green" if result.verdict["clean"] else "red", result.verdict
+        job.console.print(f"[bold {style}]verdict: {verdict['name']}[/]", highlight=False)
     folder, used = result.folder, {term.name for term in job.config.unlearn.forget}
     other = next(name for name in ("npo", *names("forget")) if name not in used)
     again = without(job.command, "unlearn.forget")
@@ -176,6 +184,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
         f"model   {folder / 'checkpoint'}",
         "",
         "try next",
+        *([] if result.verdict is None else [f"  {result.verdict['advice']}"]),
         f"  {again} --set unlearn.forget={other} --set output={shlex.quote(f'{folder}-{other}')}   # another objective",
         "  pyunlearn objectives   # all of them, with their options",
         *([] if told else [f"  {job.command} --retrain --resume   # beside a model that never saw the forget set"]),
@@ -204,4 +213,4 @@ def load_result(path: str | Path) -> RunResult:
     stored = read_json(file, remedy := "--resume of the run makes it again")
     if not isinstance(stored, dict) or not {"table", "goals"} <= stored.keys():
         raise ValueError(f"{file}: is damaged, it has no table and goals; {remedy}")
-    return RunResult(Path(path), stored["table"], stored["goals"])
+    return RunResult(Path(path), stored["table"], stored["goals"], stored.get("verdict"))

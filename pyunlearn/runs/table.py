@@ -1,11 +1,11 @@
-"""A run's outcome: every metric of every model that was evaluated, and whether the goals were met."""
+"""A run's outcome: every metric of every model that was evaluated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import ANCHORS, GoalConfig
+from .config import ANCHORS
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record a sample
@@ -50,28 +50,3 @@ def table_markdown(table: Sequence[Row]) -> str:
         cells = [row["set"], row["metric"], *(cell(row, name) for name in names), str(row["samples"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def check_goal(before: Summaries, after: Summaries, goal: GoalConfig) -> list[dict[str, Any]]:
-    """What the run had to reach: {"text", "value", "met"} for the forget and the retain probability, the latter of the
-    rows held out, where there are any."""
-    kept = "holdout" if "holdout" in before else "retain"
-    (forget_before, forget), (retain_before, retain) = (
-        (before[name]["probability"], after[name]["probability"]) for name in ("forget", kept)
-    )
-    share, limit = retain / max(retain_before, 1e-12), goal.forget_probability_below
-    nothing = "; there was nothing to forget" if forget_before < limit else ""
-    whose = "retain probability of held-out rows" if kept == "holdout" else "retain probability"
-    return [
-        {
-            "text": f"forget probability {forget_before:.3f} -> {forget:.3f}, wanted below {limit:g}{nothing}",
-            "value": forget,
-            "met": forget < limit <= forget_before,
-        },
-        {
-            "text": f"{whose} {retain_before:.3f} -> {retain:.3f}, {share:.1%} of before, wanted at least "
-            f"{goal.retain_probability_kept:.0%}",
-            "value": share,
-            "met": share >= goal.retain_probability_kept,
-        },
-    ]

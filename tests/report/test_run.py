@@ -6,7 +6,8 @@ import pytest
 
 from pyunlearn.report.run import curves_figure, pair_generations, render_report
 from pyunlearn.runs.config import GoalConfig
-from pyunlearn.runs.table import check_goal, columns, make_table, table_markdown
+from pyunlearn.runs.table import columns, make_table, table_markdown
+from pyunlearn.runs.verdict import check_goals, reach_verdict
 
 BEFORE = {"forget": {"probability": 0.9}, "retain": {"probability": 0.8, "rouge_l": 0.5}}
 AFTER = {"forget": {"probability": 0.05}, "retain": {"probability": 0.7, "rouge_l": 0.5}}
@@ -44,27 +45,6 @@ def test_other_models_have_columns_where_they_were_measured():
     assert lines[4] == "| retain | rouge_l | 0.5000 | 0.5000 | +0.0000 |  | 1 |"
 
 
-def test_goals():
-    forget, retain = check_goal(BEFORE, AFTER, GoalConfig())
-    assert forget["met"]
-    assert forget["text"] == "forget probability 0.900 -> 0.050, wanted below 0.1"
-    assert not retain["met"]
-    assert retain["value"] == pytest.approx(0.875)
-    assert "87.5% of before, wanted at least 90%" in retain["text"]
-    ignorant = check_goal({**BEFORE, "forget": {"probability": 0.06}}, AFTER, GoalConfig())[0]
-    assert not ignorant["met"]
-    assert ignorant["text"].endswith("there was nothing to forget")
-    assert check_goal(BEFORE, AFTER, GoalConfig(retain_probability_kept=0.8))[1]["met"]
-
-
-def test_the_retain_goal_is_that_of_held_out_rows():
-    before, after = ({**each, "holdout": {"probability": p}} for each, p in ((BEFORE, 0.6), (AFTER, 0.57)))
-    retain = check_goal(before, after, GoalConfig())[1]
-    assert retain["met"]
-    assert retain["value"] == pytest.approx(0.95)
-    assert retain["text"].startswith("retain probability of held-out rows 0.600 -> 0.570, 95.0% of before, wanted")
-
-
 def test_curves_are_told_apart_without_colour():
     sets = {name: {"probability": 0.5, "rouge_l": 0.25} for name in ("forget", "retain", "holdout")}
     svg = curves_figure({0: sets, 4: sets, 8: sets})
@@ -88,14 +68,17 @@ def test_what_a_model_or_a_file_says_is_escaped():
         "name": "<b>bold</b>",
         "seed": 0,
         "model": {"name_or_path": "m"},
-        "unlearn": {"forget": [{"name": "wga", "coefficient": 1.0}], "retain": []},
+        "unlearn": {"forget": [{"name": "wga", "coefficient": 1.0}], "retain": [], "learning_rate": 1e-5},
+        "evaluate": {"rouge_samples": None},
     }
     metrics = [{"stage": "unlearn", "step": step, "loss": 1.0, "forget.wga/loss": -0.1} for step in (1, 2)]
     html = render_report(
         config=config,
         config_text="a: <i>",
         table=make_table({"before": BEFORE, "after": AFTER}, records),
-        goals=check_goal(BEFORE, AFTER, GoalConfig()),
+        goals=(goals := check_goals(BEFORE, AFTER, GoalConfig())),
+        verdict=reach_verdict(BEFORE, GoalConfig(), goals).as_dict(),
+        command="pyunlearn run --set name='<b>bold</b>'",
         metrics=metrics,
         curves={},
         before=records,
@@ -107,3 +90,4 @@ def test_what_a_model_or_a_file_says_is_escaped():
     assert "A &amp; B" in html
     assert html.count("<svg") == 5  # a loss, metrics and probabilities of two sets
     assert "1·wga" in html
+    assert html.index("Lost utility") < html.index("What the model says") < html.index("Before and after")
