@@ -57,7 +57,7 @@ def test_version_and_help(call):
     assert call("--version") == (0, f"pyunlearn {pyunlearn.__version__}\n", "")
     code, text, _ = call("--help")
     assert code == 0
-    for command in ("run", "score", "geffect", "evaluate", "metrics", "objectives", "doctor"):
+    for command in ("run", "score", "geffect", "evaluate", "compare", "metrics", "objectives", "doctor"):
         assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
     code, text, _ = call("run", "--help")
     assert code == 0
@@ -86,11 +86,13 @@ def test_metrics_lists_every_one(call):
 
 def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
     code, text, _ = call("run", "tiny.yaml")
-    assert code == 0
+    assert code == 1  # a goal was missed
+    assert "verdict: there was nothing to forget" in text
     assert re.search(r"forget\W+probability\W+0\.\d{4}", text)
     assert "forget probability" in text
     assert "runs/tiny/report.html" in text
-    assert text.count("  pyunlearn ") == 3  # what to try next
+    assert text.count("  pyunlearn ") == 4  # what to try next
+    assert call("run", "tiny.yaml", "--set", "evaluate.goal=null", "--set", "name=unasked")[0] == 0
     data = tmp_path / "questions.jsonl"
     data.write_text((tmp_path / "runs/tiny/evaluation/after-forget.jsonl").read_text())
     out = tmp_path / "records.jsonl"
@@ -143,7 +145,7 @@ def test_ctrl_c_exits_with_130_and_resume_finishes(call, monkeypatch, tmp_path):
     assert "resume with: pyunlearn run tiny.yaml --set seed=3 --resume\n" in errors
     assert "Traceback" not in errors
     code, text, _ = call("run", "tiny.yaml", "--set", "seed=3", "--resume")
-    assert code == 0
+    assert code == 1  # its goals are missed
     assert "evaluate before" not in text
     assert (tmp_path / "runs/tiny/report.html").is_file()
 
@@ -184,7 +186,7 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     for word in ("dot product of their gradients", "--run", "--pointwise", "unlearn.keep_steps=5", "goes on"):
         assert word in " ".join(text.split()), word
     code, _, errors = call("run", "tiny.yaml", "--set", "unlearn.keep_steps=2", "--set", "geffect.every=4")
-    assert code == 0, errors
+    assert code == 1, errors  # its goals are missed
     code, text, _ = call("geffect", "--run", "runs/tiny", "--forget-samples", "1")
     assert code == 0
     assert "G-effect of the whole objective" in text
@@ -274,8 +276,8 @@ def test_user_errors_are_one_message_and_exit_code_2(call, tmp_path, arguments, 
 
 
 def test_a_folder_of_another_run_is_told_and_overwritten_on_demand(call):
-    assert call("run", "tiny.yaml")[0] == 0
+    assert call("run", "tiny.yaml")[0] == 1
     code, _, errors = call("run", "tiny.yaml", "--set", "seed=1")
     assert code == 2
     assert "another configuration (seed: 0 -> 1); choose --set output=... or --overwrite" in errors
-    assert call("run", "tiny.yaml", "--set", "seed=1", "--overwrite")[0] == 0
+    assert call("run", "tiny.yaml", "--set", "seed=1", "--overwrite")[0] == 1

@@ -70,7 +70,7 @@ def test_it_forgets_more_than_it_loses(finished):
     assert retain["after"] / retain["before"] > 2 * forget["after"] / forget["before"]
     assert next(goal["met"] for goal in result.goals)
     stored = json.loads((result.folder / "table.json").read_text())
-    assert stored == {"table": result.table, "goals": result.goals}
+    assert stored == {"table": result.table, "goals": result.goals, "verdict": result.verdict}
     assert load_result(result.folder) == result
     markdown = (result.folder / "table.md").read_text()
     assert f"| forget | probability | {forget['before']:.4f} | {forget['after']:.4f} |" in markdown
@@ -150,7 +150,7 @@ def test_the_checkpoint_loads_and_is_the_model_evaluated_last(finished):
 def test_the_report_stands_alone(finished):
     _, result = finished
     html = (result.folder / "report.html").read_text()
-    assert html.count("<svg") == html.count("</svg>") == 4  # metrics, probabilities, two stages' losses
+    assert html.count("<svg") == html.count("</svg>") == 9  # metrics and probabilities of three sets, three losses
     assert not re.findall(r"""(?:src|href)=["'](?!#)""", html.replace("xlink:href", "href"))
     assert "<script" not in html
     assert 'name="viewport"' in html
@@ -213,7 +213,7 @@ def test_it_is_evaluated_on_the_way(tiny_config, tmp_path):
               for moment in ("before", "step-2", "step-4", "after")]  # fmt: skip
     assert values == sorted(values, reverse=True)
     html = folder.report.read_text()
-    assert html.count("<svg") == 5
+    assert html.count("<svg") == 14  # and a curve of each metric
     assert "means of each set over the steps of the unlearning" in html
     assert "means of each set" not in RunFolder(plain.folder).report.read_text()
     assert result.table[0]["after"] == values[-1]
