@@ -83,13 +83,8 @@ def curves_figure(curves: Mapping[int, Means]) -> Markup:
             dash, marker = (DASHES[name], MARKERS[name]) if name in DASHES else next(others)
             if metric in means:
                 values = [at[name][metric] for at in curves.values()]
-                look: dict[str, Any] = {
-                    "color": COLOURS.get(name, OTHER),
-                    "linestyle": dash,
-                    "marker": marker,
-                    "markersize": 4,
-                }
-                axes.plot(list(curves), values, label=name, **look)
+                look: dict[str, Any] = {"color": COLOURS.get(name, OTHER), "linestyle": dash, "marker": marker}
+                axes.plot(list(curves), values, label=name, markersize=4, **look)
         axes.set(xlabel="optimiser step", ylim=(-0.04, 1.04))
         axes.set_title(metric.replace("_", " "))
     figure.axes[0].legend(frameon=False, fontsize=8)

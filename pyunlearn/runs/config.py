@@ -137,8 +137,8 @@ Source = Annotated[SourceConfig, BeforeValidator(as_source)]
 
 def as_holdout(value: Any) -> Any:
     """Raises ValueError for what is neither a share nor a number of rows."""
-    rows = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if not rows and not (isinstance(value, float) and 0 <= value < 1):
+    rows, share = isinstance(value, int) and value >= 0, isinstance(value, float) and 0 <= value < 1
+    if not rows and not share:
         raise ValueError(f"needs a share below 1, or a whole number of rows, got {value!r}")
     return value
 
@@ -190,7 +190,7 @@ ANCHORS = ("retrained", "random")
 
 def as_every(value: Any) -> Any:
     """Raises ValueError for what is neither a number of steps nor `epoch`."""
-    if value not in (None, "epoch") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    if value not in (None, "epoch") and (not isinstance(value, int) or value < 1):
         raise ValueError(f"needs epoch, or a number of optimiser steps, got {value!r}")
     return value
 

@@ -115,6 +115,12 @@ class RunFolder(TrainingFolder):
                 os.replace(path, self.path / path.name)
             moving.rmdir()
 
+    def discard(self) -> None:
+        """Takes back what `open` has written, where nothing was computed."""
+        if not self.computed:
+            for path in (self.path / MARK, self.config):
+                path.unlink(missing_ok=True)
+
     def _move_aside(self) -> None:
         moving = self.path / MOVING
         moving.mkdir()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from json import JSONDecodeError
 from pathlib import Path
@@ -71,7 +71,8 @@ class Job(Generic[C]):
     def opened(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
         """The run folder, this job's alone and opened for the block (see `RunFolder.open`); one of files has none.
 
-        What was to be overwritten is back if the block raises before `first_model` has loaded a model.
+        What was to be overwritten is back if the block raises before `first_model` has loaded a model. A folder that is
+        made for the job and in which an error comes before anything is computed goes again.
 
         Raises InUse if another job works there.
         """
@@ -81,17 +82,25 @@ class Job(Generic[C]):
         with self.processes.first_first():
             if self.processes.first:
                 self.folder.check_place()
-        with self.locked(self.folder.lock, self.folder.path):
-            with self.processes.first_first():
-                if self.processes.first:
-                    reads = fingerprints(self.config, self.data)
-                    self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads)
-            try:
-                yield
-            except BaseException:
-                if self.processes.first:
-                    self.folder.recover()
-                raise
+        new = self.processes.first and not self.folder.path.exists()
+        try:
+            with self.locked(self.folder.lock, self.folder.path):
+                try:
+                    with self.processes.first_first():
+                        if self.processes.first:
+                            reads = fingerprints(self.config, self.data)
+                            self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads)
+                    yield
+                except BaseException as error:
+                    if self.processes.first:
+                        self.folder.recover()
+                    if new and isinstance(error, Exception):  # after Ctrl-C there may be a --resume
+                        self.folder.discard()
+                    raise
+        finally:
+            if new:
+                with suppress(OSError):  # it is not empty
+                    self.folder.path.rmdir()
 
     @contextmanager
     def locked(self, lock: Path, what: Path) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +15,17 @@ from ..recipes import recipe
 from ..training.settings import DEFAULT_TERMS, merge
 from .config import ConfigError, RunConfig, as_meant
 
+QUOTED = r"'([^']*)'"
+NUMBER, WHOLE, SECTION = "a number", "a whole number", "a section of keys and values"
+NEEDED = {  # by pydantic's type of error
+    "int_type": WHOLE, "int_parsing": WHOLE, "int_from_float": WHOLE, "int_parsing_size": WHOLE,
+    "float_type": NUMBER, "float_parsing": NUMBER, "finite_number": "a finite number",
+    "bool_type": "true or false", "bool_parsing": "true or false", "string_type": "text",
+    "list_type": "a list", "dict_type": SECTION, "model_type": SECTION, "too_short": "a list of {min_length} at least",
+    "greater_than": "a number above {gt:g}", "greater_than_equal": "{ge:g} at least",
+    "less_than": "a number below {lt:g}", "less_than_equal": "{le:g} at most",
+    "string_pattern_mismatch": "letters, digits, _, . and - alone",
+}  # fmt: skip
 SETS = ["evaluate", "sets"]
 UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th month, too deep
 
@@ -139,10 +151,16 @@ def explain(problem: Any) -> str:
     if problem["type"] == "extra_forbidden":
         known = list(fields_at(location[:-1]))
         return f"{key}: unknown key; {hint(location[-1], known)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("value_error", "missing"):
-        return f"{key}: {message}"
-    return f"{key}: {message}, got {problem['input']!r}"
+    came = problem["input"]
+    if problem["type"] == "missing":
+        return f"{key}: is needed, and not given"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['msg'].removeprefix('Value error, ')}"
+    if problem["type"] == "literal_error":
+        return f"{key}={came!r}: {hint(came, re.findall(QUOTED, problem['ctx']['expected']))}"
+    if problem["type"] in NEEDED:
+        return f"{key}: needs {NEEDED[problem['type']].format(**problem.get('ctx', {}))}, got {came!r}"
+    return f"{key}: {problem['msg']}, got {came!r}"
 
 
 def fields_at(location: Sequence[str]) -> Iterable[str]:

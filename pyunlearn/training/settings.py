@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -17,6 +18,20 @@ DEFAULT_TERMS = {"forget": "wga", "retain": "kl"}
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def true_is_no_number(cls, value: Any, info: Any) -> Any:
+        """To Python it is one, and YAML reads yes and on as true."""
+        kinds = kinds_in(cls.model_fields[info.field_name].annotation)
+        if isinstance(value, bool) and bool not in kinds and kinds & {int, float}:
+            raise ValueError(f"needs a number, got {value}")
+        return value
+
+
+def kinds_in(annotation: Any) -> set[Any]:
+    """The members of a union; of anything else, itself."""
+    return set(get_args(annotation)) if get_origin(annotation) in (Union, UnionType) else {annotation}
 
 
 class TermConfig(Section):
@@ -93,6 +108,10 @@ class SamplingConfig(Section):
     @model_validator(mode="after")
     def scores_fit(self) -> SamplingConfig:
         check_arguments(self.estimator, self.num_draws, self.sigma)
+        fields = type(self).model_fields
+        idle = [key for key in fields if key != "by" and getattr(self, key) != fields[key].default]
+        if idle and self.by != "mrd":
+            raise ValueError(f"{', '.join(idle)}: only MRD has that, and by={self.by!r}; set unlearn.sampling.by=mrd")
         return self
 
 
@@ -168,6 +187,12 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def as_groups(value: Any) -> Any:
+    if isinstance(value, str):
+        check_known("groups", value, ["paper"])
+    return value
+
+
 class GEffectConfig(Section):
     """The G-effect of the unlearning objectives on fixed samples of both sets, while the run trains."""
 
@@ -177,7 +202,7 @@ class GEffectConfig(Section):
     forget_samples: int = Field(default=32, ge=1, description="drawn once from the seed; all if there are fewer")
     retain_samples: int = Field(default=32, ge=1)
     batch_size: int = Field(default=8, ge=1)
-    groups: Literal["paper"] | dict[str, list[str]] = Field(
+    groups: Annotated[Literal["paper"] | dict[str, list[str]], BeforeValidator(as_groups)] = Field(
         default="paper", description="or group -> patterns of parameter names"
     )
     pointwise: bool = Field(default=False, description="also each forget sample's own effect")

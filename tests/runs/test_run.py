@@ -252,7 +252,7 @@ def test_there_is_nothing_to_resume(tiny_config, monkeypatch):
     monkeypatch.setattr(run_module, "compute", None)
     with pytest.raises(FileNotFoundError, match=r"^--resume: there is no run in .*; leave --resume out"):
         run(config, resume=True)
-    assert not (config.folder / "config.yaml").exists()
+    assert not config.folder.exists()
     RunFolder(config.folder).open(config)  # killed before it computed anything: that is this run
     RunFolder(config.folder).open(config, resume=True)
 

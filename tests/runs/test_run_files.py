@@ -106,7 +106,7 @@ def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_pat
         config = tiny_config({"data": {**files, **changes}})
         with pytest.raises(error, match=message):
             run(config)
-        assert not config.folder.exists() or not RunFolder(config.folder).computed
+        assert not config.folder.exists()
 
     told(
         FileNotFoundError,
@@ -134,12 +134,17 @@ def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_pat
     told(ValueError, r"data\.holdout=4: needs 5 different retain pairs at least, 4 to hold out and one to", holdout=4)
     with pytest.raises(ValueError, match=r"evaluate\.sets\.long: sample 0 .* has \d+ tokens .* than the limit of 256"):
         run(tiny_config({"data": files, "evaluate": {"sets": {"long": long}}}))
-    assert not RunFolder(tiny_config().folder).computed
+    assert not tiny_config().folder.exists()
 
 
 def test_a_mistake_that_computed_nothing_does_not_block_the_folder(tiny_config, files):
+    """It leaves none that was not there, and one that was as it was."""
     config = tiny_config({"data": {**files, "max_length": 4096}})
-    with pytest.raises(ValueError, match=r"data.max_length=4096"):
-        run(config)
+    for there in (False, True):
+        if there:
+            config.folder.mkdir()
+        with pytest.raises(ValueError, match=r"data.max_length=4096"):
+            run(config)
+        assert config.folder.exists() == there
     fixed = {"data": files, "unlearn": {"max_steps": 1}, "memorise": {"epochs": 1}}
     assert run(tiny_config(fixed)).folder == config.folder
