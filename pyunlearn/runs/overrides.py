@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -47,8 +48,15 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         set_value(values, override)
         if override.startswith("unlearn.recipe=") and isinstance(named := values["unlearn"]["recipe"], str):
             values["unlearn"] = merge(values["unlearn"], recipe_by(named))
-    try:
+    with problems_told():
         return RunConfig.model_validate(values)
+
+
+@contextmanager
+def problems_told() -> Iterator[None]:
+    """Raises ConfigError, one line per problem, for what pydantic raises inside."""
+    try:
+        yield
     except ValidationError as error:
         raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
 
