@@ -48,12 +48,14 @@ def evaluate(
     with clean_errors(debug):
         from ..runs.config import FilesConfig
         from ..runs.evaluate import evaluate_files
+        from ..runs.overrides import problems_told
 
         if (judge is None) != (judge_model is None):
             raise ValueError("--judge and --judge-model go together: the URL of a server, and a model's name there")
-        files = FilesConfig.of(
-            model, data, name=name, gguf_file=gguf_file, tokenizer=tokenizer, limit=limit, batch_size=batch_size,
-            rouge_samples=rouge_samples, variant=variant, metrics=metric or (), embedder=embedder,
-            judge=None if judge is None else {"url": judge, "model": judge_model},
-        )  # fmt: skip
+        with problems_told():
+            files = FilesConfig.of(
+                model, data, name=name, gguf_file=gguf_file, tokenizer=tokenizer, limit=limit, batch_size=batch_size,
+                rouge_samples=rouge_samples, variant=variant, metrics=metric or (), embedder=embedder,
+                judge=None if judge is None else {"url": judge, "model": judge_model},
+            )  # fmt: skip
         evaluate_files(files, out=out, console=Console(), command=command_line())

@@ -20,6 +20,7 @@ from .reading import Kept, Reading, cache_folder, read_rows
 from .semantics import clean, cosine_similarity, entailment_score, nearest_answer, toxicity
 from .teacher_forced import Variant, extraction_strength, memorization_accuracy, probability, teacher_forced
 from .text import fluency, token_entropy
+from .zero_shot import zero_shot
 
 __all__ = [
     "DEFAULT_METRICS",
@@ -63,4 +64,5 @@ __all__ = [
     "text_perplexity",
     "token_entropy",
     "toxicity",
+    "zero_shot",
 ]

@@ -124,7 +124,7 @@ class Endpoint:
         identities = [{"format": FORMAT, "url": f"{self.url}/{path}", "body": body} for body in full]
         names = [digest_json(identity) for identity in identities]
         wanted = dict(zip(names, zip(identities, full, strict=True), strict=True))
-        kept = {name: self.store.get(name, identity) for name, (identity, _) in wanted.items()}
+        kept: dict[str, Any] = {name: self.store.get(name, identity) for name, (identity, _) in wanted.items()}
         missing = [name for name, text in kept.items() if text is None]
         left = math.inf if self.budget is None else self.budget - self.sent
         if len(missing) > left:

@@ -18,7 +18,7 @@ from ..data.tokenise import PromptFormat
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
 from .generation import greedy_generate
-from .metric import ALWAYS, READ, Metric, Told, get_metric
+from .metric import READ, Metric, Told, get_metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
 
@@ -78,6 +78,11 @@ class Examination:
         return list(self.items)
 
     @cached_property
+    def texts(self) -> tuple[str, ...]:
+        """Questions and answers."""
+        return tuple(text for item in self.items for text in (item.question, item.answer))
+
+    @cached_property
     def answer(self) -> list[Reading]:
         return [readings[0] for readings in self._read([(item.answer,) for item in self.items])]
 
@@ -117,7 +122,7 @@ class Examination:
         """
         options = options or {}
         given = {name: tool for name, tool in (tools or {}).items() if tool is not None}
-        tools = {ALWAYS: self.tokenizer, **given}
+        tools = {"tokenizer": self.tokenizer, "texts": self.texts, **given}
         metric.check_options(options)
         missing = [name for name in metric.required_tools if name not in tools]
         if missing:

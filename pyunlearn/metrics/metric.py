@@ -10,8 +10,9 @@ Its positional parameters name what it needs, and it is given nothing else:
     written     what the model writes when it is asked, greedily, as stripped text
 
 Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring unless it has a default; the
-`tokenizer` is always there. Keyword-only ones are options, where sources disagree. A metric returns a float, None for a
-sample that has no value, or `Told`, which holds more for the sample's record.
+`tokenizer` is always there, and `texts`, those of all items, also of the ones that were not asked. Keyword-only ones
+are options, where sources disagree. A metric returns a float, None for a sample that has no value, or `Told`, which
+holds more for the sample's record.
 
     @metric()
     def surprise(answer: Reading) -> float:
@@ -32,7 +33,7 @@ from .._hints import check_known
 
 MATERIALS = ("item", "answer", "paraphrase", "wrong", "written")
 READ = ("answer", "paraphrase", "wrong")
-ALWAYS = "tokenizer"  # the tool that no one has to bring
+ALWAYS = ("tokenizer", "texts")  # tools that no one has to bring
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -61,7 +62,7 @@ class Metric:
     @property
     def required_tools(self) -> tuple[str, ...]:
         """Those that someone has to bring."""
-        return tuple(name for name in self.tools if name not in (*self.optional_tools, ALWAYS))
+        return tuple(name for name in self.tools if name not in (*self.optional_tools, *ALWAYS))
 
     @property
     def summary(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -54,6 +54,6 @@ def text_perplexity(
     tensors = [torch.tensor(piece) for piece in pieces if len(piece) > 1]
     if not tensors:
         raise ValueError(f"text: has {len(ids)} tokens, perplexity needs 2 at least")
-    rows = [{"input_ids": piece, "labels": piece, "index": i} for i, piece in enumerate(tensors)]
+    rows: list[dict[str, Any]] = [{"input_ids": piece, "labels": piece, "index": i} for i, piece in enumerate(tensors)]
     readings = read_rows(lm, rows, batch_size=batch_size, kept=kept, progress=progress)
     return math.exp(math.fsum(each.nll for each in readings) / sum(each.num_tokens for each in readings))

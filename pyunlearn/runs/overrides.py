@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
@@ -67,8 +68,15 @@ def load_config(
     evaluate = values.get("evaluate") or {}
     if anchors and isinstance(evaluate, dict) and isinstance(evaluate.get("anchors") or [], list):
         values["evaluate"] = {**evaluate, "anchors": [*(evaluate.get("anchors") or []), *anchors]}
-    try:
+    with problems_told():
         return RunConfig.model_validate(values)
+
+
+@contextmanager
+def problems_told() -> Iterator[None]:
+    """Raises ConfigError, one line per problem, for what pydantic raises inside."""
+    try:
+        yield
     except ValidationError as error:
         raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
 

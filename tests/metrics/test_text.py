@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pyunlearn.data import QA, generate_authors
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.metrics import evaluate, fluency, token_entropy
+from pyunlearn.metrics import Examination, evaluate, fluency, token_entropy
 from pyunlearn.metrics.text import known_share, longest_loop, token_ids, unigram_entropy, vocabulary_of
 
 WORLD = generate_authors(12, 6, seed=0, forget_fraction=0.5)
@@ -123,3 +123,12 @@ def test_in_an_evaluation_the_parts_are_in_the_records(tokenizer):
         model, tokenizer, WORLD.forget[:3], metrics=names[:1], options=options, max_new_tokens=8, progress=False
     )
     assert lenient.summary["fluency"] == 1.0
+
+
+def test_words_of_items_that_were_not_asked_are_known(tokenizer, monkeypatch):
+    items = [QA("Zebu?", "Yurt."), QA("Quibble?", "Okapi.")]
+    model = tiny_llama(tokenizer, hidden_size=16, intermediate_size=32, num_hidden_layers=1, max_position_embeddings=96)
+    monkeypatch.setattr(Examination, "_write", lambda self, questions: ["zebu okapi yurt" for _ in questions])
+    result = evaluate(model, tokenizer, items, metrics=["fluency"], rouge_samples=1, progress=False)
+    (record,) = (each for each in result.records if "generated" in each)
+    assert record["known_words"] == 1

@@ -137,7 +137,7 @@ def test_overrides(override, read):
         ("geffect=often", "geffect: needs a section of keys and values, got 'often'"),
         ("geffect.groups=papr", "geffect.groups: groups='papr': did you mean paper?"),
         ("evaluate.anchors=retrained", "evaluate.anchors: needs a list, got 'retrained'"),
-        ("evaluate.metrics=[rouge_l]", "evaluate.metrics: needs probability"),
+        ("evaluate.metrics=[rouge_l]", "evaluate: metrics needs probability"),
         (
             "evaluate.metrics=[probability, cosine_similarity]",
             "evaluate: metrics: cosine_similarity needs evaluate.embedder",
