@@ -9,8 +9,9 @@ Its positional parameters name what it needs, and it is given nothing else:
     wrong       those of the perturbed answers, a tuple
     written     what the model writes when it is asked, greedily, as stripped text
 
-Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring; keyword-only ones are
-options, where sources disagree. A metric returns a float, or None for a sample that has no value.
+Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring; but for `examination`, the
+`Examination` at work, which is there for metrics that need the model itself. Keyword-only ones are options, where
+sources disagree. A metric returns a float, or None for a sample that has no value.
 
     @metric()
     def surprise(answer: Reading) -> float:
@@ -32,6 +33,10 @@ from .._hints import check_known
 MATERIALS = ("item", "answer", "paraphrase", "wrong", "written")
 READ = ("answer", "paraphrase", "wrong")
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class CannotMeasure(ValueError):
+    """A metric that this model, or what was given beside it, does not allow: a tool is missing, a layer has no rule."""
 
 
 @dataclass(frozen=True)
