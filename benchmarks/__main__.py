@@ -1,7 +1,9 @@
 """`python -m benchmarks [part ...]`: measure by every implementation on this machine, store JSON, write the report.
 
 Parts: cpu (pytest-benchmark), logits, linear, weights, step (GPU; on a CPU only to try them), report (tables and
-figures of what is stored), evidence (what is known of the GPU kernels without one). Default: all that this machine has.
+figures of what is stored), evidence (what is known of the GPU kernels without one), evaluation (the TOFU suite against
+a plain loop; needs a model and data, see benchmarks/scale/evaluation.py). Default: all parts of kernels that this
+machine has.
 Results go to benchmarks/results/<device>/: a JSON file a part (one record a measurement, raw samples included), ops.md
 and figures. A part that ends early goes on where it ended when it is run again.
 """
@@ -22,7 +24,7 @@ from .measure import machine
 from .results import RESULTS
 
 GPU_PARTS = (*PLANS, "step")
-PARTS = ("cpu", *GPU_PARTS, "report", "evidence")
+PARTS = ("cpu", *GPU_PARTS, "report", "evidence", "evaluation")
 
 
 def main() -> int:
@@ -57,6 +59,12 @@ def main() -> int:
     for part in parts:
         if part == "evidence":
             evidence.write(args.out or RESULTS)
+            continue
+        if part == "evaluation":
+            from .scale import evaluation  # needs transformers
+
+            where = [] if args.out is None else ["--out", str(args.out)]
+            evaluation.main(["--device", args.device, *where, *(["--toy"] if args.small else [])])
             continue
         device = "cpu" if part == "cpu" else args.device
         out = args.out or RESULTS / machine(device)["folder"]

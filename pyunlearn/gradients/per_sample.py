@@ -2,7 +2,8 @@
 
 With a (B, T, I) what a layer got and b (B, T, O) the gradient of the summed losses at its output, sample i's gradient
 is a function of row i alone. A tap (`PerSample`) hands the parts of it to a collector, which says what becomes of them:
-`SquaredNorms` makes inner products between positions t, s of a row, `Dots` multiplies with a direction R.
+`SquaredNorms` makes inner products between positions t, s of a row (`SquaredNormsByParameter` tells parameters
+apart), `Dots` multiplies with a direction R.
 
 ===================  ==============================  =========================================  ========================
 parameter            gradient of sample i            its squared norm                           its product with R
@@ -65,14 +66,14 @@ class Collector(Protocol[T_co]):
         """After the backward. device: of the loss."""
 
 
-class SquaredNorms:
-    """(B,) float64: every sample's squared gradient norm, over all parameters."""
+class SquaredNormsByParameter:
+    """Parameter -> (B,) float64: every sample's squared norm of its gradient, of parameters that the loss reaches."""
 
     def __init__(self) -> None:
         self.expected: dict[str, int] = {}
         self.waiting: dict[str, list[OuterSum]] = {}  # uses of matrices that wait for the others of their matrix
         self.vectors: dict[str, Tensor] = {}
-        self.total: Tensor | None = None
+        self.squared: dict[str, Tensor] = {}
 
     def expect(self, name: str) -> None:
         self.expected[name] = self.expected.get(name, 0) + 1
@@ -81,26 +82,40 @@ class SquaredNorms:
         uses = self.waiting.setdefault(name, [])
         uses.append(use)
         if len(uses) == self.expected[name]:
-            self._finish(self.waiting.pop(name))
+            self._finish(name, self.waiting.pop(name))
 
     def vector(self, name: str, gradients: Tensor) -> None:
         self.vectors[name] = self.vectors[name] + gradients if name in self.vectors else gradients
 
-    def result(self, num_samples: int, device: torch.device) -> Tensor:
-        for uses in self.waiting.values():  # those of which another use led nowhere
-            self._finish(uses)
-        for gradients in self.vectors.values():
-            self._add(gradients.square().sum(1))
-        return torch.zeros(num_samples, dtype=torch.float64, device=device) if self.total is None else self.total
+    def result(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
+        for name, uses in self.waiting.items():  # those of which another use led nowhere
+            self._finish(name, uses)
+        for name, gradients in self.vectors.items():
+            self._add(name, gradients.square().sum(1))
+        return self.squared
 
-    def _finish(self, uses: list[OuterSum]) -> None:
+    def _finish(self, name: str, uses: list[OuterSum]) -> None:
         for i, use in enumerate(uses):
-            self._add(squared_norm(use))
+            self._add(name, squared_norm(use))
             for other in uses[:i]:
-                self._add(2 * ghost_dot(use, other))
+                self._add(name, 2 * ghost_dot(use, other))
 
-    def _add(self, squared: Tensor) -> None:
-        self.total = squared if self.total is None else self.total + squared
+    def _add(self, name: str, squared: Tensor) -> None:
+        self.squared[name] = self.squared[name] + squared if name in self.squared else squared
+
+
+class SquaredNorms:
+    """(B,) float64: every sample's squared gradient norm, over all parameters."""
+
+    def __init__(self) -> None:
+        self.parts = SquaredNormsByParameter()
+        self.expect, self.matrix, self.vector = self.parts.expect, self.parts.matrix, self.parts.vector
+
+    def result(self, num_samples: int, device: torch.device) -> Tensor:
+        squared = self.parts.result(num_samples, device).values()
+        return (
+            torch.stack([*squared]).sum(0) if squared else torch.zeros(num_samples, dtype=torch.float64, device=device)
+        )
 
 
 class Dots:

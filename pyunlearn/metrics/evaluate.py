@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,9 +17,10 @@ from ..data.tokenise import PromptFormat
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
 from .generation import greedy_generate
-from .metric import READ, Metric, Told, get_metric
+from .metric import READ, CannotMeasure, Metric, Told, get_metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
+from .utility import mean
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,13 +95,13 @@ class Examination:
 
     @cached_property
     def wrong(self) -> list[tuple[Reading, ...]]:
-        without = [i for i, item in enumerate(self.items) if not item.perturbed_answers]
-        if without:
-            raise ValueError(
-                f"items: {len(without)} of {len(self.items)} have no perturbed_answer (first: item {without[0]}), "
-                "wrong answers in the form of the right one"
-            )
         return self._read([item.perturbed_answers for item in self.items])
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The text before each item's answer."""
+        prompt = PromptFormat(self.tokenizer)
+        return [prompt.prompt(item.question) for item in self.items]
 
     @cached_property
     def written(self) -> list[str | None]:
@@ -113,24 +113,32 @@ class Examination:
         by_item = dict(zip(drawn, texts, strict=True))
         return [by_item.get(i) for i in range(len(self.items))]
 
+    def check(self, metric: Metric) -> None:
+        """Raises ValueError for items that lack what the metric needs."""
+        without = [i for i, item in enumerate(self.items) if not item.perturbed_answers]
+        if "wrong" in metric.needs and without:
+            raise ValueError(
+                f"metric {metric.name!r}: items: {len(without)} of {len(self.items)} have no perturbed_answer (first: "
+                f"item {without[0]}), wrong answers in the form of the right one"
+            )
+
     def measure(
         self, metric: Metric, options: Mapping[str, Any] | None = None, tools: Mapping[str, Any] | None = None
     ) -> Values:
         """The metric of every item, None where it has none.
 
-        Raises ValueError for an unknown option, a tool that is not there, or items that lack what the metric needs.
+        Raises ValueError for an unknown option, or items that lack what the metric needs; CannotMeasure for a tool that
+        is not there.
         """
         options = options or {}
         given = {name: tool for name, tool in (tools or {}).items() if tool is not None}
-        tools = {"tokenizer": self.tokenizer, "texts": self.texts, **given}
+        tools = {"tokenizer": self.tokenizer, "texts": self.texts, "examination": self, **given}
         metric.check_options(options)
         missing = [name for name in metric.required_tools if name not in tools]
         if missing:
-            raise ValueError(f"metric {metric.name!r}: needs {' and '.join(missing)}, which was not given")
-        try:
-            materials = [getattr(self, name) for name in metric.needs]
-        except ValueError as error:
-            raise ValueError(f"metric {metric.name!r}: {error}") from None
+            raise CannotMeasure(f"metric {metric.name!r}: needs {' and '.join(missing)}, which was not given")
+        self.check(metric)
+        materials = [getattr(self, name) for name in metric.needs]
         samples = list(zip(*materials, strict=True))
         there = [i for i, sample in enumerate(samples) if all(part is not None for part in sample)]
         named = {name: tools[name] for name in metric.tools if name in tools}
@@ -147,6 +155,12 @@ class Examination:
                 self.told.setdefault(i, {}).update(result.more)
             values[i] = result.value if isinstance(result, Told) else result
         return values
+
+    def rows(self, items: Sequence[QA], answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
+        """input_ids and labels of each item and its answer, or the one given."""
+        limit = self._reader().context_length if self.max_length is None else self.max_length
+        dataset = QADataset(items, self.tokenizer, limit, answers=answers)
+        return [dataset[i] for i in range(len(dataset))]
 
     def _write(self, questions: Sequence[str]) -> list[str]:
         prompt = PromptFormat(self.tokenizer)
@@ -177,13 +191,10 @@ class Examination:
 
     def _read(self, texts: Sequence[Sequence[str]]) -> list[tuple[Reading, ...]]:
         """Of each item, the readings of its texts, which all go through in the same batches."""
-        lm = self._reader()
-        limit = lm.context_length if self.max_length is None else self.max_length
         owners = [item for item, own in zip(self.items, texts, strict=True) for _ in own]
-        rows = QADataset(owners, self.tokenizer, limit, answers=[text for own in texts for text in own])
         readings = read_rows(
-            lm,
-            [rows[i] for i in range(len(rows))],
+            self._reader(),
+            self.rows(owners, [text for own in texts for text in own]),
             outputs=self.outputs,
             batch_size=self.batch_size,
             kept=self.kept,
@@ -191,6 +202,22 @@ class Examination:
         )
         stream = iter(readings)
         return [tuple(next(stream) for _ in own) for own in texts]
+
+
+def readings_by(
+    model: nn.Module | CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> Callable[[Sequence[QA]], list[Reading]]:
+    """The tool `reference`: how a second model reads the answers of items. Arguments as `evaluate`."""
+    lm = CausalLM.of(model)
+    options: dict[str, Any] = {"batch_size": batch_size, "max_length": max_length, "progress": progress}
+    kept = Kept(cache, lm)
+    return lambda items: Examination(lm, tokenizer, items, kept=kept, **options).answer
 
 
 def evaluate(
@@ -261,10 +288,5 @@ def evaluate(
             record["generated"] = examination.written[i]
         record |= examination.told.get(i, {})
         record |= {name: own[i] for name, own in values.items() if own[i] is not None}
-    return EvaluationResult({name: mean(own) for name, own in values.items()}, records)
-
-
-def mean(values: Iterable[float | None]) -> float:
-    """Over those that are there; NaN where none is."""
-    there = [value for value in values if value is not None]
-    return math.fsum(there) / len(there) if there else math.nan
+    summary = {name: mean(value for value in own if value is not None) for name, own in values.items()}
+    return EvaluationResult(summary, records)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal, get_args
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from .._declined import decline
+from .._hints import check_known
 from ..data import QA, padding_id
 from ..data.words import splitter
 from ..model.causal_lm import CausalLM, eval_mode, rotary_limits
@@ -28,22 +30,51 @@ _PADS: WeakKeyDictionary[nn.Module, tuple[Any, bool]] = WeakKeyDictionary()
 
 
 def rouge_l_recall(generated: str, answer: str) -> float:
-    """ROUGE-L recall: longest common subsequence of stemmed words over words of `answer`, in [0, 1].
+    """ROUGE-L recall as TOFU has it: `rouge_scores` of stemmed words."""
+    return rouge_scores(generated, answer)["rougeL_recall"]
 
-    Lin (2004). An answer in Latin letters and digits 0-9 is split by the `rouge-score` package with use_stemmer=True,
-    as in TOFU, where words are runs of a-z and 0-9. That package knows no other script: an answer in one is split as
-    `pyunlearn.data.words.splitter` says, of Han, kana, Thai and the like into characters, and so is what is compared
-    with it. Raises ValueError for an answer of white space alone.
+
+def rouge_scores(generated: str, answer: str, stemmed: bool = True) -> dict[str, float]:
+    """rouge1_recall, rougeL_recall and rougeL_f1, in [0, 1].
+
+    Lin (2004). ROUGE-1: words that both have, as often as both; ROUGE-L: their longest common subsequence. Recall is
+    over the words of `answer`, F1 the harmonic mean of that and the same over those of `generated`.
+
+    An answer in Latin letters and digits 0-9 is split by the `rouge-score` package, where words are runs of a-z and
+    0-9; stemmed: its use_stemmer, which TOFU and OpenUnlearning set and MUSE does not. That package knows no other
+    script: an answer in one is split as `pyunlearn.data.words.splitter` says, of Han, kana, Thai and the like into
+    characters, and so is what is compared with it. Raises ValueError for an answer of white space alone.
     """
-    split = splitter(answer, _latin_words())
-    known = split(answer)
-    return common_length(known, split(generated)) / len(known)
+    split = splitter(answer, _latin_words(stemmed))
+    known, found = split(answer), split(generated)
+    same = common_length(known, found)
+    return {
+        "rouge1_recall": (Counter(known) & Counter(found)).total() / len(known),
+        "rougeL_f1": 2 * same / (len(known) + len(found)),
+        "rougeL_recall": same / len(known),
+    }
+
+
+Rouge = Literal["recall", "f1"]
 
 
 @metric()
-def rouge_l(item: QA, written: str) -> float:
-    """ROUGE-L recall of what the model writes against the true answer (`rouge_l_recall`)."""
-    return rouge_l_recall(written, item.answer)
+def rouge_l(item: QA, written: str, *, score: Rouge = "recall", stemmed: bool = True) -> float:
+    """ROUGE-L of what the model writes against the true answer (`rouge_scores`)."""
+    check_known("score", score, get_args(Rouge))
+    return rouge_scores(written, item.answer, stemmed)[f"rougeL_{score}"]
+
+
+@metric()
+def rouge_1(item: QA, written: str, *, stemmed: bool = True) -> float:
+    """ROUGE-1 recall of what the model writes against the true answer (`rouge_scores`)."""
+    return rouge_scores(written, item.answer, stemmed)["rouge1_recall"]
+
+
+@metric()
+def answer_accuracy(item: QA, written: str) -> float:
+    """Whether the model writes the true answer, letter by letter, capitals aside (Jia et al., 2024, SOUL)."""
+    return float(item.answer.strip().casefold() in written.casefold())
 
 
 def common_length(a: Sequence[str], b: Sequence[str]) -> int:
@@ -216,8 +247,8 @@ def pads_left(lm: CausalLM, pad: int) -> bool:
     return same
 
 
-@lru_cache(maxsize=1)
-def _latin_words() -> Callable[[str], list[str]]:
+@lru_cache(maxsize=2)
+def _latin_words(stemmed: bool) -> Callable[[str], list[str]]:
     from rouge_score.tokenizers import DefaultTokenizer
 
-    return DefaultTokenizer(use_stemmer=True).tokenize
+    return DefaultTokenizer(use_stemmer=stemmed).tokenize

@@ -9,10 +9,10 @@ Its positional parameters name what it needs, and it is given nothing else:
     wrong       those of the perturbed answers, a tuple
     written     what the model writes when it is asked, greedily, as stripped text
 
-Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring unless it has a default; the
-`tokenizer` is always there, and `texts`, those of all items, also of the ones that were not asked. Keyword-only ones
-are options, where sources disagree. A metric returns a float, None for a sample that has no value, or `Told`, which
-holds more for the sample's record.
+Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring unless it has a default. Always
+there are the `tokenizer`, `texts`, those of all items, also of the ones that were not asked, and `examination`, the
+`Examination` at work, for metrics that need the model itself. Keyword-only ones are options, where sources disagree. A
+metric returns a float, None for a sample that has no value, or `Told`, which holds more for the sample's record.
 
     @metric()
     def surprise(answer: Reading) -> float:
@@ -33,8 +33,12 @@ from .._hints import check_known
 
 MATERIALS = ("item", "answer", "paraphrase", "wrong", "written")
 READ = ("answer", "paraphrase", "wrong")
-ALWAYS = ("tokenizer", "texts")  # tools that no one has to bring
+ALWAYS = ("tokenizer", "texts", "examination")  # tools that no one has to bring
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class CannotMeasure(ValueError):
+    """A metric that this model, or what was given beside it, does not allow: a tool is missing, a layer has no rule."""
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,10 @@ variant: "suffix" counts all supervised tokens, the end token too; "open_unlearn
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,7 @@ from .reading import Reading, read_rows
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = get_args(Variant)
+Ratio = Literal["geometric", "arithmetic", "prob_mean"]
 
 
 def probability(nll: Tensor, num_tokens: Tensor) -> Tensor:
@@ -87,6 +90,61 @@ def memorization_accuracy_of(answer: Reading, *, variant: Variant = "suffix") ->
 def extraction_strength_of(answer: Reading, *, variant: Variant = "suffix") -> float:
     """1 - k/n, k the shortest prefix of the answer after which every token is the most likely one."""
     return float(extraction_strength(answer.greedy, torch.zeros(answer.num_tokens, dtype=torch.int64), 1, variant))
+
+
+@metric()
+def paraphrase_probability(paraphrase: Reading) -> float:
+    """exp(-L / n) of the paraphrased answer, its end token included (`probability`)."""
+    return probability_of(paraphrase)
+
+
+@metric()
+def probability_w_options(answer: Reading, wrong: tuple[Reading, ...], *, epsilon: float = 0.0) -> float:
+    """p / (p + the sum of the wrong answers' p), each p = exp(-L / n) (`share_of_options`)."""
+    return share_of_options(answer.loss, [reading.loss for reading in wrong], epsilon)
+
+
+@metric()
+def truth_ratio(
+    paraphrase: Reading, wrong: tuple[Reading, ...], *, variant: Ratio = "geometric", epsilon: float = 0.0
+) -> float:
+    """How much likelier the wrong answers are than the paraphrased right one (`ratio_of_losses`)."""
+    return ratio_of_losses(paraphrase.loss, [reading.loss for reading in wrong], variant, epsilon)
+
+
+def share_of_options(loss: float, wrong: Sequence[float], epsilon: float = 0.0) -> float:
+    """p / (p + the sum of the wrong answers' p + epsilon), p = exp(-loss), losses per token in nats.
+
+    TOFU's probability on real authors and world facts (Maini et al., 2024); epsilon: OpenUnlearning has 1e-10.
+    """
+    options = np.logaddexp.reduce([-loss, *(-each for each in wrong), log_of(epsilon)])
+    return math.exp(-loss - options)
+
+
+def ratio_of_losses(
+    paraphrase: float, wrong: Sequence[float], variant: Ratio = "geometric", epsilon: float = 0.0
+) -> float:
+    """r = p_wrong / (p + epsilon), or s = p / (p + p_wrong + epsilon) for "prob_mean"; losses per token, in nats.
+
+    p = exp(-paraphrase); p_wrong is the mean of the wrong answers' exp(-loss): geometric, as in the tables and logs of
+    TOFU (Maini et al., 2024), arithmetic, as in its code that puts tables together, and geometric in "prob_mean" (Dorna
+    et al., 2025, OpenUnlearning). epsilon: OpenUnlearning has 1e-10, which shows where a model has no answer left.
+
+    Raises ValueError for an unknown variant or no wrong answer.
+    """
+    check_known("variant", variant, get_args(Ratio))
+    if not wrong:
+        raise ValueError("wrong: is empty, a truth ratio needs at least one wrong answer")
+    logs = [-loss for loss in wrong]
+    log_wrong = float(np.logaddexp.reduce(logs) - math.log(len(logs)) if variant == "arithmetic" else np.mean(logs))
+    if variant == "prob_mean":
+        return math.exp(-paraphrase - np.logaddexp.reduce([-paraphrase, log_wrong, log_of(epsilon)]))
+    exponent = log_wrong - float(np.logaddexp(-paraphrase, log_of(epsilon)))
+    return math.exp(exponent) if exponent < 709 else math.inf
+
+
+def log_of(epsilon: float) -> float:
+    return math.log(epsilon) if epsilon else -math.inf
 
 
 TEACHER_FORCED = ("probability", "memorization_accuracy", "extraction_strength")

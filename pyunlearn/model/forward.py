@@ -145,6 +145,22 @@ def supervised_hidden(
     )
 
 
+def supervised_logits(model: nn.Module | CausalLM, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """What the head layer gives at the positions that count, as rows of their samples: (B, S, V), and targets (B, S).
+
+    Behind a row's last position its targets are -100. For hooks of the layers, such as ghost norms, which see neither
+    rows without samples nor a head that is not called; what the model does to logits afterwards is the caller's.
+    Raises what `supervised_hidden` raises.
+    """
+    lm = CausalLM.of(model)
+    supervised = supervised_hidden(lm, batch)
+    states, tokens, ids = supervised.hidden, supervised.targets, supervised.sequence_ids
+    where = ids, torch.arange(len(tokens), device=tokens.device) - torch.searchsorted(ids, ids)
+    shape = supervised.num_sequences, int(where[1].max()) + 1
+    hidden = states.new_zeros(*shape, states.size(-1)).index_put(where, states)
+    return lm.head_layer(hidden), tokens.new_full(shape, IGNORE_INDEX).index_put(where, tokens)
+
+
 def token_stats_of(
     model: nn.Module | CausalLM,
     batch: Mapping[str, Tensor],

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .._declined import decline
 from ..gradients.per_sample import PerSample, SquaredNorms
 from ..model.causal_lm import CausalLM
-from ..model.forward import supervised_hidden
+from ..model.forward import IGNORE_INDEX, supervised_hidden, supervised_logits
 from ..ops import gaussian_noise, perturbed, token_stats
 from .work import Estimate, Job, check_finite, second_order
 
@@ -60,17 +60,10 @@ def squared_norms(job: Job, tap: PerSample, batch: Mapping[str, Tensor]) -> Tens
     num_samples = batch["input_ids"].size(0)
 
     def loss() -> Tensor:
-        supervised = supervised_hidden(job.lm, batch)
-        states, tokens, ids = supervised.hidden, supervised.targets, supervised.sequence_ids
-        # The head gets the positions that count as rows of their samples, for the ghost norms to see.
-        where = ids, torch.arange(len(tokens), device=tokens.device) - torch.searchsorted(ids, ids)
-        shape = num_samples, int(where[1].max()) + 1
-        hidden = states.new_zeros(*shape, states.size(-1)).index_put(where, states)
-        targets = tokens.new_full(shape, -100).index_put(where, tokens)
-        logits = job.lm.head_layer(hidden)
+        logits, targets = supervised_logits(job.lm, batch)
         head = job.lm.read_head()
         rest: Any = {"temperature": head.temperature, "softcap": head.softcap, "inplace_backward": True}
-        log_nll = token_stats(logits, targets, ("log_nll",), **rest).log_nll[where]
+        log_nll = token_stats(logits, targets, ("log_nll",), **rest).log_nll[targets != IGNORE_INDEX]
         return (job.factor(log_nll.detach()) * log_nll).sum()
 
     return tap.collect(num_samples, loss, SquaredNorms()).cpu()

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from .._hints import check_known
-from ..metrics import DEFAULT_METRICS, Endpoint, Variant, get_metric
+from ..metrics import DEFAULT_METRICS, Endpoint, Variant, get_metric, get_suite
 from ..metrics.endpoint import KEY
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
@@ -422,4 +422,46 @@ class FilesConfig(Section):
                 batch_size=batch_size,
                 variant=variant,
             ),
+        )
+
+
+class SuiteConfig(FilesConfig):
+    """A model and a folder or Hub data set with TOFU's sets, for all numbers of a suite. data.name: the forget set."""
+
+    suite: str
+    split: str = Field(description="of the forget set, e.g. forget10")
+    logs: dict[str, str] = Field(default_factory=dict, description="of reference models: retain, full")
+
+    @field_validator("suite")
+    @classmethod
+    def exists(cls, suite: str) -> str:
+        return get_suite(suite).name
+
+    def paths(self) -> Iterator[tuple[str, Path]]:
+        yield from super().paths()
+        yield from existing({f"--{name}-log": path for name, path in self.logs.items()})
+
+    @classmethod
+    def of_tofu(
+        cls,
+        suite: str,
+        model: str,
+        data: str,
+        *,
+        split: str = "forget10",
+        gguf_file: str | None = None,
+        tokenizer: str | None = None,
+        limit: int | None = None,
+        batch_size: int = 16,
+        logs: Mapping[str, str] | None = None,
+    ) -> SuiteConfig:
+        """model, data: paths or Hub ids; split: whose {split}_perturbed is the forget set; limit: rows of each set."""
+        get_suite(suite)
+        return cls(
+            suite=suite,
+            split=split,
+            model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
+            data=SourceConfig(path=data, name=f"{split}_perturbed", limit=limit),
+            evaluate=EvaluateConfig(batch_size=batch_size),
+            logs=dict(logs or {}),
         )

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from .._files import check_writable
 from ..store import belongs
-from .config import FilesConfig, RunConfig
+from .config import FilesConfig, RunConfig, SuiteConfig
 from .folder import SCORE_FILES, RunFolder, is_run_file
 
+NUMBERS = "numbers.json"  # of an evaluation by a suite, which is known by it
 SCORES = "pyunlearn-mrd"  # how the identity of a score's finished draws begins
 
 
@@ -40,6 +41,22 @@ def check_records_file(config: FilesConfig, out: Path) -> None:
     record = first_record(out)
     if is_filled(out) and (not {"index", "question", "answer"} <= record.keys() or "mrd" in record):
         raise FileExistsError(f"--out {out}: no earlier evaluation wrote it; move it away or choose another name")
+
+
+def suite_files(out: Path, log_name: str) -> dict[str, Path]:
+    """What an evaluation by a suite writes into its folder, by what it is."""
+    return {"log": out / f"{log_name}_EVAL.json", "summary": out / f"{log_name}_SUMMARY.json", "numbers": out / NUMBERS}
+
+
+def check_suite_files(config: SuiteConfig, out: Path, log_name: str) -> None:
+    """Raises ValueError or OSError if a suite's files cannot go to the folder `out`, FileExistsError for others'."""
+    files = suite_files(out, log_name)
+    if out.is_file():
+        raise FileExistsError(f"--out {out}: is a file, needs a folder")
+    check_places(config, files)
+    for path in files.values():
+        if path.exists() and not files["numbers"].exists():
+            raise FileExistsError(f"--out {out}: no earlier evaluation wrote {path}; choose another folder")
 
 
 def check_places(config: RunConfig | FilesConfig, files: Mapping[str, Path]) -> None:

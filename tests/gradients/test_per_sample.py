@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pyunlearn.gradients import per_sample as ghost
-from pyunlearn.gradients.per_sample import Dots, PerSample, SquaredNorms
+from pyunlearn.gradients.per_sample import Dots, PerSample, SquaredNorms, SquaredNormsByParameter
 from pyunlearn.ops import ghost_dot
 
 from ..float64 import MODELS, make_model
@@ -55,6 +55,16 @@ def per_sample(model, batch, parameters=None):
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
+
+
+def test_norms_by_parameter(model):
+    batch = batch_of(4)
+    with PerSample(model) as tap:
+        found = tap.collect(4, lambda: losses(model, batch).sum(), SquaredNormsByParameter())
+        close(sum(found.values()), tap.collect(4, lambda: losses(model, batch).sum(), SquaredNorms()))
+    for name, squared in found.items():
+        close(squared, per_sample(model, batch, [name]))
+    assert found.keys() <= {name for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("rows", [1, 4])

@@ -1,7 +1,7 @@
-"""ROUGE-L recall and probability against the logs that TOFU's own evaluation wrote for two models.
+"""Every number of TOFU's evaluation again, from the losses and texts that its own evaluation wrote for two models.
 
-The folder is PYUNLEARN_TOFU_LOGS, else ../shared/data/tofu_eval_logs beside the repository; without it, a few
-of its entries below serve.
+The folder is PYUNLEARN_TOFU_LOGS, else tofu_eval_logs beside PYUNLEARN_TOFU, else ../shared/data/tofu_eval_logs beside
+the repository; without it, a few of its entries below serve.
 """
 
 import json
@@ -12,15 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from scipy.stats import hmean
 
-from pyunlearn.metrics import probability, rouge_l_recall
+from pyunlearn.metrics import aggregate, forget_quality, get_suite, probability, read_log, rouge_l_recall, rouge_scores
+from pyunlearn.metrics.teacher_forced import ratio_of_losses, share_of_options
 
-BESIDE = Path(__file__).parents[3] / "shared" / "data" / "tofu_eval_logs"
-LOGS = Path(os.environ.get("PYUNLEARN_TOFU_LOGS", BESIDE))
+BESIDE = Path(__file__).parents[3] / "shared" / "data" / "tofu"
+TOFU = Path(os.environ.get("PYUNLEARN_TOFU", BESIDE))
+LOGS = Path(os.environ.get("PYUNLEARN_TOFU_LOGS", TOFU.parent / "tofu_eval_logs"))
 SETS = ("eval_log_forget", "eval_log", "eval_real_author_wo_options", "eval_real_world_wo_options")
-# Model utility by TOFU's definition with the geometric truth ratio.
-UTILITY = {"llama2-7b_full_wd0.01": 0.6226773637, "llama2-7b_retain90_wd0.01": 0.6137449952}
+FULL, RETAIN = "llama2-7b_full_wd0.01", "llama2-7b_retain90_wd0.01"
+# Model utility with the geometric and with the arithmetic truth ratio.
+UTILITY = {FULL: (0.6226773637, 0.5858860351), RETAIN: (0.6137449952, 0.5752399175)}
 # From the retain90 model's logs: generated, answer, ROUGE-L recall, summed loss, tokens, mean loss.
 EXAMPLES = [
     (
@@ -52,32 +54,48 @@ EXAMPLES = [
         *(1.0, 20.320255279541016, 8, 2.540031909942627),
     ),
 ]
-# One sample a set with round numbers: the three times (probability, ROUGE, truth ratio) of `ROUND_PARTS`.
-ROUND = [
-    {
-        "gt_loss": {"0": 2 * math.log(2)},
-        "num_token_gt": {"0": 2},
-        "avg_paraphrased_loss": {"0": 0.0},
-        "average_perturb_loss": {"0": [math.log(2), math.log(8)]},
-        "generated_text": {"0": ["", "a b", "a b c d"]},
-    }
-] * 3
-ROUND_PARTS = [1 / 2, 1 / 2, 3 / 4] + 2 * [0.5 / (0.5 + 1 / 2 + 1 / 8), 1 / 2, 3 / 4]
+# From the full model's log of the forget set: losses per token of the paraphrase and the wrong answers, their ratio.
+RATIO = (
+    2.2287230491638184,
+    [3.355818271636963, 3.690197229385376, 3.719407558441162, 4.432241916656494, 2.973668098449707],
+    0.2452337145805359,
+)
+# One sample a set with round numbers, and its nine (probability, ROUGE, truth ratio).
+ROUND = {
+    "avg_gt_loss": {"7": math.log(2)},
+    "avg_paraphrased_loss": {"7": 0.0},
+    "average_perturb_loss": {"7": [math.log(2), math.log(8)]},
+    "generated_text": {"7": ["What?", "a b", "a b c d"]},
+}
+SHARE = 0.5 / (0.5 + 1 / 2 + 1 / 8)
+ROUND_PARTS = {"geometric": [1 / 2, 1 / 2, 3 / 4] + 2 * [SHARE, 1 / 2, 3 / 4],
+               "arithmetic": [1 / 2, 1 / 2, 11 / 16] + 2 * [SHARE, 1 / 2, 11 / 16]}  # fmt: skip
 
 
 def load(folder, name):
     return json.loads((LOGS / folder / f"{name}.json").read_text())
 
 
+def recorded():
+    """(model, set, log) of all that are at hand."""
+    return [(folder, name, load(folder, name)) for folder in UTILITY for name in SETS] if LOGS.is_dir() else []
+
+
 def examples():
     """(generated, answer, recall, summed loss, tokens, mean loss) of every sample at hand."""
-    for folder in UTILITY if LOGS.is_dir() else ():
-        for name in SETS:
-            log = load(folder, name)
-            for key, (_, generated, answer) in log["generated_text"].items():
-                losses = log["gt_loss"][key], log["num_token_gt"][key], log["avg_gt_loss"][key]
-                yield (generated, answer, log["rougeL_recall"][key], *losses)
+    for _, _, log in recorded():
+        for key, (_, generated, answer) in log["generated_text"].items():
+            losses = log["gt_loss"][key], log["num_token_gt"][key], log["avg_gt_loss"][key]
+            yield (generated, answer, log["rougeL_recall"][key], *losses)
     yield from EXAMPLES
+
+
+def numbers_of(folder, variant="geometric", retain=None):
+    """The suite's aggregates, from a log alone."""
+    numbers, _ = aggregate(
+        get_suite("tofu").aggregates, read_log(folder, variant), {"retain": retain} if retain else {}
+    )
+    return {number.name: number for number in numbers}
 
 
 def test_rouge_l_recall_is_tofus():
@@ -86,29 +104,58 @@ def test_rouge_l_recall_is_tofus():
     assert max(abs(ours - theirs) for ours, theirs in checked) < 1e-12
 
 
+def test_rouge_1_recall_is_tofus():
+    assert rouge_scores("b a b c", "b b b d")["rouge1_recall"] == 0.5
+    for _, _, log in recorded():
+        for key, (_, generated, answer) in log["generated_text"].items():
+            assert rouge_scores(generated, answer)["rouge1_recall"] == pytest.approx(
+                log["rouge1_recall"][key], abs=1e-12
+            )
+
+
 def test_probability_is_tofus():
     nll, num_tokens, mean_loss = (torch.tensor(column) for column in list(zip(*examples(), strict=True))[3:])
     torch.testing.assert_close(probability(nll, num_tokens), torch.exp(-mean_loss.double()), atol=1e-7, rtol=1e-6)
 
 
-def utility(logs):
-    """Nine means (probability, ROUGE, truth ratio on three sets), their harmonic mean, from the parts under
-    test.
-    """
-    parts = []
-    for log, has_options in zip(logs, (False, True, True), strict=True):
-        columns = ("gt_loss", "num_token_gt", "avg_paraphrased_loss", "average_perturb_loss")
-        nll, num_tokens, paraphrased, perturbed = (torch.tensor(list(log[column].values())) for column in columns)
-        p = probability(nll, num_tokens)
-        if has_options:
-            p = p / (p + torch.exp(-perturbed.double()).sum(1))
-        ratio = torch.exp(paraphrased.double() - perturbed.double().mean(1))
-        recalls = [rouge_l_recall(generated, answer) for _, generated, answer in log["generated_text"].values()]
-        parts += [p.mean().item(), np.mean(recalls), (1 - ratio).clamp_min(0).mean().item()]
-    return hmean(parts)
+def test_truth_ratio_is_tofus():
+    """Recorded in float32."""
+    samples = [RATIO]
+    for _, _, log in recorded():
+        keys = log["truth_ratio"]
+        samples += [(log["avg_paraphrased_loss"][k], log["average_perturb_loss"][k], keys[k]) for k in keys]
+    assert len(samples) in (1, 1 + 2 * (300 + 300 + 100 + 117))
+    found = [ratio_of_losses(paraphrased, perturbed) for paraphrased, perturbed, _ in samples]
+    np.testing.assert_allclose(found, [ratio for *_, ratio in samples], rtol=3e-6)
 
 
-def test_model_utility_from_our_parts():
-    assert utility(ROUND) == pytest.approx(9 / sum(1 / part for part in ROUND_PARTS))
-    for folder, published in UTILITY.items() if LOGS.is_dir() else ():
-        assert utility([load(folder, name) for name in SETS[1:]]) == pytest.approx(published, abs=2e-9)
+def test_the_share_among_options_is_tofus():
+    assert share_of_options(math.log(2), [math.log(2), math.log(8)]) == pytest.approx(SHARE)
+    for _, _, log in recorded():
+        for key, loss in log.get("normalized_gt_loss", {}).items():
+            found = share_of_options(log["avg_gt_loss"][key], log["average_perturb_loss"][key])
+            assert found == pytest.approx(math.exp(-loss), rel=1e-9)
+
+
+@pytest.mark.parametrize("variant", ["geometric", "arithmetic"])
+def test_model_utility_is_tofus(variant, tmp_path):
+    for name in SETS:
+        (tmp_path / f"{name}.json").write_text(json.dumps(ROUND))
+    expected = 9 / sum(1 / part for part in ROUND_PARTS[variant])
+    assert numbers_of(tmp_path, variant)["model_utility"].value == pytest.approx(expected, rel=1e-12)
+    for folder, values in UTILITY.items() if LOGS.is_dir() else ():
+        found = numbers_of(LOGS / folder, variant)["model_utility"].value
+        assert found == pytest.approx(values[variant == "arithmetic"], abs=1e-9)
+
+
+def test_forget_quality_is_tofus():
+    if not LOGS.is_dir():
+        assert forget_quality([1.0] * 12, [1.0] * 12).p_value == 1
+        return
+    retain = read_log(LOGS / RETAIN)
+    number = numbers_of(LOGS / FULL, retain=retain)["forget_quality"]
+    assert number.value == pytest.approx(1.834066410994743e-21, rel=1e-12)
+    assert number.more["D"] == pytest.approx(0.3966667, abs=1e-7)
+    assert number.more["ln p"] == pytest.approx(math.log(1.834066410994743e-21), rel=1e-12)
+    assert (number.samples, number.note) == ("300 / 300", "")
+    assert numbers_of(LOGS / RETAIN, retain=retain)["forget_quality"].value == 1

@@ -15,7 +15,13 @@ from transformers import (
 
 from pyunlearn.model import head
 from pyunlearn.model.causal_lm import CausalLM, eval_mode
-from pyunlearn.model.forward import length_batches, select_positions, supervised_hidden, token_stats_of
+from pyunlearn.model.forward import (
+    length_batches,
+    select_positions,
+    supervised_hidden,
+    supervised_logits,
+    token_stats_of,
+)
 
 from .variants import SIZES, LoraLinear, V, make
 
@@ -108,6 +114,17 @@ def test_hidden_states_are_what_the_head_gets(llama, batch):
         found = supervised_hidden(llama, batch, "all")
         expected = llama.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
     assert torch.equal(found.hidden, expected.reshape(-1, 32))
+
+
+def test_logits_of_what_counts_are_rows_of_their_samples(llama, batch):
+    logits, targets = supervised_logits(llama, batch)
+    supervised = supervised_hidden(llama, batch)
+    counts = torch.bincount(supervised.sequence_ids, minlength=len(batch["input_ids"]))
+    assert logits.shape[:2] == targets.shape == (len(counts), int(counts.max()))
+    assert torch.equal((targets != -100).sum(1), counts)
+    assert torch.equal(targets[targets != -100], supervised.targets)
+    expected = llama.get_output_embeddings()(supervised.hidden)
+    torch.testing.assert_close(logits[targets != -100], expected)
 
 
 def test_select_positions_by_hand():

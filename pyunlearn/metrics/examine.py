@@ -1,0 +1,235 @@
+"""A suite of one model: every line's number, and the log that other evaluations compare themselves with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..data import QA
+from ..model.causal_lm import CausalLM
+from .evaluate import Examination
+from .generation import rouge_scores
+from .logs import Entry, Log
+from .metric import METRICS, CannotMeasure
+from .reading import Kept
+from .suites import PAIRED, Aggregate, Logs, Measure, Suite, get_suite
+from .utility import REDUCTIONS, mean
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Number:
+    """One line of a suite. value: None where there is none, and note says why. samples: how many it is made of, as
+    "300" or "300 / 400"; variant: source and options; more: further numbers, by name."""
+
+    name: str
+    value: float | None
+    samples: str
+    variant: str
+    note: str = ""
+    more: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON has no infinity: null."""
+        numbers = {"value": self.value, **self.more}
+        finite = {key: x if x is not None and math.isfinite(x) else None for key, x in numbers.items()}
+        return {"name": self.name, **finite, "samples": self.samples, "variant": self.variant, "note": self.note}
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """numbers: the suite's lines, then its aggregates. log: what they are made of, to be written by `write_log`."""
+
+    numbers: list[Number]
+    log: dict[str, Entry]
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        return {number.name: number.value for number in self.numbers}
+
+
+def evaluate_suite(
+    model: nn.Module | CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    sets: Mapping[str, Sequence[QA]],
+    suite: str | Suite = "tofu",
+    *,
+    logs: Logs | None = None,
+    tools: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+    max_length: int | None = None,
+    cache: str | Path | None = None,
+    progress: bool = True,
+) -> SuiteResult:
+    """Every number of a suite.
+
+    sets: by name, those that the suite names (`Suite.sets`), and holdout where there is one. logs: of reference models,
+    "retain" and "full", from `read_log` or an earlier result. tools: what some metrics need, by name. Each text is
+    read, and each question answered, once for all lines. cache: a folder where every finished batch is kept
+    (`reading.Kept`).
+
+    A line that cannot be had here (a tool, a metric, the holdout set or a log is not there) has the value None and a
+    note. Raises ValueError for an unknown suite, a set that is missing or lacks what a line needs, and what `evaluate`
+    raises.
+    """
+    suite = get_suite(suite) if isinstance(suite, str) else suite
+    if missing := [name for name in suite.sets if name not in sets]:
+        raise ValueError(f"sets: suite {suite.name!r} needs {', '.join(missing)}, got {', '.join(sets) or 'none'}")
+    examinations = Examinations(model, tokenizer, sets, suite, batch_size, max_length, cache, progress)
+    for measure in suite.measures:  # before anything takes time
+        for name in measure.sets if measure.metric in METRICS else ():
+            if name in examinations:
+                examination = examinations[name]
+                with errors_of(name):
+                    examination.check(METRICS[measure.metric])
+    numbers, log = [], {}
+    for measure in suite.measures:
+        number, log[measure.name] = measured(measure, examinations, tools or {})
+        numbers.append(number)
+    combined, entries = aggregate(suite.aggregates, log, logs)
+    return SuiteResult(numbers + combined, log | entries)
+
+
+def aggregate(
+    aggregates: Sequence[Aggregate], log: Log, logs: Logs | None = None
+) -> tuple[list[Number], dict[str, Entry]]:
+    """Aggregates of a log alone, each after the other: numbers, and their entries."""
+    numbers: list[Number] = []
+    entries: dict[str, Entry] = {}
+    for each in aggregates:
+        try:
+            found = each.combine({**log, **entries}, logs or {})
+        except ValueError as why:
+            number = Number(each.name, None, "", each.variant, str(why))
+        else:
+            number = Number(each.name, found.value, found.count, each.variant, found.note, found.more)
+        numbers.append(number)
+        entries[each.name] = Entry(number.value)
+    return numbers, entries
+
+
+@dataclass
+class Examinations:
+    """The examination of each set, made when it is first asked for."""
+
+    model: nn.Module | CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    sets: Mapping[str, Sequence[QA]]
+    suite: Suite
+    batch_size: int
+    max_length: int | None
+    cache: str | Path | None
+    progress: bool
+    made: dict[str, Examination] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lm = CausalLM.of(self.model)
+        self.kept = Kept(self.cache, self.lm)
+
+    def __contains__(self, name: str) -> bool:
+        return name.partition(":")[0] in self.sets
+
+    def __getitem__(self, name: str) -> Examination:
+        if name not in self.made:
+            metrics = [
+                METRICS[each.metric] for each in self.suite.measures if name in each.sets and each.metric in METRICS
+            ]
+            self.made[name] = Examination(
+                self.lm,
+                self.tokenizer,
+                self.items(name),
+                outputs=tuple(dict.fromkeys(output for metric in metrics for output in metric.outputs)),
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+                max_new_tokens=self.suite.max_new_tokens,
+                kept=self.kept,
+                progress=self.progress,
+            )
+        return self.made[name]
+
+    def items(self, name: str) -> list[QA]:
+        """Raises ValueError for a set of paraphrased questions where some have none."""
+        of, _, which = name.partition(":")
+        items = list(self.sets[of])[: self.suite.rows]
+        if not which:
+            return items
+        without = [i for i, item in enumerate(items) if item.paraphrased_question is None]
+        if without:
+            raise ValueError(
+                f"set {name}: {len(without)} of {len(items)} have no paraphrased_question (first: item {without[0]})"
+            )
+        return [replace(item, question=item.paraphrased_question or "") for item in items]
+
+
+def measured(measure: Measure, examinations: Examinations, tools: Mapping[str, Any]) -> tuple[Number, Entry]:
+    """One line's number and its entry."""
+
+    def none(why: str) -> tuple[Number, Entry]:
+        return Number(measure.name, None, "", measure.variant, why), Entry(None)
+
+    if measure.metric not in METRICS:
+        return none(f"there is no metric {measure.metric!r}")
+    if absent := [name for name in measure.sets if name not in examinations]:
+        return none(f"no {' and no '.join(absent)} set")
+    try:
+        found = [examined(measure, examinations[name], name, tools) for name in measure.sets]
+    except CannotMeasure as why:
+        return none(str(why))
+    values = [own for own, _ in found]
+    if not all(values):
+        return none("no sample has a value")
+    counts = " / ".join(str(len(own)) for own in values)
+    (own, samples), others = found[0], found[1:]
+    if not measure.against:
+        value = REDUCTIONS[measure.reduction](own)
+        return Number(measure.name, value, counts, measure.variant), Entry(value, samples)
+    held_out = [value for other, _ in others for value in other]
+    function, sign = PAIRED[measure.reduction]
+    value = function(own, held_out)
+    parts = {
+        "forget": Entry(mean(own), samples),
+        "holdout": Entry(mean(held_out), dict(enumerate(sample for _, each in others for sample in each.values()))),
+    }
+    return Number(measure.name, value, counts, measure.variant, sign), Entry(value, {}, parts)
+
+
+def examined(
+    measure: Measure, examination: Examination, name: str, tools: Mapping[str, Any]
+) -> tuple[list[float], dict[int, dict[str, Any]]]:
+    """Values of the samples that have one, and by index what logs have of them."""
+    with errors_of(name):
+        values = examination.measure(METRICS[measure.metric], measure.options, tools)
+    there = {i: value for i, value in enumerate(values) if value is not None}
+    return list(there.values()), {i: sample_of(measure, examination, i, value) for i, value in there.items()}
+
+
+@contextmanager
+def errors_of(name: str) -> Iterator[None]:
+    """Whose set an error is about."""
+    try:
+        yield
+    except CannotMeasure:
+        raise
+    except ValueError as error:
+        raise ValueError(f"set {name}: {error}") from None
+
+
+def sample_of(measure: Measure, examination: Examination, i: int, value: float) -> dict[str, Any]:
+    """As OpenUnlearning's logs have it, which also tell losses and texts."""
+    if measure.metric in ("rouge_l", "rouge_1"):
+        item, written = examination.items[i], examination.written[i] or ""
+        texts = {"input": examination.prompts[i], "ground_truth": item.answer, "generation": written}
+        return rouge_scores(written, item.answer, measure.options.get("stemmed", True)) | texts
+    if measure.metric == "probability":
+        return {"prob": value, "avg_loss": examination.answer[i].loss}
+    if measure.metric == "paraphrase_probability":
+        return {"prob": value, "avg_loss": examination.paraphrase[i].loss}
+    return {"prob" if measure.metric == "probability_w_options" else "score": value}

@@ -1,0 +1,183 @@
+"""Membership inference: can it be told from the losses of samples that they were forgotten?
+
+Scores of one sample are signed like a loss: low for members. `auc` of the scores of forgotten samples against those of
+a holdout set is then 1 for memorised ones, 0.5 where nothing tells them apart, and below for those that are unlearned
+too far.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._hints import check_known
+from ..data import QA, collate
+from ..gradients.per_sample import PerSample, SquaredNormsByParameter
+from ..model.causal_lm import CausalLM, eval_mode
+from ..model.fingerprint import dataset_fingerprint
+from ..model.forward import IGNORE_INDEX, length_batches, supervised_logits
+from ..ops import token_stats
+from .metric import CannotMeasure, metric
+from .reading import Kept, Reading
+from .teacher_forced import VARIANTS, Variant
+from .utility import harmonic_mean
+
+if TYPE_CHECKING:
+    from .evaluate import Examination
+
+
+def auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
+    """Share of pairs (forgotten, held out) where the held out score is higher, ties half: area under the ROC curve.
+
+    Exact, by ranks (Mann and Whitney). Raises ValueError for an empty set or NaN.
+    """
+    from scipy.stats import rankdata
+
+    for name, values in (("forget", forget), ("holdout", holdout)):
+        if not len(values) or any(value != value for value in values):
+            raise ValueError(f"{name}: needs one or more scores, got {len(values)}" + " with NaN" * bool(len(values)))
+    m, n = len(forget), len(holdout)
+    ranks = rankdata([*forget, *holdout])
+    return float(ranks[m:].sum() - n * (n + 1) / 2) / (m * n)
+
+
+def privleak(auc: float, retained: float = 0.5, *, epsilon: float = 0.0) -> float:
+    """100 (u - r) / (r + epsilon), u = 1 - AUC, of min-k: 0 as retrained, above: unlearned too far, -100: memorised.
+
+    Shi et al. (2025), MUSE, whose AUC is u; OpenUnlearning adds epsilon = 1e-10. retained: the AUC of a model that was
+    retrained without the forget set; 0.5 where there is none. Raises ValueError where r is 0 and epsilon too.
+    """
+    u, r = 1 - auc, 1 - retained
+    if r + epsilon == 0:
+        raise ValueError("retained=1.0: is 1 - 0 of a retrained model that knows the forget set; privleak divides by 0")
+    return 100 * (u - r) / (r + epsilon)
+
+
+def privacy(aucs: Mapping[str, float], retained: Mapping[str, float], full: Mapping[str, float]) -> float:
+    """Harmonic mean over attacks of max(0, 1 - |AUC - AUC_retained| / |AUC_full - AUC_retained|), in [0, 1].
+
+    Dorna et al. (2025), OpenUnlearning, over loss, zlib, min-k and min-k++. By name of the attack: AUCs of the
+    unlearned model, of the retrained one, and of the one before unlearning. Raises ValueError for no attack, one that
+    is missing, or one that does not tell the last two apart.
+    """
+    scaled = []
+    for name, value in aucs.items():
+        if name not in retained or name not in full:
+            raise ValueError(f"{name}: has no AUC of the {'retained' if name not in retained else 'full'} model")
+        span = abs(full[name] - retained[name])
+        if not span:
+            raise ValueError(
+                f"{name}: has one AUC, {full[name]}, of the retained and the full model; nothing to scale by"
+            )
+        scaled.append(max(0.0, 1 - abs(value - retained[name]) / span))
+    return harmonic_mean(scaled)
+
+
+# ---- scores of one sample --------------------------------------------------------------------------------------------
+
+
+@metric()
+def mia_loss(answer: Reading) -> float:
+    """L / n: the answer's mean negative log-likelihood in nats, its end token included (Yeom et al., 2018)."""
+    return answer.loss
+
+
+@metric()
+def mia_zlib(item: QA, answer: Reading) -> float:
+    """L / n over the bytes that zlib makes of the answer's text in UTF-8 (Carlini et al., 2021)."""
+    return answer.loss / len(zlib.compress(item.answer.strip().encode()))
+
+
+@metric(batched=True)
+def mia_reference(
+    item: list[QA], answer: list[Reading], reference: Callable[[Sequence[QA]], Sequence[Reading]]
+) -> list[float]:
+    """L / n less that of a reference model (Carlini et al., 2021).
+
+    reference: gives the readings of items by a second model, as `readings_by` makes it.
+    """
+    return [own.loss - other.loss for own, other in zip(answer, reference(item), strict=True)]
+
+
+@metric()
+def min_k(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> float:
+    """Negative mean of the lowest share k of the answer's log-probabilities, in nats (Shi et al., 2024).
+
+    Of max(1, int(k n)) tokens, as coded by OpenUnlearning and MUSE.
+    """
+    return lowest(answer.logp, k, variant)
+
+
+@metric(outputs=("entropy", "variance"))
+def min_k_plus_plus(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> float:
+    """Negative mean of the lowest share k of (log p - mean) / deviation over the vocabulary (Zhang et al., 2025)."""
+    deviation = answer.more["variance"].double().clamp_min(1e-6).sqrt()
+    return lowest((answer.logp.double() + answer.more["entropy"].double()) / deviation, k, variant)
+
+
+@metric(batched=True)
+def mia_gradnorm(item: list[QA], examination: Examination, *, variant: Variant = "suffix") -> list[float]:
+    """Mean over parameter tensors of the L2 norm of the gradient of L / n, dropout off (Wang et al., 2024)."""
+    check_known("variant", variant, VARIANTS)
+    return gradient_norms(examination, item, variant)
+
+
+def lowest(values: Tensor, k: float, variant: Variant) -> float:
+    """Raises ValueError unless 0 < k <= 1."""
+    check_known("variant", variant, VARIANTS)
+    if not 0 < k <= 1:
+        raise ValueError(f"k={k}: needs a share of the tokens, 0 < k <= 1")
+    values = values if variant == "suffix" else values[:-1]
+    if not len(values):  # an answer of one token, and that one left out
+        return 0.0
+    return -float(values.double().sort().values[: max(1, int(k * len(values)))].mean())
+
+
+def gradient_norms(examination: Examination, items: Sequence[QA], variant: Variant) -> list[float]:
+    """One backward a batch, without any sample's gradient (`gradients.per_sample`). variant: "open_unlearning" leaves
+    each answer's last token out. Raises CannotMeasure that names a parameter for which there is no rule, or an answer
+    of one token that is left out.
+    """
+    lm, rows = examination.lm, [dict(row) for row in examination.rows(items)]
+    for i, row in enumerate(rows):
+        if variant == "open_unlearning":
+            row["labels"] = row["labels"].clone()
+            row["labels"][(row["labels"] != IGNORE_INDEX).nonzero()[-1]] = IGNORE_INDEX
+            if not bool((row["labels"][1:] != IGNORE_INDEX).any()):
+                raise CannotMeasure(f"items[{i}]: its answer has 1 token, none is left without the last")
+
+    def norms(batch: Sequence[int]) -> list[float]:
+        padded = collate([rows[i] for i in batch], 0)
+        return batch_norms(lm, {name: value.to(lm.device) for name, value in padded.items()})
+
+    def identity(batch: Sequence[int]) -> dict[str, Any]:
+        return {"gradient norms": dataset_fingerprint([rows[i] for i in batch])}
+
+    batches = length_batches([len(row["labels"]) for row in rows], examination.batch_size)
+    found: dict[int, float] = {}
+    with eval_mode(lm.given):
+        kept = examination.kept or Kept(None, lm)
+        finished = kept.finish(batches, norms, identity, "gradient norms", examination.progress)
+    for batch, values in finished:
+        found.update(zip(batch, values, strict=True))
+    return [found[i] for i in range(len(rows))]
+
+
+def batch_norms(lm: CausalLM, batch: Mapping[str, Tensor]) -> list[float]:
+    def loss() -> Tensor:
+        logits, targets = supervised_logits(lm, batch)
+        head = lm.read_head()
+        logp = token_stats(logits, targets, temperature=head.temperature, softcap=head.softcap).logp
+        return -(logp.sum(1) / (targets != IGNORE_INDEX).sum(1)).sum()
+
+    try:
+        tap = PerSample(lm.given)
+    except TypeError as error:
+        raise CannotMeasure(str(error)) from None
+    with tap:
+        squared = tap.collect(len(batch["labels"]), loss, SquaredNormsByParameter())
+    return torch.stack([each.clamp_min(0).sqrt() for each in squared.values()]).mean(0).tolist()

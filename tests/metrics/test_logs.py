@@ -1,0 +1,118 @@
+"""Logs as OpenUnlearning and TOFU lay them out: read, written, and told where they are none."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from pyunlearn.metrics import Entry, read_log, write_log
+
+LOG = {
+    "forget_truth_ratio": Entry(0.5, {0: {"score": 0.25}, 2: {"score": 0.75}, 10: {"score": math.inf}}),
+    "forget_Q_A_ROUGE": Entry(
+        1.0, {0: {"rouge1_recall": 1.0, "rougeL_f1": 1.0, "rougeL_recall": 1.0, "input": "?", "ground_truth": "größer",
+                  "generation": "größer"}},
+    ),
+    "mia_min_k": Entry(0.75, {}, {part: Entry(1.5, {0: {"score": 1.5}}) for part in ("forget", "holdout")}),
+    "forget_quality": Entry(None),
+    "model_utility": Entry(math.nan),
+}  # fmt: skip
+
+
+def test_round_trip(tmp_path):
+    paths = write_log(tmp_path / "evals", LOG, ["model_utility", "forget_quality", "forget_truth_ratio"])
+    assert [path.name for path in paths] == ["TOFU_EVAL.json", "TOFU_SUMMARY.json"]
+    for place in (paths[0], tmp_path / "evals"):
+        found = read_log(place)
+        assert found.keys() == LOG.keys()
+        assert math.isnan(found.pop("model_utility").value)
+        assert found == {name: entry for name, entry in LOG.items() if name != "model_utility"}
+    assert found["forget_truth_ratio"].column() == [0.25, 0.75, math.inf]
+    summary = read_log(paths[1])
+    assert summary["forget_truth_ratio"] == Entry(0.5)
+    assert summary["forget_quality"] == Entry(None)
+
+
+def test_the_layout_is_theirs(tmp_path):
+    path, summary = write_log(tmp_path, LOG, ["mia_min_k"])
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert list(content) == sorted(LOG)
+    assert content["forget_truth_ratio"]["value_by_index"]["10"] == {"score": math.inf}
+    assert content["forget_quality"] == {"agg_value": None}
+    part = {"agg_value": 1.5, "value_by_index": {"0": {"score": 1.5}}}
+    assert content["mia_min_k"] == {"agg_value": 0.75, "auc": 0.75, "forget": part, "holdout": part}
+    assert json.loads(summary.read_text()) == {"mia_min_k": 0.75}
+    assert '\n    "forget_Q_A_ROUGE": {\n        "agg_value": 1.0' in path.read_text(encoding="utf-8")
+
+
+def test_what_others_wrote(tmp_path):
+    """Lists of wrong answers, metrics and keys that we do not know, indices out of order."""
+    theirs = {
+        "forget_Q_A_PERT_Prob": {
+            "agg_value": 0.5,
+            "value_by_index": {"10": {"prob": [0.1, 0.9], "avg_loss": [2.3, 0.1]}, "9": {"prob": None}},
+        },
+        "rel_diff": {"agg_value": -3, "whatever": [1]},
+    }
+    (tmp_path / "MUSE_EVAL.json").write_text(json.dumps(theirs))
+    (tmp_path / "LMEval_EVAL.json").write_text("{}")
+    found = read_log(tmp_path)
+    assert list(found["forget_Q_A_PERT_Prob"].samples) == [9, 10]
+    assert found["forget_Q_A_PERT_Prob"].column("prob") == [[0.1, 0.9]]
+    assert found["rel_diff"] == Entry(-3)
+
+
+def test_tofus_own(tmp_path):
+    columns = {
+        "avg_gt_loss": {"0": math.log(2), "1": 0.0},
+        "avg_paraphrased_loss": {"0": math.log(2), "1": 0.0},
+        "average_perturb_loss": {"0": [math.log(4), math.log(16)], "1": [math.log(2), math.log(2)]},
+        "generated_text": {"0": ["What?", "a b", "a c"], "1": ["Who?", "d", "d"]},
+    }
+    (tmp_path / "eval_real_world_wo_options.json").write_text(json.dumps(columns))
+    geometric, arithmetic = (read_log(tmp_path, variant) for variant in ("geometric", "arithmetic"))
+    assert geometric["wf_Truth_Ratio"].column() == pytest.approx([1 / 4, 1 / 2])
+    assert geometric["wf_Truth_Ratio"].value == pytest.approx(5 / 8)
+    assert arithmetic["wf_Truth_Ratio"].column() == pytest.approx([5 / 16, 1 / 2])
+    assert geometric["wf_Q_A_Prob"].column("prob") == pytest.approx([1 / 2, 1])
+    assert geometric["wf_Q_A_Prob_normalised"].column("prob") == pytest.approx([0.5 / (0.5 + 5 / 16), 1 / 2])
+    assert geometric["wf_Q_A_ROUGE"].value == 0.75
+    assert geometric["wf_Q_A_ROUGE"].samples[0]["input"] == "What?"
+    (tmp_path / "other.json").write_text(json.dumps(columns))
+    with pytest.raises(ValueError, match="is a log of TOFU's, of which set its name has to tell"):
+        read_log(tmp_path / "other.json")
+    del columns["generated_text"]["1"]
+    (tmp_path / "eval_log.json").write_text(json.dumps(columns))
+    with pytest.raises(ValueError, match=r"eval_log\.json: needs .* of the same samples"):
+        read_log(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is no log, it is not JSON"),
+        ("[1]", "needs an object of metrics, got list"),
+        ('{"a": {"b": 1}}', "'a' needs a number or an object with agg_value"),
+        ('{"a": "high"}', "'a' needs a number or an object with agg_value"),
+        ('{"a": {"agg_value": "1"}}', "'a' needs a number or null as agg_value, got '1'"),
+        ('{"a": {"agg_value": 1, "value_by_index": {"x": {}}}}', "'a' needs value_by_index, an object for every index"),
+        ('{"a": {"agg_value": 1, "value_by_index": [1]}}', "'a' needs value_by_index"),
+    ],
+)
+def test_what_is_no_log(tmp_path, content, message):
+    (tmp_path / "TOFU_EVAL.json").write_text(content)
+    with pytest.raises(ValueError, match=f"TOFU_EVAL.json: .*{message}"):
+        read_log(tmp_path / "TOFU_EVAL.json")
+
+
+def test_where_there_is_none(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such log: .*TOFU_EVAL\.jso"):
+        read_log(tmp_path / "TOFU_EVAL.jso")
+    with pytest.raises(ValueError, match=r"needs one \*_EVAL\.json, or files of TOFU's .* has none"):
+        read_log(tmp_path)
+    for name in ("A", "B"):
+        (tmp_path / f"{name}_EVAL.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"has A_EVAL\.json, B_EVAL\.json"):
+        read_log(tmp_path)

@@ -1,0 +1,314 @@
+"""Suites on a tiny model against a straight-line evaluation, sample by sample; and what is told where a line is not."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from scipy.stats import hmean, ks_2samp
+
+from pyunlearn.data import QA
+from pyunlearn.data.tiny import tiny_llama, train_tokenizer
+from pyunlearn.data.tokenise import PromptFormat
+from pyunlearn.metrics import (
+    METRICS,
+    SUITES,
+    Aggregate,
+    Entry,
+    Measure,
+    Suite,
+    evaluate_suite,
+    get_suite,
+    metric,
+    read_log,
+    readings_by,
+    write_log,
+)
+from pyunlearn.metrics.suites import Outcome
+
+WORDS = ("sea", "town", "hill", "play", "poet", "novel", "river")
+SET_NAMES = ("forget", "retain", "real_authors", "world_facts")
+PREFIX = dict(zip(SET_NAMES, ("forget", "retain", "ra", "wf"), strict=True))
+ELSEWHERE = {"token_entropy", "cosine_similarity", "entailment_score", "fluency"}  # in files of others, by name
+
+
+def items_of(name, count, paraphrased=True):
+    return [
+        QA(
+            f"Where in {name} does number {i} live?",
+            f"By the {WORDS[i % 7]}.",
+            f"Near the {WORDS[i % 7]}, they say." if paraphrased else None,
+            tuple(f"Near the {WORDS[(i + j) % 7]}, they say." for j in (1, 2, 3)),
+            f"Number {i} of {name}: where is the home?",
+        )
+        for i in range(count)
+    ]
+
+
+SETS = {
+    "forget": items_of("forget", 5),
+    "retain": items_of("retain", 4),
+    "real_authors": items_of("authors", 3, paraphrased=False),
+    "world_facts": items_of("facts", 4, paraphrased=False),
+    "holdout": items_of("holdout", 6),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    texts = [
+        f"Question: {question}\nAnswer: {answer}"
+        for items in SETS.values()
+        for item in items
+        for question in (item.question, item.paraphrased_question)
+        for answer in (item.answer, item.paraphrased_answer or "", *item.perturbed_answers)
+    ]
+    return train_tokenizer(texts, vocab_size=400)
+
+
+@pytest.fixture(scope="module")
+def models(tokenizer):
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "max_position_embeddings": 96}
+    made = [tiny_llama(tokenizer, seed=seed, **sizes).eval() for seed in (0, 1)]
+    with torch.no_grad():
+        for model in made:
+            model.model.embed_tokens.weight.mul_(10)
+    return made
+
+
+@pytest.fixture(scope="module")
+def results(models, tokenizer):
+    """Of the second model, and of the first with the second's log as the retained one's."""
+    retained = evaluate_suite(models[1], tokenizer, SETS, small("open_unlearning"), progress=False)
+    reference = readings_by(models[1], tokenizer, progress=False)
+    own = evaluate_suite(
+        models[0], tokenizer, SETS, small("open_unlearning"), logs={"retain": retained.log},
+        tools={"reference": reference}, batch_size=5, progress=False,
+    )  # fmt: skip
+    return own, retained
+
+
+def small(name):
+    return replace(get_suite(name), max_new_tokens=12)
+
+
+class Plain:
+    """The straight line: one text at a time through the model's own logits."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer, self.format = model, tokenizer, PromptFormat(tokenizer)
+
+    @torch.no_grad()
+    def tokens(self, question, answer):
+        """(log-probabilities, whether greedy) of the answer's tokens."""
+        encoded = self.format.encode(question, answer)
+        logp = self.model(torch.tensor([encoded.input_ids])).logits[0, :-1].double().log_softmax(-1)
+        pairs = [(row, label) for row, label in zip(logp, encoded.labels[1:], strict=True) if label != -100]
+        return [float(row[label]) for row, label in pairs], [int(row.argmax()) == label for row, label in pairs]
+
+    def loss(self, question, answer):
+        logp, _ = self.tokens(question, answer)
+        return -sum(logp) / len(logp)
+
+    @torch.no_grad()
+    def written(self, question):
+        ids = self.format.prompt_ids(question)
+        start = len(ids)
+        while len(ids) < start + 12 and (len(ids) == start or ids[-1] != self.tokenizer.eos_token_id):
+            ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
+        return self.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+
+    def ratio(self, item):
+        """r as OpenUnlearning has it."""
+        correct = math.exp(-self.loss(item.question, item.paraphrased_answer or item.answer))
+        wrong = math.exp(-np.mean([self.loss(item.question, each) for each in item.perturbed_answers]))
+        return wrong / (correct + 1e-10), correct / (correct + wrong + 1e-10)
+
+    def share(self, item):
+        right = math.exp(-self.loss(item.question, item.answer))
+        wrong = sum(math.exp(-self.loss(item.question, each)) for each in item.perturbed_answers)
+        return right / (right + wrong + 1e-10)
+
+    def strength(self, item):
+        _, hits = self.tokens(item.question, item.answer)
+        hits = hits[:-1]
+        return 1 - next(k for k in range(len(hits)) if all(hits[k:]) or k == len(hits) - 1) / len(hits)
+
+    def min_k(self, item):
+        logp = sorted(self.tokens(item.question, item.answer)[0][:-1])
+        count = max(1, int(0.4 * len(logp)))
+        return -sum(logp[:count]) / count
+
+
+@pytest.fixture(scope="module")
+def plain(models, tokenizer):
+    return Plain(models[0], tokenizer)
+
+
+def close(values):
+    return pytest.approx(values, rel=2e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SET_NAMES)
+def test_probabilities_and_ratios_are_the_straight_lines(results, plain, name):
+    log, items = results[0].log, SETS[name]
+    p, prefix = log[f"{PREFIX[name]}_Q_A_Prob"], PREFIX[name]
+    losses = [plain.loss(item.question, item.answer) for item in items]
+    assert p.column("avg_loss") == close(losses)
+    assert p.column("prob") == close([math.exp(-loss) for loss in losses])
+    assert p.value == close(np.mean([math.exp(-loss) for loss in losses]))
+    ratios = [plain.ratio(item)[0] for item in items]
+    ratio = log["forget_truth_ratio" if name == "forget" else f"{prefix}_Truth_Ratio"]
+    assert ratio.column() == close(ratios)
+    reduced = [min(r, 1 / r) if name == "forget" else max(0, 1 - r) for r in ratios]
+    assert ratio.value == close(np.mean(reduced))
+    if prefix in ("ra", "wf"):
+        assert log[f"{prefix}_Q_A_Prob_normalised"].column("prob") == close([plain.share(item) for item in items])
+
+
+@pytest.mark.parametrize("name", SET_NAMES)
+def test_rouge_is_the_packages(results, plain, name):
+    kinds = {"rouge1_recall": ("rouge1", "recall"), "rougeL_recall": ("rougeL", "recall"),
+             "rougeL_f1": ("rougeL", "fmeasure")}  # fmt: skip
+    entry, scorer = results[0].log[f"{PREFIX[name]}_Q_A_ROUGE"], RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
+    for i, item in enumerate(SETS[name]):
+        sample, written = entry.samples[i], plain.written(item.question)
+        assert (sample["generation"], sample["ground_truth"]) == (written, item.answer)
+        assert sample["input"] == plain.format.prompt(item.question)
+        scores = scorer.score(item.answer, written)
+        for key, (kind, part) in kinds.items():
+            assert sample[key] == pytest.approx(getattr(scores[kind], part), abs=1e-12)
+    assert entry.value == pytest.approx(np.mean(entry.column("rougeL_recall")))
+
+
+def test_memorization_is_the_straight_lines(results, plain):
+    log, items = results[0].log, SETS["forget"]
+    assert log["extraction_strength"].column() == close([plain.strength(item) for item in items])
+    hits = [plain.tokens(item.question, item.answer)[1][:-1] for item in items]
+    assert log["exact_memorization"].column() == close([sum(each) / len(each) for each in hits])
+    paraphrased = [math.exp(-plain.loss(item.question, item.paraphrased_answer)) for item in items]
+    assert log["forget_Q_A_PARA_Prob"].column("prob") == close(paraphrased)
+    assert log["forget_truth_ratio_prob_mean"].column() == close([plain.ratio(item)[1] for item in items])
+    names = ("extraction_strength", "exact_memorization", "forget_Q_A_PARA_Prob", "forget_truth_ratio_prob_mean")
+    assert log["memorization"].value == pytest.approx(hmean([1 - log[name].value for name in names]))
+
+
+def test_attacks_are_the_straight_lines(results, plain):
+    entry = results[0].log["mia_min_k"]
+    own, held = ([plain.min_k(item) for item in SETS[name]] for name in ("forget", "holdout"))
+    assert entry.parts["forget"].column() == close(own)
+    assert entry.parts["holdout"].column() == close(held)
+    assert entry.value == pytest.approx(np.mean([[(b > a) + (a == b) / 2 for b in held] for a in own]))
+    assert {f"mia_{name}" for name in ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")} <= {
+        number.name for number in results[0].numbers if number.value is not None and number.samples == "5 / 6"
+    }
+
+
+def test_aggregates_are_their_definitions(results):
+    own, retained = results
+    log, numbers = own.log, {number.name: number for number in own.numbers}
+    parts = [f"{p}_{name}" for p in ("retain", "ra", "wf") for name in ("Q_A_ROUGE", "Truth_Ratio")]
+    parts += ["retain_Q_A_Prob", "ra_Q_A_Prob_normalised", "wf_Q_A_Prob_normalised"]
+    values = [log[name].value for name in parts]
+    assert log["model_utility"].value == pytest.approx(hmean(values) if min(values) else 0)
+    ratios = [entry["forget_truth_ratio"].column() for entry in (log, retained.log)]
+    expected = ks_2samp(*ratios)
+    quality = numbers["forget_quality"]
+    assert quality.value == pytest.approx(expected.pvalue)
+    assert quality.more == pytest.approx(
+        {"ln p": math.log(expected.pvalue), "log10 p": math.log10(expected.pvalue), "D": expected.statistic}
+    )
+    assert quality.samples == "5 / 5"
+    assert quality.note.count("fewer than 10") == 2
+    u, r = (1 - entry["mia_min_k"].value for entry in (log, retained.log))
+    assert log["privleak"].value == pytest.approx(100 * (u - r) / (r + 1e-10))
+    assert numbers["privacy"].value is None
+    assert numbers["privacy"].note == "no full log to scale by"
+    alone = {number.name: number for number in retained.numbers}
+    assert alone["forget_quality"].value is None
+    assert alone["forget_quality"].note.startswith("no retain log")
+    assert alone["privleak"].note == "against an AUC of 0.5, as no retain log has mia_min_k"
+    assert alone["mia_reference"].note == "metric 'mia_reference': needs reference, which was not given"
+
+
+def test_a_retain_log_serves_from_disk(results, models, tokenizer, tmp_path):
+    own, retained = results
+    write_log(tmp_path, retained.log, retained.summary)
+    only = [each for each in get_suite("open_unlearning").measures if each.name in ("forget_truth_ratio", "mia_min_k")]
+    ends = [each for each in get_suite("open_unlearning").aggregates if each.name in ("forget_quality", "privleak")]
+    suite = Suite("some", "", tuple(only), tuple(ends))
+    logs = {"retain": read_log(tmp_path)}
+    again = evaluate_suite(models[0], tokenizer, SETS, suite, logs=logs, progress=False)
+    for name in ("forget_quality", "privleak"):
+        assert again.log[name].value == pytest.approx(own.log[name].value)
+    itself = evaluate_suite(models[1], tokenizer, SETS, suite, logs=logs, progress=False)
+    assert itself.log["forget_quality"].value == 1
+    assert itself.log["privleak"].value == 0
+
+
+@pytest.mark.parametrize("name", list(SUITES))
+def test_every_suite_is_whole(name, models, tokenizer):
+    """Every line has a value, but those of metrics of other files; none is of an unknown metric or option."""
+    suite = small(name)
+    for measure in suite.measures:
+        assert measure.metric in METRICS.keys() | ELSEWHERE
+        if measure.metric in METRICS:
+            METRICS[measure.metric].check_options(measure.options)
+    names = [each.name for each in (*suite.measures, *suite.aggregates)]
+    assert len(set(names)) == len(names)
+    result = evaluate_suite(models[0], tokenizer, SETS, replace(suite, rows=2), progress=False)
+    assert [number.name for number in result.numbers] == names
+    for measure, number in zip(suite.measures, result.numbers, strict=False):
+        if number.value is None:
+            assert measure.metric in ELSEWHERE | {"mia_reference"}
+        else:
+            assert math.isfinite(number.value)
+            assert number.samples.split(" / ")[0] == "2"
+    json.dumps([number.to_json() for number in result.numbers], allow_nan=False)
+
+
+def test_ones_own_lines(models, tokenizer):
+    before = dict(METRICS)
+    try:
+
+        @metric()
+        def words(item, scale):
+            return scale * len(item.question.split()) if "1" not in item.question else None
+
+        total = Aggregate("twice", lambda log, logs: Outcome(2 * log["words"].value), "mine")
+        suite = Suite("own", "", (Measure("words", "words", "forget:paraphrased", source="mine"),), (total,))
+        result = evaluate_suite(models[0], tokenizer, SETS, suite, tools={"scale": 1.0}, progress=False)
+        assert result.summary == {"words": 8.0, "twice": 16.0}
+        assert result.numbers[0].samples == "4"
+        assert result.log["words"].samples == {i: {"score": 8.0} for i in (0, 2, 3, 4)}
+    finally:
+        METRICS.clear()
+        METRICS.update(before)
+
+
+def test_what_is_wrong_is_told(models, tokenizer):
+    def run(sets, suite="tofu"):
+        return evaluate_suite(models[0], tokenizer, sets, suite, progress=False)
+
+    with pytest.raises(ValueError, match="suite='tufu': did you mean tofu"):
+        run(SETS, "tufu")
+    with pytest.raises(ValueError, match="suite 'tofu' needs world_facts, got forget, retain, real_authors"):
+        run({name: SETS[name] for name in SET_NAMES[:3]})
+    bare = [replace(item, perturbed_answers=()) for item in SETS["retain"]]
+    with pytest.raises(ValueError, match=r"set retain: metric 'truth_ratio': items: 4 of 4 have no perturbed_answer"):
+        run({**SETS, "retain": bare})
+    bare = [replace(item, paraphrased_question=None) for item in SETS["forget"]]
+    with pytest.raises(
+        ValueError, match=r"set forget:paraphrased: 5 of 5 have no paraphrased_question \(first: item 0\)"
+    ):
+        run({**SETS, "forget": bare}, "tutorial")
+    held_out = {name: SETS[name] for name in SET_NAMES}
+    by_name = {number.name: number for number in run(held_out, small("tofu")).numbers}
+    assert by_name["mia_min_k"].note == "no holdout set"
+    assert by_name["privleak"].note == "needs mia_min_k, without a value here"
+    assert Entry(None).column() == []
