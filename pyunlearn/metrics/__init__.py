@@ -2,10 +2,10 @@
 
 Each is a function registered by its name (`metric`), in a file per family: `teacher_forced` (the model reads the
 answer), `generation` (it writes one), `privacy` (was it seen in training?), `text` (what it writes by itself),
-`semantics` (what that means, by small models), `judge` (what a large one behind an `endpoint` says of it). What it reads
-and writes is made once for all of them, by the batch (`reading`), and put together by `evaluate`. Where code bases
-disagree, the variants are named options. `suites` has the numbers of papers' tables, `utility` what they are made of,
-`logs` the files of others.
+`semantics` (what that means, by small models), `judge` (what a large one behind an `endpoint` says of it). What it
+reads and writes is made once for all of them, by the batch (`reading`), and put together by `evaluate`. Where code
+bases disagree, the variants are named options. `suites` has the numbers of papers' tables, `utility` what they are made
+of, `logs` the files of others.
 """
 
 from .encoders import Classifier, Embedder
