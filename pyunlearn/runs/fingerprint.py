@@ -17,7 +17,8 @@ MODEL = ("*.safetensors", "config.json", *TOKENIZER)
 
 def fingerprints(config: RunConfig, data: UnlearnData) -> dict[str, str]:
     """BLAKE2b (32 hex digits) of what a run reads, by the key of its configuration."""
-    return {**data_fingerprints(data), **model_fingerprints(config.model)}
+    unknown = {"data.unknown": digest_pairs(data.unknown)}
+    return {**data_fingerprints(data), **unknown, **model_fingerprints(config.model)}
 
 
 def data_fingerprints(data: UnlearnData) -> dict[str, str]:

@@ -197,8 +197,10 @@ def load_data(config: RunConfig | FilesConfig) -> RunData:
         items = load_qa(data.path, name=data.name, split=data.split, limit=data.limit)
         return RunData(items, [], [], texts_of(items))
     if data.source == EMBEDDED:
-        world = generate_authors(data.num_authors, data.questions_per_author, config.seed, data.forget_fraction)
-        sets = RunData(world.forget, world.retain, list(world.refusals), world.texts)
+        world = generate_authors(
+            data.num_authors, data.questions_per_author, config.seed, data.forget_fraction, data.num_unknown
+        )
+        sets = RunData(world.forget, world.retain, list(world.refusals), world.texts, unknown=list(world.unknown))
     else:
         forget, retain = (
             load_qa(source.path, name=source.name, split=source.split, limit=source.limit)

@@ -6,7 +6,7 @@ import copy
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,11 +32,15 @@ from .terms import Need, TermLosses, collect_needs, make_terms
 
 @dataclass(frozen=True)
 class UnlearnData:
-    """Questions and answers to forget and to retain, and refusals for the objectives that answer with them."""
+    """Questions and answers to forget and to retain, and refusals for the objectives that answer with them.
+
+    unknown: questions that have refusals for answers, which only `memorise` takes.
+    """
 
     forget: list[QA]
     retain: list[QA]
     refusals: list[str]
+    unknown: list[QA] = field(default_factory=list, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -59,8 +63,8 @@ class Unlearned:
 
 
 def memorise(stage: Stage, settings: MemoriseConfig, model: Any, tokenizer: Any, data: UnlearnData) -> None:
-    """Fine-tunes `model` in place on the forget set and `retain_limit` retain rows, by `gd` alone."""
-    items = data.forget + data.retain[: settings.retain_limit]
+    """Fine-tunes `model` in place on the forget set, `retain_limit` retain rows and the unknown ones, by `gd` alone."""
+    items = data.forget + data.retain[: settings.retain_limit] + data.unknown
     rows = AnswerRows(QADataset(items, tokenizer, stage.max_length))
     train(stage, "memorise", settings, model, rows, ["gd"])
 

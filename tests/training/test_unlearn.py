@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 from pydantic import ValidationError
 
+from pyunlearn.data import QADataset
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder, numbered
-from pyunlearn.training.settings import GEffectConfig, UnlearnConfig, merge
+from pyunlearn.training.settings import GEffectConfig, MemoriseConfig, UnlearnConfig, merge
 from pyunlearn.training.stage import Interrupted, Stage
-from pyunlearn.training.unlearn import UnlearnData, Unlearned, check_model, make_probe, unlearn
+from pyunlearn.training.unlearn import UnlearnData, Unlearned, check_model, make_probe, memorise, unlearn
 
 from ..runs.test_run import press_at
 
@@ -21,6 +23,17 @@ STEPS = {"learning_rate": 1e-3, "batch_size": 4, "max_steps": 4, "scheduler": "c
 @pytest.fixture
 def data(tiny):
     return UnlearnData(tiny.world.forget, tiny.world.retain, list(tiny.world.refusals))
+
+
+def test_refusals_to_the_unknown_are_memorised_too(tiny, data, tmp_path):
+    """Whole, beside the forget set and the retain rows that are asked for."""
+    settings, counts = MemoriseConfig(batch_size=64, epochs=1, retain_limit=2), {}
+    for unknown in ([], list(tiny.world.unknown[:3])):
+        stage = Stage(TrainingFolder(tmp_path / str(len(unknown))))
+        memorise(stage, settings, tiny.model(), tiny.tokenizer, replace(data, unknown=unknown))
+        (counts[len(unknown)],) = (row["retain.gd/count"] for row in read_metrics(stage.folder.metrics))
+    rows = QADataset(list(tiny.world.unknown[:3]), tiny.tokenizer, 256)
+    assert counts[3] - counts[0] == sum(int((rows[i]["labels"] != -100).sum()) for i in range(3)) > 0
 
 
 def test_a_recipe_by_name(tiny, data, tmp_path):
