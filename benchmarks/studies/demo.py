@@ -16,6 +16,7 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +266,7 @@ def measure_all(start: Start, names: Sequence[str], store: Store) -> dict[str, F
     for name in names:
         settings = UnlearnConfig.model_validate(RECIPES[name])
         identity = {"start": start.identity, "unlearn": settings.model_dump(mode="json")}
-        results[name] = store.compute(name, identity, lambda settings=settings: unlearned(start, settings))
+        results[name] = store.compute(name, identity, partial(unlearned, start, settings))
         print(f"seed {start.seed}: {name}", flush=True)
     for found in results.values():
         found |= {f"{role} kept": found[f"{role} probability"] / before[f"{role} probability"] for role in ROLES}
