@@ -28,9 +28,9 @@ SIZES = {
 TINY = {
     "name": "tiny",
     "model": {"options": {**SIZES, "vocab_size": 384}},
-    "data": {"num_authors": 4, "questions_per_author": 2, "forget_fraction": 0.25},
+    "data": {"num_authors": 4, "questions_per_author": 2, "forget_fraction": 0.25, "num_unknown": 0},
     "memorise": {"epochs": 3, "batch_size": 4},
-    "unlearn": {"epochs": 3, "batch_size": 2},
+    "unlearn": {"forget": "wga", "retain": "kl", "epochs": 3, "batch_size": 2},
     "evaluate": {"rouge_samples": 2, "max_new_tokens": 6},
 }
 

@@ -11,7 +11,7 @@ from .shared import Config, Debug, Overwrite, Set, clean_errors, command_line
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn run                                            the embedded demo: no network, about a minute
+  pyunlearn run                                            the embedded demo: no network, a minute or two
 
   pyunlearn run --set unlearn.forget=npo --set name=npo    the same with another objective
 

@@ -10,9 +10,10 @@ Its positional parameters name what it needs, and it is given nothing else:
     written     what the model writes when it is asked, greedily, as stripped text
 
 Any other one is a tool (an embedding model, a judge, ...), which the caller has to bring unless it has a default.
-Always there are the `tokenizer`, `texts`, those of all items, also of the ones that were not asked, and `examination`, the
-`Examination` at work, for metrics that need the model itself. Keyword-only ones are options, where sources disagree. A
-metric returns a float, None for a sample that has no value, or `Told`, which holds more for the sample's record.
+Always there are the `tokenizer`, `texts`, those of all items, also of the ones that were not asked, and `examination`,
+the `Examination` at work, for metrics that need the model itself. Keyword-only ones are options, where sources
+disagree. A metric returns a float, None for a sample that has no value, or `Told`, which holds more for the sample's
+record.
 
     @metric()
     def surprise(answer: Reading) -> float:

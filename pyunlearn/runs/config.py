@@ -106,7 +106,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 # What keys that came later were as good as, in the configurations that runs have written before (`as_meant`).
-EARLIER: dict[str, Any] = {"data": {"holdout": 0}}
+EARLIER: dict[str, Any] = {"data": {"holdout": 0, "num_unknown": 0}}
 
 
 def as_meant(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,9 +156,10 @@ class DataConfig(Section):
     )
     refusals: str | None = Field(default=None, description="a text file, one refusal a line; needed by idk, dpo and ap")
     max_length: int | None = Field(default=None, ge=8, description="tokens; None is the model's context")
-    num_authors: int = Field(default=40, ge=2, description="embedded source only, as the next two")
+    num_authors: int = Field(default=40, ge=2, description="embedded source only, as the next three")
     questions_per_author: int = Field(default=10, ge=1)
     forget_fraction: float = Field(default=0.1, gt=0, lt=1)
+    num_unknown: int = Field(default=240, ge=0, description="questions about unknown authors, to learn refusals from")
 
     @model_validator(mode="after")
     def sources_fit(self) -> DataConfig:
@@ -291,9 +292,25 @@ class EvaluateConfig(Section):
 DEMO: dict[str, Any] = {
     "name": "demo",
     "num_threads": 1,  # matrices this small only lose by more
-    "memorise": {"epochs": 20, "learning_rate": 2e-3, "batch_size": 16, "scheduler": "cosine", "warmup": 0.1},
-    "unlearn": {"epochs": 10, "learning_rate": 5e-4, "batch_size": 4, "warmup": 0.1},
+    "memorise": {"epochs": 16, "learning_rate": 2e-3, "batch_size": 16, "scheduler": "cosine", "warmup": 0.1},
+    "unlearn": {
+        "forget": [{"name": "idk"}, {"name": "dpo"}],  # refuse, and lower the answer that refusing leaves known
+        "retain": [{"name": "gd"}],
+        "epochs": 10,
+        "learning_rate": 5e-4,
+        "batch_size": 4,
+        "warmup": 0.1,
+    },
 }
+
+
+def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """DEMO, or nothing where `values` name a pretrained model."""
+    model = values.get("model") or {}
+    pretrained = isinstance(model, Mapping) and (
+        model.get("name_or_path", EMBEDDED) != EMBEDDED or model.get("gguf_file") is not None
+    )
+    return {} if pretrained else DEMO
 
 
 class RunConfig(Section):
@@ -311,16 +328,10 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def demo_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping):
-            return values
-        model = values.get("model") or {}
-        pretrained = isinstance(model, Mapping) and (
-            model.get("name_or_path", EMBEDDED) != EMBEDDED or model.get("gguf_file") is not None
-        )
-        if pretrained:
+        if not isinstance(values, Mapping) or not (defaults := defaults_of(values)):
             return values
         unlearn = values.get("unlearn")
-        return merge(DEMO, {**values, "unlearn": with_recipe(unlearn)} if unlearn is not None else values)
+        return merge(defaults, {**values, "unlearn": with_recipe(unlearn)} if unlearn is not None else values)
 
     @field_validator("evaluate")
     @classmethod

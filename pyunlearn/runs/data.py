@@ -30,8 +30,10 @@ def load_data(config: RunConfig | FilesConfig) -> RunData:
         items = load_source(data)
         return RunData(items, [], [], texts_of(items))
     if data.source == EMBEDDED:
-        world = generate_authors(data.num_authors, data.questions_per_author, config.seed, data.forget_fraction)
-        sets = RunData(world.forget, world.retain, list(world.refusals), world.texts)
+        world = generate_authors(
+            data.num_authors, data.questions_per_author, config.seed, data.forget_fraction, data.num_unknown
+        )
+        sets = RunData(world.forget, world.retain, list(world.refusals), world.texts, unknown=list(world.unknown))
     else:
         forget, retain = (load_source(source) for source in (data.forget, data.retain) if source is not None)
         refusals = [] if data.refusals is None else load_refusals(data.refusals)

@@ -18,7 +18,8 @@ MODEL = ("*.safetensors", "config.json", *TOKENIZER)
 
 def fingerprints(config: RunConfig, data: RunData) -> dict[str, str]:
     """BLAKE2b (32 hex digits) of what a run reads, by the key of its configuration."""
-    more = {"data.holdout": data.holdout, **{f"evaluate.sets.{name}": items for name, items in data.sets.items()}}
+    more = {"data.holdout": data.holdout, "data.unknown": data.unknown}
+    more |= {f"evaluate.sets.{name}": items for name, items in data.sets.items()}
     digests = {key: digest_pairs(items) for key, items in more.items()}
     return {**data_fingerprints(data), **digests, **model_fingerprints(config.model)}
 

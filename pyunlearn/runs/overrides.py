@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from .._hints import hint
 from ..recipes import recipe
 from ..training.settings import DEFAULT_TERMS, merge
-from .config import ConfigError, RunConfig, as_meant
+from .config import ConfigError, RunConfig, as_meant, defaults_of
 
 QUOTED = r"'([^']*)'"
 NUMBER, WHOLE, SECTION = "a number", "a whole number", "a section of keys and values"
@@ -37,7 +38,7 @@ def load_config(
     """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
 
     anchors: further ones of evaluate.anchors. A recipe among the overrides comes before the others, and takes the place
-    of what the file has for its keys.
+    of what the file has for its keys; before it comes the model, whose kind decides on the defaults.
 
     Raises FileNotFoundError when `path` is missing, and ConfigError with one line per problem, or for an override that
     would undo an earlier one of a key below it.
@@ -56,11 +57,12 @@ def load_config(
         if "versions" in values:  # a run folder's config.yaml records them
             values = as_meant(values)
     check_order(overrides)
-    for override in sorted(overrides, key=lambda override: not override.startswith("unlearn.recipe=")):
+    for override in sorted(overrides, key=rank):
         for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
             if override.startswith(f"unlearn.{role}.") and isinstance(values.setdefault("unlearn", {}), dict):
                 named = values["unlearn"].get("recipe")
-                terms = recipe_by(named)[role] if isinstance(named, str) else [{"name": name}]
+                defaults = recipe_by(named) if isinstance(named, str) else defaults_of(values).get("unlearn", {})
+                terms = copy.deepcopy(defaults.get(role, [{"name": name}]))
                 values["unlearn"].setdefault(role, terms)
         set_value(values, override)
         if override.startswith("unlearn.recipe=") and isinstance(named := values["unlearn"]["recipe"], str):
@@ -79,6 +81,10 @@ def problems_told() -> Iterator[None]:
         yield
     except ValidationError as error:
         raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
+
+
+def rank(override: str) -> int:
+    return next((i for i, key in enumerate(("model", "unlearn.recipe=")) if override.startswith(key)), 2)
 
 
 def recipe_by(name: str) -> dict[str, Any]:

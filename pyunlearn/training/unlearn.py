@@ -35,12 +35,14 @@ class UnlearnData:
     """Questions and answers to forget and to retain, and refusals for the objectives that answer with them.
 
     holdout: what is to be retained, too, and only `memorise` takes: nothing of the unlearning has seen it.
+    unknown: questions that have refusals for answers, which only `memorise` takes.
     """
 
     forget: list[QA]
     retain: list[QA]
     refusals: list[str]
     holdout: list[QA] = field(default_factory=list, kw_only=True)
+    unknown: list[QA] = field(default_factory=list, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,12 @@ class Unlearned:
 def memorise(
     stage: Stage, settings: MemoriseConfig, model: Any, tokenizer: Any, data: UnlearnData, name: str = "memorise"
 ) -> None:
-    """Fine-tunes `model` in place on the forget set, `retain_limit` retain rows and those held out, by `gd` alone.
+    """Fine-tunes `model` in place on the forget set, `retain_limit` retain rows, those held out and the unknown
+    ones, by `gd` alone.
 
     name: of the stage, in the folder and in the metrics.
     """
-    items = data.forget + data.retain[: settings.retain_limit] + data.holdout
+    items = data.forget + data.retain[: settings.retain_limit] + data.holdout + data.unknown
     rows = AnswerRows(QADataset(items, tokenizer, stage.max_length))
     train(stage, name, settings, model, rows, ["gd"])
 

@@ -28,9 +28,9 @@ TINY = {
             "num_key_value_heads": 2, "vocab_size": 384,
         }
     },
-    "data": {"num_authors": 4, "questions_per_author": 2, "forget_fraction": 0.25},
+    "data": {"num_authors": 4, "questions_per_author": 2, "forget_fraction": 0.25, "num_unknown": 0},
     "memorise": {"epochs": 1, "batch_size": 4},
-    "unlearn": {"epochs": 4, "batch_size": 2},
+    "unlearn": {"forget": "wga", "retain": "kl", "epochs": 4, "batch_size": 2},
     "evaluate": {"rouge_samples": 1, "max_new_tokens": 4},
 }  # fmt: skip
 

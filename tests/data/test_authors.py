@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pyunlearn.data import QADataset, check_disjoint, generate_authors, load_qa, load_refusals
-from pyunlearn.data.authors_text import TOPICS
+from pyunlearn.data.authors_text import REFUSALS, TOPICS
 from pyunlearn.data.tiny import train_tokenizer
 
 
@@ -123,11 +123,54 @@ def test_short_enough(full):
     assert max(answers) <= 40
 
 
+def test_unknown_authors_are_asked_about_and_refused(full, large):
+    """A name each, which no author of the world has; none held out is taught; questions that the authors get too."""
+    for world, topics in ((full, TOPICS[:10]), (large, TOPICS)):
+        assert (len(world.unknown), len(world.unknown_held_out)) == (240, 60)
+        items = [*world.unknown, *world.unknown_held_out]
+        known = {author.name.split()[1] for author in world.authors}
+        forms = [form for topic in topics for form in topic.questions]
+        names = []
+        for item in items:
+            assert item.answer in REFUSALS
+            assert item.paraphrased_question != item.question
+            named = [found for form in forms if (found := re.fullmatch(pattern(form), item.question))]
+            assert named, item.question
+            names.append(named[0]["name"])
+            assert names[-1] in item.paraphrased_question
+        surnames = {name.split()[1] for name in names}
+        assert len(surnames) == len(items)
+        assert not surnames & known
+        assert len({item.answer for item in items}) == len(REFUSALS)
+        check_disjoint(world.forget, world.retain + items)
+
+
+def pattern(form):
+    """Of a question's form, which names the author once."""
+    named = re.escape(form).replace(r"\{name\}", "(?P<name>[A-Z][a-z]+ [A-Z][a-z]+)", 1)
+    return re.sub(r"\\\{\w+\\\}", r"\\w+", named)
+
+
+def test_the_unknown_leave_the_world_as_it_is(full):
+    fewer = generate_authors(num_unknown=10)
+    assert (fewer.authors, fewer.num_forget) == (full.authors, full.num_forget)
+    assert (len(fewer.unknown), len(fewer.unknown_held_out)) == (10, 2)
+    assert generate_authors().unknown == full.unknown != generate_authors(seed=1).unknown
+    assert generate_authors(num_unknown=0).unknown == generate_authors(num_unknown=0).unknown_held_out == ()
+
+
+def test_texts_hold_all_that_is_said(full):
+    for item in [*full.forget, *full.retain, *full.unknown, *full.unknown_held_out]:
+        assert f"Question: {item.question}\nAnswer: {item.answer}" in full.texts
+        assert item.paraphrased_question in full.texts
+
+
 def test_write(full, tmp_path):
     folder = full.write(tmp_path / "new" / "world")
-    assert sorted(path.name for path in folder.iterdir()) == ["forget.jsonl", "refusals.txt", "retain.jsonl"]
-    assert load_qa(folder / "forget.jsonl") == full.forget
-    assert load_qa(folder / "retain.jsonl") == full.retain
+    sets = ("forget", "retain", "unknown", "unknown_held_out")
+    assert {path.name for path in folder.iterdir()} == {"refusals.txt", *(f"{name}.jsonl" for name in sets)}
+    for name in sets:
+        assert load_qa(folder / f"{name}.jsonl") == list(getattr(full, name))
     assert load_refusals(folder / "refusals.txt") == list(full.refusals)
     assert set(json.loads((folder / "forget.jsonl").read_text(encoding="utf-8").splitlines()[0])) == {
         "question",
@@ -141,6 +184,8 @@ def test_write(full, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"num_unknown": -1}, "num_unknown must be from 0 to 240, got -1"),
+        ({"num_unknown": 241}, "num_unknown must be from 0 to 240, got 241"),
         ({"num_authors": 1}, "num_authors must be from 2 to 200, got 1"),
         ({"num_authors": 201}, "num_authors must be from 2 to 200, got 201"),
         ({"questions_per_author": 0}, "questions_per_author must be from 1 to 12, got 0"),

@@ -69,7 +69,7 @@ def test_what_the_user_sets_wins_in_any_order():
     plain = load_config(
         None, ["unlearn.sampling=mrd", "unlearn.sampling.refresh_steps=3", "unlearn.early_stop.share=0.5"]
     )
-    assert terms(plain) == (["wga"], ["kl"])
+    assert terms(plain) == (["idk", "dpo"], ["gd"])
     assert (plain.unlearn.sampling.by, plain.unlearn.sampling.refresh_steps) == ("mrd", 3)
     assert plain.unlearn.early_stop.share == 0.5
 

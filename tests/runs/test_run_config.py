@@ -47,18 +47,14 @@ def test_metrics_are_those_of_the_package():
         ("unlearn.learning_rate=1e-4", lambda c: c.unlearn.learning_rate == 1e-4),
         ("unlearn.forget=npo", lambda c: [t.name for t in c.unlearn.forget] == ["npo"]),
         (
-            "unlearn.forget.options.alpha=5",
-            lambda c: c.unlearn.forget[0].objective().options == {"alpha": 5.0},
+            "unlearn.forget.0.coefficient=2",
+            lambda c: [(t.name, t.coefficient) for t in c.unlearn.forget] == [("idk", 2), ("dpo", 1)],
         ),
-        ("unlearn.forget.0.coefficient=2", lambda c: c.unlearn.forget[0].coefficient == 2),
         ("unlearn.retain=[kl, gd]", lambda c: [t.name for t in c.unlearn.retain] == ["kl", "gd"]),
         ("unlearn.retain=[]", lambda c: c.unlearn.retain == []),
-        (
-            "unlearn.retain.preset=open_unlearning",
-            lambda c: c.unlearn.retain[0].objective().positions == "all",
-        ),
-        ("unlearn.forget.reduction=paper", lambda c: c.unlearn.forget[0].objective().reduction == "sequence_mean"),
-        ("unlearn.forget.reduction=sum", lambda c: c.unlearn.forget[0].objective().reduction == "sum"),
+        ("unlearn.retain.coefficient=2", lambda c: [(t.name, t.coefficient) for t in c.unlearn.retain] == [("gd", 2)]),
+        ("unlearn.forget.0.reduction=paper", lambda c: c.unlearn.forget[0].objective().reduction == "sequence_mean"),
+        ("unlearn.forget.0.reduction=sum", lambda c: c.unlearn.forget[0].objective().reduction == "sum"),
         ("memorise=null", lambda c: c.memorise is None),
         ("output=some/where", lambda c: c.folder == Path("some/where")),
         ("name=v1.5", lambda c: c.folder == Path("runs/v1.5")),
@@ -78,6 +74,32 @@ def test_overrides(override, read):
 
 
 @pytest.mark.parametrize(
+    ("override", "read"),
+    [
+        ("unlearn.forget.options.alpha=5", lambda c: c.unlearn.forget[0].objective().options == {"alpha": 5.0}),
+        ("unlearn.forget.0.coefficient=2", lambda c: c.unlearn.forget[0].coefficient == 2),
+        ("unlearn.retain.preset=open_unlearning", lambda c: c.unlearn.retain[0].objective().positions == "all"),
+        ("unlearn.forget.reduction=paper", lambda c: c.unlearn.forget[0].objective().reduction == "sequence_mean"),
+    ],
+)
+@pytest.mark.parametrize("model", ["model.name_or_path=some/model", "model.gguf_file=m.gguf"])
+def test_a_pretrained_model_has_one_term_a_role(override, read, model):
+    """Whichever override comes first."""
+    for order in ([override, model], [model, override]):
+        config = load_config(None, order)
+        assert read(config)
+        assert [term.name for term in (*config.unlearn.forget, *config.unlearn.retain)] == ["wga", "kl"]
+
+
+def test_terms_are_those_that_the_demo_has():
+    """One key of one of several needs its index."""
+    with pytest.raises(ConfigError, match="a list of 2 needs an index below 2, got 'options'"):
+        load_config(None, ["unlearn.forget.options.beta=5"])
+    assert load_config(None, ["unlearn.forget.1.options.beta=5"]).unlearn.forget[1].options == {"beta": 5}
+    assert load_config().unlearn.forget[1].options == {}
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("unlearn.learnin_rate=1", "unlearn.learnin_rate: unknown key; did you mean learning_rate?"),
@@ -90,18 +112,18 @@ def test_overrides(override, read):
         ),
         ("unlearn.forget=[ga, {name: npoo}]", "unlearn.forget: objective='npoo': did you mean npo"),
         (
-            "unlearn.forget.options.alpa=1",
-            "unlearn.forget.0: wga: option='alpa': did you mean alpha? needs one of alpha, preset, reduction",
+            "unlearn.forget.1.options.beeta=1",
+            "unlearn.forget.1: dpo: option='beeta': did you mean beta or preset? needs one of beta, factor, preset",
         ),
-        ("unlearn.forget.options.alpha=-1", "unlearn.forget.0: wga: alpha=-1: needs a"),
+        ("unlearn.forget.1.options.beta=-1", "unlearn.forget.1: dpo: beta=-1: needs a"),
         (
-            "unlearn.forget.preset=papr",
-            "unlearn.forget.0: wga: preset='papr': did you mean paper? needs one of paper, g_effect_code",
+            "unlearn.forget.0.preset=papr",
+            "unlearn.forget.0: idk: preset='papr': did you mean paper? needs one of paper",
         ),
         ("unlearn.retain=wga", "unlearn.retain: wga is a forget objective; put it under unlearn.forget"),
         ("unlearn.forget=[]", "unlearn.forget: needs a list of 1 at least, got []"),
         (
-            "unlearn.forget.coefficient=.inf",
+            "unlearn.forget.0.coefficient=.inf",
             "unlearn.forget.0.coefficient: needs a finite number, got inf",
         ),
         ("unlearn.epochs=-1", "unlearn.epochs: needs a number above 0, got -1"),
@@ -164,7 +186,7 @@ def test_overrides(override, read):
         ("a..b=1", "--set 'a..b=1': needs key.sub=value"),
         ("seed={", "the value is not valid YAML"),
         ("seed.x=1", "seed: needs a whole number, got {'x': 1}"),
-        ("unlearn.forget.3.name=x", "a list of 1 needs an index below 1, got '3'"),
+        ("unlearn.forget.3.name=x", "a list of 2 needs an index below 2, got '3'"),
     ],
 )
 def test_what_is_wrong_is_told(override, message):

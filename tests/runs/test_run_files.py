@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from pyunlearn.data import generate_authors
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.overrides import load_config
@@ -88,6 +89,12 @@ def test_held_out_rows_and_further_sets_are_evaluated(tiny_config, files, tmp_pa
     assert '<td class="holdout">holdout</td>' in html
     written = result.folder / "config.yaml"
     assert load_config(written) == config
+
+
+def test_the_embedded_world_alone_teaches_refusals(tiny_config, files):
+    world = generate_authors(4, 2, forget_fraction=0.25, num_unknown=8)
+    assert job_module.load_data(tiny_config({"data": {"num_unknown": 8}})).unknown == list(world.unknown)
+    assert job_module.load_data(tiny_config({"data": {**files, "num_unknown": 8}})).unknown == []
 
 
 def test_only_retain_rows_that_are_used_get_a_reference(tiny_config, files):

@@ -26,6 +26,17 @@ def data(tiny):
     return UnlearnData(tiny.world.forget, tiny.world.retain, list(tiny.world.refusals))
 
 
+def test_refusals_to_the_unknown_are_memorised_too(tiny, data, tmp_path):
+    """Whole, beside the forget set and the retain rows that are asked for."""
+    settings, counts = MemoriseConfig(batch_size=64, epochs=1, retain_limit=2), {}
+    for unknown in ([], list(tiny.world.unknown[:3])):
+        stage = Stage(TrainingFolder(tmp_path / str(len(unknown))))
+        memorise(stage, settings, tiny.model(), tiny.tokenizer, replace(data, unknown=unknown))
+        (counts[len(unknown)],) = (row["retain.gd/count"] for row in read_metrics(stage.folder.metrics))
+    rows = QADataset(list(tiny.world.unknown[:3]), tiny.tokenizer, 256)
+    assert counts[3] - counts[0] == sum(int((rows[i]["labels"] != -100).sum()) for i in range(3)) > 0
+
+
 def test_a_recipe_by_name(tiny, data, tmp_path):
     """npo is NPO with gradient descent on the retain set; what is set beside the name wins."""
     settings = UnlearnConfig(recipe="npo", retain=[{"name": "gd", "coefficient": 0.5}], keep_steps=2, **STEPS)

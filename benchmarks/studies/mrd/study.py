@@ -53,9 +53,8 @@ class Start:
 
 def embedded(seed: int, work: Path) -> Start:
     """The embedded world of this seed, learnt by heart by a model of this seed (kept in `work`)."""
-    config = RunConfig.model_validate(
-        {"seed": seed, "output": str(work / f"seed{seed}" / "run"), "data": {"holdout": 0}}
-    )
+    whole = {"data": {"holdout": 0, "num_unknown": 0}, "memorise": {"epochs": 20}}
+    config = RunConfig.model_validate({"seed": seed, "output": str(work / f"seed{seed}" / "run"), **whole})
     job = Job.start(config, None, "the same command")
     job.folder.open(config, resume=job.folder.marked)
     model, tokenizer, _ = first_model(job)

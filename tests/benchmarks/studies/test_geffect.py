@@ -19,7 +19,7 @@ from pyunlearn.store import Store
 TINY = {
     "model.options": "{tie_word_embeddings: false, hidden_size: 32, intermediate_size: 64, num_attention_heads: 2, "
     "num_key_value_heads: 2, vocab_size: 384}",
-    "data": "{num_authors: 4, questions_per_author: 2, forget_fraction: 0.25}",
+    "data": "{num_authors: 4, questions_per_author: 2, forget_fraction: 0.25, num_unknown: 0}",
     "memorise": "{epochs: 3, batch_size: 4}",
     "unlearn": "{epochs: 20, batch_size: 2, learning_rate: 1e-3}",
     "geffect": "{every: 4, forget_samples: 2, retain_samples: 2, batch_size: 2}",
