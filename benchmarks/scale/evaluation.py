@@ -52,9 +52,8 @@ def load(args: argparse.Namespace) -> tuple[Any, Any, dict[str, list[QA]], str]:
         ]
         tokenizer = train_tokenizer(texts, vocab_size=400)
         return tiny_llama(tokenizer).to(args.device), tokenizer, sets, "toy"
-    path = Path(args.model)
-    of = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
-    model, tokenizer = load_model(str(path.parent if of else path), **of)
+    path, gguf = Path(args.model), Path(args.model).suffix == ".gguf"
+    model, tokenizer = load_model(str(path.parent), gguf_file=path.name) if gguf else load_model(str(path))
     sets = {name: load_qa(args.data, name=f"{file}_perturbed", limit=args.samples) for name, file in FILES.items()}
     return model.to(args.device), tokenizer, sets, path.stem
 
