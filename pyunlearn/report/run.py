@@ -79,13 +79,17 @@ def curves_figure(curves: Mapping[int, Means]) -> Markup:
     figure = panels(metrics)
     for axes, metric in zip(figure.axes, metrics, strict=True):
         others = cycle(OTHER_LINES)
+        drawn: list[float] = []
         for name, means in first.items():
             dash, marker = (DASHES[name], MARKERS[name]) if name in DASHES else next(others)
             if metric in means:
                 values = [at[name][metric] for at in curves.values()]
                 look: dict[str, Any] = {"color": COLOURS.get(name, OTHER), "linestyle": dash, "marker": marker}
                 axes.plot(list(curves), values, label=name, markersize=4, **look)
-        axes.set(xlabel="optimiser step", ylim=(-0.04, 1.04))
+                drawn += values
+        axes.set(xlabel="optimiser step")
+        if all(0 <= value <= 1 for value in drawn):
+            axes.set(ylim=(-0.04, 1.04))
         axes.set_title(metric.replace("_", " "))
     figure.axes[0].legend(frameon=False, fontsize=8)
     return to_panels(figure, "metrics on the way")

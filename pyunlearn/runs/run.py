@@ -161,7 +161,7 @@ def finish(job: Job[RunConfig]) -> RunResult:
 
 def tell(job: Job[RunConfig], result: RunResult) -> None:
     """The table, the goals, and what to try next."""
-    table = Table("set", "metric", title="before and after", title_justify="left")
+    table = Table("set", "metric", title="before and after", title_justify="left", collapse_padding=True)
     for column in columns(result.table):
         table.add_column(column, justify="right")
     for row, following in zip(result.table, [*result.table[1:], None], strict=True):

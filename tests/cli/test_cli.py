@@ -61,7 +61,7 @@ def test_version_and_help(call):
         assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
     code, text, _ = call("run", "--help")
     assert code == 0
-    for word in ("--set", "--resume", "--overwrite", "Examples", "pyunlearn run --resume"):
+    for word in ("--set", "--resume", "--overwrite", "--retrain", "Examples", "pyunlearn run --resume"):
         assert word in text
 
 
@@ -92,6 +92,7 @@ def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
     assert "forget probability" in text
     assert "runs/tiny/report.html" in text
     assert text.count("  pyunlearn ") == 4  # what to try next
+    assert "  pyunlearn run tiny.yaml --retrain --resume " in text
     assert call("run", "tiny.yaml", "--set", "evaluate.goal=null", "--set", "name=unasked")[0] == 0
     data = tmp_path / "questions.jsonl"
     data.write_text((tmp_path / "runs/tiny/evaluation/after-forget.jsonl").read_text())

@@ -121,7 +121,7 @@ def test_router_logits_are_for_training(tokenizer, name):
     assert model.config.output_router_logits
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_logits_that_are_not_finite_name_their_prompts(tokenizer, value):
     model = make("gpt2")
     with torch.no_grad():
