@@ -9,7 +9,7 @@ from .._hints import check_known
 from ..data import QA
 from .encoders import Classifier, Embedder
 from .generation import rouge_l_recall
-from .metric import metric
+from .metric import CannotMeasure, metric
 
 Against = Literal["answer", "before"]
 Premise = Literal["written", "answer"]
@@ -32,11 +32,12 @@ def cosine_similarity(
     what the model wrote before unlearning, as for real authors and world facts: the tool `before`, question -> text.
     A sample whose question is not in it has no value.
 
-    Raises ValueError for against="before" without that tool.
+    Raises CannotMeasure for against="before" without that tool.
     """
     check_known("against", against, get_args(Against))
     if against == "before" and before is None:
-        raise ValueError("against='before': needs the tool before, what the model wrote before unlearning, by question")
+        why = "against='before': needs the tool before, what the model wrote before unlearning, by question"
+        raise CannotMeasure(f"metric 'cosine_similarity': {why}")
     wanted = [each.answer if against == "answer" else (before or {}).get(each.question) for each in item]
     there = [i for i, text in enumerate(wanted) if text is not None]
     both = embedder([written[i] for i in there] + [str(wanted[i]) for i in there])

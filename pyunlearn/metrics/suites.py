@@ -236,15 +236,17 @@ def closer_look() -> tuple[Measure, ...]:
     for prefix, name in {"forget": "forget", **PREFIXES}.items():
         reduction = "closer_to_1_worse" if name == "forget" else "true_better"
         p = "probability_w_options" if prefix in ("ra", "wf") else "probability"
-        for letters, metric, reduced in (
-            ("R", "rouge_l", "mean"),
-            ("P", p, "mean"),
-            ("TR", "truth_ratio", reduction),
-            ("TE", "token_entropy", "mean"),
-            ("CS", "cosine_similarity", "mean"),
-            ("ES", "entailment_score", "mean"),
+        against = {"against": "before" if prefix in ("ra", "wf") else "answer"}
+        premise = {"premise": "written" if name == "forget" else "answer"}
+        for letters, metric, options, reduced in (
+            ("R", "rouge_l", {}, "mean"),
+            ("P", p, {}, "mean"),
+            ("TR", "truth_ratio", {}, reduction),
+            ("TE", "token_entropy", {}, "mean"),
+            ("CS", "cosine_similarity", against, "mean"),
+            ("ES", "entailment_score", premise, "mean"),
         ):
-            lines.append(Measure(f"{prefix}_{letters}", metric, name, {}, reduced, source="Yuan et al."))
+            lines.append(Measure(f"{prefix}_{letters}", metric, name, options, reduced, source="Yuan et al."))
     return tuple(lines)
 
 
@@ -252,7 +254,7 @@ MEM = ("extraction_strength", "exact_memorization", "forget_Q_A_PARA_Prob", "for
 CLOSER_UTILITY = [f"{prefix}_{letters}" for prefix in PREFIXES for letters in ("R", "P", "TR", "TE", "CS", "ES")]
 CLOSER_EFFICACY = [f"forget_{letters}" for letters in ("R", "P", "TR", "CS", "ES")]
 MIA = Measure("forget_MIA", "min_k", "forget", {"k": 0.4}, "auc_forgotten", ("real_authors", "world_facts"), "SOUL")
-FLUENCY = Measure("forget_Q_A_gibberish", "fluency")
+FLUENCY = Measure("forget_fluency", "fluency")
 MIN_K = attack("mia_min_k", "min_k", k=0.4, variant="suffix")
 
 SUITES: dict[str, Suite] = {

@@ -50,7 +50,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
     return to_panels(figure, f"loss of {stage}")
 
 
-def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
+def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Every metric before (open circle) and after (dot), one line each, and of other models by MARKS; a panel a set."""
     metrics, sets = (list(dict.fromkeys(row[key] for row in table)) for key in ("metric", "set"))
     figure = panels(sets, height=0.34 * len(metrics) + 1.1)
@@ -69,7 +69,7 @@ def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Markup:
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.6, len(metrics) - 0.4))
         axes.set_title(name)
         axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in reversed(metrics)])
-    return to_panels(figure, "metrics before and after")
+    return figure
 
 
 def curves_figure(curves: Mapping[int, Means]) -> Markup:
@@ -91,7 +91,7 @@ def curves_figure(curves: Mapping[int, Means]) -> Markup:
         if all(0 <= value <= 1 for value in drawn):
             axes.set(ylim=(-0.04, 1.04))
         axes.set_title(metric.replace("_", " "))
-    figure.axes[0].legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8)
     return to_panels(figure, "metrics on the way")
 
 
@@ -147,7 +147,7 @@ def render_report(
     with matplotlib.rc_context(STYLE):
         figures = {
             "losses": {stage: loss_figure(metrics, stage) for stage in stages},
-            "metrics_svg": metrics_figure(table),
+            "metrics_svg": to_panels(metrics_figure(table), "metrics before and after"),
             "curves_svg": curves_figure(curves) if curves else None,
             "probability_svg": probability_figure(before, after),
         }
