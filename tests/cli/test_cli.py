@@ -253,7 +253,7 @@ def test_as_a_module(module):
         (["score", "--limit", "3"], "needs --model and --data"),
         (["geffect", "--run", "nowhere"], "--run nowhere: no such folder"),
         (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
-        (["run", "--set", "geffect.every=0"], "geffect.every: Input should be greater than or equal to 1, got 0"),
+        (["run", "--set", "geffect.every=0"], "geffect.every: needs 1 at least, got 0"),
         (["run", "--set", "geffect.evry=1"], "did you mean every?"),
         (
             ["score", "tiny.yaml", "--estimator", "newton"],
