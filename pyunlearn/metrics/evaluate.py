@@ -156,16 +156,22 @@ class Examination:
             values[i] = result.value if isinstance(result, Told) else result
         return values
 
+    def reader(self) -> CausalLM:
+        """The model. Raises ValueError where there is none."""
+        if self.lm is None:
+            raise ValueError("needs a model; an endpoint alone writes answers, and reads none")
+        return self.lm
+
     def rows(self, items: Sequence[QA], answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """input_ids and labels of each item and its answer, or the one given."""
-        limit = self._reader().context_length if self.max_length is None else self.max_length
+        limit = self.reader().context_length if self.max_length is None else self.max_length
         dataset = QADataset(items, self.tokenizer, limit, answers=answers)
         return [dataset[i] for i in range(len(dataset))]
 
     def _write(self, questions: Sequence[str]) -> list[str]:
         prompt = PromptFormat(self.tokenizer)
         return greedy_generate(
-            self._reader(),
+            self.reader(),
             self.tokenizer,
             [prompt.prompt_ids(question) for question in questions],
             max_new_tokens=self.max_new_tokens,
@@ -184,16 +190,11 @@ class Examination:
             texts = writer.complete([prompt.prompt(question) for question in questions], max_tokens=limit)
         return [text.strip() for text in texts]
 
-    def _reader(self) -> CausalLM:
-        if self.lm is None:
-            raise ValueError("needs a model; an endpoint alone writes answers, and reads none")
-        return self.lm
-
     def _read(self, texts: Sequence[Sequence[str]]) -> list[tuple[Reading, ...]]:
         """Of each item, the readings of its texts, which all go through in the same batches."""
         owners = [item for item, own in zip(self.items, texts, strict=True) for _ in own]
         readings = read_rows(
-            self._reader(),
+            self.reader(),
             self.rows(owners, [text for own in texts for text in own]),
             outputs=self.outputs,
             batch_size=self.batch_size,

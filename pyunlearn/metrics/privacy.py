@@ -142,7 +142,7 @@ def gradient_norms(examination: Examination, items: Sequence[QA], variant: Varia
     each answer's last token out. Raises CannotMeasure that names a parameter for which there is no rule, or an answer
     of one token that is left out.
     """
-    lm, rows = examination.lm, [dict(row) for row in examination.rows(items)]
+    lm, rows = examination.reader(), [dict(row) for row in examination.rows(items)]
     for i, row in enumerate(rows):
         if variant == "open_unlearning":
             row["labels"] = row["labels"].clone()
@@ -158,13 +158,13 @@ def gradient_norms(examination: Examination, items: Sequence[QA], variant: Varia
         return {"gradient norms": dataset_fingerprint([rows[i] for i in batch])}
 
     batches = length_batches([len(row["labels"]) for row in rows], examination.batch_size)
-    found: dict[int, float] = {}
+    norms_of: dict[int, float] = {}
     with eval_mode(lm.given):
         kept = examination.kept or Kept(None, lm)
         finished = kept.finish(batches, norms, identity, "gradient norms", examination.progress)
     for batch, values in finished:
-        found.update(zip(batch, values, strict=True))
-    return [found[i] for i in range(len(rows))]
+        norms_of.update(zip(batch, values, strict=True))
+    return [norms_of[i] for i in range(len(rows))]
 
 
 def batch_norms(lm: CausalLM, batch: Mapping[str, Tensor]) -> list[float]:

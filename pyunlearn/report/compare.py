@@ -103,7 +103,7 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
     figure.set_figwidth(5.4)
     axes = figure.axes[0]
     for i, group in enumerate(groups):
-        style = {"color": HUES[i % len(HUES)], "label": group.name}
+        style: dict[str, Any] = {"color": HUES[i % len(HUES)], "label": group.name}
         for steps in group.steps:
             way = [means for means in steps.values() if {"forget", utility} <= means.keys()]
             axes.plot(
