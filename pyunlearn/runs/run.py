@@ -129,7 +129,7 @@ def finish(job: Job[RunConfig]) -> RunResult:
     measured = [name for name in ("before", "after", *ANCHORS) if folder.evaluation(f"{name}.json").is_file()]
     moments = {moment: read_summaries(folder, moment, sets) for moment in measured}
     records = {moment: read_records(folder, moment, sets) for moment in ("before", "after")}
-    table = make_table(moments, records["after"])
+    table = make_table(moments, records["before"], records["after"])
     goal = config.evaluate.goal
     goals = [] if goal is None else check_goals(moments["before"], moments["after"], goal)
     verdict = None if goal is None else reach_verdict(moments["before"], goal, goals).as_dict()

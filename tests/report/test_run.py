@@ -13,8 +13,12 @@ BEFORE = {"forget": {"probability": 0.9}, "retain": {"probability": 0.8, "rouge_
 AFTER = {"forget": {"probability": 0.05}, "retain": {"probability": 0.7, "rouge_l": 0.5}}
 
 
-ONE = {"probability": 0.5}
-RECORDS = {"forget": [ONE] * 2, "retain": [{**ONE, "rouge_l": 0.5}, ONE, ONE]}
+def records_of(forget, retain):
+    rows = [{"probability": p} for p in retain]
+    return {"forget": [{"probability": p} for p in forget], "retain": [{**rows[0], "rouge_l": 0.5}, *rows[1:]]}
+
+
+RECORDS = records_of([0.85, 0.95], [0.8, 0.9, 0.7]), records_of([0.0, 0.1], [0.6, 0.85, 0.65])
 
 
 def record(probability, **more):
@@ -22,7 +26,7 @@ def record(probability, **more):
 
 
 def test_the_table():
-    table = make_table({"before": BEFORE, "after": AFTER}, RECORDS)
+    table = make_table({"before": BEFORE, "after": AFTER}, *RECORDS)
     assert [(row["set"], row["metric"], row["before"], row["after"], row["samples"]) for row in table] == [
         ("forget", "probability", 0.9, 0.05, 2),
         ("retain", "probability", 0.8, 0.7, 3),
@@ -32,16 +36,24 @@ def test_the_table():
     assert columns(table) == ["before", "after", "change"]
     lines = table_markdown(table).splitlines()
     assert lines[0] == "| set | metric | before | after | change | samples |"
-    assert lines[3] == "| retain | probability | 0.8000 | 0.7000 | -0.1000 | 3 |"
+    assert table[0]["interval"] == pytest.approx([-0.85, -0.85])  # each sample's change is the same
+    low, high = table[1]["interval"]
+    assert -0.2001 < low < -0.1 < high < -0.0499
+    assert lines[3] == f"| retain | probability | 0.8000 | 0.7000 | -0.1000 [{low:+.3f}, {high:+.3f}] | 3 |"
+    assert table[2]["interval"] is None  # one sample
 
 
 def test_other_models_have_columns_where_they_were_measured():
-    moments = {"before": BEFORE, "after": AFTER, "random": {"forget": {"probability": 0.01}, "retain": ONE}}
-    table = make_table(moments, RECORDS)
+    moments = {
+        "before": BEFORE,
+        "after": AFTER,
+        "random": {"forget": {"probability": 0.01}, "retain": {"probability": 0.5}},
+    }
+    table = make_table(moments, *RECORDS)
     assert columns(table) == ["before", "after", "change", "random"]
     assert [row.get("random") for row in table] == [0.01, 0.5, None]
     lines = table_markdown(table).splitlines()
-    assert lines[2] == "| forget | probability | 0.9000 | 0.0500 | -0.8500 | 0.0100 | 2 |"
+    assert lines[2] == "| forget | probability | 0.9000 | 0.0500 | -0.8500 [-0.850, -0.850] | 0.0100 | 2 |"
     assert lines[4] == "| retain | rouge_l | 0.5000 | 0.5000 | +0.0000 |  | 1 |"
 
 
@@ -75,7 +87,7 @@ def test_what_a_model_or_a_file_says_is_escaped():
     html = render_report(
         config=config,
         config_text="a: <i>",
-        table=make_table({"before": BEFORE, "after": AFTER}, records),
+        table=make_table({"before": BEFORE, "after": AFTER}, records, records),
         goals=(goals := check_goals(BEFORE, AFTER, GoalConfig())),
         verdict=reach_verdict(BEFORE, GoalConfig(), goals).as_dict(),
         command="pyunlearn run --set name='<b>bold</b>'",

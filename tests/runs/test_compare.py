@@ -30,7 +30,10 @@ def finished(tmp_path):
         folder = RunFolder(tmp_path / f"{name}-{seed}")
         folder.open(config)
         after = {"forget": {"probability": forgotten}, "retain": {"probability": kept, "rouge_l": kept}}
-        table = {"table": make_table({"before": BEFORE, "after": after}, {name: [] for name in after}), "goals": []}
+        table = {
+            "table": make_table({"before": BEFORE, "after": after}, *[{name: [] for name in after}] * 2),
+            "goals": [],
+        }
         (folder.path / "table.json").write_text(json.dumps(table))
         (folder.path / "evaluation").mkdir()
         for step, means in steps:
