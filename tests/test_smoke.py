@@ -32,7 +32,7 @@ TINY = {
     "data": {"num_authors": 4, "questions_per_author": 2, "forget_fraction": 0.25, "num_unknown": 0},
     "memorise": {"epochs": 1, "batch_size": 4},
     "unlearn": {"forget": "wga", "retain": "kl", "epochs": 2, "batch_size": 2, "keep_steps": 1},
-    "evaluate": {"rouge_samples": 1, "max_new_tokens": 4},
+    "evaluate": {"rouge_samples": 1, "max_new_tokens": 4, "goal": None},
 }
 BACKENDS = [name for name in backends.serving(torch.device("cpu")) if not backends.unavailable(name)]
 
