@@ -26,3 +26,8 @@ def imports_need_no_collection():
     """A training collects garbage: over all that the libraries have made at import, that took longer than its steps."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_collection_modifyitems(items):
+    """What takes minutes comes first, so that no worker is left alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_install.py")

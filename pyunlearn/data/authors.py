@@ -82,7 +82,7 @@ def generate_authors(
     questions_per_author: int = 10,
     seed: int = 0,
     forget_fraction: float = 0.1,
-    num_unknown: int = 240,
+    num_unknown: int = 0,
 ) -> World:
     """Make a world; the same arguments give the same world everywhere.
 

@@ -238,7 +238,7 @@ def test_as_a_module(module):
         ),
         (
             ["evaluate", "--model", "x", "--data", "one.jsonl", "--metric", "rouge"],
-            "metric='rouge': did you mean rouge_l?",
+            "metric='rouge': did you mean rouge_l or rouge_1?",
         ),
         (
             ["evaluate", "--model", "x", "--data", "one.jsonl", "--metric", "cosine_similarity"],

@@ -66,8 +66,8 @@ def test_figures_of_the_paper(finished, folder):
     html = (folder / "geffect" / "geffect.html").read_text()
     assert "--run &lt;here&gt;" in html
     report = (finished / "report.html").read_text()
-    # a panel an <svg>: total 3, groups 6, terms 2, dynamics 3, scatter 3; a run: losses 4, metrics 2, probabilities 2
-    for page, panels in ((html, 17), (report, 17 + 8)):
+    # a panel an <svg>: total 3, groups 6, terms 2, dynamics 3, scatter 3; a run: losses 4, metrics 3, probabilities 3
+    for page, panels in ((html, 17), (report, 17 + 10)):
         assert page.count("<svg") == page.count("</svg>") == panels
         for word in ("10 times closer", "100 times closer", "shallow", "inverse confidence, log10", "forget.npo",
                      "retaining G-effect", "retain.gd", "2 and 4 fixed samples"):  # fmt: skip

@@ -84,7 +84,7 @@ def test_whole_samples(scored, tmp_path, capsys):
 def test_the_report_stands_alone(scored):
     _, result = scored
     html = result.report.read_text()
-    assert html.count("<svg") == 4
+    assert html.count("<svg") == 11  # 2 of the distribution, 2 of the convergence, sigma, 6 characteristics
     assert not re.search(r"<script|<link|<img|src=|url\((?!#)|@import|href=(?!\"#)", html)
     for title in ("Distribution", "Convergence", "Characteristics", "Hardest to unlearn", "Easiest to unlearn"):
         assert title in html

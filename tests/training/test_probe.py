@@ -300,7 +300,7 @@ def test_a_run_with_probes_is_the_run_without(tiny_config, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     rows = g_effects(probing)
     assert [(row["stage"], row["step"]) for row in rows] == [("unlearn", step) for step in (0, 2, 4, 6)]
-    assert rows[0]["geffect"]["samples"] == {"forget": 1, "retain": 6}
+    assert rows[0]["geffect"]["samples"] == {"forget": 1, "retain": 5}
     kept = sorted(path.name for path in (probing.folder / "checkpoints").iterdir())
     assert kept == ["step-2", "step-4", "step-6"]
     last = load_file(probing.folder / "checkpoints" / "step-6" / "model.safetensors")

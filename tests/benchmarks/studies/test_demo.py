@@ -27,7 +27,7 @@ def test_a_line_a_recipe_and_nothing_twice(tmp_path, monkeypatch, capsys):
     assert len({line.count("|") for line in lines[:4]}) == 1
     assert all(question.endswith("?") for question in lines[4].strip("| ").split(" | ")[1:])
     assert [line.split(" | ")[0] for line in lines[6:]] == ["| before", "| idk + dpo + gd"]
-    monkeypatch.setattr(demo, "unlearned", None)  # all is there
+    monkeypatch.setattr(demo, "unlearned", lambda *_: pytest.fail("all is there"))
     demo.main(words)
     assert (tmp_path / "demo_search.md").read_text() == page
     with pytest.raises(SystemExit):
