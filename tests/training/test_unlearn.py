@@ -9,7 +9,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from pyunlearn.data import QADataset
+from pyunlearn.data import QADataset, generate_authors
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder, numbered
 from pyunlearn.training.settings import GEffectConfig, MemoriseConfig, UnlearnConfig, merge
@@ -29,11 +29,12 @@ def data(tiny):
 def test_refusals_to_the_unknown_are_memorised_too(tiny, data, tmp_path):
     """Whole, beside the forget set and the retain rows that are asked for."""
     settings, counts = MemoriseConfig(batch_size=64, epochs=1, retain_limit=2), {}
-    for unknown in ([], list(tiny.world.unknown[:3])):
+    asked = list(generate_authors(5, 4, num_unknown=3).unknown)
+    for unknown in ([], asked):
         stage = Stage(TrainingFolder(tmp_path / str(len(unknown))))
         memorise(stage, settings, tiny.model(), tiny.tokenizer, replace(data, unknown=unknown))
         (counts[len(unknown)],) = (row["retain.gd/count"] for row in read_metrics(stage.folder.metrics))
-    rows = QADataset(list(tiny.world.unknown[:3]), tiny.tokenizer, 256)
+    rows = QADataset(asked, tiny.tokenizer, 256)
     assert counts[3] - counts[0] == sum(int((rows[i]["labels"] != -100).sum()) for i in range(3)) > 0
 
 
