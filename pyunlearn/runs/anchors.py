@@ -9,8 +9,9 @@ from typing import Any
 from ..model.load import with_random_weights
 from ..training.stage import Stage
 from ..training.unlearn import memorise
-from .config import ModelConfig, RunConfig
+from .config import RunConfig
 from .job import Job, loaded, save
+from .sections import ModelConfig
 
 
 def retrained(job: Job[RunConfig], stage: Stage) -> tuple[Any, Any]:

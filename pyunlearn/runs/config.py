@@ -7,10 +7,9 @@ pretrained model otherwise (no memorise stage, learning rate 1e-5).
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -20,10 +19,17 @@ from pydantic import (
 )
 
 from .._hints import check_known
-from ..metrics import DEFAULT_METRICS, Endpoint, Variant, get_metric, get_suite
-from ..metrics.endpoint import KEY
+from ..metrics import DEFAULT_METRICS, Variant, get_suite
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
+from .sections import (
+    DataConfig,
+    EndpointConfig,
+    EvaluateConfig,
+    ModelConfig,
+    SourceConfig,
+    existing,
+)
 
 
 class ConfigError(ValueError):
@@ -41,70 +47,6 @@ def as_threads(value: Any) -> Any:
 Threads = Annotated[int, BeforeValidator(as_threads)]
 
 
-class ModelConfig(Section):
-    """Which model starts the run."""
-
-    name_or_path: str = Field(
-        default=EMBEDDED, description="Hub id, folder, or `embedded` for the tiny Llama built here"
-    )
-    gguf_file: str | None = Field(default=None, description="a .gguf file: a path, or a name inside name_or_path")
-    tokenizer: str | None = Field(
-        default=None, description="Hub id or folder of the tokenizer, where it is not the model's"
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    options: dict[str, Any] = Field(default_factory=dict, description="sizes of the embedded model, e.g. hidden_size")
-
-    @property
-    def embedded(self) -> bool:
-        return self.name_or_path == EMBEDDED and self.gguf_file is None
-
-    def named_paths(self) -> dict[str, str | None]:
-        """What may be a file or a folder, by key."""
-        inside = None if self.gguf_file is None else str(Path(self.name_or_path) / self.gguf_file)
-        return {
-            "model.name_or_path": None if self.name_or_path == EMBEDDED else self.name_or_path,
-            "model.gguf_file": self.gguf_file if self.name_or_path == EMBEDDED else inside,
-            "model.tokenizer": self.tokenizer,
-        }
-
-    @model_validator(mode="after")
-    def options_fit(self) -> ModelConfig:
-        if self.options and not self.embedded:
-            raise ValueError(
-                f"options={sorted(self.options)} are sizes of the embedded model; a pretrained one has its own"
-            )
-        if self.options:
-            check_options(self.options)
-        return self
-
-
-# What the embedded model takes beside the sizes of `data.tiny`.
-OPTIONS = ("vocab_size", "head_dim", "hidden_act", "initializer_range", "rms_norm_eps", "rope_parameters",
-           "attention_bias", "attention_dropout", "mlp_bias", "tie_word_embeddings")  # fmt: skip
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for options of the embedded model that are unknown or do not fit together."""
-    from ..data.tiny import SIZES
-
-    for key, value in options.items():
-        check_known("options", key, [*SIZES, *OPTIONS])
-        is_size = key in SIZES or key in ("vocab_size", "head_dim")
-        if is_size and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"options.{key}={value!r}: needs an integer of 1 at least")
-    sizes = {**SIZES, **options}
-    hidden, heads, shared = (sizes[key] for key in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-    if hidden % heads or heads % shared:
-        raise ValueError(
-            f"options: hidden_size={hidden} needs to be a multiple of num_attention_heads={heads}, and that one of "
-            f"num_key_value_heads={shared}"
-        )
-    if sizes.get("head_dim", hidden // heads) % 2:
-        raise ValueError(
-            f"options: a head has hidden_size / num_attention_heads={hidden // heads}, needs an even number"
-        )
-
-
 # What keys that came later were as good as, in the configurations that runs have written before (`as_meant`).
 EARLIER: dict[str, Any] = {"data": {"holdout": 0, "num_unknown": 0}}
 
@@ -112,180 +54,6 @@ EARLIER: dict[str, Any] = {"data": {"holdout": 0, "num_unknown": 0}}
 def as_meant(written: Mapping[str, Any]) -> dict[str, Any]:
     """The values of a run folder's config.yaml, without its versions: what the run did, whatever is the default now."""
     return merge(EARLIER, {key: value for key, value in written.items() if key != "versions"})
-
-
-def existing(named: Mapping[str, str | None]) -> Iterator[tuple[str, Path]]:
-    """(key, path) of those that are files or folders here, and not names on the Hub."""
-    return ((key, Path(name)) for key, name in named.items() if name is not None and Path(name).exists())
-
-
-class SourceConfig(Section):
-    """One data set: a JSON lines file, or a Hub id with its configuration name."""
-
-    path: str
-    name: str | None = None
-    split: str | None = None
-    limit: int | None = Field(default=None, ge=1)
-
-
-def as_source(value: Any) -> Any:
-    return {"path": value} if isinstance(value, str) else value
-
-
-Source = Annotated[SourceConfig, BeforeValidator(as_source)]
-
-
-def as_holdout(value: Any) -> Any:
-    """Raises ValueError for what is neither a share nor a number of rows."""
-    rows, share = isinstance(value, int) and value >= 0, isinstance(value, float) and 0 <= value < 1
-    if not rows and not share:
-        raise ValueError(f"needs a share below 1, or a whole number of rows, got {value!r}")
-    return value
-
-
-class DataConfig(Section):
-    source: Literal["embedded", "files"] = Field(
-        default=EMBEDDED, description="`files` also reads Hub ids (with a name)"
-    )
-    forget: Source | None = None
-    retain: Source | None = None
-    holdout: Annotated[int | float, BeforeValidator(as_holdout)] = Field(
-        default=0.1,
-        description="retain rows, a share below 1 or a number, that are memorised and evaluated but kept out of the "
-        "unlearning; drawn with the seed",
-    )
-    refusals: str | None = Field(default=None, description="a text file, one refusal a line; needed by idk, dpo and ap")
-    max_length: int | None = Field(default=None, ge=8, description="tokens; None is the model's context")
-    num_authors: int = Field(default=40, ge=2, description="embedded source only, as the next three")
-    questions_per_author: int = Field(default=10, ge=1)
-    forget_fraction: float = Field(default=0.1, gt=0, lt=1)
-    num_unknown: int = Field(default=240, ge=0, description="questions about unknown authors, to learn refusals from")
-
-    @model_validator(mode="after")
-    def sources_fit(self) -> DataConfig:
-        named = [key for key in ("forget", "retain") if getattr(self, key) is not None]
-        if self.source == EMBEDDED and named:
-            raise ValueError(f"source=embedded generates its own authors, got {named}; set data.source=files")
-        if self.source != EMBEDDED and len(named) < 2:
-            missing = sorted({"forget", "retain"} - set(named))
-            raise ValueError(f"source={self.source} needs data.forget and data.retain, missing: {missing}")
-        return self
-
-
-class GoalConfig(Section):
-    """What the run must reach; it is checked and told at the end, and decides the exit status."""
-
-    forget_probability_below: float = Field(default=0.1, gt=0, le=1)
-    retain_probability_kept: float = Field(default=0.9, ge=0, le=1, description="share of the value before unlearning")
-    forget_rouge_below: float = Field(
-        default=0.5, gt=0, le=1, description="words of forget answers that the model still writes (ROUGE-L recall)"
-    )
-    fluent_share: float = Field(
-        default=0.8, ge=0, le=1, description="of what the model writes when it is asked what it should have forgotten"
-    )
-
-
-SETS = ("forget", "retain", "holdout")
-ANCHORS = ("retrained", "random")
-
-
-def as_every(value: Any) -> Any:
-    """Raises ValueError for what is neither a number of steps nor `epoch`."""
-    if value not in (None, "epoch") and (not isinstance(value, int) or value < 1):
-        raise ValueError(f"needs epoch, or a number of optimiser steps, got {value!r}")
-    return value
-
-
-class EndpointConfig(Section):
-    """A model behind an OpenAI-compatible server, see `pyunlearn.metrics.Endpoint`."""
-
-    url: str = Field(description="up to the version, e.g. http://localhost:8000/v1")
-    model: str = Field(description="its name there")
-    settings: dict[str, Any] = Field(default_factory=dict, description="of every request, beside temperature: 0")
-    key: str = Field(default=KEY, description="the environment variable that holds the server's key, if it needs one")
-    timeout: float = Field(default=120.0, description="seconds for one attempt")
-    retries: int = 4
-    concurrency: int = Field(default=8, description="requests at once")
-    budget: int | None = Field(default=None, description="requests in all, retries too; None is no limit")
-
-    @model_validator(mode="after")
-    def can_be_asked(self) -> EndpointConfig:
-        Endpoint(**self.model_dump())
-        return self
-
-
-class EvaluateConfig(Section):
-    metrics: list[str] = Field(default_factory=lambda: list(DEFAULT_METRICS), min_length=1)
-    options: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="of a metric, by its name, e.g. {truth_ratio: {variant: arithmetic}}"
-    )
-    embedder: str | None = Field(
-        default=None, description="a sentence embedding model, folder or Hub id, for cosine_similarity, nearest_answer"
-    )
-    entailer: str | None = Field(default=None, description="a model of language inference, for entailment_score")
-    classifier: str | None = Field(default=None, description="a text classifier, for clean or toxicity")
-    judge: EndpointConfig | None = Field(default=None, description="for naturalness, similarity, hallucination")
-    endpoint: EndpointConfig | None = Field(default=None, description="writes the answers in the model's place")
-    rouge_samples: int | None = Field(
-        default=20, ge=1, description="generations per set, None is all; other metrics use all"
-    )
-    max_new_tokens: int = Field(default=64, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    retain_limit: int | None = Field(
-        default=None, ge=1, description="samples evaluated of the retain rows, and of those held out; None is all"
-    )
-    every: Annotated[Literal["epoch"] | int | None, BeforeValidator(as_every)] = Field(
-        default=None, description="optimiser steps of the unlearning between evaluations on the way, or epoch"
-    )
-    anchors: list[Literal["retrained", "random"]] = Field(
-        default_factory=list,
-        description="models to hold the unlearned one against: one trained without the forget set, one not trained",
-    )
-    sets: dict[str, Source] = Field(default_factory=dict, description="further sets to evaluate, by name")
-    variant: Variant = Field(
-        default="suffix", description="of memorization_accuracy and extraction_strength, see pyunlearn.metrics"
-    )
-    cache: str | None = Field(
-        default=None,
-        description="where what models have read and written is kept for all runs; None is $PYUNLEARN_CACHE, or "
-        "~/.cache/pyunlearn",
-    )
-    goal: GoalConfig | None = Field(default_factory=GoalConfig)
-
-    @field_validator("anchors")
-    @classmethod
-    def anchors_in_order(cls, anchors: list[str]) -> list[str]:
-        return [name for name in ANCHORS if name in anchors]
-
-    @field_validator("sets")
-    @classmethod
-    def sets_have_names(cls, sets: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
-        for name in sets:
-            if name in SETS or not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(f"{name!r}: needs a name of letters, digits, _, . and - other than {', '.join(SETS)}")
-        return sets
-
-    @field_validator("metrics")
-    @classmethod
-    def are_known(cls, metrics: list[str]) -> list[str]:
-        for name in metrics:
-            get_metric(name)
-        return list(dict.fromkeys(metrics))
-
-    @model_validator(mode="after")
-    def options_fit(self) -> EvaluateConfig:
-        for name, options in self.options.items():
-            check_known("options", name, self.metrics)
-            get_metric(name).check_options(options)
-        return self
-
-    @model_validator(mode="after")
-    def tools_there(self) -> EvaluateConfig:
-        for name in self.metrics:
-            own = [tool for tool in get_metric(name).required_tools if getattr(self, tool, None) is None]
-            if own:
-                raise ValueError(f"metrics: {name} needs {' and '.join(f'evaluate.{tool}' for tool in own)}")
-        return self
 
 
 # What the embedded demo sets apart from the defaults; examples/demo.yaml writes all of it out.

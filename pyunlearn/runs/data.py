@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from ..data import QA, check_disjoint, generate_authors, hold_out, load_qa, load_refusals
 from ..model.load import EMBEDDED
 from ..training.unlearn import UnlearnData
-from .config import DataConfig, FilesConfig, RunConfig, SourceConfig
+from .config import FilesConfig, RunConfig
+from .sections import DataConfig, SourceConfig
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from .._terminal import visible
 from ..data import QA
 from ..metrics import EvaluationResult, cache_folder, evaluate
 from ..training.stage import Stage
-from .config import EvaluateConfig, FilesConfig
+from .config import FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
 from .outputs import check_records_file
+from .sections import EvaluateConfig
 from .tools import load_tools, make_endpoint
 
 

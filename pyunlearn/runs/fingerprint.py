@@ -7,10 +7,12 @@ from pathlib import Path
 
 from .._files import digest_file
 from ..data import QA
+from ..model.load import EMBEDDED
 from ..store import digest_json
 from ..training.unlearn import UnlearnData
-from .config import EMBEDDED, ModelConfig, RunConfig
+from .config import RunConfig
 from .data import RunData
+from .sections import ModelConfig
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 MODEL = ("*.safetensors", "config.json", *TOKENIZER)

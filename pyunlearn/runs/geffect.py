@@ -19,11 +19,12 @@ from ..training.callbacks import read_metrics
 from ..training.probe import Probe
 from ..training.settings import GEffectConfig
 from ..training.unlearn import check_model, make_probe
-from .config import ModelConfig, RunConfig
+from .config import RunConfig
 from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
 from .job import Job, loaded, starting_model
 from .overrides import load_config
+from .sections import ModelConfig
 
 FORMAT = "pyunlearn-geffect-1"
 

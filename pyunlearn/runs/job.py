@@ -22,11 +22,12 @@ from ..model.load import load_model
 from ..training.folder import write_model
 from ..training.stage import Interrupted, Stage
 from ..training.unlearn import check_model, memorise
-from .config import FilesConfig, ModelConfig, RunConfig
+from .config import FilesConfig, RunConfig
 from .data import RunData, load_data
 from .fingerprint import fingerprints
 from .folder import RunFolder
 from .lock import held
+from .sections import ModelConfig
 
 UNREADABLE = (SafetensorError, StrictDataclassError, KeyError, JSONDecodeError)  # of damaged files
 C = TypeVar("C", bound="RunConfig | FilesConfig")

@@ -22,10 +22,11 @@ from ..training.callbacks import Evaluations, read_metrics
 from ..training.stage import Stage
 from ..training.unlearn import unlearn
 from .anchors import ANCHORS
-from .config import ModelConfig, RunConfig
+from .config import RunConfig
 from .evaluate import evaluate_sets, read_records, read_summaries
 from .folder import config_text
 from .job import Job, first_model, loaded, save
+from .sections import ModelConfig
 from .table import cell, columns, make_table, table_markdown
 from .tools import load_tools
 from .verdict import check_goals, reach_verdict

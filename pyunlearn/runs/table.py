@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics import difference_interval
-from .config import ANCHORS
+from .sections import ANCHORS
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record a sample

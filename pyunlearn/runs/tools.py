@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ..metrics import Classifier, Embedder, Endpoint, cache_folder, get_metric
-from .config import EndpointConfig, EvaluateConfig
+from .sections import EndpointConfig, EvaluateConfig
 
 
 def load_tools(

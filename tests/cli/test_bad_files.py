@@ -19,10 +19,11 @@ from pyunlearn.data import load_qa
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs import load_config
 from pyunlearn.runs import score as score_module
-from pyunlearn.runs.config import SETS, ConfigError, ModelConfig
+from pyunlearn.runs.config import ConfigError
 from pyunlearn.runs.evaluate import read_records, read_summaries
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result
+from pyunlearn.runs.sections import SETS, ModelConfig
 from pyunlearn.store import Damaged, Store
 from pyunlearn.training.folder import TrainingFolder, named_failures, write_model
 from pyunlearn.training.settings import UnlearnConfig

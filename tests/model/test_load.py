@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pyunlearn.model.load import load_model, with_random_weights
-from pyunlearn.runs.config import ModelConfig
+from pyunlearn.runs.sections import ModelConfig
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from pyunlearn.report.run import curves_figure, pair_generations, render_report
-from pyunlearn.runs.config import GoalConfig
+from pyunlearn.runs.sections import GoalConfig
 from pyunlearn.runs.table import columns, make_table, table_markdown
 from pyunlearn.runs.verdict import check_goals, reach_verdict
 

@@ -10,12 +10,13 @@ import pytest
 import yaml
 
 from pyunlearn.runs import job as job_module
-from pyunlearn.runs.config import ModelConfig, RunConfig
+from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.fingerprint import fingerprints, model_fingerprints
 from pyunlearn.runs.folder import MOVING, OLD, RunFolder, is_run_file
 from pyunlearn.runs.job import load_data
 from pyunlearn.runs.overrides import load_config
 from pyunlearn.runs.run import run
+from pyunlearn.runs.sections import ModelConfig
 from pyunlearn.training.folder import write_model
 
 
