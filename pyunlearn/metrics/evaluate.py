@@ -235,7 +235,7 @@ def evaluate(
     max_new_tokens: int = 200,
     variant: Variant = "suffix",
     seed: int = 0,
-    cache: str | Path | None = None,
+    cache: str | Path | Kept | None = None,
     writer: Endpoint | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
@@ -245,7 +245,8 @@ def evaluate(
     teacher-forced ones share one pass. Those of written answers generate at most max_new_tokens for rouge_samples items
     drawn with `seed` (None: for all). max_length: longest sample allowed, in tokens (None: the model's context); a
     longer one is an error, never cut. variant: of memorization_accuracy and extraction_strength, see
-    `pyunlearn.metrics.teacher_forced`. cache: a folder where every finished batch is kept (`reading.Kept`).
+    `pyunlearn.metrics.teacher_forced`. cache: a folder where every finished batch is kept, or the model's `Kept` there,
+    for who evaluates one model on several sets (a folder takes a fingerprint of the weights each time).
     writer: a server that writes the answers in the place of the model, which may be None if no metric reads any.
 
     The model is in eval() meanwhile and as before afterwards. Raises ValueError for no items, an unknown or
@@ -273,7 +274,7 @@ def evaluate(
         asked=rouge_samples,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        kept=None if lm is None else Kept(cache, lm),
+        kept=cache if isinstance(cache, Kept) else None if lm is None else Kept(cache, lm),
         progress=progress,
         writer=writer,
     )

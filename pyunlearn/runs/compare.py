@@ -38,12 +38,13 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
             raise ValueError(f"RUN={str(path)!r}: is named twice")
     kinds: dict[str, list[Path]] = {}
     settings: dict[Path, dict[str, Any]] = {}
+    tables: dict[Path, list[dict[str, Any]]] = {}
     for path in paths:
-        load_result(path)  # before anything else: is there a finished run?
+        tables[path] = load_result(path).table
         settings[path] = compared(RunFolder(path).read_config())
         kind = {key: value for key, value in settings[path].items() if key not in NAMES}
         kinds.setdefault(json.dumps(kind, sort_keys=True), []).append(path)
-    groups = [make_group(members, settings) for members in kinds.values()]
+    groups = [make_group(members, settings, tables) for members in kinds.values()]
     columns = list(dict.fromkeys(column for group in groups for column in group.values))
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     values = {key: [group.settings.get(key) for group in groups] for key in keys}
@@ -51,10 +52,12 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     return Comparison(groups, columns, differences)
 
 
-def make_group(folders: list[Path], settings: Mapping[Path, dict[str, Any]]) -> Group:
+def make_group(
+    folders: list[Path], settings: Mapping[Path, dict[str, Any]], tables: Mapping[Path, list[dict[str, Any]]]
+) -> Group:
     values: dict[Column, dict[str, list[float]]] = {}
     for folder in folders:
-        for row in load_result(folder).table:
+        for row in tables[folder]:
             moments = values.setdefault((row["set"], row["metric"]), {})
             for moment, value in row.items():
                 if isinstance(value, int | float) and moment not in ("change", "samples"):

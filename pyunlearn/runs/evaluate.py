@@ -13,7 +13,7 @@ from rich.table import Table
 from .._files import read_json, write_json, write_json_lines
 from .._terminal import visible
 from ..data import QA
-from ..metrics import EvaluationResult, cache_folder, evaluate
+from ..metrics import EvaluationResult, Kept, cache_folder, evaluate
 from ..training.stage import Stage
 from .config import FilesConfig
 from .folder import RunFolder
@@ -35,8 +35,9 @@ def evaluate_sets(
 ) -> None:
     """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last; tools: `load_tools`."""
     summaries = {}
+    kept = Kept(settings.cache or cache_folder(), model)
     for name, items in sets.items():
-        result = evaluate_items(stage, settings, items, model, tokenizer, tools)
+        result = evaluate_items(stage, settings, items, model, tokenizer, tools, kept)
         write_json_lines(folder.evaluation(f"{moment}-{name}.jsonl"), result.records)
         summaries[name] = result.summary
     write_json(folder.evaluation(f"{moment}.json"), summaries)
@@ -49,7 +50,9 @@ def evaluate_items(
     model: Any,
     tokenizer: Any,
     tools: Mapping[str, Any] | None = None,
+    kept: Kept | None = None,
 ) -> EvaluationResult:
+    """kept: the model's, where it is evaluated on several sets."""
     return evaluate(
         model,
         tokenizer,
@@ -63,7 +66,7 @@ def evaluate_items(
         max_new_tokens=settings.max_new_tokens,
         variant=settings.variant,
         seed=stage.seed,
-        cache=settings.cache or cache_folder(),
+        cache=kept or settings.cache or cache_folder(),
         writer=make_endpoint(settings.endpoint, settings, stage.progress) if settings.endpoint else None,
         progress=stage.progress,
     )

@@ -8,6 +8,7 @@ import torch
 from pyunlearn.data import QA, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import Kept, evaluate, greedy_tokens, read_rows
+from pyunlearn.metrics import reading as reading_module
 from pyunlearn.store import Damaged
 
 ITEMS = [QA(f"Who is number {i}?", " and ".join(["one"] * (i + 1)) + ".") for i in range(7)]
@@ -142,6 +143,18 @@ def test_texts_are_kept_too(model, tokenizer, rows, tmp_path):
     assert forwards.count == 0
     assert write(tmp_path, max_new_tokens=2) == [text[:2] for text in first]
     assert forwards.count > 0
+
+
+def test_one_fingerprint_serves_several_sets(model, tokenizer, tmp_path, monkeypatch):
+    """Of 7B weights one takes many seconds."""
+    taken = []
+    whole = reading_module.model_fingerprint
+    monkeypatch.setattr(reading_module, "model_fingerprint", lambda lm: taken.append(lm) or whole(lm))
+    options = {"progress": False, "metrics": ["probability"], "cache": Kept(tmp_path, model)}
+    first = [evaluate(model, tokenizer, items, **options) for items in (ITEMS[:3], ITEMS[3:])]
+    forwards = Forwards(model)
+    again = evaluate(model, tokenizer, ITEMS[:3], **{**options, "cache": tmp_path})
+    assert (again.records, forwards.count, len(taken)) == (first[0].records, 0, 2)
 
 
 def test_metrics_that_are_added_cost_what_is_new(model, tokenizer, tmp_path):
