@@ -12,7 +12,6 @@ import argparse
 import copy
 import itertools
 import math
-import random
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -34,7 +33,7 @@ from pyunlearn.store import Store
 from pyunlearn.training.folder import TrainingFolder
 from pyunlearn.training.settings import UnlearnConfig
 from pyunlearn.training.stage import Interrupted, Stage
-from pyunlearn.training.unlearn import UnlearnData, unlearn
+from pyunlearn.training.unlearn import unlearn
 
 from ..measure import machine
 from ..results import RESULTS
@@ -89,7 +88,7 @@ Found = dict[str, Any]
 
 
 class Start:
-    """A model that knows the embedded world by heart, and that world, a tenth of its retain rows set apart.
+    """A model that knows the embedded world by heart, and that world, some of its retain rows held out as in a run.
 
     measure, of a model: means over forget, retain and held-out rows; of what is written to their questions, to
     paraphrases of them and to unknown authors' also how much is a refusal, word for word, and how much degenerate.
@@ -100,16 +99,12 @@ class Start:
         job.folder.open(config, resume=job.folder.marked)
         self.model, self.tokenizer, _ = first_model(job)
         self.model.eval()
-        self.seed, data, rows = config.seed, config.data, job.data.retain
+        self.seed, data, self.data = config.seed, config.data, job.data
         self.identity = config.model_dump(mode="json", include={"seed", "model", "data", "memorise"})
         world = generate_authors(
             data.num_authors, data.questions_per_author, config.seed, data.forget_fraction, data.num_unknown
         )
-        held = set(random.Random(config.seed).sample(range(len(rows)), max(1, len(rows) // 10)))
-        self.held = [item for i, item in enumerate(rows) if i in held]
-        self.data = UnlearnData(
-            job.data.forget, [item for i, item in enumerate(rows) if i not in held], job.data.refusals
-        )
+        self.held = job.data.holdout
         self.unknown = list(world.unknown_held_out)
         self.words = {word for text in world.texts for word in joined_words(text)}
 
