@@ -35,6 +35,12 @@ def evaluate(
     embedder: Annotated[
         str | None, typer.Option(help="Folder or Hub id of a sentence embedding model, for cosine_similarity.")
     ] = None,
+    entailer: Annotated[
+        str | None, typer.Option(help="The same of a model of natural language inference, for entailment_score.")
+    ] = None,
+    classifier: Annotated[
+        str | None, typer.Option(help="The same of a text classifier, for clean or toxicity.")
+    ] = None,
     judge: Annotated[
         str | None, typer.Option(help="URL of an OpenAI-compatible server that judges, e.g. http://localhost:8000/v1.")
     ] = None,
@@ -74,7 +80,8 @@ def evaluate(
         of_suites: dict[str, Any] = {"split": split, "retain-log": retain_log, "full-log": full_log}
         of_sets: dict[str, Any] = {
             "name": name, "rouge-samples": rouge_samples, "variant": variant, "metric": metric,
-            "embedder": embedder, "judge": judge, "judge-model": judge_model,
+            "embedder": embedder, "entailer": entailer, "classifier": classifier, "judge": judge,
+            "judge-model": judge_model,
         }  # fmt: skip
         for option, value in (of_suites if suite is None else of_sets).items():
             if value is not None:
@@ -90,6 +97,7 @@ def evaluate(
                 files = FilesConfig.of(
                     model, data, name=name, rouge_samples=20 if rouge_samples is None else rouge_samples,
                     variant=variant or "suffix", metrics=metric or (), embedder=embedder,
+                    entailer=entailer, classifier=classifier,
                     judge=None if judge is None else {"url": judge, "model": judge_model}, **model_options,
                 )  # fmt: skip
             evaluate_files(files, out=out, console=console, command=command)

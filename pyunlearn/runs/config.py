@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from .._hints import check_known
-from ..metrics import DEFAULT_METRICS, Variant, get_suite
+from ..metrics import DEFAULT_METRICS, Variant, get_metric, get_suite
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
 from .sections import (
@@ -185,17 +185,27 @@ class FilesConfig(Section):
         variant: Any = "suffix",
         metrics: Sequence[str] = (),
         embedder: str | None = None,
+        entailer: str | None = None,
+        classifier: str | None = None,
         judge: Mapping[str, Any] | None = None,
     ) -> FilesConfig:
         """model, data: paths or Hub ids; name: of a Hub data set's configuration; rouge_samples: 0 writes nothing;
         metrics: none are the default ones; judge: of `EndpointConfig`."""
         check_known("variant", variant, get_args(Variant))
+        written = [name for name in (*metrics, *DEFAULT_METRICS) if "written" in get_metric(name).needs]
+        if not rouge_samples and (asked := [name for name in metrics if name in written]):
+            raise ValueError(
+                f"--rouge-samples 0 writes nothing, and {asked[0]} is of written answers; needs 1 at least"
+            )
+        usual = [name for name in DEFAULT_METRICS if rouge_samples or name not in written]
         return cls(
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
             data=SourceConfig(path=data, name=name, limit=limit),
             evaluate=EvaluateConfig(
-                metrics=[*metrics] or [name for name in DEFAULT_METRICS if rouge_samples or name != "rouge_l"],
+                metrics=[*metrics] or usual,
                 embedder=embedder,
+                entailer=entailer,
+                classifier=classifier,
                 judge=None if judge is None else EndpointConfig.model_validate(judge),
                 rouge_samples=rouge_samples or None,
                 batch_size=batch_size,

@@ -132,7 +132,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
     records = {moment: read_records(folder, moment, sets) for moment in ("before", "after")}
     table = make_table(moments, records["before"], records["after"])
     goal = config.evaluate.goal
-    goals = [] if goal is None else check_goals(moments["before"], moments["after"], goal)
+    rows = {name: len(records["after"][name]) for name in sets}
+    goals = [] if goal is None else check_goals(moments["before"], moments["after"], goal, rows)
     verdict = None if goal is None else reach_verdict(moments["before"], goal, goals).as_dict()
     if job.processes.first:
         remedy = f"delete {folder.checkpoint} and {folder.evaluation('after.json')}, and --resume unlearns again"

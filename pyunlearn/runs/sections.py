@@ -250,5 +250,6 @@ class EvaluateConfig(Section):
         for name in self.metrics:
             own = [tool for tool in get_metric(name).required_tools if getattr(self, tool, None) is None]
             if own:
-                raise ValueError(f"metrics: {name} needs {' and '.join(f'evaluate.{tool}' for tool in own)}")
+                keys = " and ".join(f"evaluate.{tool}" for tool in own)
+                raise ValueError(f"metrics: {name} needs {keys} (pyunlearn evaluate: --{', --'.join(own)})")
         return self

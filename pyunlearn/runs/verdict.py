@@ -20,6 +20,7 @@ LOST = "lost utility"
 COLLAPSED = "forgot by collapsing"
 CLEAN = "forgot cleanly"
 UNSURE = "forgot; whether cleanly was not measured"
+FEW = 10  # rows, on which a mean says little
 ADVICE = {
     NOTHING: "train on the forget set first (memorise), or choose a model that knows it",
     KNOWS: "more steps or a higher learning rate: --set unlearn.epochs=..., --set unlearn.learning_rate=...",
@@ -50,25 +51,32 @@ def utility_set(means: Summaries) -> str:
     return "holdout" if "holdout" in means else "retain"
 
 
-def check_goals(before: Summaries, after: Summaries, goal: GoalConfig) -> list[dict[str, Any]]:
-    """What the run had to reach: {"name", "text", "value", "met"} for each goal that was measured."""
+def check_goals(
+    before: Summaries, after: Summaries, goal: GoalConfig, rows: Mapping[str, int] | None = None
+) -> list[dict[str, Any]]:
+    """What the run had to reach: {"name", "text", "value", "met"} for each goal that was measured.
+
+    rows: how many each set has; the text tells where they are fewer than FEW.
+    """
     kept = utility_set(before)
     forget_before, forget = before["forget"]["probability"], after["forget"]["probability"]
     retain_before, retain = before[kept]["probability"], after[kept]["probability"]
     share, limit = retain / max(retain_before, 1e-12), goal.forget_probability_below
     nothing = f"; {NOTHING}" if forget_before < limit else ""
     whose = "retain probability of held-out rows" if kept == "holdout" else "retain probability"
+    few = {name: f"; of {n} rows only, too few to tell much" for name, n in (rows or {}).items() if n < FEW}
     goals = [
         {
             "name": "forget",
-            "text": f"forget probability {forget_before:.3f} -> {forget:.3f}, wanted below {limit:g}{nothing}",
+            "text": f"forget probability {forget_before:.3f} -> {forget:.3f}, wanted below {limit:g}{nothing}"
+            f"{few.get('forget', '')}",
             "value": forget,
             "met": forget < limit <= forget_before,
         },
         {
             "name": "retain",
             "text": f"{whose} {retain_before:.3f} -> {retain:.3f}, {share:.1%} of before, wanted at least "
-            f"{goal.retain_probability_kept:.0%}",
+            f"{goal.retain_probability_kept:.0%}{few.get(kept, '')}",
             "value": share,
             "met": share >= goal.retain_probability_kept,
         },

@@ -120,6 +120,10 @@ def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
     summary = json.loads((tmp_path / "runs/tiny/evaluation/after.json").read_text())["forget"]
     assert probability == pytest.approx(summary["probability"], abs=1e-4)
     assert "rouge_l" not in text
+    assert not any("generated" in record for record in theirs)  # nothing is written
+    code, _, errors = call("evaluate", "--model", "runs/tiny/checkpoint", "--data", str(data), "--metric", "fluency",
+                           "--rouge-samples", "0")  # fmt: skip
+    assert (code, "writes nothing, and fluency is of written answers" in errors) == (2, True)
     code, text, _ = call(
         "evaluate", "--model", "runs/tiny/checkpoint", "--data", str(data), "--metric", "fluency", "--metric",
         "token_entropy", "--rouge-samples", "1",

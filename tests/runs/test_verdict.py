@@ -83,6 +83,12 @@ def test_goals_have_their_numbers():
     assert all(goal["met"] for goal in goals)
 
 
+def test_few_rows_are_told():
+    forget, retain, *_ = check_goals(BEFORE, after(), GoalConfig(), {"forget": 9, "retain": 10})
+    assert forget["text"].endswith("wanted below 0.1; of 9 rows only, too few to tell much")
+    assert "rows only" not in retain["text"]
+
+
 def test_held_out_rows_decide_where_there_are_any():
     before = {**BEFORE, "holdout": {"probability": 0.6, "rouge_l": 0.9, "fluency": 1.0}}
     then = after(retain=0.1, holdout={"probability": 0.57, "rouge_l": 0.9, "fluency": 1.0})
