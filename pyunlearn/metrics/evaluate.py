@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,27 +36,31 @@ class EvaluationResult:
 
     index, question, answer; num_tokens and nll (summed, nats) where the answer was read; generated, the text, for the
     samples that were asked; and every metric that the sample has a value of, with what it tells beside it (`Told`).
+    declined: by optimisation that was not used, why.
     """
 
     summary: dict[str, float]
     records: list[dict[str, Any]]
+    declined: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Examination:
     """One model and one set of questions: what metrics need of them is made when it is first asked for, and once.
 
-    outputs: of `token_stats`, that readings hold beside logp and greedy. asked: how many items the model writes answers
-    to, drawn with `seed`; None is all. max_length: longest sample allowed, in tokens (None: the model's context); a
-    longer one is an error, never cut. kept: where finished batches are. writer: a server that writes in the place of
-    the model, which may then be None if nothing is to be read. told: by item, what metrics have told beside their
-    values (`measure`).
+    outputs: of `token_stats`, that readings hold beside logp and greedy. reads: of `metric.READ`, those that will be
+    asked for, so that all texts of a question go through the model together; another costs a pass of its own.
+    asked: how many items the model writes answers to, drawn with `seed`; None is all. max_length: longest sample
+    allowed, in tokens (None: the model's context); a longer one is an error, never cut. kept: where finished batches
+    are. writer: a server that writes in the place of the model, which may then be None if nothing is to be read.
+    told: by item, what metrics have told beside their values (`measure`).
     """
 
     lm: CausalLM | None
     tokenizer: PreTrainedTokenizerBase
     items: Sequence[QA]
     outputs: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     batch_size: int = 16
     max_length: int | None = None
     asked: int | None = None
@@ -84,18 +88,15 @@ class Examination:
 
     @cached_property
     def answer(self) -> list[Reading]:
-        return [readings[0] for readings in self._read([(item.answer,) for item in self.items])]
+        return [readings[0] for readings in self._read("answer")]
 
     @cached_property
     def paraphrase(self) -> list[Reading]:
-        if all(item.paraphrased_answer is None for item in self.items):
-            return self.answer
-        texts = [(item.answer if item.paraphrased_answer is None else item.paraphrased_answer,) for item in self.items]
-        return [readings[0] for readings in self._read(texts)]
+        return [readings[0] for readings in self._read("paraphrase")]
 
     @cached_property
     def wrong(self) -> list[tuple[Reading, ...]]:
-        return self._read([item.perturbed_answers for item in self.items])
+        return self._read("wrong")
 
     @cached_property
     def prompts(self) -> list[str]:
@@ -190,19 +191,48 @@ class Examination:
             texts = writer.complete([prompt.prompt(question) for question in questions], max_tokens=limit)
         return [text.strip() for text in texts]
 
-    def _read(self, texts: Sequence[Sequence[str]]) -> list[tuple[Reading, ...]]:
-        """Of each item, the readings of its texts, which all go through in the same batches."""
+    def _read(self, need: str) -> list[tuple[Reading, ...]]:
+        """Of each item, the readings of its texts of that kind (`texts_of`)."""
+        return self._together[need] if need in self.reads else self._read_all([need])[need]
+
+    @cached_property
+    def _together(self) -> dict[str, list[tuple[Reading, ...]]]:
+        return self._read_all(self.reads)
+
+    def _read_all(self, needs: Sequence[str]) -> dict[str, list[tuple[Reading, ...]]]:
+        """All of them go through in the same batches, and a text that an item has twice goes once."""
+        texts = [{text: None for need in needs for text in texts_of(item, need)} for item in self.items]
         owners = [item for item, own in zip(self.items, texts, strict=True) for _ in own]
-        readings = read_rows(
-            self.reader(),
-            self.rows(owners, [text for own in texts for text in own]),
-            outputs=self.outputs,
-            batch_size=self.batch_size,
-            kept=self.kept,
-            progress=self.progress,
+        readings = iter(
+            read_rows(
+                self.reader(),
+                self.rows(owners, [text for own in texts for text in own]),
+                outputs=self.outputs,
+                batch_size=self.batch_size,
+                kept=self.kept,
+                progress=self.progress,
+            )
         )
-        stream = iter(readings)
-        return [tuple(next(stream) for _ in own) for own in texts]
+        found = [{text: next(readings) for text in own} for own in texts]
+        return {
+            need: [
+                tuple(own[text] for text in texts_of(item, need)) for item, own in zip(self.items, found, strict=True)
+            ]
+            for need in needs
+        }
+
+
+def texts_of(item: QA, need: str) -> tuple[str, ...]:
+    """What is read of an item for a need of `metric.READ`."""
+    if need == "wrong":
+        return item.perturbed_answers
+    return (item.answer if need == "answer" or item.paraphrased_answer is None else item.paraphrased_answer,)
+
+
+def reads_of(metrics: Iterable[Metric]) -> tuple[str, ...]:
+    """Of READ, what they need, and the answer with it: records tell its length and likelihood."""
+    needs = {need for metric in metrics for need in metric.needs if need in READ}
+    return tuple(need for need in READ if need in needs or (needs and need == "answer"))
 
 
 def readings_by(
@@ -269,6 +299,7 @@ def evaluate(
         tokenizer,
         items,
         outputs=tuple(dict.fromkeys(output for metric in chosen for output in metric.outputs)),
+        reads=reads_of(chosen),
         batch_size=batch_size,
         max_length=max_length,
         asked=rouge_samples,
@@ -291,4 +322,5 @@ def evaluate(
         record |= examination.told.get(i, {})
         record |= {name: own[i] for name, own in values.items() if own[i] is not None}
     summary = {name: mean(value for value in own if value is not None) for name, own in values.items()}
-    return EvaluationResult(summary, records)
+    declined = {} if examination.kept is None else dict(examination.kept.declined)
+    return EvaluationResult(summary, records, declined)

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..data import QA
 from ..model.causal_lm import CausalLM
-from .evaluate import Examination
+from .evaluate import Examination, reads_of
 from .generation import rouge_scores
 from .logs import Entry, Log
 from .metric import METRICS, CannotMeasure
@@ -147,6 +147,7 @@ class Examinations:
                 self.tokenizer,
                 self.items(name),
                 outputs=tuple(dict.fromkeys(output for metric in metrics for output in metric.outputs)),
+                reads=reads_of(metrics),
                 batch_size=self.batch_size,
                 max_length=self.max_length,
                 max_new_tokens=self.suite.max_new_tokens,

@@ -5,21 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._declined import decline
 from ..data import collate
 from ..distributed import Processes
 from ..model.causal_lm import CausalLM, eval_mode
 from ..model.fingerprint import dataset_fingerprint, model_fingerprint
 from ..model.forward import check_finite, length_batches, token_stats_of
+from ..model.packed import by_prompt, pack, packed_length, reason_from_trial, reason_not_to_pack
 from ..store import Store, digest_json
 
 FORMAT = 1  # of what is kept: a later one does not read an earlier one's
 BASE = ("logp", "greedy")
+SHARED = "shared prompts"
 
 
 @dataclass(frozen=True)
@@ -54,11 +58,12 @@ class Kept:
 
     folder: where they are kept, in a folder for each model; None is in memory alone. A unit is read back only for the
     same weights, configuration, kind of attention, token ids and settings, whoever made it, so that one folder serves
-    any number of runs at once; it may be deleted at any time.
+    any number of runs at once; it may be deleted at any time. declined: by optimisation that was not used, why.
     """
 
     def __init__(self, folder: str | Path | None, model: nn.Module | CausalLM):
         self.store = Store(None)
+        self.declined: dict[str, str] = {}
         if folder is not None:
             lm = CausalLM.of(model)
             config = {key: value for key, value in lm.config.to_dict().items() if key not in NOT_COMPARED}
@@ -104,7 +109,9 @@ def read_rows(
     """What the model makes of each row (input_ids, labels), in their order; outputs: beside logp and greedy.
 
     No logits of a whole batch are made. Rows go through in batches of similar length; the model is in eval() meanwhile.
-    A row's numbers are its own whatever it is batched with, up to the rounding of the model's dtype.
+    Of rows with the same prompt, the tokens before the first scored one, the prompt goes through once where that spares
+    a tenth of all tokens and the model allows it (`model.packed`); `kept.declined` says where not, and why. A row's
+    numbers are its own whatever it is batched with, up to the rounding of the model's dtype.
 
     Raises ValueError for no rows, a row without supervised tokens, log-probabilities that are not finite, or a model
     that is not causal or whose logits are not those of its output layer.
@@ -115,24 +122,57 @@ def read_rows(
         if not bool((row["labels"][1:] != -100).any()):
             raise ValueError(f"dataset[{i}]: has no supervised token, so no metric is defined for it")
     lm = CausalLM.of(model)
+    kept = Kept(None, lm) if kept is None else kept
     names = (*BASE, *dict.fromkeys(name for name in outputs if name not in BASE))
+    groups = shared_prompts(lm, rows, batch_size, kept)
+    lengths, counts = [packed_length([rows[i] for i in group]) for group in groups], [len(group) for group in groups]
+    batches = [[i for at in batch for i in groups[at]] for batch in length_batches(lengths, batch_size, counts)]
+    packed = cache(lambda: max(counts) > 1 and allows_packs(lm, [[rows[i] for i in group] for group in groups], kept))
+    dtype = lm.inner.get_input_embeddings().weight.dtype
 
     def read(batch: Sequence[int]) -> dict[str, Tensor]:
-        inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
-        stats, seen = token_stats_of(lm, inputs, names)
-        check_finite(stats.logp, seen.sequence_ids, batch)
-        return {"sequence_ids": seen.sequence_ids.cpu(), **{name: getattr(stats, name).cpu() for name in names}}
+        own = [rows[i] for i in batch]
+        if packed():
+            texts = pack([[own[i] for i in group] for group in by_prompt(own, batch_size)], dtype)
+            stats, ids = texts.stats(lm, names), texts.sequence_ids
+        else:
+            inputs = {name: value.to(lm.device) for name, value in collate(own, 0).items()}
+            stats, seen = token_stats_of(lm, inputs, names)
+            ids = seen.sequence_ids
+        check_finite(stats.logp, ids, batch)
+        return {"sequence_ids": ids.cpu(), **{name: getattr(stats, name).cpu() for name in names}}
 
     def identity(batch: Sequence[int]) -> dict[str, Any]:
         return {"read": dataset_fingerprint([rows[i] for i in batch]), "outputs": names}
 
-    batches = length_batches([len(row["labels"]) for row in rows], batch_size)
     readings: dict[int, Reading] = {}
     with eval_mode(lm.given), torch.no_grad():
-        for batch, tensors in (kept or Kept(None, lm)).finish(batches, read, identity, "reading", progress):
+        for batch, tensors in kept.finish(batches, read, identity, "reading", progress):
             counts = torch.bincount(tensors["sequence_ids"], minlength=len(batch)).tolist()
             parts = {name: tensors[name].split(counts) for name in names}
             for place, i in enumerate(batch):
                 own = {name: part[place] for name, part in parts.items()}
                 readings[i] = Reading(own.pop("logp"), own.pop("greedy"), own)
     return [readings[i] for i in range(len(rows))]
+
+
+def shared_prompts(lm: CausalLM, rows: Sequence[Mapping[str, Tensor]], batch_size: int, kept: Kept) -> list[list[int]]:
+    """Places of rows that go through the model together, those with one prompt; each alone where that is no use."""
+    alone = [[i] for i in range(len(rows))]
+    groups = by_prompt(rows, batch_size)
+    if len(groups) == len(rows):
+        return alone
+    reason = reason_not_to_pack(lm, rows, groups)
+    if reason is None:
+        return groups
+    kept.declined[SHARED] = decline(SHARED, reason)
+    return alone
+
+
+def allows_packs(lm: CausalLM, groups: Sequence[Sequence[Mapping[str, Tensor]]], kept: Kept) -> bool:
+    """Whether the longest group of several rows is read as these are alone."""
+    longest = max((group for group in groups if len(group) > 1), key=packed_length)
+    reason = reason_from_trial(lm, longest)
+    if reason is not None:
+        kept.declined[SHARED] = decline(SHARED, reason)
+    return reason is None

@@ -187,15 +187,24 @@ def token_stats_of(
     return head_stats(head, hidden, targets, outputs, reference=reference, **options), supervised
 
 
-def length_batches(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], batch_size: int, counts: Sequence[int] | None = None) -> list[list[int]]:
     """Indices in batches of similar length, longest first: memory runs out at once or never.
 
+    counts: how many samples each index stands for (None: one), of which a batch has at most batch_size.
     Raises ValueError for batch_size < 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: needs a whole number >= 1")
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches: list[list[int]] = []
+    left = 0
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        count = 1 if counts is None else counts[i]
+        if count > left:
+            batches.append([])
+            left = batch_size
+        batches[-1].append(i)
+        left -= count
+    return batches
 
 
 def check_finite(logp: Tensor, sequence_ids: Tensor, rows: Sequence[int]) -> None:
