@@ -6,8 +6,9 @@
 
 The plain loop is what evaluation code does with `transformers`: the answers, the paraphrases, the first wrong answers,
 the second ones, ..., each a pass of its own over its set, in its order, in batches of 16 padded to their longest, with
-the float32 log_softmax of all logits. Ours is `evaluate_suite` without what generates: each text of a question in one
-pass by length, without logits of a batch. Both tokenise inside. Nothing is read from or written to a cache.
+the float32 log_softmax of all logits. Ours is `evaluate_suite` without what generates: the texts of a question in one
+row of the model, which has their prompt once, in batches by length, without logits of a batch. Both tokenise inside.
+Nothing is read from or written to a cache. Last, --flat questions are read, and what the process holds is watched.
 Writes evaluation.json and evaluation.md.
 """
 
@@ -26,7 +27,7 @@ import torch
 from pyunlearn._files import write_text
 from pyunlearn.data import QA, QADataset, collate, load_qa, padding_id
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.metrics import Suite, evaluate_suite, get_metric, get_suite
+from pyunlearn.metrics import Suite, evaluate, evaluate_suite, get_metric, get_suite
 from pyunlearn.model.load import load_model
 
 from ..measure import commit, machine, peak_bytes, release, seconds, versions
@@ -125,7 +126,25 @@ def study(args: argparse.Namespace) -> dict[str, Any]:
         "commit": commit(),
         "measured": {"plain loop": cost(theirs, args), "suite": cost(ours, args)},
         "disagreement": max(abs(own - other) for own, other in pairs),
+        "flat": args.flat,
+        "resident_bytes": watch(model, tokenizer, sets["world_facts"], args.flat),
     }
+
+
+def resident_bytes() -> int:
+    """What this process holds in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def watch(model: Any, tokenizer: Any, items: Sequence[QA], count: int) -> list[int]:
+    """Resident bytes at every tenth of the way through `count` questions, others each time, of which each is read."""
+    asked = [replace(items[i % len(items)], question=f"{i}. {items[i % len(items)].question}") for i in range(count)]
+    held: list[int] = []
+    hook = model.register_forward_pre_hook(lambda *_: held.append(resident_bytes()))
+    evaluate(model, tokenizer, asked, metrics=["probability"], batch_size=BATCH_SIZE, progress=False)
+    hook.remove()
+    held.append(resident_bytes())
+    return [held[(len(held) - 1) * tenth // 10] for tenth in range(11)]
 
 
 def cost(call: Callable[[], Any], args: argparse.Namespace) -> dict[str, float]:
@@ -153,7 +172,12 @@ def markdown(record: dict[str, Any]) -> str:
     lines += ["", "| target | found | at least | |", "|---|---:|---:|---|"]
     for text, value, limit in (("times as fast", faster, FASTER), ("times less memory", leaner, LEANER)):
         lines.append(f"| {text} | {value:.2f} | {limit:.2f} | {'met' if value >= limit else 'missed'} |")
-    lines += ["", f"Losses per token agree within {record['disagreement']:.1e} nats."]
+    held = [each / 2**20 for each in record["resident_bytes"]]
+    lines += [
+        "",
+        f"Losses per token agree within {record['disagreement']:.1e} nats. Over {record['flat']} questions the process "
+        f"holds {held[1]:.0f} MiB after a tenth of the way and {held[-1]:.0f} at the end, {max(held):.0f} at most.",
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -167,6 +191,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default=os.environ.get("PYUNLEARN_TOFU", "tofu"), help="folder with TOFU's files")
     parser.add_argument("--toy", action="store_true", help="a tiny model, data made here")
     parser.add_argument("--samples", type=int, default=32, help="questions of each set (default 32)")
+    parser.add_argument("--flat", type=int, default=1000, help="questions to watch memory over (default 1000)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/<device>)")
