@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from itertools import groupby
@@ -77,12 +77,12 @@ def answer_accuracy(item: QA, written: str) -> float:
     return float(item.answer.strip().casefold() in written.casefold())
 
 
-def common_length(a: Sequence[str], b: Sequence[str]) -> int:
+def common_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     """Length of the longest common subsequence, a word of `b` at a time: bit i of `open_` is 0 where it grows at a[i].
 
     Hyyro, Bit-Parallel LCS-length Computation Revisited, 2004.
     """
-    places: dict[str, int] = {}
+    places: dict[Hashable, int] = {}
     for i, word in enumerate(a):
         places[word] = places.get(word, 0) | 1 << i
     every = open_ = (1 << len(a)) - 1
