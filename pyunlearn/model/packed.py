@@ -85,8 +85,8 @@ def reason_not_to_pack(lm: CausalLM, rows: Sequence[Row], groups: Sequence[Seque
         return f"sharing prompts spares {spared} of {total} tokens, under a tenth"
     if any(longest > limit for _, limit in rotary_limits(lm.config)):
         return f"the rotary factors of {lm.name} depend on the length of a sequence"
-    if "position_ids" not in inspect.signature(lm.alone.forward).parameters:
-        return f"the forward of {type(lm.alone).__name__} has no argument position_ids"
+    if "position_ids" not in inspect.signature(lm.inner.forward).parameters:
+        return f"the forward of {lm.name} has no argument position_ids"
     for name in WINDOWS:
         if (window := getattr(lm.config, name, None)) and longest > window:
             return f"texts of {longest} tokens are longer than the {name} of {lm.name}, {window}"

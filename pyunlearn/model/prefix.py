@@ -60,10 +60,10 @@ def shared_prefix(
         return None, f"the {len(rows)} samples share {length} tokens, which spares {spared} of {total}, under a tenth"
     if rotary_limits(lm.config):
         return None, f"the rotary factors of {lm.name} depend on the length of a sequence"
-    parameters = inspect.signature(lm.alone.forward).parameters
+    parameters = inspect.signature(lm.inner.forward).parameters
     argument = next((name for name in ARGUMENTS if name in parameters), None)
     if argument is None:
-        return None, f"the forward of {type(lm.alone).__name__} has no argument {' or '.join(ARGUMENTS)}"
+        return None, f"the forward of {lm.name} has no argument {' or '.join(ARGUMENTS)}"
     prefix = Prefix(batch["input_ids"][:1, :length], argument)
     try:
         cache = prefix.fill(lm)

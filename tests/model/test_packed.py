@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import peft
 import pytest
 import torch
 
@@ -131,6 +132,18 @@ def test_float64_models_share_too():
     assert not kept.declined
     for one, other in zip(read, alone(model, rows), strict=True):
         torch.testing.assert_close(one.logp, other.logp, atol=1e-6, rtol=0)
+
+
+def test_adapters_share_too():
+    model = peft.get_peft_model(make("llama"), peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    rows, kept = make_rows(), Kept(None, model)
+    read = read_rows(model, rows, kept=kept, progress=False)
+    assert not kept.declined
+    for one, other in zip(read, alone(model, rows), strict=True):
+        torch.testing.assert_close(one.logp, other.logp, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["longrope", "dynamic"])

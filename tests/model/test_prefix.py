@@ -6,6 +6,7 @@ import inspect
 import logging
 import re
 
+import peft
 import pytest
 import torch
 from transformers import (
@@ -49,6 +50,15 @@ def test_every_mode_of_perturbation_shares_it(mode):
     assert result.diagnostics["shared_prefix"] == len(PREFIX)
     expected = written_out(llama, batch, lambda a, b: (a - b) / a)
     torch.testing.assert_close(result.draws, expected, rtol=1e-6, atol=1e-12)
+
+
+def test_adapters_share_it_too():
+    batch = pad(with_prefix(), 15)
+    adapted = peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    result = score(adapted, [batch])
+    assert result.diagnostics["shared_prefix"] == len(PREFIX)
+    expected = written_out(adapted, batch, lambda a, b: (a - b) / a)
+    torch.testing.assert_close(result.draws, expected, rtol=1e-8, atol=1e-14)
 
 
 def test_it_ends_where_the_first_scored_token_is_predicted(any_model):  # noqa: F811
