@@ -17,6 +17,8 @@ EXAMPLES = """[bold]Examples[/bold]
   pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl --metric rouge_l --metric fluency
 
   pyunlearn evaluate --suite tofu --model runs/x/checkpoint --data tofu --retain-log retain90/TOFU_EVAL.json --out eval
+
+  pyunlearn evaluate --suite whp --model runs/x/checkpoint --data hp --text wikitext.txt --task boolq --task piqa
 """
 Log = Annotated[str | None, typer.Option(help="Log of a reference model, from --out or OpenUnlearning or TOFU.")]
 
@@ -57,10 +59,24 @@ def evaluate(
         str | None,
         typer.Option(
             help="All numbers of tofu, open_unlearning, closer_look, mrd_paper, g_effect_paper or tutorial; --data is "
-            "then a folder or Hub data set with TOFU's files (forget10_perturbed.jsonl, retain_perturbed.jsonl, ...)."
+            "then a folder or Hub data set with TOFU's files (forget10_perturbed.jsonl, retain_perturbed.jsonl, ...). "
+            "Or of muse (knowmem/forget_qa.json, ...), wmdp (wmdp-bio.jsonl, ...), whp (hp_test_qa_300.jsonl, ...) or "
+            "safe (pku_test.jsonl, ...). `pyunlearn metrics` lists them."
         ),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="Of a suite's forget set.", show_default="forget10")] = None,
+    split: Annotated[str | None, typer.Option(help="Of TOFU's forget set.", show_default="forget10")] = None,
+    text: Annotated[str | None, typer.Option(help="A text file, for the perplexity of whp and safe.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A zero-shot task of lm-eval in the place of the suite's own, as boolq or gsm8k/exact_match,"
+            "flexible-extract (repeatable).",
+            show_default=False,
+        ),
+    ] = None,
+    task_folder: Annotated[
+        str | None, typer.Option(help="Folder with more tasks, lm-eval's YAML files. Python that they name is run.")
+    ] = None,
     retain_log: Log = None,
     full_log: Log = None,
     out: Annotated[
@@ -77,28 +93,30 @@ def evaluate(
             "limit": limit,
             "batch_size": batch_size,
         }
-        of_suites: dict[str, Any] = {"split": split, "retain-log": retain_log, "full-log": full_log}
-        of_sets: dict[str, Any] = {
-            "name": name, "rouge-samples": rouge_samples, "variant": variant, "metric": metric,
-            "embedder": embedder, "entailer": entailer, "classifier": classifier, "judge": judge,
-            "judge-model": judge_model,
+        of_suites: dict[str, Any] = {
+            "split": split, "text": text, "task": task, "task-folder": task_folder, "retain-log": retain_log,
+            "full-log": full_log,
         }  # fmt: skip
+        of_sets: dict[str, Any] = {"name": name, "rouge-samples": rouge_samples, "variant": variant, "metric": metric}
         for option, value in (of_suites if suite is None else of_sets).items():
             if value is not None:
                 raise ValueError(f"--{option}={value}: goes {'with' if suite is None else 'without'} --suite only")
+        if (judge is None) != (judge_model is None):
+            raise ValueError("--judge and --judge-model go together: the URL of a server, and a model's name there")
+        tools: dict[str, Any] = {
+            "embedder": embedder, "entailer": entailer, "classifier": classifier,
+            "judge": None if judge is None else {"url": judge, "model": judge_model},
+        }  # fmt: skip
+        from ..runs.overrides import problems_told
+
         if suite is None:
             from ..runs.config import FilesConfig
             from ..runs.evaluate import evaluate_files
-            from ..runs.overrides import problems_told
 
-            if (judge is None) != (judge_model is None):
-                raise ValueError("--judge and --judge-model go together: the URL of a server, and a model's name there")
             with problems_told():
                 files = FilesConfig.of(
                     model, data, name=name, rouge_samples=20 if rouge_samples is None else rouge_samples,
-                    variant=variant or "suffix", metrics=metric or (), embedder=embedder,
-                    entailer=entailer, classifier=classifier,
-                    judge=None if judge is None else {"url": judge, "model": judge_model}, **model_options,
+                    variant=variant or "suffix", metrics=metric or (), **tools, **model_options,
                 )  # fmt: skip
             evaluate_files(files, out=out, console=console, command=command)
         else:
@@ -106,5 +124,9 @@ def evaluate(
             from ..runs.suite import evaluate_suite_files
 
             logs = {key: log for key, log in (("retain", retain_log), ("full", full_log)) if log is not None}
-            config = SuiteConfig.of_tofu(suite, model, data, split=split or "forget10", logs=logs, **model_options)
+            with problems_told():
+                config = SuiteConfig.of_suite(
+                    suite, model, data, split=split, text=text, tasks=task or (), task_folder=task_folder, logs=logs,
+                    **tools, **model_options,
+                )  # fmt: skip
             evaluate_suite_files(config, out=out, console=console, command=command)

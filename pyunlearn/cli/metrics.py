@@ -10,9 +10,9 @@ from .shared import Debug, clean_errors
 
 
 def metrics(debug: Debug = False) -> None:
-    """List the metrics: what each measures, what it needs, and its options with their defaults."""
+    """List the metrics: what each measures, what it needs, and its options with their defaults; and the suites."""
     with clean_errors(debug):
-        from ..metrics import METRICS
+        from ..metrics import METRICS, SUITES
 
         title = "evaluate.metrics=[NAME, ...], evaluate.options.NAME.OPTION=...; a tool in brackets may be left out"
         table = Table("name", "what it measures", "needs", "tools", "options and defaults", title=title)
@@ -21,3 +21,8 @@ def metrics(debug: Debug = False) -> None:
             options = "\n".join(f"{option} = {default}" for option, default in metric.options.items())
             table.add_row(name, escape(metric.summary), ", ".join(metric.needs), ", ".join(tools), escape(options))
         Console().print(table)
+        suites = Table("suite", "what it tells", "sets", "zero-shot tasks", title="pyunlearn evaluate --suite NAME")
+        for name, suite in SUITES.items():
+            sets = [f"({each})" if each in suite.optional else each for each in suite.known_sets]
+            suites.add_row(name, escape(suite.summary), ", ".join(sets), ", ".join(suite.tasks))
+        Console().print(suites)

@@ -4,10 +4,12 @@
 """
 
 from pyunlearn.data.authors import Author, World, generate_authors
+from pyunlearn.data.benchmarks import load_muse, load_safe, load_text, load_whp, load_wmdp
 from pyunlearn.data.pairs import ForgetRetainDataset
 from pyunlearn.data.qa import QA, check_disjoint, hold_out, load_qa, load_refusals
 from pyunlearn.data.tokenise import (
     Encoded,
+    PlainFormat,
     PromptFormat,
     QADataset,
     collate,
@@ -19,6 +21,7 @@ __all__ = [
     "Author",
     "Encoded",
     "ForgetRetainDataset",
+    "PlainFormat",
     "PromptFormat",
     "QADataset",
     "World",
@@ -26,7 +29,12 @@ __all__ = [
     "collate",
     "generate_authors",
     "hold_out",
+    "load_muse",
     "load_qa",
     "load_refusals",
+    "load_safe",
+    "load_text",
+    "load_whp",
+    "load_wmdp",
     "padding_id",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pyunlearn.data.qa import brief
+from pyunlearn.data.rows import brief
 from pyunlearn.data.tokenise import IGNORE_INDEX, QADataset, collate
 
 ROLES = ("forget", "retain")

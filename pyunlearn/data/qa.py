@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .._hints import path_hint
-
-LONGEST_TOLD = 160  # characters of a text in an error
-FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
+from .rows import brief, hub_rows, is_hub_id, json_lines, lines_of, object_of, text_of, texts_of
 
 
 @dataclass(frozen=True)
@@ -64,33 +60,21 @@ def load_qa(
         path = path / f"{name}.jsonl"
     elif path.is_file() and name is not None:
         raise ValueError(f"name={name!r} picks a file in a folder or a hub configuration, but {path} is a file")
-    elif _is_hub_id(source, name):
-        return _load_hub(str(source), name, split or "train", limit)
-    if split not in (None, "train"):
+    hub = not path.exists() and is_hub_id(source, name)
+    if split not in (None, "train") and not hub:
         raise ValueError(f"split={split!r} is for hub datasets; the local {path} has no splits")
-    items: list[QA] = []
-    for number, text in enumerate(_read_lines(path), start=1):
-        if limit is not None and len(items) == limit:
-            break
-        if not text.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from error
-        except RecursionError as error:
-            raise ValueError(f"{where}: not valid JSON (it is too deep)") from error
-        items.append(_to_qa(row, where))
+    rows = hub_rows(str(source), name, split or "train") if hub else json_lines(path)
+    items = [to_qa(row, where) for where, row in islice(rows, limit)]
     if not items:
-        raise ValueError(f"{path} holds no question-answer pairs")
+        told = f"{source if name is None else f'{source}[{name}]'}, split {split or 'train'!r}," if hub else path
+        raise ValueError(f"{told} holds no question-answer pairs")
     return items
 
 
 def load_refusals(path: str | Path) -> list[str]:
     """Read refusals, one a line; blank lines are skipped. Raises FileNotFoundError, ValueError where none is left."""
     path = Path(path)
-    refusals = [line.strip() for line in _read_lines(path) if line.strip()]
+    refusals = [line.strip() for line in lines_of(path) if line.strip()]
     if not refusals:
         raise ValueError(f"{path} holds no refusals (one a line)")
     return refusals
@@ -134,94 +118,18 @@ def _normalised(item: QA) -> tuple[str, str]:
     return " ".join(item.question.casefold().split()), " ".join(item.answer.casefold().split())
 
 
-def _is_hub_id(source: str | Path, name: str | None) -> bool:
-    """A string like owner/dataset that is no path here. A configuration name settles the doubtful cases."""
-    if isinstance(source, Path) or Path(source).exists() or source.endswith(FILE_SUFFIXES):
-        return False
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is None:
-        return False
-    return name is not None or not Path(source).parent.is_dir()
-
-
-def _load_hub(source: str, name: str | None, split: str, limit: int | None) -> list[QA]:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"{source!r} is not a file here, so it is read as a hub dataset, which needs the `datasets` library: "
-            "install pyunlearn[hub], or give the path of a JSON-lines file"
-        ) from error
-    rows = datasets.load_dataset(source, name, split=split)
-    where = source if name is None else f"{source}[{name}]"
-    items: list[QA] = []
-    for number, row in enumerate(rows):
-        if limit is not None and len(items) == limit:
-            break
-        items.append(_to_qa(row, f"{where}:{split}:{number}"))
-    if not items:
-        raise ValueError(f"{where}, split {split!r}, holds no question-answer pairs")
-    return items
-
-
-def _read_lines(path: Path) -> list[str]:
-    """Lines of a UTF-8 file. Split at \\n alone, as JSON lines are: text may hold U+2028 and the like."""
-    if path.is_dir():
-        names = ", ".join(sorted(child.name for child in path.iterdir() if child.is_file())[:20])
-        raise ValueError(f"{path} is a folder; name one of its files ({names or 'it has none'})")
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}{path_hint(path)}")
-    lines = []
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            lines.append(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    return lines
-
-
-def _to_qa(row: object, where: str) -> QA:
-    if not isinstance(row, Mapping):
-        raise TypeError(f"{where}: needs an object with question and answer, got {_type(row)}")
-    for key in ("question", "answer"):
-        if key not in row:
-            raise ValueError(f"{where}: key {key!r} is missing (keys there: {', '.join(map(str, row)) or 'none'})")
-    perturbed = row.get("perturbed_answer")
-    if perturbed is None:
-        perturbed = []
-    elif isinstance(perturbed, str) or not isinstance(perturbed, Sequence):
-        raise TypeError(f"{where}: 'perturbed_answer' must be a list of strings, got {_type(perturbed)}")
+def to_qa(row: object, where: str) -> QA:
+    """Of a row in TOFU's keys. Raises TypeError or ValueError that tells where, and which key."""
+    found = object_of(row, where, ("question", "answer"))
+    perturbed = found.get("perturbed_answer")
     return QA(
-        question=_text(row["question"], "question", where),
-        answer=_text(row["answer"], "answer", where),
-        paraphrased_answer=_optional(row, "paraphrased_answer", where),
-        perturbed_answers=tuple(_text(wrong, f"perturbed_answer[{i}]", where) for i, wrong in enumerate(perturbed)),
-        paraphrased_question=_optional(row, "paraphrased_question", where),
+        question=text_of(found["question"], "question", where),
+        answer=text_of(found["answer"], "answer", where),
+        paraphrased_answer=_optional(found, "paraphrased_answer", where),
+        perturbed_answers=() if perturbed is None else texts_of(perturbed, "perturbed_answer", where),
+        paraphrased_question=_optional(found, "paraphrased_question", where),
     )
 
 
 def _optional(row: Mapping[str, object], key: str, where: str) -> str | None:
-    return None if row.get(key) is None else _text(row[key], key, where)
-
-
-def brief(text: str) -> str:
-    """Its `repr` for an error; of a long text, the beginning."""
-    return repr(text if len(text) <= LONGEST_TOLD else f"{text[:LONGEST_TOLD]}...")
-
-
-def check_text(text: str, what: str) -> None:
-    """Raises ValueError for a lone surrogate, half of a character: JSON can say it, no tokenizer can read it."""
-    if (half := re.search(r"[\ud800-\udfff]", text)) is not None:
-        raise ValueError(f"{what} needs whole characters, got the lone surrogate {half[0]!r} at {half.start()}")
-
-
-def _text(value: object, key: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{where}: {key!r} must be a string, got {_type(value)}")
-    check_text(value, f"{where}: {key!r}")
-    if not value.strip():
-        raise ValueError(f"{where}: {key!r} is empty")
-    return value
-
-
-def _type(value: object) -> str:
-    return "null" if value is None else type(value).__name__
+    return None if row.get(key) is None else text_of(row[key], key, where)

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from pyunlearn.data.qa import QA, brief, check_text
+from pyunlearn.data.qa import QA
+from pyunlearn.data.rows import brief, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,10 +34,14 @@ RENDER_SECONDS = 10.0  # templates take milliseconds; one from elsewhere may hav
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids of prompt + answer, and labels: -100 on the prompt, the ids themselves on the answer and its end."""
+    """Token ids of prompt + answer, and labels: -100 on the prompt, the ids themselves on the answer and its end.
+
+    num_cut: tokens of the answer that were cut off.
+    """
 
     input_ids: list[int]
     labels: list[int]
+    num_cut: int = 0
 
 
 class PromptFormat:
@@ -88,17 +93,20 @@ class PromptFormat:
         check_text(answer, f"the answer to {brief(question)}")
         prompt = self.prompt(question)
         reply = self._chat_reply(question, prompt, answer) if self.chat else f" {answer}"
-        prompt_ids, joint_ids = self._ids(prompt), self._ids(prompt + reply)
-        # Tokens made in one go are the natural ones (SentencePiece adds a space to each call); where a token would
-        # straddle the boundary, the two sides are made apart.
-        straddles = joint_ids[: len(prompt_ids)] != prompt_ids
-        reply_ids = self._ids(reply) if straddles else joint_ids[len(prompt_ids) :]
+        prompt_ids, reply_ids = self._split_ids(prompt, reply)
         if not (self.chat and any(reply.endswith(token) for token in self._special)):
             reply_ids = [*reply_ids, self.tokenizer.eos_token_id]
         prompt_ids = self._opening + prompt_ids
         encoded = Encoded(prompt_ids + reply_ids, [IGNORE_INDEX] * len(prompt_ids) + reply_ids)
         _check_length(encoded, max_length, "the sample", question)
         return encoded
+
+    def _split_ids(self, prompt: str, reply: str) -> tuple[list[int], list[int]]:
+        """Token ids of each. Those made in one go are the natural ones (SentencePiece adds a space to each call); where
+        a token would straddle the boundary, the two sides are made apart."""
+        prompt_ids, joint_ids = self._ids(prompt), self._ids(prompt + reply)
+        straddles = joint_ids[: len(prompt_ids)] != prompt_ids
+        return prompt_ids, self._ids(reply) if straddles else joint_ids[len(prompt_ids) :]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
@@ -138,6 +146,41 @@ class PromptFormat:
         return reply[: start + len(answer) + min(ends)] if ends else reply.rstrip()
 
 
+class PlainFormat(PromptFormat):
+    """A question is the prompt as it stands, by no template, and no token ends its answer: for texts to be gone on
+    with, and for texts that are read as a whole.
+
+    An answer follows its prompt after one space, white space at the prompt's end aside; after an empty prompt it stands
+    as it is. longest: most tokens of an answer, total: of it and its prompt; the rest of the answer is cut off. None of
+    both cuts none.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int | None = None, total: int | None = None):
+        super().__init__(tokenizer)
+        self.chat, self.longest, self.total = False, longest, total
+        self._opening = _opening_ids(tokenizer)
+
+    def prompt(self, question: str) -> str:
+        """The question. Raises ValueError for a lone surrogate."""
+        check_text(question, f"prompt {brief(question)}:")
+        return question
+
+    def encode(self, question: str, answer: str, max_length: int | None = None) -> Encoded:
+        """As `PromptFormat.encode`."""
+        if not answer.strip():
+            raise ValueError(f"the answer to {brief(question)} is empty")
+        check_text(answer, f"the answer to {brief(question)}")
+        prompt = self.prompt(question).rstrip()
+        prompt_ids, reply_ids = self._split_ids(prompt, f" {answer.lstrip()}" if prompt else answer)
+        prompt_ids = self._opening + prompt_ids
+        room = len(reply_ids) if self.total is None else max(0, self.total - len(prompt_ids))
+        kept = reply_ids[: room if self.longest is None else min(self.longest, room)]
+        labels = [IGNORE_INDEX] * len(prompt_ids) + kept
+        encoded = Encoded(prompt_ids + kept, labels, len(reply_ids) - len(kept))
+        _check_length(encoded, max_length, "the sample", question or answer)
+        return encoded
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in a template, rendered inside by this thread, that takes longer.
@@ -164,7 +207,8 @@ class QADataset(Dataset):
 
     items: the pairs; answers: what to supervise in place of the items' own answers, one each (refusals, perturbed
     answers, ...). max_length: longest sequence allowed, in tokens (the model's context); None for no limit.
-    `fingerprint` is a SHA-256 of all token ids and labels.
+    prompt_format: None is `PromptFormat`. `fingerprint` is a SHA-256 of all token ids and labels; `num_cut` counts the
+    answers that the format has cut.
 
     Raises ValueError if a sample is longer than max_length (which, and how long), for no items, or for a wrong number
     of answers.
@@ -176,6 +220,7 @@ class QADataset(Dataset):
         tokenizer: PreTrainedTokenizerBase,
         max_length: int | None,
         answers: Sequence[str] | None = None,
+        prompt_format: PromptFormat | None = None,
     ):
         if not items:
             raise ValueError("items is empty: a dataset needs at least one question-answer pair")
@@ -185,14 +230,16 @@ class QADataset(Dataset):
             raise ValueError(f"answers has {len(answers)} entries for {len(items)} items; give one each")
         self.items = list(items)
         self.max_length = max_length
-        self.prompt_format = PromptFormat(tokenizer)
+        self.prompt_format = PromptFormat(tokenizer) if prompt_format is None else prompt_format
         self.pad_token_id = padding_id(tokenizer)
+        self.num_cut = 0
         self._rows: list[tuple[Tensor, Tensor]] = []
         digest = hashlib.sha256()
         for index, item in enumerate(self.items):
             answer = item.answer if answers is None else answers[index]
             encoded = self.prompt_format.encode(item.question, answer)
-            _check_length(encoded, max_length, f"sample {index}", item.question)
+            _check_length(encoded, max_length, f"sample {index}", item.question or answer)
+            self.num_cut += encoded.num_cut > 0
             row = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
             self._rows.append(row)
             digest.update(len(encoded.labels).to_bytes(8, "little"))

@@ -23,7 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .._progress import track
-from ..data.qa import brief
+from ..data.rows import brief
 from ..store import Store, digest_json
 
 Messages = Sequence[Mapping[str, str]]

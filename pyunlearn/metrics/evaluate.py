@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from ..data import QA, QADataset
 from ..data.tokenise import PromptFormat
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
-from .generation import greedy_generate
+from .generation import before_stops, greedy_generate
 from .metric import READ, CannotMeasure, Metric, Told, get_metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
@@ -25,6 +26,7 @@ from .utility import mean
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger("pyunlearn")
 DEFAULT_METRICS = ("probability", "memorization_accuracy", "extraction_strength", "rouge_l", "fluency")
 Values = list[float | None]
 
@@ -53,7 +55,8 @@ class Examination:
     asked: how many items the model writes answers to, drawn with `seed`; None is all. max_length: longest sample
     allowed, in tokens (None: the model's context); a longer one is an error, never cut. kept: where finished batches
     are. writer: a server that writes in the place of the model, which may then be None if nothing is to be read.
-    told: by item, what metrics have told beside their values (`measure`).
+    told: by item, what metrics have told beside their values (`measure`). prompt_format: how questions are put, None is
+    `PromptFormat`. stops: before any of which a written answer ends.
     """
 
     lm: CausalLM | None
@@ -70,6 +73,8 @@ class Examination:
     progress: bool = True
     writer: Endpoint | None = None
     told: dict[int, dict[str, Any]] = field(default_factory=dict)
+    prompt_format: PromptFormat | None = None
+    stops: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -99,10 +104,13 @@ class Examination:
         return self._read("wrong")
 
     @cached_property
+    def format(self) -> PromptFormat:
+        return PromptFormat(self.tokenizer) if self.prompt_format is None else self.prompt_format
+
+    @cached_property
     def prompts(self) -> list[str]:
         """The text before each item's answer."""
-        prompt = PromptFormat(self.tokenizer)
-        return [prompt.prompt(item.question) for item in self.items]
+        return [self.format.prompt(item.question) for item in self.items]
 
     @cached_property
     def written(self) -> list[str | None]:
@@ -166,16 +174,18 @@ class Examination:
     def rows(self, items: Sequence[QA], answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """input_ids and labels of each item and its answer, or the one given."""
         limit = self.reader().context_length if self.max_length is None else self.max_length
-        dataset = QADataset(items, self.tokenizer, limit, answers=answers)
+        dataset = QADataset(items, self.tokenizer, limit, answers=answers, prompt_format=self.format)
+        if dataset.num_cut:
+            logger.warning("%d of %d texts are longer than what is read of them: cut off", dataset.num_cut, len(items))
         return [dataset[i] for i in range(len(dataset))]
 
     def _write(self, questions: Sequence[str]) -> list[str]:
-        prompt = PromptFormat(self.tokenizer)
         return greedy_generate(
             self.reader(),
             self.tokenizer,
-            [prompt.prompt_ids(question) for question in questions],
+            [self.format.prompt_ids(question) for question in questions],
             max_new_tokens=self.max_new_tokens,
+            stops=self.stops,
             batch_size=self.batch_size,
             kept=self.kept,
             progress=self.progress,
@@ -183,13 +193,13 @@ class Examination:
 
     def _have_written(self, writer: Endpoint, questions: Sequence[str]) -> list[str]:
         """By the server's own chat template where the tokenizer has one, else after the same prompt as here."""
-        prompt, limit = PromptFormat(self.tokenizer), self.max_new_tokens
+        prompt, limit = self.format, self.max_new_tokens
         if prompt.chat:
             turns = [[{"role": "user", "content": question.strip()}] for question in questions]
             texts = writer.chat(turns, description="writing", max_tokens=limit)
         else:
             texts = writer.complete([prompt.prompt(question) for question in questions], max_tokens=limit)
-        return [text.strip() for text in texts]
+        return [before_stops(text, self.stops).strip() for text in texts]
 
     def _read(self, need: str) -> list[tuple[Reading, ...]]:
         """Of each item, the readings of its texts of that kind (`texts_of`)."""

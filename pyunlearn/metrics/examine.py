@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..data import QA
+from ..data import QA, PlainFormat
 from ..model.causal_lm import CausalLM
 from .evaluate import Examination, reads_of
-from .generation import rouge_scores
+from .generation import first_tokens, rouge_scores
 from .logs import Entry, Log
 from .metric import METRICS, CannotMeasure
 from .reading import Kept
-from .suites import PAIRED, Aggregate, Logs, Measure, Suite, get_suite
+from .suites import PAIRED, Aggregate, Form, Logs, Measure, Suite, get_suite
+from .teacher_forced import probability_of
 from .utility import REDUCTIONS, mean
+from .zero_shot import run_tasks, task_manager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -68,21 +70,26 @@ def evaluate_suite(
     max_length: int | None = None,
     cache: str | Path | None = None,
     progress: bool = True,
+    task_folder: str | Path | None = None,
+    task_limit: int | None = None,
 ) -> SuiteResult:
     """Every number of a suite.
 
-    sets: by name, those that the suite names (`Suite.sets`), and holdout where there is one. logs: of reference models,
-    "retain" and "full", from `read_log` or an earlier result. tools: what some metrics need, by name. Each text is
-    read, and each question answered, once for all lines. cache: a folder where every finished batch is kept
-    (`reading.Kept`).
+    sets: by name, those that the suite names (`Suite.sets`), and optional ones where they are there. logs: of reference
+    models, "retain" and "full", from `read_log` or an earlier result. tools: what some metrics need, by name. Each text
+    is read, and each question answered, once for all lines. cache: a folder where every finished batch is kept
+    (`reading.Kept`). task_folder: more of lm-eval's tasks; task_limit: samples of each task (`zero_shot`).
 
-    A line that cannot be had here (a tool, a metric, the holdout set or a log is not there) has the value None and a
-    note. Raises ValueError for an unknown suite, a set that is missing or lacks what a line needs, and what `evaluate`
-    raises.
+    A line that cannot be had here (a tool, a metric, an optional set, a log, lm-eval or a task's data are not there)
+    has the value None and a note. Raises ValueError for an unknown suite or task, a set that is missing or lacks what a
+    line needs, and what `evaluate` raises.
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
+    there = ", ".join(sets) or "none"
     if missing := [name for name in suite.sets if name not in sets]:
-        raise ValueError(f"sets: suite {suite.name!r} needs {', '.join(missing)}, got {', '.join(sets) or 'none'}")
+        raise ValueError(f"sets: suite {suite.name!r} needs {', '.join(missing)}, got {there}")
+    if suite.known_sets and not any(name in sets for name in suite.known_sets):
+        raise ValueError(f"sets: suite {suite.name!r} needs one of {', '.join(suite.known_sets)}, got {there}")
     examinations = Examinations(model, tokenizer, sets, suite, batch_size, max_length, cache, progress)
     for measure in suite.measures:  # before anything takes time
         for name in measure.sets if measure.metric in METRICS else ():
@@ -90,10 +97,15 @@ def evaluate_suite(
                 examination = examinations[name]
                 with errors_of(name):
                     examination.check(METRICS[measure.metric])
+    tasks = Tasks(suite, task_folder, task_limit)
     numbers, log = [], {}
     for measure in suite.measures:
         number, log[measure.name] = measured(measure, examinations, tools or {})
         numbers.append(number)
+    for task in suite.tasks:
+        number = tasks.number(task, examinations)
+        numbers.append(number)
+        log[number.name] = Entry(number.value)
     combined, entries = aggregate(suite.aggregates, log, logs)
     return SuiteResult(numbers + combined, log | entries)
 
@@ -142,6 +154,7 @@ class Examinations:
             metrics = [
                 METRICS[each.metric] for each in self.suite.measures if name in each.sets and each.metric in METRICS
             ]
+            form = self.suite.form(name)
             self.made[name] = Examination(
                 self.lm,
                 self.tokenizer,
@@ -150,11 +163,17 @@ class Examinations:
                 reads=reads_of(metrics),
                 batch_size=self.batch_size,
                 max_length=self.max_length,
-                max_new_tokens=self.suite.max_new_tokens,
+                max_new_tokens=form.max_new_tokens,
                 kept=self.kept,
                 progress=self.progress,
+                prompt_format=self.plain_format(form) if form.plain else None,
+                stops=form.stops,
             )
         return self.made[name]
+
+    def plain_format(self, form: Form) -> PlainFormat:
+        limit = self.lm.context_length if self.max_length is None else self.max_length
+        return PlainFormat(self.tokenizer, form.longest, None if form.longest is None else limit)
 
     def items(self, name: str) -> list[QA]:
         """Raises ValueError for a set of paraphrased questions where some have none."""
@@ -202,6 +221,45 @@ def measured(measure: Measure, examinations: Examinations, tools: Mapping[str, A
     return Number(measure.name, value, counts, measure.variant, sign), Entry(value, {}, parts)
 
 
+def split_task(task: str) -> tuple[str, str]:
+    """Name and metric: acc, unless it stands after a stroke."""
+    name, _, metric = task.partition("/")
+    return name, metric or "acc"
+
+
+@dataclass
+class Tasks:
+    """A suite's zero-shot tasks. why_not: there can be none here. Raises ValueError for an unknown one."""
+
+    suite: Suite
+    folder: str | Path | None
+    limit: int | None
+    manager: Any = None
+    why_not: str = ""
+
+    def __post_init__(self) -> None:
+        try:
+            if self.suite.tasks:
+                self.manager = task_manager([split_task(task)[0] for task in self.suite.tasks], self.folder)
+        except ImportError as why:
+            self.why_not = str(why)
+
+    def number(self, task: str, examinations: Examinations) -> Number:
+        name, metric = split_task(task)
+        variant = "lm-eval" if self.limit is None else f"lm-eval, limit={self.limit}"
+        value, note = None, self.why_not
+        if not note:
+            try:
+                lm, tokenizer, batch_size = examinations.lm, examinations.tokenizer, examinations.batch_size
+                found = run_tasks(lm, tokenizer, [name], self.manager, batch_size, limit=self.limit)[name]
+            except (OSError, ValueError, ImportError) as error:  # its data cannot be had
+                note = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            else:
+                value = found.get(metric)
+                note = "" if metric in found else f"the task has no {metric}, but {', '.join(found) or 'no number'}"
+        return Number(f"{name}/{metric}", value, "", variant, note)
+
+
 def examined(
     measure: Measure, examination: Examination, name: str, tools: Mapping[str, Any]
 ) -> tuple[list[float], dict[int, dict[str, Any]]]:
@@ -226,11 +284,15 @@ def errors_of(name: str) -> Iterator[None]:
 def sample_of(measure: Measure, examination: Examination, i: int, value: float) -> dict[str, Any]:
     """As OpenUnlearning's logs have it, which also tell losses and texts."""
     if measure.metric in ("rouge_l", "rouge_1"):
-        item, written = examination.items[i], examination.written[i] or ""
-        texts = {"input": examination.prompts[i], "ground_truth": item.answer, "generation": written}
-        return rouge_scores(written, item.answer, measure.options.get("stemmed", True)) | texts
+        written = examination.written[i] or ""
+        answer = first_tokens(examination.items[i].answer, examination.tokenizer, measure.options.get("longest"))
+        texts = {"input": examination.prompts[i], "ground_truth": answer, "generation": written}
+        return rouge_scores(written, answer, measure.options.get("stemmed", True)) | texts
     if measure.metric == "probability":
         return {"prob": value, "avg_loss": examination.answer[i].loss}
     if measure.metric == "paraphrase_probability":
         return {"prob": value, "avg_loss": examination.paraphrase[i].loss}
+    if measure.metric == "perturbed_probability":
+        wrong = examination.wrong[i]
+        return {"prob": [probability_of(each) for each in wrong], "avg_loss": [each.loss for each in wrong]}
     return {"prob" if measure.metric == "probability_w_options" else "score": value}

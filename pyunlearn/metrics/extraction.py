@@ -10,7 +10,6 @@ from torch import nn
 
 from .._hints import check_known
 from ..data import QA
-from ..data.tokenise import PromptFormat
 from ..model.causal_lm import CausalLM
 from ..model.forward import length_batches
 from .generation import common_length, greedy_tokens, rouge_l_recall
@@ -184,7 +183,7 @@ def by_tokens(items: Sequence[QA], examination: Examination, match: Match, early
 
 
 def by_words(items: Sequence[QA], examination: Examination, match: Match) -> list[float]:
-    prompt = PromptFormat(examination.tokenizer)
+    prompt = examination.format
     words = [item.answer.split() for item in items]
     shown: dict[int, int] = {}  # item -> words after which the rest is written
     for k in range(max(map(len, words))):

@@ -59,10 +59,31 @@ Rouge = Literal["recall", "f1"]
 
 
 @metric()
-def rouge_l(item: QA, written: str, *, score: Rouge = "recall", stemmed: bool = True) -> float:
-    """ROUGE-L of what the model writes against the true answer (`rouge_scores`)."""
+def rouge_l(
+    item: QA,
+    written: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    score: Rouge = "recall",
+    stemmed: bool = True,
+    longest: int | None = None,
+) -> float:
+    """ROUGE-L of what the model writes against the true answer (`rouge_scores`), or its first tokens, longest at most
+    (`first_tokens`)."""
     check_known("score", score, get_args(Rouge))
-    return rouge_scores(written, item.answer, stemmed)[f"rougeL_{score}"]
+    return rouge_scores(written, first_tokens(item.answer, tokenizer, longest), stemmed)[f"rougeL_{score}"]
+
+
+def first_tokens(text: str, tokenizer: PreTrainedTokenizerBase | None, longest: int | None) -> str:
+    """The text of a text's first tokens, those that the tokenizer puts before it among them, as MUSE cuts passages.
+
+    longest: tokens; None is the whole text. Raises ValueError for fewer than 1, or no tokenizer to cut by.
+    """
+    if longest is None:
+        return text
+    if longest < 1 or tokenizer is None:
+        raise ValueError(f"longest={longest}: needs a number of tokens >= 1, and a tokenizer, got {tokenizer!r}")
+    return str(tokenizer.decode(tokenizer(text, verbose=False)["input_ids"][:longest], skip_special_tokens=True))
 
 
 @metric()
@@ -98,18 +119,24 @@ def greedy_generate(
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int = 200,
+    stops: Sequence[str] = (),
     batch_size: int = 16,
     kept: Kept | None = None,
     progress: bool = True,
 ) -> list[str]:
     """Greedy continuations of tokenised prompts, as stripped text without special tokens, in their order.
 
-    Arguments, errors and the rest as `greedy_tokens`.
+    A text ends before the first of stops that it has. Arguments, errors and the rest as `greedy_tokens`.
     """
     written = greedy_tokens(
         model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, kept=kept, progress=progress
     )
-    return [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    return [before_stops(text, stops).strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+
+
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of stops; all where it has none."""
+    return text[: min((text.index(stop) for stop in stops if stop in text), default=None)]
 
 
 def greedy_tokens(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from ..data import QA
 from ..model.causal_lm import CausalLM
 from .metric import metric
 from .reading import Kept, Reading, read_rows
@@ -15,11 +17,34 @@ from .reading import Kept, Reading, read_rows
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from .evaluate import Examination
+
 
 @metric()
 def perplexity(answer: Reading) -> float:
     """exp of the mean negative log-likelihood of the answer's tokens, its end token included: 1 / probability."""
     return math.exp(answer.loss)
+
+
+@metric("text_perplexity", batched=True)
+def text_perplexity_of(item: Sequence[QA], examination: Examination, *, window: int = 4096) -> list[float]:
+    """Perplexity per token of each answer as a text of its own, whatever the question, in windows (`text_perplexity`).
+
+    window: of tokens; the model's context where that is less.
+    """
+    lm = examination.reader()
+    return [
+        text_perplexity(
+            lm,
+            examination.tokenizer,
+            each.answer,
+            window=min(window, lm.context_length or window),
+            batch_size=examination.batch_size,
+            kept=examination.kept,
+            progress=examination.progress,
+        )
+        for each in item
+    ]
 
 
 def text_perplexity(

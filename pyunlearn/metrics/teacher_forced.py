@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .._hints import check_known
+from ..data import QA
 from ..model.causal_lm import CausalLM
 from .metric import metric
 from .reading import Reading, read_rows
@@ -96,6 +97,23 @@ def extraction_strength_of(answer: Reading, *, variant: Variant = "suffix") -> f
 def paraphrase_probability(paraphrase: Reading) -> float:
     """exp(-L / n) of the paraphrased answer, its end token included (`probability`)."""
     return probability_of(paraphrase)
+
+
+@metric()
+def perturbed_probability(wrong: tuple[Reading, ...]) -> float:
+    """Mean over the wrong answers of exp(-L / n), their end tokens included (`probability`)."""
+    return sum(map(probability_of, wrong)) / len(wrong)
+
+
+@metric()
+def choice_accuracy(item: QA, answer: Reading, wrong: tuple[Reading, ...]) -> float:
+    """1 where the right choice, the answer, is likelier than all the wrong ones, as a whole and in nats, else 0.
+
+    As lm-eval has the accuracy of choices A, B, ...: of equally likely ones, the first in the alphabet is taken.
+    """
+    texts = (item.answer, *item.perturbed_answers)
+    losses = [(reading.nll, text) for reading, text in zip((answer, *wrong), texts, strict=True)]
+    return float(min(losses)[1] == item.answer)
 
 
 @metric()

@@ -24,6 +24,16 @@ def complement(values: Iterable[float]) -> float:
     return 1 - mean(values)
 
 
+def percent(values: Iterable[float]) -> float:
+    """100 times the mean."""
+    return 100 * mean(values)
+
+
+def above_half(values: Iterable[float]) -> float:
+    """Share of the values above 0.5."""
+    return mean(float(value > 0.5) for value in values)
+
+
 def closer_to_1_better(ratios: Iterable[float]) -> float:
     """mean of min(r, 1/r): of truth ratios on what is to be forgotten (Maini et al., 2024, TOFU)."""
     return mean(min(r, 1 / r) if r else 0.0 for r in ratios)
@@ -40,7 +50,8 @@ def true_better(ratios: Iterable[float]) -> float:
 
 
 REDUCTIONS: dict[str, Callable[[Iterable[float]], float]] = {
-    function.__name__: function for function in (mean, complement, closer_to_1_better, closer_to_1_worse, true_better)
+    function.__name__: function
+    for function in (mean, complement, percent, above_half, closer_to_1_better, closer_to_1_worse, true_better)
 }
 
 

@@ -7,7 +7,8 @@ pretrained model otherwise (no memorise stage, learning rate 1e-5).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -19,7 +20,8 @@ from pydantic import (
 )
 
 from .._hints import check_known
-from ..metrics import DEFAULT_METRICS, Variant, get_metric, get_suite
+from ..data import QA, load_muse, load_safe, load_whp, load_wmdp
+from ..metrics import DEFAULT_METRICS, Suite, Variant, get_metric, get_suite
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
 from .sections import (
@@ -30,6 +32,7 @@ from .sections import (
     SourceConfig,
     existing,
 )
+from .tools import tools_of
 
 
 class ConfigError(ValueError):
@@ -214,11 +217,24 @@ class FilesConfig(Section):
         )
 
 
+# Suites on other sets than TOFU's -> what reads these, of a folder or a Hub id, and how many rows of each.
+BENCHMARKS: dict[str, Callable[[str, int | None], dict[str, list[QA]]]] = {
+    "muse": load_muse,
+    "wmdp": load_wmdp,
+    "whp": load_whp,
+    "safe": load_safe,
+}
+TOOLS = ("embedder", "entailer", "classifier", "judge")
+
+
 class SuiteConfig(FilesConfig):
-    """A model and a folder or Hub data set with TOFU's sets, for all numbers of a suite. data.name: the forget set."""
+    """A model and a folder or Hub data set with a suite's sets, for all its numbers."""
 
     suite: str
-    split: str = Field(description="of the forget set, e.g. forget10")
+    split: str = Field(default="forget10", description="of TOFU's forget set, whose file is data.name")
+    text: str | None = Field(default=None, description="a text file, for perplexity")
+    tasks: list[str] = Field(default_factory=list, description="of lm-eval, in the place of the suite's own")
+    task_folder: str | None = Field(default=None, description="with more of lm-eval's tasks")
     logs: dict[str, str] = Field(default_factory=dict, description="of reference models: retain, full")
 
     @field_validator("suite")
@@ -226,31 +242,64 @@ class SuiteConfig(FilesConfig):
     def exists(cls, suite: str) -> str:
         return get_suite(suite).name
 
+    @property
+    def lines(self) -> Suite:
+        """The suite, with these tasks."""
+        suite = get_suite(self.suite)
+        return replace(suite, tasks=tuple(self.tasks)) if self.tasks else suite
+
     def paths(self) -> Iterator[tuple[str, Path]]:
         yield from super().paths()
-        yield from existing({f"--{name}-log": path for name, path in self.logs.items()})
+        yield from existing({"--text": self.text, **{f"--{name}-log": path for name, path in self.logs.items()}})
 
     @classmethod
-    def of_tofu(
+    def of_suite(
         cls,
         suite: str,
         model: str,
         data: str,
         *,
-        split: str = "forget10",
+        split: str | None = None,
+        text: str | None = None,
+        tasks: Sequence[str] = (),
+        task_folder: str | None = None,
         gguf_file: str | None = None,
         tokenizer: str | None = None,
         limit: int | None = None,
         batch_size: int = 16,
         logs: Mapping[str, str] | None = None,
+        **tools: Any,
     ) -> SuiteConfig:
-        """model, data: paths or Hub ids; split: whose {split}_perturbed is the forget set; limit: rows of each set."""
-        get_suite(suite)
+        """model, data: paths or Hub ids; split: of TOFU's suites, whose {split}_perturbed is the forget set; limit: of
+        each set's rows, and of each task's samples; tools: `TOOLS`, as `FilesConfig.of` takes them.
+
+        Raises ValueError for what no line of the suite uses.
+        """
+        lines = get_suite(suite)
+        used = tools_of(measure.metric for measure in lines.measures)
+        for name, tool in tools.items():
+            check_known("tool", name, TOOLS)
+            if tool is not None and name not in used:
+                usable = [f"--{tool}" for tool in TOOLS if tool in used]
+                raise ValueError(f"--{name}: no line of suite {suite!r} uses it, but {', '.join(usable) or 'no tool'}")
+        if split is not None and suite in BENCHMARKS:
+            raise ValueError(f"--split={split}: goes with the suites on TOFU only, and {suite!r} is not one")
+        if text is not None and "text" not in lines.known_sets:
+            raise ValueError(f"--text={text}: no line of suite {suite!r} reads a text")
+        if task_folder is not None and not (tasks or lines.tasks):
+            raise ValueError(f"--task-folder={task_folder}: suite {suite!r} has no tasks; name some by --task")
+        split = split or "forget10"
+        judge = tools.pop("judge", None)
         return cls(
             suite=suite,
             split=split,
+            text=text,
+            tasks=list(tasks),
+            task_folder=task_folder,
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
-            data=SourceConfig(path=data, name=f"{split}_perturbed", limit=limit),
-            evaluate=EvaluateConfig(batch_size=batch_size),
+            data=SourceConfig(path=data, name=None if suite in BENCHMARKS else f"{split}_perturbed", limit=limit),
+            evaluate=EvaluateConfig(
+                batch_size=batch_size, judge=None if judge is None else EndpointConfig.model_validate(judge), **tools
+            ),
             logs=dict(logs or {}),
         )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-from ..data import QA, check_disjoint, generate_authors, hold_out, load_qa, load_refusals
+from ..data import QA, check_disjoint, generate_authors, hold_out, load_qa, load_refusals, load_text
+from ..metrics import get_suite
 from ..model.load import EMBEDDED
 from ..training.unlearn import UnlearnData
-from .config import FilesConfig, RunConfig
+from .config import BENCHMARKS, FilesConfig, RunConfig, SuiteConfig
 from .sections import DataConfig, SourceConfig
 
 
@@ -27,6 +29,10 @@ class RunData(UnlearnData):
 def load_data(config: RunConfig | FilesConfig) -> RunData:
     """Raises what `load_qa`, `load_refusals` and `hold_out` raise, and ValueError where forget and retain overlap."""
     data = config.data
+    if isinstance(config, SuiteConfig):
+        sets = load_sets(config)
+        texts = texts_of([item for items in sets.values() for item in items])
+        return RunData(sets.get("forget", []), [], [], texts, sets=sets)
     if not isinstance(data, DataConfig):
         items = load_source(data)
         return RunData(items, [], [], texts_of(items))
@@ -34,18 +40,39 @@ def load_data(config: RunConfig | FilesConfig) -> RunData:
         world = generate_authors(
             data.num_authors, data.questions_per_author, config.seed, data.forget_fraction, data.num_unknown
         )
-        sets = RunData(world.forget, world.retain, list(world.refusals), world.texts, unknown=list(world.unknown))
+        read = RunData(world.forget, world.retain, list(world.refusals), world.texts, unknown=list(world.unknown))
     else:
         forget, retain = (load_source(source) for source in (data.forget, data.retain) if source is not None)
         refusals = [] if data.refusals is None else load_refusals(data.refusals)
-        sets = RunData(forget, retain, refusals, texts_of(forget + retain) + refusals)
-    check_disjoint(sets.forget, sets.retain)
+        read = RunData(forget, retain, refusals, texts_of(forget + retain) + refusals)
+    check_disjoint(read.forget, read.retain)
     try:
-        retain, held_out = hold_out(sets.retain, data.holdout, config.seed)
+        retain, held_out = hold_out(read.retain, data.holdout, config.seed)
     except ValueError as error:
         raise ValueError(f"data.{error}") from None
     more = {name: load_source(source) for name, source in config.evaluate.sets.items()}
-    return replace(sets, retain=retain, holdout=held_out, sets=more)
+    return replace(read, retain=retain, holdout=held_out, sets=more)
+
+
+PERTURBED = ("retain", "real_authors", "world_facts")  # in TOFU's {name}_perturbed, beside the forget set
+
+
+def load_sets(config: SuiteConfig) -> dict[str, list[QA]]:
+    """The suite's sets; of TOFU's, holdout where there is one: holdout10 for forget10, no model has seen it.
+
+    Raises what `load_qa` and the benchmark's reader raise, for a file that is missing with its name.
+    """
+    data, suite = config.data, get_suite(config.suite)
+    if suite.name in BENCHMARKS:
+        sets = BENCHMARKS[suite.name](data.path, data.limit)
+    else:
+        names = {"forget": f"{config.split}_perturbed"}
+        names |= {name: f"{name}_perturbed" for name in PERTURBED if name in suite.sets}
+        held_out, folder = config.split.replace("forget", "holdout"), Path(data.path)
+        if not folder.exists() or (folder / f"{held_out}.jsonl").is_file():
+            names["holdout"] = held_out
+        sets = {name: load_qa(data.path, name=file, limit=data.limit) for name, file in names.items()}
+    return sets if config.text is None else sets | {"text": load_text(config.text)}
 
 
 def load_source(source: SourceConfig) -> list[QA]:

@@ -18,8 +18,15 @@ def load_tools(
 
     Raises what `Embedder`, `Classifier` and `Endpoint` raise.
     """
-    needed = {tool for name in settings.metrics for tool in get_metric(name).tools}
-    tools: dict[str, Any] = {"texts": tuple(texts)}
+    return {"texts": tuple(texts)} | load_models(settings, settings.metrics, device, progress)
+
+
+def load_models(
+    settings: EvaluateConfig, metrics: Iterable[str], device: str | torch.device, progress: bool = True
+) -> dict[str, Any]:
+    """Of the tools that these metrics need, those that the settings name. Raises as `load_tools`."""
+    needed = tools_of(metrics)
+    tools: dict[str, Any] = {}
     if "embedder" in needed and settings.embedder:
         tools["embedder"] = Embedder(settings.embedder, batch_size=settings.batch_size, device=device)
     for name in ("entailer", "classifier"):
@@ -28,6 +35,11 @@ def load_tools(
     if "judge" in needed and settings.judge:
         tools["judge"] = make_endpoint(settings.judge, settings, progress)
     return tools
+
+
+def tools_of(metrics: Iterable[str]) -> set[str]:
+    """The names of all that they need or can use."""
+    return {tool for name in metrics for tool in get_metric(name).tools}
 
 
 def make_endpoint(config: EndpointConfig, settings: EvaluateConfig, progress: bool) -> Endpoint:

@@ -17,8 +17,8 @@ from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.data.tokenise import PromptFormat
 from pyunlearn.metrics import (
     METRICS,
-    SUITES,
     Aggregate,
+    Embedder,
     Entry,
     Measure,
     Suite,
@@ -30,11 +30,21 @@ from pyunlearn.metrics import (
     write_log,
 )
 from pyunlearn.metrics.suites import Outcome
+from pyunlearn.metrics.suites.tofu import TOFU_SUITES
+
+from .small_encoders import save_bert
 
 WORDS = ("sea", "town", "hill", "play", "poet", "novel", "river")
 SET_NAMES = ("forget", "retain", "real_authors", "world_facts")
 PREFIX = dict(zip(SET_NAMES, ("forget", "retain", "ra", "wf"), strict=True))
-WITH_TOOLS = {"cosine_similarity", "entailment_score", "mia_reference"}  # of models that are not given here
+WITH_TOOLS = {
+    "cosine_similarity",
+    "entailment_score",
+    "mia_reference",
+    "nearest_answer",
+    "naturalness",
+    "similarity",
+}  # of models that are not given here
 
 
 def items_of(name, count, paraphrased=True):
@@ -193,6 +203,11 @@ def test_memorization_is_the_straight_lines(results, plain):
     assert log["exact_memorization"].column() == close([sum(each) / len(each) for each in hits])
     paraphrased = [math.exp(-plain.loss(item.question, item.paraphrased_answer)) for item in items]
     assert log["forget_Q_A_PARA_Prob"].column("prob") == close(paraphrased)
+    wrong = [[plain.loss(item.question, each) for each in item.perturbed_answers] for item in items]
+    perturbed = log["forget_Q_A_PERT_Prob"]
+    assert np.array(perturbed.column("avg_loss")) == close(np.array(wrong))
+    assert np.array(perturbed.column("prob")) == close(np.exp(-np.array(wrong)))
+    assert perturbed.value == close(np.exp(-np.array(wrong)).mean())
     assert log["forget_truth_ratio_prob_mean"].column() == close([plain.ratio(item)[1] for item in items])
     names = ("extraction_strength", "exact_memorization", "forget_Q_A_PARA_Prob", "forget_truth_ratio_prob_mean")
     assert log["memorization"].value == pytest.approx(hmean([1 - log[name].value for name in names]))
@@ -236,6 +251,26 @@ def test_aggregates_are_their_definitions(results):
     assert alone["mia_reference"].note == "metric 'mia_reference': needs reference, which was not given"
 
 
+def test_accuracy_is_that_of_the_nearest_answer(models, tokenizer, plain, tmp_path):
+    """UA and the retain set's accuracy, of answers to the paraphrased questions, and what MRD's table makes of them."""
+    embedder = Embedder(save_bert(tmp_path))
+    suite = small("mrd_paper")
+    result = evaluate_suite(models[0], tokenizer, SETS, suite, tools={"embedder": embedder}, progress=False)
+    for name in ("forget", "retain"):
+        right = []
+        for item in SETS[name]:
+            texts = [plain.written(item.paraphrased_question), item.paraphrased_answer, *item.perturbed_answers]
+            vectors = embedder(texts)
+            right.append(float((vectors[1:] @ vectors[0]).argmax() == 0))
+        accuracy = result.log["forget_UA" if name == "forget" else "retain_Acc"]
+        assert accuracy.column() == right
+        assert accuracy.value == pytest.approx(np.mean(right) if name == "retain" else 1 - np.mean(right))
+    values = result.summary
+    assert values["UC"] == pytest.approx(np.mean([values[f"forget_{name}"] for name in ("UA", "MIA", "RR")]))
+    kept = [values[f"{prefix}_{name}"] for prefix in ("retain", "ra", "wf") for name in ("Acc", "RR")]
+    assert values["UT"] == pytest.approx(np.mean(kept))
+
+
 def test_a_retain_log_serves_from_disk(results, models, tokenizer, tmp_path):
     own, retained = results
     write_log(tmp_path, retained.log, retained.summary)
@@ -251,7 +286,7 @@ def test_a_retain_log_serves_from_disk(results, models, tokenizer, tmp_path):
     assert itself.log["privleak"].value == 0
 
 
-@pytest.mark.parametrize("name", list(SUITES))
+@pytest.mark.parametrize("name", [suite.name for suite in TOFU_SUITES])
 def test_every_suite_is_whole(name, models, tokenizer):
     """Every line has a value, but those of metrics that need other models; none is of an unknown metric or option."""
     suite = small(name)

@@ -158,7 +158,7 @@ def test_help_names_every_suite(monkeypatch):
 
 
 def test_a_suites_config():
-    config = SuiteConfig.of_tofu("tofu", "some/model", "locuslab/TOFU", split="forget05", limit=7)
+    config = SuiteConfig.of_suite("tofu", "some/model", "locuslab/TOFU", split="forget05", limit=7)
     assert (config.data.name, config.data.limit) == ("forget05_perturbed", 7)
     with pytest.raises(ValueError, match="suite='wmdq'"):
-        SuiteConfig.of_tofu("wmdq", "some/model", "locuslab/TOFU")
+        SuiteConfig.of_suite("wmdq", "some/model", "locuslab/TOFU")

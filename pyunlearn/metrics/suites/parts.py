@@ -1,0 +1,186 @@
+"""What suites are made of: measures, which are a metric on a set, and aggregates of other numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..logs import Log
+from ..privacy import auc, privacy, privleak
+from ..utility import forget_quality, harmonic_mean
+
+Logs = Mapping[str, Log]  # of reference models: retain, full
+# Of scores of the forget set and of others: one number, and what its sign says.
+PAIRED: dict[str, tuple[Callable[[Any, Any], float], str]] = {
+    "auc": (auc, "1: memorised, 0.5: not told apart, 0: unlearned too far"),
+    "auc_forgotten": (
+        lambda forget, others: 1 - auc(forget, others),
+        "1: forgotten, 0.5: not told apart, 0: memorised",
+    ),
+}
+ATTACKS = ("mia_loss", "mia_zlib", "mia_min_k", "mia_min_k_plus_plus")
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric on a set. name: in logs. reduction: of REDUCTIONS; of PAIRED where the set is held against others."""
+
+    name: str
+    metric: str
+    set: str = "forget"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reduction: str = "mean"
+    against: tuple[str, ...] = ()
+    source: str = "OpenUnlearning"
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        return (self.set, *self.against)
+
+    @property
+    def variant(self) -> str:
+        """What tells it from others of the metric: source, reduction and options."""
+        options = [
+            f"{key}={value:g}" if isinstance(value, float) else f"{key}={value}" for key, value in self.options.items()
+        ]
+        return ", ".join([self.source, *([self.reduction] if self.reduction != "mean" else []), *options])
+
+
+class Unavailable(ValueError):
+    """Why an aggregate has no value: something that it needs is not there."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of an aggregate. count: samples, as told; more: further numbers, by name."""
+
+    value: float
+    count: str = ""
+    note: str = ""
+    more: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Aggregate:
+    """combine(log, logs of reference models) raises ValueError where it has no value."""
+
+    name: str
+    combine: Callable[[Log, Logs], Outcome]
+    source: str = "OpenUnlearning"
+
+    @property
+    def variant(self) -> str:
+        return self.source
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a set is put to the model. plain: a question is the whole prompt, an answer has no end token (`PlainFormat`).
+    max_new_tokens: of what it writes, which ends before any of stops. longest: tokens of an answer that are read, the
+    rest of it, or of what the model's context has no room for, is cut off; None: whole, or an error."""
+
+    max_new_tokens: int = 200
+    plain: bool = False
+    stops: tuple[str, ...] = ()
+    longest: int | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """summary: one line. rows: of each set, the first that count; None is all. max_new_tokens: of a written answer.
+    log_name: how OpenUnlearning's files begin. forms: of sets that are not put by the usual prompt. optional: sets
+    whose lines have no value where they are not there. tasks: of lm-eval, each with the metric of it that counts after
+    a stroke, acc unless told."""
+
+    name: str
+    summary: str
+    measures: tuple[Measure, ...]
+    aggregates: tuple[Aggregate, ...] = ()
+    rows: int | None = None
+    max_new_tokens: int = 200
+    log_name: str = "TOFU"
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    optional: tuple[str, ...] = ("holdout",)
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def known_sets(self) -> list[str]:
+        """All, without what is made of them."""
+        return list(dict.fromkeys(name.partition(":")[0] for measure in self.measures for name in measure.sets))
+
+    @property
+    def sets(self) -> list[str]:
+        """Those that have to be there."""
+        return [name for name in self.known_sets if name not in self.optional]
+
+    def form(self, name: str) -> Form:
+        """Of a set, or what is made of it."""
+        return self.forms.get(name.partition(":")[0], Form(self.max_new_tokens))
+
+
+# ---- aggregates ------------------------------------------------------------------------------------------------------
+
+
+def values_of(log: Log, names: Iterable[str]) -> dict[str, float]:
+    """Raises Unavailable for those that have none."""
+    found = {name: log[name].value if name in log else None for name in names}
+    missing = [name for name, value in found.items() if value is None or math.isnan(value)]
+    if missing:
+        raise Unavailable(f"needs {', '.join(missing)}, without a value here")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def combined(function: Callable[..., float], *names: str) -> Callable[[Log, Logs], Outcome]:
+    """Of a function of those numbers, in that order."""
+    return lambda log, logs: Outcome(function(*values_of(log, names).values()))
+
+
+def quality(log: Log, logs: Logs) -> Outcome:
+    name = "forget_truth_ratio"
+    if "retain" not in logs:
+        raise Unavailable("no retain log, which has the truth ratios of a model that never saw the forget set")
+    columns = [each[name].column() if name in each else [] for each in (log, logs["retain"])]
+    if not columns[1]:
+        raise Unavailable(f"the retain log has no samples of {name}")
+    if not columns[0]:
+        raise Unavailable(f"needs {name}, without samples here")
+    found = forget_quality(*columns)
+    more = {"ln p": found.ln_p, "log10 p": found.log10_p, "D": found.statistic}
+    return Outcome(found.p_value, f"{found.num_forget} / {found.num_retain}", "; ".join(found.warnings), more)
+
+
+def leak(epsilon: float, attack: str = "mia_min_k") -> Callable[[Log, Logs], Outcome]:
+    """attack: whose AUC it is made of."""
+
+    def combine(log: Log, logs: Logs) -> Outcome:
+        own = values_of(log, [attack])[attack]
+        entry = logs.get("retain", {}).get(attack)
+        known = entry.value if entry is not None else None
+        note = "" if known is not None else f"against an AUC of 0.5, as no retain log has {attack}"
+        return Outcome(privleak(own, 0.5 if known is None else known, epsilon=epsilon), "", note)
+
+    return combine
+
+
+def scaled_privacy(log: Log, logs: Logs) -> Outcome:
+    if missing := [name for name in ("retain", "full") if name not in logs]:
+        raise Unavailable(f"no {' and no '.join(missing)} log to scale by")
+    return Outcome(privacy(*(values_of(each, ATTACKS) for each in (log, logs["retain"], logs["full"]))))
+
+
+def harmonic(*values: float) -> float:
+    return harmonic_mean(values)
+
+
+def middle(*values: float) -> float:
+    return sum(values) / len(values)
+
+
+def accuracy_of_tasks(log: Log, logs: Logs) -> Outcome:
+    """Mean over the zero-shot tasks."""
+    names = [name for name in log if "/acc" in name]
+    if not names:
+        raise Unavailable("no zero-shot task has an accuracy")
+    return Outcome(middle(*values_of(log, names).values()), str(len(names)))
