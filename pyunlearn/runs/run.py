@@ -23,7 +23,7 @@ from ..training.stage import Stage
 from ..training.unlearn import unlearn
 from .anchors import ANCHORS
 from .config import RunConfig
-from .evaluate import evaluate_sets, read_records, read_summaries
+from .evaluate import evaluate_sets, read_records, read_summaries, texts_before
 from .folder import config_text
 from .job import Job, first_model, loaded, save
 from .sections import ModelConfig
@@ -101,7 +101,11 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
     if job.processes.first:
         counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
         job.console.print(f"[bold]evaluate[/] {moment}: {counts} samples")
-        tools = load_tools(settings, job.data.texts, job.processes.device, stage.progress)
+
+        def before() -> Any:
+            return "itself" if moment == "before" else texts_before(job.folder)
+
+        tools = load_tools(settings, job.data.texts, job.processes.device, stage.progress, before)
         evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer, tools)
     job.processes.wait()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,19 +13,33 @@ from .sections import EndpointConfig, EvaluateConfig
 
 
 def load_tools(
-    settings: EvaluateConfig, texts: Iterable[str], device: str | torch.device, progress: bool = True
+    settings: EvaluateConfig,
+    texts: Iterable[str],
+    device: str | torch.device,
+    progress: bool = True,
+    before: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
-    """By name, those that the settings' metrics need; texts: all of the data, whose words are known.
+    """By name, those that the settings' metrics need; texts: all of the data, whose words are known; before: gives the
+    tool of that name.
 
     Raises what `Embedder`, `Classifier` and `Endpoint` raise.
     """
     needed = {tool for name in settings.metrics for tool in get_metric(name).tools}
     tools: dict[str, Any] = {"texts": tuple(texts)}
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "device": device}
     if "embedder" in needed and settings.embedder:
-        tools["embedder"] = Embedder(settings.embedder, batch_size=settings.batch_size, device=device)
-    for name in ("entailer", "classifier"):
-        if name in needed and (model := getattr(settings, name)):
-            tools[name] = Classifier(model, what=name, batch_size=settings.batch_size, device=device)
+        tools["embedder"] = Embedder(settings.embedder, **options)
+    if "entailer" in needed and settings.entailer:
+        tools["entailer"] = Classifier(settings.entailer, what="entailer", **options)
+    if "classifier" in needed and (named := settings.classifier):
+        load = cache(partial(Classifier, **options))  # metrics may share one
+        tools["classifier"] = (
+            load(named)
+            if isinstance(named, str)
+            else {metric: load(model) for metric, model in named.items() if metric in settings.metrics}
+        )
+    if "before" in needed and before is not None:
+        tools["before"] = before() or None
     if "judge" in needed and settings.judge:
         tools["judge"] = make_endpoint(settings.judge, settings, progress)
     return tools
