@@ -133,8 +133,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
     sets = list(job.data.evaluated(config.evaluate.retain_limit))
     measured = [name for name in ("before", "after", *ANCHORS) if folder.evaluation(f"{name}.json").is_file()]
     moments = {moment: read_summaries(folder, moment, sets) for moment in measured}
-    records = {moment: read_records(folder, moment, sets) for moment in ("before", "after")}
-    table = make_table(moments, records["before"], records["after"])
+    records = {moment: read_records(folder, moment, sets) for moment in measured}
+    table = make_table(moments, records)
     goal = config.evaluate.goal
     rows = {name: len(records["after"][name]) for name in sets}
     goals = [] if goal is None else check_goals(moments["before"], moments["after"], goal, rows)
