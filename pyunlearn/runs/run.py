@@ -116,8 +116,10 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
     job.console.print(f"[bold]unlearn[/] {' + '.join(terms)}")
     quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
 
-    def evaluate(step: int, model: Any) -> None:
+    def evaluate(step: int, model: Any) -> dict[str, float]:
         evaluate_moment(job, quiet, f"step-{step}", model, tokenizer)
+        means = read_summaries(job.folder, f"step-{step}", job.data.evaluated(None)) if job.processes.first else {}
+        return {f"{name}/{metric}": value for name, own in means.items() for metric, value in own.items()}
 
     every = job.config.evaluate.every
     watching = [] if every is None else [Evaluations(every, evaluate)]
