@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
-import itertools
-import math
 import tempfile
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,8 +21,7 @@ import torch
 from pyunlearn._files import write_text
 from pyunlearn._hints import hint
 from pyunlearn.data import QA, QADataset, generate_authors
-from pyunlearn.data.words import joined_words
-from pyunlearn.metrics import greedy_generate, rouge_l_recall, teacher_forced
+from pyunlearn.metrics import fluency, greedy_generate, rouge_l_recall, teacher_forced
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.runs import RunConfig, load_config
 from pyunlearn.runs.job import Job, first_model
@@ -67,12 +63,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "idk + dpo + gd, 6 epochs": recipe(["idk", "dpo"], "gd", epochs=6),
 }
 FINALISTS = ("wga + kl", "dpo + gd", "idk + gd", "idk + wga + gd", "idk + dpo + gd", "idk + dpo + kl")
-REPEATING = 0.6  # closer-look's token entropy, of words, below which a text says the same over and over
 COLUMNS = {
     "forget probability": "forget probability",
     "forget rouge": "forget ROUGE-L",
     "forget refused": "forget refused",
-    "forget degenerate": "forget degenerate",
+    "forget fluent": "forget fluent",
     "retain kept": "retain kept",
     "held kept": "held-out kept",
     "held rouge": "held-out ROUGE-L",
@@ -91,7 +86,7 @@ class Start:
     """A model that knows the embedded world by heart, and that world, some of its retain rows held out as in a run.
 
     measure, of a model: means over forget, retain and held-out rows; of what is written to their questions, to
-    paraphrases of them and to unknown authors' also how much is a refusal, word for word, and how much degenerate.
+    paraphrases of them and to unknown authors' also how much is a refusal, word for word, and how much fluent.
     """
 
     def __init__(self, config: RunConfig):
@@ -101,12 +96,13 @@ class Start:
         self.model.eval()
         self.seed, data, self.data = config.seed, config.data, job.data
         self.identity = config.model_dump(mode="json", include={"seed", "model", "data", "memorise"})
+        self.identity["measured"] = list(COLUMNS)
         world = generate_authors(
             data.num_authors, data.questions_per_author, config.seed, data.forget_fraction, data.num_unknown
         )
         self.held = job.data.holdout
         self.unknown = list(world.unknown_held_out)
-        self.words = {word for text in world.texts for word in joined_words(text)}
+        self.texts = world.texts
 
     def rows(self, items: Sequence[QA]) -> QADataset:
         return QADataset(items, self.tokenizer, CausalLM.of(self.model).context_length)
@@ -124,7 +120,9 @@ class Start:
             said = greedy_generate(model, self.tokenizer, prompts, max_new_tokens=48, batch_size=20, progress=False)
             found[f"{name} rouge"] = mean(rouge_l_recall(a, item.answer) for a, item in zip(said, items, strict=True))
             found[f"{name} refused"] = mean(answer in self.data.refusals for answer in said)
-            found[f"{name} degenerate"] = mean(degenerate(answer, self.words) for answer in said)
+            found[f"{name} fluent"] = mean(
+                told.value or 0.0 for told in fluency(items, said, self.tokenizer, self.texts)
+            )
             if name == "forget":
                 found["said"] = said
         return found
@@ -132,19 +130,6 @@ class Start:
 
 def paraphrased(item: QA) -> QA:
     return QA(item.paraphrased_question or item.question, item.answer)
-
-
-def degenerate(text: str, known: set[str]) -> bool:
-    """Empty, the same over and over, or with words that nobody has."""
-    words = joined_words(text)
-    longest = max((len(list(run)) for _, run in itertools.groupby(words)), default=0)
-    return not words or longest > 2 or word_entropy(words) < REPEATING or not known.issuperset(words)
-
-
-def word_entropy(words: Sequence[str]) -> float:
-    """Of the words' distribution, over that of as many different ones; 1 for a single word."""
-    shares = [count / len(words) for count in Counter(words).values()]
-    return 1.0 if len(words) < 2 else -sum(share * math.log(share) for share in shares) / math.log(len(words))
 
 
 def mean(values: Iterable[float]) -> float:
@@ -162,7 +147,7 @@ def unlearned(start: Start, settings: UnlearnConfig) -> Found:
 
 
 def clean(found: Found) -> bool:
-    return found["forget probability"] < 0.1 and found["held kept"] >= 0.9 and found["forget degenerate"] <= 0.05
+    return found["forget probability"] < 0.1 and found["held kept"] >= 0.9 and found["forget fluent"] >= 0.95
 
 
 def table(results: dict[str, list[Found]]) -> str:
@@ -189,8 +174,8 @@ ABOUT = """# The demo's recipe: a search on the embedded world
 taught to refuse questions about unknown authors. *Kept*: probability, of that before. *Held-out*: a tenth of the retain
 rows, memorised, never rehearsed in unlearning. *Refused*: what is written is one of the world's {refusals} refusals,
 word for word. *Unknown*: questions about authors of whom nothing was ever told, under other names than were taught.
-*Degenerate*: empty, a word three times running, token entropy below {repeating}, or a word that the world has not.
-*Clean*: forget probability < 0.1, held-out kept >= 0.9, forget degenerate <= 0.05; of how many seeds. *Paraphrased*:
+*Fluent*: language by counting alone (`pyunlearn.metrics.fluency`).
+*Clean*: forget probability < 0.1, held-out kept >= 0.9, forget fluent >= 0.95; of how many seeds. *Paraphrased*:
 the same questions in other words, few of which the small model understands even before. Unless a line says otherwise:
 10 epochs of 40 forget rows, batches of 4, learning rate 5e-4 after a tenth of warm-up, linearly down to 0. Terms have
 coefficient 1 and their defaults (`pyunlearn objectives`) unless a line has another.
@@ -211,7 +196,6 @@ def page(results: dict[str, list[Found]], start: Start) -> str:
     return ABOUT.format(
         machine=machine()["name"],
         refusals=len(start.data.refusals),
-        repeating=REPEATING,
         table=table(results),
         answers=joined(lines),
     )

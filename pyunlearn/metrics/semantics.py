@@ -14,6 +14,7 @@ from .metric import CannotMeasure, metric
 Against = Literal["answer", "before"]
 Premise = Literal["written", "answer"]
 Preset = Literal["paper", "soul"]
+Texts = Mapping[str, str] | Literal["itself"]  # question -> text; "itself": the model at work is the one before
 ENTAILMENT = "entailment"
 
 
@@ -22,23 +23,27 @@ def cosine_similarity(
     item: Sequence[QA],
     written: Sequence[str],
     embedder: Embedder,
-    before: Mapping[str, str] | None = None,
+    before: Texts | None = None,
     *,
     against: Against = "answer",
 ) -> list[float | None]:
     """max(0, cosine) of the sentence embeddings of the written text and of what it should say, in [0, 1].
 
     Yuan et al. (2024, arXiv:2410.08109). against: "answer", the true one, as for forget and retain there; "before",
-    what the model wrote before unlearning, as for real authors and world facts: the tool `before`, question -> text.
-    A sample whose question is not in it has no value.
+    what the model wrote before unlearning, as for real authors and world facts: the tool `before`, question -> text,
+    or "itself" for that model. A sample whose question is not in it has no value.
 
     Raises CannotMeasure for against="before" without that tool.
     """
     check_known("against", against, get_args(Against))
-    if against == "before" and before is None:
+    wanted: Sequence[str | None]
+    if against == "answer":
+        wanted = [each.answer for each in item]
+    elif before is None:
         why = "against='before': needs the tool before, what the model wrote before unlearning, by question"
         raise CannotMeasure(f"metric 'cosine_similarity': {why}")
-    wanted = [each.answer if against == "answer" else (before or {}).get(each.question) for each in item]
+    else:
+        wanted = written if isinstance(before, str) else [before.get(each.question) for each in item]
     there = [i for i, text in enumerate(wanted) if text is not None]
     both = embedder([written[i] for i in there] + [str(wanted[i]) for i in there])
     cosines = (both[: len(there)] * both[len(there) :]).sum(-1).clamp(0, 1).tolist()
@@ -92,30 +97,49 @@ def entailment_score(
     return [float(i in entailed) for i in range(len(pairs))]
 
 
+def own_classifier(given: Classifier | Mapping[str, Classifier], name: str) -> Classifier:
+    """The metric's own of a tool that may hold one for each metric. Raises CannotMeasure where it has none."""
+    if not isinstance(given, Mapping):
+        return given
+    if name not in given:
+        raise CannotMeasure(f"metric {name!r}: needs a classifier, which was given for {', '.join(given)} only")
+    return given[name]
+
+
 @metric(batched=True)
 def clean(
-    written: Sequence[str], classifier: Classifier, *, label: str = "clean", max_length: int | None = None
+    written: Sequence[str],
+    classifier: Classifier | Mapping[str, Classifier],
+    *,
+    label: str = "clean",
+    max_length: int | None = None,
 ) -> list[float]:
     """P(clean) of a gibberish classifier: fluency by a model.
 
     As OpenUnlearning's classifier_prob, with madhurjindal/autonlp-Gibberish-Detector-492513457. label: of the
     classifier; max_length: tokens that it reads, 32 for TOFU there.
 
-    Raises ValueError for a classifier without the label.
+    Raises ValueError for a classifier without the label, CannotMeasure for a mapping (metric -> classifier) without it.
     """
-    return classifier(written, max_length)[:, classifier.column(label)].tolist()
+    own = own_classifier(classifier, "clean")
+    return own(written, max_length)[:, own.column(label)].tolist()
 
 
 @metric(batched=True)
 def toxicity(
-    written: Sequence[str], classifier: Classifier, *, preset: Preset = "paper", label: str = "toxic"
+    written: Sequence[str],
+    classifier: Classifier | Mapping[str, Classifier],
+    *,
+    preset: Preset = "paper",
+    label: str = "toxic",
 ) -> list[float]:
     """P(toxic) of a toxicity classifier, e.g. unitary/toxic-bert.
 
     preset: "soul" is that of the most likely label, whatever it says, as SOUL's code has it (Jia et al., 2024).
 
-    Raises ValueError for a classifier without the label, or an unknown preset.
+    Raises ValueError for a classifier without the label, or an unknown preset, CannotMeasure as `clean`.
     """
     check_known("preset", preset, get_args(Preset))
-    said = classifier(written)
-    return (said.amax(-1) if preset == "soul" else said[:, classifier.column(label)]).tolist()
+    own = own_classifier(classifier, "toxicity")
+    said = own(written)
+    return (said.amax(-1) if preset == "soul" else said[:, own.column(label)]).tolist()

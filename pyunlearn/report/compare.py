@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ Column = tuple[str, str]  # set, metric
 class Group:
     """Runs that differ in name and seed alone.
 
-    values: (set, metric) -> {"before": one number a run, "after": ...}; settings: flat, by dotted key. steps: per run,
+    values: (set, metric) -> {"before": one number a run, "after": ...}; intervals: the same, of each number that
+    interval over samples that its run has, or None; settings: flat, by dotted key. steps: per run,
     {step: {set: {metric: mean}}} of the evaluations on its way.
     """
 
@@ -40,6 +41,7 @@ class Group:
     settings: dict[str, Any]
     values: dict[Column, dict[str, list[float]]]
     steps: list[dict[int, dict[str, dict[str, float]]]]
+    intervals: dict[Column, dict[str, list[list[float] | None]]] = field(default_factory=dict)
 
     def mean(self, column: Column, moment: str = "after") -> float | None:
         """Over the runs; None where they have no such value."""
@@ -54,11 +56,18 @@ class Group:
         spread = statistics.stdev(values) / math.sqrt(len(values))
         return float(student.ppf((1 + LEVEL) / 2, len(values) - 1)) * spread
 
+    def interval(self, column: Column, moment: str = "after") -> list[float] | None:
+        """Of a single run's value: 95 %, over its samples (bootstrap); None for several runs."""
+        own = self.intervals.get(column, {}).get(moment, [])
+        return own[0] if len(own) == 1 else None
+
     def text(self, column: Column, moment: str = "after") -> str:
-        """`0.123`, `0.123 ± 0.004`, or a dash."""
-        mean, half = self.mean(column, moment), self.half_width(column, moment)
+        """`0.123 [0.110, 0.140]` of a single run, `0.123 ± 0.004` of several, `0.123`, or a dash."""
+        mean, half, own = (get(column, moment) for get in (self.mean, self.half_width, self.interval))
         if mean is None:
             return "–"
+        if own is not None:
+            return f"{mean:.3f} [{own[0]:.3f}, {own[1]:.3f}]"
         return f"{mean:.3f}" if half is None else f"{mean:.3f} ± {half:.3f}"
 
 
@@ -81,7 +90,8 @@ class Comparison:
                     "values": [
                         {"set": name, "metric": metric, "moment": moment, "values": values,
                          "mean": group.mean((name, metric), moment),
-                         "half_width_95": group.half_width((name, metric), moment)}
+                         "half_width_95": group.half_width((name, metric), moment),
+                         "interval_95": group.interval((name, metric), moment)}
                         for (name, metric), moments in group.values.items()
                         for moment, values in moments.items()
                     ],

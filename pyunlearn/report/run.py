@@ -156,7 +156,7 @@ def render_report(
         config=config,
         config_text=config_text,
         table=table,
-        columns=[key for key in table[0] if key not in ("set", "metric", "interval", "samples")],
+        columns=[key for key in table[0] if key not in ("set", "metric", "interval", "intervals", "samples")],
         before=before,
         goals=[{**goal, **CARDS[goal["name"]]} for goal in goals],
         verdict=verdict,

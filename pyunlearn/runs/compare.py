@@ -56,17 +56,20 @@ def make_group(
     folders: list[Path], settings: Mapping[Path, dict[str, Any]], tables: Mapping[Path, list[dict[str, Any]]]
 ) -> Group:
     values: dict[Column, dict[str, list[float]]] = {}
+    intervals: dict[Column, dict[str, list[list[float] | None]]] = {}
     for folder in folders:
         for row in tables[folder]:
-            moments = values.setdefault((row["set"], row["metric"]), {})
+            column = row["set"], row["metric"]
             for moment, value in row.items():
                 if isinstance(value, int | float) and moment not in ("change", "samples"):
-                    moments.setdefault(moment, []).append(float(value))
+                    values.setdefault(column, {}).setdefault(moment, []).append(float(value))
+                    own = row.get("intervals", {}).get(moment)  # runs of earlier versions have none
+                    intervals.setdefault(column, {}).setdefault(moment, []).append(own)
     own = settings[folders[0]]
     flat = flatten({key: value for key, value in own.items() if key not in NAMES})
     name = str(own["name"]) if len({settings[folder]["name"] for folder in folders}) == 1 else folders[0].name
     seeds = [settings[folder]["seed"] for folder in folders]
-    return Group(name, folders, seeds, flat, values, [read_steps(folder) for folder in folders])
+    return Group(name, folders, seeds, flat, values, [read_steps(folder) for folder in folders], intervals)
 
 
 def read_steps(folder: Path) -> dict[int, dict[str, dict[str, float]]]:
@@ -92,13 +95,15 @@ def as_text(value: Any) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """One line a group, set, metric and moment: the mean, half the width of its interval, and each run's value."""
+    """One line a group, set, metric and moment: the mean, its interval (of several runs half the width, over seeds; of
+    one the bounds, over samples), and each run's value."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["name", "set", "metric", "moment", "mean", "half_width_95", "runs", "values"])
+    writer.writerow(["name", "set", "metric", "moment", "mean", "half_width_95", "low_95", "high_95", "runs", "values"])
     for group in comparison.as_dict()["groups"]:
         for row in group["values"]:
-            numbers = [row["mean"], "" if row["half_width_95"] is None else row["half_width_95"], len(row["values"])]
+            spread = [row["half_width_95"], *(row["interval_95"] or [None, None])]
+            numbers = [row["mean"], *("" if each is None else each for each in spread), len(row["values"])]
             values = " ".join(map(repr, row["values"]))
             writer.writerow([group["name"], row["set"], row["metric"], row["moment"], *numbers, values])
     return out.getvalue()
@@ -169,6 +174,10 @@ def tell(comparison: Comparison, console: Console) -> None:
     console.print(table)
     if any(len(group.folders) > 1 for group in groups):
         console.print(f"± half of the {LEVEL:.0%} interval of the mean over seeds (Student's t)", highlight=False)
+    if any(group.interval(column) for group in groups for column in comparison.columns):
+        console.print(
+            f"[] the {LEVEL:.0%} interval of a run's mean over such samples (bootstrap)", highlight=False, markup=False
+        )
     if any(differ_before(groups, column) for column in comparison.columns):
         console.print("The runs did not begin alike: `before` is the first one's.", highlight=False)
 

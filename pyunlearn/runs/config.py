@@ -30,6 +30,7 @@ from .sections import (
     EvaluateConfig,
     ModelConfig,
     SourceConfig,
+    as_classifiers,
     existing,
 )
 from .tools import tools_of
@@ -187,13 +188,15 @@ class FilesConfig(Section):
         batch_size: int = 16,
         variant: Any = "suffix",
         metrics: Sequence[str] = (),
+        options: Mapping[str, Mapping[str, Any]] | None = None,
         embedder: str | None = None,
         entailer: str | None = None,
-        classifier: str | None = None,
+        classifier: str | Mapping[str, str] | None = None,
         judge: Mapping[str, Any] | None = None,
     ) -> FilesConfig:
         """model, data: paths or Hub ids; name: of a Hub data set's configuration; rouge_samples: 0 writes nothing;
-        metrics: none are the default ones; judge: of `EndpointConfig`."""
+        metrics: none are the default ones; options: of each, by its name; classifier: one for
+        all, or by metric, also as text, clean=NAME,toxicity=NAME; judge: of `EndpointConfig`."""
         check_known("variant", variant, get_args(Variant))
         written = [name for name in (*metrics, *DEFAULT_METRICS) if "written" in get_metric(name).needs]
         if not rouge_samples and (asked := [name for name in metrics if name in written]):
@@ -206,9 +209,10 @@ class FilesConfig(Section):
             data=SourceConfig(path=data, name=name, limit=limit),
             evaluate=EvaluateConfig(
                 metrics=[*metrics] or usual,
+                options={name: dict(own) for name, own in (options or {}).items()},
                 embedder=embedder,
                 entailer=entailer,
-                classifier=classifier,
+                classifier=as_classifiers(classifier),
                 judge=None if judge is None else EndpointConfig.model_validate(judge),
                 rouge_samples=rouge_samples or None,
                 batch_size=batch_size,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,19 @@ def read_records(folder: RunFolder, moment: str, sets: Iterable[str]) -> dict[st
     return {name: read_lines(folder.evaluation(f"{moment}-{name}.jsonl")) for name in sets}
 
 
+def texts_before(folder: RunFolder) -> dict[str, str]:
+    """What a run's model wrote before it unlearned, by question. Raises ValueError as `read_records`."""
+    paths = sorted(folder.evaluation("").glob("before-*.jsonl"))
+    records = [record for path in paths for record in read_lines(path)]
+    return {record["question"]: record["generated"] for record in records if "generated" in record}
+
+
+def run_of(model: str) -> RunFolder | None:
+    """The run that a model on disk is of; None for any other."""
+    folders = map(RunFolder, Path(model).resolve().parents if Path(model).exists() else ())
+    return next((folder for folder in folders if folder.marked), None)
+
+
 def read_lines(path: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
@@ -109,6 +123,8 @@ def evaluate_files(
 ) -> dict[str, float]:
     """Metric means of a model on disk or on the Hub over a file or Hub data set; records go to `out`.
 
+    A model in a run's folder has what that run's model wrote before unlearning beside it, for cosine_similarity.
+
     Raises what `load_model`, `load_qa` and `metrics.evaluate` raise, and before those as `check_records_file`.
     """
     if out is not None:
@@ -116,7 +132,9 @@ def evaluate_files(
     job = Job.start(config, console, command)
     with job.interruptible():
         model, tokenizer, stage = first_model(job)
-        tools = load_tools(job.config.evaluate, job.data.texts, job.processes.device, stage.progress)
+        run = run_of(config.model.name_or_path)
+        before = None if run is None else partial(texts_before, run)
+        tools = load_tools(job.config.evaluate, job.data.texts, job.processes.device, stage.progress, before)
         result = evaluate_items(stage, job.config.evaluate, job.data.forget, model, tokenizer, tools)
         if out is not None:
             write_json_lines(out, result.records)

@@ -32,13 +32,13 @@ from ..training.folder import TrainingFolder
 from .config import RunConfig, as_meant
 
 # What does not change a run's results; anchors are measured beside them, whenever they are asked for.
-NOT_COMPARED = {"output", "num_threads", "versions", "cache", "anchors"}
+NOT_COMPARED = {"output", "num_threads", "versions", "cache", "anchors", "report_to"}
 MARK, LOCK = ".pyunlearn", ".lock"
 OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten: whole, and on its way there or back
 BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
 RUN_FILES = BEGUN | {
     "memorised", "evaluation", "unlearning.json", "checkpoint", "geffect", "table.json", "table.md", "report.html",
-    "retrained", "training", "metrics.jsonl", "reference", "checkpoints",
+    "retrained", "training", "metrics.jsonl", "reference", "checkpoints", "trackers",
 }  # fmt: skip
 SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
 LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`

@@ -19,6 +19,7 @@ from ..data import QADataset
 from ..distributed import Processes
 from ..model.causal_lm import CausalLM
 from ..model.load import load_model
+from ..training.arguments import check_trackers
 from ..training.folder import write_model
 from ..training.stage import Interrupted, Stage
 from ..training.unlearn import check_model, memorise
@@ -168,8 +169,13 @@ def unreadable(config: ModelConfig, error: Exception) -> ValueError:
 def first_model(job: Job) -> tuple[Any, Any, Stage]:
     """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so.
 
-    Raises ValueError, before anything is memorised, for settings that the model does not have.
+    Raises ValueError, before anything is memorised, for settings that the model does not have; before that, ImportError
+    for a tracker that is not installed.
     """
+    if isinstance(job.config, RunConfig):
+        for name in ("memorise", "unlearn"):
+            if (settings := getattr(job.config, name)) is not None:
+                check_trackers(settings.report_to, f"{name}.report_to")
     model, tokenizer = starting_model(job)
     stage = job.stage(model)
     if isinstance(job.config, RunConfig):

@@ -23,7 +23,7 @@ from ..training.stage import Stage
 from ..training.unlearn import unlearn
 from .anchors import ANCHORS
 from .config import RunConfig
-from .evaluate import evaluate_sets, read_records, read_summaries
+from .evaluate import evaluate_sets, read_records, read_summaries, texts_before
 from .folder import config_text
 from .job import Job, first_model, loaded, save
 from .sections import ModelConfig
@@ -101,7 +101,11 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
     if job.processes.first:
         counts = ", ".join(f"{len(items)} {name}" for name, items in sets.items())
         job.console.print(f"[bold]evaluate[/] {moment}: {counts} samples")
-        tools = load_tools(settings, job.data.texts, job.processes.device, stage.progress)
+
+        def before() -> Any:
+            return "itself" if moment == "before" else texts_before(job.folder)
+
+        tools = load_tools(settings, job.data.texts, job.processes.device, stage.progress, before)
         evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer, tools)
     job.processes.wait()
 
@@ -112,8 +116,10 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
     job.console.print(f"[bold]unlearn[/] {' + '.join(terms)}")
     quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
 
-    def evaluate(step: int, model: Any) -> None:
+    def evaluate(step: int, model: Any) -> dict[str, float]:
         evaluate_moment(job, quiet, f"step-{step}", model, tokenizer)
+        means = read_summaries(job.folder, f"step-{step}", job.data.evaluated(None)) if job.processes.first else {}
+        return {f"{name}/{metric}": value for name, own in means.items() for metric, value in own.items()}
 
     every = job.config.evaluate.every
     watching = [] if every is None else [Evaluations(every, evaluate)]
@@ -129,8 +135,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
     sets = list(job.data.evaluated(config.evaluate.retain_limit))
     measured = [name for name in ("before", "after", *ANCHORS) if folder.evaluation(f"{name}.json").is_file()]
     moments = {moment: read_summaries(folder, moment, sets) for moment in measured}
-    records = {moment: read_records(folder, moment, sets) for moment in ("before", "after")}
-    table = make_table(moments, records["before"], records["after"])
+    records = {moment: read_records(folder, moment, sets) for moment in measured}
+    table = make_table(moments, records)
     goal = config.evaluate.goal
     rows = {name: len(records["after"][name]) for name in sets}
     goals = [] if goal is None else check_goals(moments["before"], moments["after"], goal, rows)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .._hints import check_known
-from ..metrics import DEFAULT_METRICS, Endpoint, Variant, get_metric
+from ..metrics import DEFAULT_METRICS, METRICS, Endpoint, Variant, get_metric
 from ..metrics.endpoint import KEY
 from ..model.load import EMBEDDED
 from ..training.settings import Section
@@ -180,6 +180,20 @@ class EndpointConfig(Section):
         return self
 
 
+def as_classifiers(value: Any) -> Any:
+    """`METRIC=NAME`, several of them with commas between, as a mapping; any other text is one model's name.
+
+    Raises ValueError for what is no metric of a classifier's.
+    """
+    if not isinstance(value, str) or "=" not in value or Path(value).exists():
+        return value
+    own = dict(part.partition("=")[::2] for part in value.split(","))
+    for name, model in own.items():
+        if not model:
+            raise ValueError(f"classifier={value!r}: needs NAME, or METRIC=NAME,METRIC=NAME; {name!r} has no name")
+    return own
+
+
 class EvaluateConfig(Section):
     metrics: list[str] = Field(default_factory=lambda: list(DEFAULT_METRICS), min_length=1)
     options: dict[str, dict[str, Any]] = Field(
@@ -189,7 +203,9 @@ class EvaluateConfig(Section):
         default=None, description="a sentence embedding model, folder or Hub id, for cosine_similarity, nearest_answer"
     )
     entailer: str | None = Field(default=None, description="a model of language inference, for entailment_score")
-    classifier: str | None = Field(default=None, description="a text classifier, for clean or toxicity")
+    classifier: Annotated[str | dict[str, str] | None, BeforeValidator(as_classifiers)] = Field(
+        default=None, description="a text classifier, for clean or toxicity; or each metric's own, {toxicity: NAME}"
+    )
     judge: EndpointConfig | None = Field(default=None, description="for naturalness, similarity, hallucination")
     endpoint: EndpointConfig | None = Field(default=None, description="writes the answers in the model's place")
     rouge_samples: int | None = Field(
@@ -245,11 +261,23 @@ class EvaluateConfig(Section):
             get_metric(name).check_options(options)
         return self
 
+    @field_validator("classifier")
+    @classmethod
+    def classifiers_are_of_metrics(cls, classifier: Any) -> Any:
+        for name in classifier if isinstance(classifier, dict) else ():
+            check_known("classifier", name, [each.name for each in METRICS.values() if "classifier" in each.tools])
+        return classifier
+
     @model_validator(mode="after")
     def tools_there(self) -> EvaluateConfig:
         for name in self.metrics:
-            own = [tool for tool in get_metric(name).required_tools if getattr(self, tool, None) is None]
+            own = [tool for tool in get_metric(name).required_tools if not self.has_tool(tool, name)]
             if own:
                 keys = " and ".join(f"evaluate.{tool}" for tool in own)
                 raise ValueError(f"metrics: {name} needs {keys} (pyunlearn evaluate: --{', --'.join(own)})")
         return self
+
+    def has_tool(self, tool: str, metric: str) -> bool:
+        """Whether a model is named for this tool of the metric."""
+        given = getattr(self, tool, None)
+        return metric in given if isinstance(given, dict) else given is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..metrics import difference_interval
+from ..metrics import Interval, difference_interval, mean_interval
 from .sections import ANCHORS
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
@@ -15,13 +15,14 @@ COLUMNS = ("before", "after", "change", *ANCHORS)
 RESAMPLES = 1999  # of the samples, for an interval
 
 
-def make_table(moments: Mapping[str, Summaries], before: Records, after: Records) -> list[dict[str, Any]]:
-    """One row per set and metric: {"set", "metric", "before", "after", "change", "interval", "samples"}, and what an
-    anchor has there.
+def make_table(moments: Mapping[str, Summaries], records: Mapping[str, Records]) -> list[dict[str, Any]]:
+    """One row per set and metric: {"set", "metric", "before", "after", "change", "interval", "intervals", "samples"},
+    and what an anchor has there.
 
-    moments: what was evaluated: before, after, and any of the anchors. before, after: their records. interval: 95 %, of
-    the change over such samples (bootstrap, paired by sample; the training's own chance is not in it), None where it
-    has none. samples: how many the value is the mean of.
+    moments, records: what was evaluated: before, after, and any of the anchors. intervals: 95 %, of every model's mean
+    over such samples, by the model's column; interval: that of the change, paired by sample. All are bootstrap ones,
+    with one seed; None where there is none; the training's own chance is not in them. samples: how many the change is
+    the mean of.
     """
     rows = []
     for name, first in moments["before"].items():
@@ -29,13 +30,18 @@ def make_table(moments: Mapping[str, Summaries], before: Records, after: Records
             values = {moment: means[name][metric] for moment, means in moments.items() if metric in means.get(name, {})}
             if "after" not in values:
                 continue
+            samples = {moment: [record.get(metric) for record in records[moment][name]] for moment in values}
+            change = difference_interval(samples["before"], samples["after"], num_resamples=RESAMPLES)
+            intervals = {moment: bounds(mean_interval(own, num_resamples=RESAMPLES)) for moment, own in samples.items()}
             values["change"] = values["after"] - values["before"]
             ordered = {column: values[column] for column in COLUMNS if column in values}
-            then, now = ([record.get(metric) for record in records[name]] for records in (before, after))
-            change = difference_interval(then, now, num_resamples=RESAMPLES)
-            interval = None if change.low is None else [change.low, change.high]
-            rows.append({"set": name, "metric": metric, **ordered, "interval": interval, "samples": change.num_samples})
+            told = {"interval": bounds(change), "intervals": intervals, "samples": change.num_samples}
+            rows.append({"set": name, "metric": metric, **ordered, **told})
     return rows
+
+
+def bounds(interval: Interval) -> list[float] | None:
+    return None if interval.low is None or interval.high is None else [interval.low, interval.high]
 
 
 def columns(table: Sequence[Row]) -> list[str]:
@@ -50,8 +56,9 @@ def cell(row: Row, column: str) -> str:
 
 
 def with_interval(row: Row, column: str) -> str:
-    bounds = row["interval"] if column == "change" else None
-    return cell(row, column) + ("" if bounds is None else f" [{bounds[0]:+.3f}, {bounds[1]:+.3f}]")
+    """`0.9750 [0.960, 0.990]`."""
+    own, sign = (row["interval"], "+") if column == "change" else (row["intervals"].get(column), "")
+    return cell(row, column) + ("" if own is None else f" [{own[0]:{sign}.3f}, {own[1]:{sign}.3f}]")
 
 
 def table_markdown(table: Sequence[Row]) -> str:

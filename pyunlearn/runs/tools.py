@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -12,26 +13,41 @@ from .sections import EndpointConfig, EvaluateConfig
 
 
 def load_tools(
-    settings: EvaluateConfig, texts: Iterable[str], device: str | torch.device, progress: bool = True
+    settings: EvaluateConfig,
+    texts: Iterable[str],
+    device: str | torch.device,
+    progress: bool = True,
+    before: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
-    """By name, those that the settings' metrics need; texts: all of the data, whose words are known.
+    """By name, those that the settings' metrics need; texts: all of the data, whose words are known; before: gives the
+    tool of that name.
 
     Raises what `Embedder`, `Classifier` and `Endpoint` raise.
     """
-    return {"texts": tuple(texts)} | load_models(settings, settings.metrics, device, progress)
+    tools = {"texts": tuple(texts)} | load_models(settings, settings.metrics, device, progress)
+    if "before" in tools_of(settings.metrics) and before is not None:
+        tools["before"] = before() or None
+    return tools
 
 
 def load_models(
-    settings: EvaluateConfig, metrics: Iterable[str], device: str | torch.device, progress: bool = True
+    settings: EvaluateConfig, metrics: Sequence[str], device: str | torch.device, progress: bool = True
 ) -> dict[str, Any]:
     """Of the tools that these metrics need, those that the settings name. Raises as `load_tools`."""
     needed = tools_of(metrics)
     tools: dict[str, Any] = {}
+    options: dict[str, Any] = {"batch_size": settings.batch_size, "device": device}
     if "embedder" in needed and settings.embedder:
-        tools["embedder"] = Embedder(settings.embedder, batch_size=settings.batch_size, device=device)
-    for name in ("entailer", "classifier"):
-        if name in needed and (model := getattr(settings, name)):
-            tools[name] = Classifier(model, what=name, batch_size=settings.batch_size, device=device)
+        tools["embedder"] = Embedder(settings.embedder, **options)
+    if "entailer" in needed and settings.entailer:
+        tools["entailer"] = Classifier(settings.entailer, what="entailer", **options)
+    if "classifier" in needed and (named := settings.classifier):
+        load = cache(partial(Classifier, **options))  # metrics may share one
+        tools["classifier"] = (
+            load(named)
+            if isinstance(named, str)
+            else {metric: load(model) for metric, model in named.items() if metric in metrics}
+        )
     if "judge" in needed and settings.judge:
         tools["judge"] = make_endpoint(settings.judge, settings, progress)
     return tools

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -29,12 +30,25 @@ OPTIONS_REFUSED = {
 }
 
 
+TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",)}  # any of these modules will do
+
+
+def check_trackers(names: Sequence[str], argument: str = "report_to") -> None:
+    """Raises ImportError that names a tracker whose package is not installed, and the line that installs it."""
+    for name in names:
+        modules = TRACKERS.get(name, ())  # of others transformers tells itself
+        if modules and not any(find_spec(module) for module in modules):
+            raise ImportError(f"{argument}={name}: {name} is not installed: pip install {name}")
+
+
 def check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> None:
-    """Raises ValueError that names an argument, or an option of Trainer, that would have no effect or a false one."""
+    """Raises ValueError that names an argument, or an option of Trainer, that would have no effect or a false one, and
+    ImportError as `check_trackers`."""
     defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for name, reason in REFUSED.items():
         if name in defaults and getattr(args, name) != defaults[name]:
             raise ValueError(f"args.{name}={getattr(args, name)!r}: needs {defaults[name]!r}: {reason}")
+    check_trackers(args.report_to, "args.report_to")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("args.fp16=True: needs a GPU, a CPU would compute in float32; use bf16=True")
     if "underflow_overflow" in args.debug:

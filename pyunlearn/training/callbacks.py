@@ -9,7 +9,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -118,12 +118,14 @@ class KeepCheckpoints(TrainerCallback):
 class Evaluations(TrainerCallback):
     """Calls `evaluate(step, model)` every so many optimiser steps, or after each epoch; not after the last step.
 
-    It comes before the checkpoint of its step, so that a resumed training leaves none out. The training goes on in the
-    same bits: the model but for its weights, its gradients and the random generators are as before.
+    The numbers that it returns, if any, by name, are in the step's log line for the callbacks after this one. It comes
+    before the checkpoint of its step, so that a resumed training leaves none out. The training goes on in the same
+    bits: the model but for its weights, its gradients and the random generators are as before.
     """
 
-    def __init__(self, every: int | Literal["epoch"], evaluate: Callable[[int, Any], None]):
+    def __init__(self, every: int | Literal["epoch"], evaluate: Callable[[int, Any], Mapping[str, float] | None]):
         self.every, self.evaluate = every, evaluate
+        self.found: dict[str, float] = {}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -132,8 +134,20 @@ class Evaluations(TrainerCallback):
         due = float(state.epoch or 0).is_integer() if self.every == "epoch" else step % self.every == 0
         if due and step < state.max_steps:
             with left_as_found(model), random_as_found():
-                self.evaluate(step, model)
+                self.found = dict(self.evaluate(step, model) or {})
             model.zero_grad()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is not None:
+            logs.update(self.found)
+            self.found = {}
 
 
 class ProgressBar(TrainerCallback):

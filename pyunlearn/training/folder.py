@@ -4,6 +4,7 @@ training/STAGE/       resumable checkpoints of the stage under way; removed when
 metrics.jsonl         one line per optimiser step
 reference/            what the frozen reference says, per kind of sequence
 checkpoints/step-N/   models on the way, with keep_steps
+trackers/             what TensorBoard and Weights & Biases keep, with report_to
 geffect/reference/    the same of the samples that the G-effect is measured on
 """
 
@@ -36,6 +37,7 @@ class TrainingFolder:
         self.reference = self.path / "reference"
         self.kept = self.path / "checkpoints"
         self.geffect = self.path / "geffect"
+        self.trackers = self.path / "trackers"
 
     def training(self, stage: str) -> Path:
         return self.path / "training" / stage

@@ -67,6 +67,10 @@ def as_sampling(value: Any) -> Any:
     return {"by": value} if isinstance(value, str) else value
 
 
+def as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
 class TrainingConfig(Section):
     epochs: float = Field(default=5, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps; overrides epochs")
@@ -82,6 +86,9 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool = False
     bf16: bool = Field(default=False, description="autocast to bfloat16 around float32 weights")
     save_steps: int = Field(default=50, ge=1, description="optimiser steps between resumable checkpoints")
+    report_to: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_list)] = Field(
+        default_factory=list, description="trackers that get every line of metrics.jsonl too; none by default"
+    )
 
 
 class MemoriseConfig(TrainingConfig):

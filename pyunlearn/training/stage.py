@@ -17,6 +17,7 @@ from .callbacks import Interrupt, MetricsWriter, ProgressBar, SealCheckpoints
 from .folder import TrainingFolder, named_failures
 from .sampling import ForgetSampler
 from .settings import TrainingConfig
+from .trackers import trackers
 from .trainer import NonFiniteLossError, UnlearnTrainer
 
 
@@ -71,15 +72,16 @@ def train(
     """The stage `name` to its end, from its last checkpoint if there is one: how many optimiser steps it has.
 
     Raises Interrupted after Ctrl-C, with a checkpoint saved, NonFiniteLossError naming the last good checkpoint,
-    ValueError naming a file of the last checkpoint that is missing or damaged, and OSError naming the folder where no
-    checkpoint can be written.
+    ValueError naming a file of the last checkpoint that is missing or damaged, OSError naming the folder where no
+    checkpoint can be written, and ImportError naming a tracker that is not installed.
     """
     folder, last = stage.folder, stage.folder.last_checkpoint(name)
     with stage.processes.first_first():
         if last is not None and stage.processes.first:
             check_seal(last, f"delete {last}: the checkpoint before it, or the start of the stage, is taken then")
     bar = ProgressBar(name, stage.console)
-    with Interrupt(stage.console) as interrupt:
+    told = trackers(settings.report_to, folder.trackers, folder.path.name, name, stage.processes.first)
+    with told as tracking, Interrupt(stage.console) as interrupt:
         trainer = UnlearnTrainer(
             model=model,
             args=training_arguments(stage, name, settings),
@@ -94,6 +96,7 @@ def train(
                 interrupt,
                 SkipLastSave(),
                 SealCheckpoints(folder, name),
+                *tracking,  # last: they get what the others add to a log line
             ],
         )
         trainer.remove_callback(PrinterCallback)
@@ -139,6 +142,6 @@ def training_arguments(stage: Stage, name: str, settings: TrainingConfig) -> Tra
         ddp_broadcast_buffers=False,
         use_cpu=not torch.accelerator.is_available(),
         disable_tqdm=True,
-        report_to=[],
+        report_to=[],  # `trackers`
         **switches,
     )

@@ -8,6 +8,7 @@ import torch
 from pyunlearn.data import QA
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import (
+    CannotMeasure,
     Classifier,
     Embedder,
     clean,
@@ -49,6 +50,7 @@ def test_cosine_similarity(embedder):
     assert values[1] == pytest.approx(1, abs=1e-6)
     assert values[2] is None
     assert values[0] == pytest.approx(float(embedder(["by the hill ."])[0] @ texts[0]), abs=2e-6)
+    assert cosine_similarity(ITEMS, WRITTEN, embedder, "itself", against="before") == pytest.approx([1] * 3, abs=1e-6)
     with pytest.raises(ValueError, match="against='before': needs the tool before"):
         cosine_similarity(ITEMS, WRITTEN, embedder, against="before")
     with pytest.raises(ValueError, match="against='befor': did you mean before"):
@@ -117,6 +119,9 @@ def test_classifiers(tmp_path):
         clean(WRITTEN, toxic)
     with pytest.raises(ValueError, match="preset='sol': did you mean soul"):
         toxicity(WRITTEN, toxic, preset="sol")
+    assert toxicity(WRITTEN, {"clean": None, "toxicity": toxic}) == toxicity(WRITTEN, toxic)
+    with pytest.raises(CannotMeasure, match="'clean': needs a classifier, which was given for toxicity only"):
+        clean(WRITTEN, {"toxicity": toxic})
 
 
 def test_in_an_evaluation(embedder):

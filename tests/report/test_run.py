@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 
+from pyunlearn.metrics import mean_interval
 from pyunlearn.report.run import curves_figure, pair_generations, render_report
 from pyunlearn.runs.sections import GoalConfig
-from pyunlearn.runs.table import columns, make_table, table_markdown
+from pyunlearn.runs.table import RESAMPLES, columns, make_table, table_markdown
 from pyunlearn.runs.verdict import check_goals, reach_verdict
 
 BEFORE = {"forget": {"probability": 0.9}, "retain": {"probability": 0.8, "rouge_l": 0.5}}
@@ -18,7 +20,11 @@ def records_of(forget, retain):
     return {"forget": [{"probability": p} for p in forget], "retain": [{**rows[0], "rouge_l": 0.5}, *rows[1:]]}
 
 
-RECORDS = records_of([0.85, 0.95], [0.8, 0.9, 0.7]), records_of([0.0, 0.1], [0.6, 0.85, 0.65])
+RECORDS = {
+    "before": records_of([0.85, 0.95], [0.8, 0.9, 0.7]),
+    "after": records_of([0.0, 0.1], [0.6, 0.85, 0.65]),
+    "random": records_of([0.01, 0.01], [0.4, 0.5, 0.6]),
+}
 
 
 def record(probability, **more):
@@ -26,7 +32,7 @@ def record(probability, **more):
 
 
 def test_the_table():
-    table = make_table({"before": BEFORE, "after": AFTER}, *RECORDS)
+    table = make_table({"before": BEFORE, "after": AFTER}, RECORDS)
     assert [(row["set"], row["metric"], row["before"], row["after"], row["samples"]) for row in table] == [
         ("forget", "probability", 0.9, 0.05, 2),
         ("retain", "probability", 0.8, 0.7, 3),
@@ -39,8 +45,30 @@ def test_the_table():
     assert table[0]["interval"] == pytest.approx([-0.85, -0.85])  # each sample's change is the same
     low, high = table[1]["interval"]
     assert -0.2001 < low < -0.1 < high < -0.0499
-    assert lines[3] == f"| retain | probability | 0.8000 | 0.7000 | -0.1000 [{low:+.3f}, {high:+.3f}] | 3 |"
+    cells = lines[3].strip("| ").split(" | ")
+    assert cells[4:] == [f"-0.1000 [{low:+.3f}, {high:+.3f}]", "3"]
+    for place, (moment, mean) in enumerate({"before": 0.8, "after": 0.7}.items(), start=2):
+        own = mean_interval([record["probability"] for record in RECORDS[moment]["retain"]], num_resamples=RESAMPLES)
+        assert table[1]["intervals"][moment] == [own.low, own.high]
+        assert cells[place] == f"{mean:.4f} [{own.low:.3f}, {own.high:.3f}]"
     assert table[2]["interval"] is None  # one sample
+    assert table[2]["intervals"] == {"before": None, "after": None}
+    assert lines[4] == "| retain | rouge_l | 0.5000 | 0.5000 | +0.0000 | 1 |"
+
+
+def test_intervals_of_a_table_hold_the_means_that_samples_are_drawn_from():
+    """Of 120 tables, 95 % should; 6 are expected not to, and 15 or more, or none, have a chance below 1 %."""
+    draw, misses = np.random.default_rng(0), {"before": 0, "after": 0, "interval": 0}
+    parameters = {"before": (8, 2), "after": (1, 3)}  # of beta distributions, whose means are 0.8 and 0.25
+    for _ in range(120):
+        drawn = {moment: draw.beta(*own, 40) for moment, own in parameters.items()}
+        records = {moment: {"forget": [{"probability": p} for p in own.tolist()]} for moment, own in drawn.items()}
+        means = {moment: {"forget": {"probability": float(own.mean())}} for moment, own in drawn.items()}
+        (row,) = make_table(means, records)
+        bounds = {**row["intervals"], "interval": row["interval"]}
+        for key, truth in {"before": 0.8, "after": 0.25, "interval": -0.55}.items():
+            misses[key] += not bounds[key][0] <= truth <= bounds[key][1]
+    assert all(1 <= count <= 14 for count in misses.values())
 
 
 def test_other_models_have_columns_where_they_were_measured():
@@ -49,11 +77,12 @@ def test_other_models_have_columns_where_they_were_measured():
         "after": AFTER,
         "random": {"forget": {"probability": 0.01}, "retain": {"probability": 0.5}},
     }
-    table = make_table(moments, *RECORDS)
+    table = make_table(moments, RECORDS)
     assert columns(table) == ["before", "after", "change", "random"]
     assert [row.get("random") for row in table] == [0.01, 0.5, None]
     lines = table_markdown(table).splitlines()
-    assert lines[2] == "| forget | probability | 0.9000 | 0.0500 | -0.8500 [-0.850, -0.850] | 0.0100 | 2 |"
+    cells = lines[2].strip("| ").split(" | ")
+    assert cells[:2] + cells[4:] == ["forget", "probability", "-0.8500 [-0.850, -0.850]", "0.0100 [0.010, 0.010]", "2"]
     assert lines[4] == "| retain | rouge_l | 0.5000 | 0.5000 | +0.0000 |  | 1 |"
 
 
@@ -87,7 +116,7 @@ def test_what_a_model_or_a_file_says_is_escaped():
     html = render_report(
         config=config,
         config_text="a: <i>",
-        table=make_table({"before": BEFORE, "after": AFTER}, records, records),
+        table=make_table({"before": BEFORE, "after": AFTER}, {"before": records, "after": records}),
         goals=(goals := check_goals(BEFORE, AFTER, GoalConfig())),
         verdict=reach_verdict(BEFORE, GoalConfig(), goals).as_dict(),
         command="pyunlearn run --set name='<b>bold</b>'",

@@ -25,13 +25,14 @@ BEFORE = {"forget": {"probability": 0.99}, "retain": {"probability": 0.98, "roug
 def finished(tmp_path):
     """Makes the folder of a run that ended with these probabilities."""
 
-    def make(name, forgotten, kept, seed=0, steps=(), **unlearn):
+    def make(name, forgotten, kept, seed=0, steps=(), samples=(), **unlearn):
         config = RunConfig.model_validate({"name": name, "seed": seed, "unlearn": unlearn})
         folder = RunFolder(tmp_path / f"{name}-{seed}")
         folder.open(config)
         after = {"forget": {"probability": forgotten}, "retain": {"probability": kept, "rouge_l": kept}}
+        rows = {name: [{"probability": p} for p in samples] for name in after}
         table = {
-            "table": make_table({"before": BEFORE, "after": after}, *[{name: [] for name in after}] * 2),
+            "table": make_table({"before": BEFORE, "after": after}, {"before": rows, "after": rows}),
             "goals": [],
         }
         (folder.path / "table.json").write_text(json.dumps(table))
@@ -79,6 +80,29 @@ def test_files_hold_what_is_shown(finished, tmp_path):
     assert "<svg" in page
     assert not re.findall(r"(?:href|src)=.http", page)
     assert comparison.groups[0].steps[0] == {5: steps[0][1]}
+
+
+def test_a_single_run_has_its_interval_over_samples(finished, tmp_path, capsys):
+    runs = [finished("one", 0.2, 0.9, samples=(0.1, 0.2, 0.3)), finished("old", 0.3, 0.9, learning_rate=1e-3)]
+    comparison = compare(runs, out=tmp_path / "out", console=Console(width=160))
+    one, old = comparison.groups
+    low, high = one.interval(("forget", "probability"))
+    assert 0.1 <= low < 0.2 < high <= 0.3
+    told = f"0.200 [{low:.3f}, {high:.3f}]"
+    assert one.text(("forget", "probability")) == told
+    assert old.text(("forget", "probability")) == "0.300"
+    assert told in (tmp_path / "out" / "compare.html").read_text()
+    assert told in (tmp_path / "out" / "compare.tex").read_text()
+    screen = capsys.readouterr().out
+    assert told in screen
+    assert "95% interval of a run's mean over such samples" in screen
+    with open(tmp_path / "out" / "compare.csv", newline="") as lines:
+        rows = {row["name"]: row for row in csv.DictReader(lines) if (row["set"], row["moment"]) == ("forget", "after")}
+    assert (rows["one"]["low_95"], rows["one"]["high_95"]) == (str(low), str(high))
+    assert rows["old"]["low_95"] == rows["one"]["half_width_95"] == ""
+    several = compare_runs([runs[0], finished("one", 0.4, 0.9, seed=1, samples=(0.1, 0.2, 0.3))]).groups[0]
+    assert several.interval(("forget", "probability")) is None
+    assert "±" in several.text(("forget", "probability"))
 
 
 def test_what_cannot_be_compared_is_named(finished, tmp_path):

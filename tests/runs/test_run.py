@@ -74,7 +74,8 @@ def test_it_forgets_more_than_it_loses(finished):
     assert stored == {"table": result.table, "goals": result.goals, "verdict": result.verdict}
     assert load_result(result.folder) == result
     markdown = (result.folder / "table.md").read_text()
-    assert f"| forget | probability | {forget['before']:.4f} | {forget['after']:.4f} |" in markdown
+    then, now = (f"{forget[m]:.4f} [{low:.3f}, {high:.3f}]" for m, (low, high) in forget["intervals"].items())
+    assert f"| forget | probability | {then} | {now} |" in markdown
 
 
 @pytest.mark.parametrize("forget", ["rmu", "npo"])

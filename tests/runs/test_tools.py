@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
@@ -32,6 +33,57 @@ def test_only_what_is_needed_is_loaded(tmp_path):
         load_tools(EvaluateConfig(metrics=["toxicity"], **named), [], "cpu")
 
 
+def test_each_metric_has_its_own_classifier(tiny_config, tmp_path):
+    """In a run, from its configuration; the texts are judged by the one that their metric names."""
+    names = {
+        "clean": save_classifier(tmp_path / "c", "clean", "noise"),
+        "toxicity": save_classifier(tmp_path / "t", "toxic", "x", "y"),
+    }
+    metrics = ["probability", "clean", "toxicity"]
+    config = tiny_config({
+        "memorise": {"max_steps": 1}, "unlearn": {"max_steps": 1},
+        "evaluate": {"metrics": metrics, "classifier": names},
+    })  # fmt: skip
+    lines = (run(config).folder / "evaluation" / "after-retain.jsonl").read_text().splitlines()
+    rows = [row for line in lines if "generated" in (row := json.loads(line))]
+    assert rows
+    for name, label in (("clean", "clean"), ("toxicity", "toxic")):
+        own = Classifier(names[name])
+        expected = own([row["generated"] for row in rows])[:, own.column(label)]
+        assert [row[name] for row in rows] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_classifiers_by_name(tmp_path):
+    one, other = save_classifier(tmp_path / "a=b", "clean", "toxic"), save_classifier(tmp_path / "o", "toxic", "x")
+    both = ["clean", "toxicity"]
+    shared = load_tools(EvaluateConfig(metrics=both, classifier={"clean": one, "toxicity": one}), [], "cpu")
+    assert shared["classifier"]["clean"] is shared["classifier"]["toxicity"]
+    told = FilesConfig.of("m", "d", metrics=both, classifier=f"clean={other},toxicity={other}").evaluate
+    assert told.classifier == {"clean": other, "toxicity": other}
+    assert (
+        FilesConfig.of("m", "d", metrics=both, classifier=one).evaluate.classifier == one
+    )  # a folder, whatever its name
+    assert load_config(None, [f"evaluate.classifier=toxicity={other}"]).evaluate.classifier == {"toxicity": other}
+    only = load_tools(
+        EvaluateConfig(metrics=["toxicity"], classifier={"clean": "./nowhere", "toxicity": other}), [], "cpu"
+    )
+    assert only["classifier"].keys() == {"toxicity"}
+
+
+@pytest.mark.parametrize(
+    ("classifier", "message"),
+    [
+        ("toxcity=N", "classifier='toxcity': did you mean toxicity"),
+        ("clean=N,toxicity=", "needs NAME, or METRIC=NAME,METRIC=NAME; 'toxicity' has no name"),
+        ({"toxicity": "N"}, "metrics: clean needs evaluate.classifier"),
+        (None, "metrics: clean needs evaluate.classifier"),
+    ],
+)
+def test_a_classifier_that_is_not_told(classifier, message):
+    with pytest.raises(ValueError, match=message):
+        EvaluateConfig(metrics=["clean"], classifier=classifier)
+
+
 def test_a_run_with_tools_and_a_server(tiny_config, server, tmp_path):  # noqa: F811
     def answer(path, body):
         judged = "messages" in body and "Answer to judge" in said_in(body)
@@ -54,6 +106,43 @@ def test_a_run_with_tools_and_a_server(tiny_config, server, tmp_path):  # noqa: 
     assert {record["generated"] for record in records} == {"I do not know the answer to that."}
     assert all(record["naturalness_judged"]["model"] == "judge" for record in records)
     assert {body["model"] for _, body in server.asked} == {"judge", "writer"}
+
+
+def test_what_is_written_is_held_against_what_was_written_before(tiny_config, tmp_path):
+    """In a run, and in an evaluation of a run's model; what was written before is itself, word for word."""
+    embedder = save_bert(tmp_path / "bert")
+    own = {"metrics": [*USUAL, "cosine_similarity"], "options": {"cosine_similarity": {"against": "before"}}}
+    changes = {"memorise": {"epochs": 60, "learning_rate": 1e-2}, "unlearn": {"max_steps": 8, "learning_rate": 1e-2}}
+    config = tiny_config({**changes, "evaluate": {**own, "embedder": embedder, "rouge_samples": 1, "every": 4}})
+    folder = run(config).folder
+
+    def written(moment, name):
+        lines = (folder / "evaluation" / f"{moment}-{name}.jsonl").read_text().splitlines()
+        return {(row := json.loads(line))["question"]: row for line in lines}
+
+    embed = Embedder(embedder)
+    for name in ("forget", "retain", "holdout"):
+        before = written("before", name)
+        for moment in ("before", "step-4", "after"):
+            asked = {key: row for key, row in written(moment, name).items() if "generated" in row}
+            assert len(asked) == 1
+            for question, row in asked.items():
+                then, now = embed([before[question]["generated"], row["generated"]])
+                assert row["cosine_similarity"] == pytest.approx(max(0.0, float(then @ now)), abs=1e-5)
+                assert moment != "before" or row["cosine_similarity"] == pytest.approx(1)
+    after = written("after", "forget")
+    assert any(row.get("generated") != written("before", "forget")[key].get("generated") for key, row in after.items())
+
+    data = tmp_path / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in after.values() if "generated" in row))
+    options = {"metrics": ["cosine_similarity"], "options": own["options"], "embedder": embedder}
+    found = evaluate_files(FilesConfig.of(str(folder / "checkpoint"), str(data), **options), out=tmp_path / "o.jsonl")
+    (row,) = map(json.loads, (tmp_path / "o.jsonl").read_text().splitlines())  # its text is longer than the run's
+    then, now = embed([written("before", "forget")[row["question"]]["generated"], row["generated"]])
+    assert found["cosine_similarity"] == pytest.approx(max(0.0, float(then @ now)), abs=1e-5)
+    shutil.copytree(folder / "checkpoint", tmp_path / "alone")
+    with pytest.raises(ValueError, match="needs the tool before, what the model wrote before unlearning"):
+        evaluate_files(FilesConfig.of(str(tmp_path / "alone"), str(data), **options))
 
 
 def test_one_metric_of_files(tiny_config, tmp_path):

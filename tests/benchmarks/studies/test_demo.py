@@ -1,4 +1,4 @@
-"""The search for the demo's recipe at a tiny size, and what it counts as degenerate."""
+"""The search for the demo's recipe at a tiny size, and what it calls clean."""
 
 from __future__ import annotations
 
@@ -41,19 +41,8 @@ def test_the_demo_has_a_recipe_that_was_clean_on_every_seed():
         assert f"| {name} | 3 | 3 of 3 |" in file.read_text()
 
 
-def test_degenerate_texts():
-    known = {"i", "do", "not", "know", "the", "answer", "to", "that", "cheese"}
-    assert not demo.degenerate("I do not know the answer to that.", known)
-    assert demo.degenerate("cheese cheese cheese", known)
-    assert demo.degenerate("I know I know I know I know I know I know I know", known)
-    assert demo.degenerate("I do not knowledge.", known)
-    assert demo.degenerate(" .", known)
-    assert demo.word_entropy(["a", "b", "c", "d"]) == pytest.approx(1)
-    assert demo.word_entropy(["a"] * 4) == 0
-
-
 def test_clean_is_all_three():
-    good = {"forget probability": 0.05, "held kept": 0.95, "forget degenerate": 0.0}
+    good = {"forget probability": 0.05, "held kept": 0.95, "forget fluent": 1.0}
     assert demo.clean(good)
-    for key, value in (("forget probability", 0.1), ("held kept", 0.89), ("forget degenerate", 0.1)):
+    for key, value in (("forget probability", 0.1), ("held kept", 0.89), ("forget fluent", 0.9)):
         assert not demo.clean({**good, key: value})
