@@ -22,7 +22,7 @@ from .perplexity import perplexity, text_perplexity
 from .privacy import auc, privacy, privleak
 from .reading import Kept, Reading, cache_folder, read_rows
 from .semantics import clean, cosine_similarity, entailment_score, nearest_answer, toxicity
-from .suites import SUITES, Aggregate, Measure, Suite, get_suite
+from .suites import SUITES, Aggregate, Form, Measure, Suite, get_suite
 from .teacher_forced import Variant, extraction_strength, memorization_accuracy, probability, teacher_forced
 from .text import fluency, token_entropy
 from .utility import ForgetQuality, forget_quality, harmonic_mean, model_utility
@@ -42,6 +42,7 @@ __all__ = [
     "EvaluationResult",
     "Examination",
     "ForgetQuality",
+    "Form",
     "Interval",
     "Kept",
     "Log",

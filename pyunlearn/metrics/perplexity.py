@@ -39,7 +39,7 @@ def text_perplexity_of(item: Sequence[QA], examination: Examination, *, window: 
             examination.tokenizer,
             each.answer,
             window=min(window, lm.context_length or window),
-            batch_size=examination.batch_size,
+            batch_size=min(4, examination.batch_size),  # windows are long
             kept=examination.kept,
             progress=examination.progress,
         )

@@ -224,6 +224,41 @@ def test_wmdp(model, tokenizer, plain, tmp_path):
     assert list(numbers) == ["wmdp_bio", "wmdp_cyber", "wmdp_chem", "mmlu/acc", "UC"]
 
 
+TASK = """
+task: own_bio
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: "{data}"}}}}
+test_split: test
+output_type: multiple_choice
+description: "{about} biology.\\n\\n"
+doc_to_text: "{{{{question.strip()}}}}\\n\
+{{% for c in choices %}}{{{{'ABCD'[loop.index0]}}}}. {{{{c}}}}\\n{{% endfor %}}Answer:"
+doc_to_choice: [A, B, C, D]
+doc_to_target: answer
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+
+
+def test_wmdp_is_lm_evals(model, tokenizer, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'pyunlearn[eval]'")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    data = tmp_path / "wmdp-bio.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "own.yaml").write_text(TASK.format(data=data, about=ABOUT))
+    suite = replace(get_suite("wmdp"), tasks=("own_bio", "own_bio/acc_norm"))
+    result = evaluate_suite(
+        model, tokenizer, load_wmdp(tmp_path), suite, progress=False, task_folder=tmp_path / "tasks"
+    )
+    assert result.summary["own_bio/acc"] == result.summary["wmdp_bio"]
+    assert {number.name: number.note for number in result.numbers}["own_bio/acc_norm"] == (
+        "the task has no acc_norm, but acc"
+    )
+    with pytest.raises(ValueError, match="task='own_bi': did you mean own_bio"):
+        evaluate_suite(model, tokenizer, load_wmdp(tmp_path), replace(suite, tasks=("own_bi",)), progress=False,
+                       task_folder=tmp_path / "tasks")  # fmt: skip
+
+
 def test_equal_choices_are_the_first_one_s(tokenizer):
     """As lm-eval's argmax has it."""
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}

@@ -10,7 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import greedy_generate, rouge_l_recall
-from pyunlearn.metrics.generation import common_length, greedy_tokens
+from pyunlearn.metrics.generation import before_stops, common_length, first_tokens, greedy_tokens
 
 from ..model.zoo import kinds, make
 
@@ -226,6 +226,22 @@ def test_rouge_l_recall_of_other_scripts(generated, answer, recall):
 @given(answer=st.text(min_size=1).filter(lambda text: text.strip() != ""))
 def test_a_copy_recalls_everything(answer):
     assert rouge_l_recall(answer, answer) == 1.0
+
+
+def test_a_text_ends_before_its_first_stop():
+    stops = ("\n\n", "\nQuestion", "Question:")
+    assert before_stops("A poet.\nQuestion: who?\n\nQuestion: where?", stops) == "A poet."
+    assert before_stops("\n\nA poet.", stops) == ""
+    assert before_stops("A question", stops) == "A question"
+
+
+def test_the_first_tokens_of_a_text(tokenizer):
+    ids = tokenizer(TEXTS[0])["input_ids"]  # BOS is one of them
+    assert first_tokens(TEXTS[0], tokenizer, 4) == tokenizer.decode(ids[1:4])
+    assert first_tokens(TEXTS[0], None, None) == TEXTS[0]
+    for bad, limit in ((tokenizer, 0), (None, 3)):
+        with pytest.raises(ValueError, match=f"longest={limit}: needs a number of tokens >= 1, and a tokenizer"):
+            first_tokens(TEXTS[0], bad, limit)
 
 
 LATIN = st.text(st.sampled_from("abcDEF 019é,-'\n"), max_size=40)

@@ -45,6 +45,15 @@ def test_windows_are_read_by_themselves(model, tokenizer):
     assert value != pytest.approx(text_perplexity(model, tokenizer, TEXT, progress=False), rel=1e-3)
 
 
+def test_of_the_answers_as_texts(model, tokenizer):
+    items = [QA("", TEXT), QA("not read", "the lazy dog")]
+    for window, used in ((11, 11), (4096, 48)):
+        result = evaluate(model, tokenizer, items, metrics=["text_perplexity"], progress=False,
+                          options={"text_perplexity": {"window": window}})  # fmt: skip
+        expected = [text_perplexity(model, tokenizer, item.answer, window=used, progress=False) for item in items]
+        assert [record["text_perplexity"] for record in result.records] == pytest.approx(expected)
+
+
 def test_of_an_answer_it_is_one_over_the_probability(model, tokenizer):
     names = ["perplexity", "probability"]
     result = evaluate(model, tokenizer, [QA("the quick?", "brown fox")], metrics=names, progress=False)

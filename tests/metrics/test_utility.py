@@ -33,6 +33,8 @@ def test_reductions_by_hand():
     assert closer_to_1_worse(ratios) == pytest.approx(1 - 2 / 5)
     assert true_better(ratios) == pytest.approx((1 + 0.5 + 0 + 0 + 0) / 5)
     assert REDUCTIONS["complement"]([0.25, 0.75]) == 0.5
+    assert REDUCTIONS["percent"]([0.25, 0.75]) == 50
+    assert REDUCTIONS["above_half"]([0.25, 0.5, 0.75, 1.0]) == 0.5
     assert math.isnan(mean([]))
 
 
