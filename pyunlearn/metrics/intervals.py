@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,6 +13,7 @@ import numpy as np
 from .._hints import check_known
 
 Method = Literal["BCa", "percentile"]
+SAME = 1e-12  # of the largest value: what is nearer than this differs by rounding
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ def mean_interval(
     """The bootstrap confidence interval of the mean of values, one a sample; those that are None are left out.
 
     method: "BCa", bias-corrected and accelerated (Efron, 1987), or "percentile". level: of confidence, in (0, 1).
-    num_resamples: drawn with `seed`. Values that are all the same have an interval of no width. It tells of the draw of
-    samples alone, not of training anew.
+    num_resamples: drawn with `seed`. Values that are all the same, up to rounding, have an interval of no width. It
+    tells of the draw of samples alone, not of training anew.
 
     Raises ValueError for a level, method or num_resamples out of range, and for values that are not finite.
     """
@@ -52,14 +54,16 @@ def mean_interval(
     mean = math.fsum(there) / len(there) if len(there) else math.nan
     if len(there) < 2:
         return Interval(mean, None, None, len(there), f"{len(there)} samples have a value, an interval needs 2")
-    if np.ptp(there) == 0:
+    if np.ptp(there) <= SAME * np.abs(there).max():
         return Interval(mean, mean, mean, len(there), f"all {len(there)} values are the same")
     from scipy.stats import bootstrap
 
-    drawn = bootstrap(
-        (there,), np.mean, confidence_level=level, method=method, n_resamples=num_resamples, batch=1000,
-        rng=np.random.default_rng(seed),
-    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where BCa is not defined, the reason tells it
+        drawn = bootstrap(
+            (there,), np.mean, confidence_level=level, method=method, n_resamples=num_resamples, batch=1000,
+            rng=np.random.default_rng(seed),
+        )  # fmt: skip
     low, high = (float(bound) for bound in drawn.confidence_interval)
     if math.isnan(low) or math.isnan(high):
         return Interval(mean, None, None, len(there), f"{method} is not defined for these values, percentile may be")

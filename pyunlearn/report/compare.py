@@ -63,7 +63,8 @@ class Group:
 
     def text(self, column: Column, moment: str = "after") -> str:
         """`0.123 [0.110, 0.140]` of a single run, `0.123 ± 0.004` of several, `0.123`, or a dash."""
-        mean, half, own = (get(column, moment) for get in (self.mean, self.half_width, self.interval))
+        mean, half = self.mean(column, moment), self.half_width(column, moment)
+        own = self.interval(column, moment)
         if mean is None:
             return "–"
         if own is not None:

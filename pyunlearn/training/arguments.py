@@ -48,7 +48,7 @@ def check_arguments(args: TrainingArguments, options: Mapping[str, Any]) -> None
     for name, reason in REFUSED.items():
         if name in defaults and getattr(args, name) != defaults[name]:
             raise ValueError(f"args.{name}={getattr(args, name)!r}: needs {defaults[name]!r}: {reason}")
-    check_trackers(args.report_to, "args.report_to")
+    check_trackers([args.report_to] if isinstance(args.report_to, str) else args.report_to or [], "args.report_to")
     if args.fp16 and args.device.type == "cpu":
         raise ValueError("args.fp16=True: needs a GPU, a CPU would compute in float32; use bf16=True")
     if "underflow_overflow" in args.debug:

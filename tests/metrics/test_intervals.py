@@ -55,6 +55,15 @@ def test_where_there_is_none_the_reason_is_told():
     same = mean_interval([0.5, 0.5, None, 0.5])
     assert (same.low, same.high, same.num_samples) == (0.5, 0.5, 3)
     assert same.reason == "all 3 values are the same"
+    rounded = mean_interval([1.0, 1 - 2**-53, 1.0])  # as entropies of texts without a repeat
+    assert (rounded.low, rounded.high, rounded.reason) == (rounded.mean, rounded.mean, same.reason)
+
+
+def test_where_bca_is_not_defined_nothing_is_warned_of(recwarn):
+    told = mean_interval([0.0] * 30 + [1.0], num_resamples=2, seed=11)  # neither resample has the 1
+    assert (told.low, told.high) == (None, None)
+    assert told.reason == "BCa is not defined for these values, percentile may be"
+    assert not recwarn.list
 
 
 def test_a_paired_difference_is_narrower_than_the_samples_differ():

@@ -82,9 +82,9 @@ class World:
     def memorised(self, model: str) -> float:
         """Mem: harmonic mean of 1 - extraction strength, exact memorisation, paraphrase probability, truth ratio."""
         names = ("extraction_strength", "memorization_accuracy", "paraphrase_probability")
-        means = [self.point(model, "forget", name) for name in names]
+        strength, accuracy, paraphrase = (self.point(model, "forget", name) for name in names)
         ratios = self.ratios(model)  # p_wrong / p, of which prob_mean is p / (p + p_wrong)
-        return memorization(*means, statistics.fmean(1 / (1 + ratio) for ratio in ratios))
+        return memorization(strength, accuracy, paraphrase, statistics.fmean(1 / (1 + ratio) for ratio in ratios))
 
     def quality(self, model: str) -> float:
         """ln p of forget quality: could its truth ratios be those of the retrained model?"""

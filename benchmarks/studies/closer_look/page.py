@@ -32,12 +32,15 @@ ABOUT = {
 PAGE = """# A closer look: {name}
 
 After Yuan et al., *A Closer Look at Machine Unlearning for Large Language Models* (arXiv:2410.08109): methods that one
-number calls good or bad, under all of them. {about}
+number calls good or bad, under all of them.
+
+{about}
 
 `before` knows all rows by heart; `retrained` was trained in the same way without the forget set, and is what unlearning
 should come near to. GA and NPO have no retain term, ME+GD and IDK+AP are the paper's pairs; all else is alike:
-{training}. {rows}. The held-out rows were memorised, and kept out of the
-unlearning. Answers are greedy, at most {tokens} tokens.
+{training}.
+{rows}.
+The held-out rows were memorised, and kept out of the unlearning. Answers are greedy, at most {tokens} tokens.
 
 In brackets: {level} bootstrap intervals of the mean over such samples, of all seeds together. They do not hold the
 chance of another training{seeds}. *Truth ratio* is 1 - min(r, 1/r) in the forget table and max(0, 1 - r) in the others,
@@ -235,8 +238,8 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(first)} and {last}" if first else last
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], align: str = "---:") -> str:
+    lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -275,4 +278,4 @@ def answers(world: World) -> str:
         return plain if len(plain) <= longest else f"{plain[:longest]}..."
 
     rows = [[model, *map(shortened, world.cells[model][0].said)] for model in MODELS]
-    return table(["", *world.asked], rows)
+    return table(["", *world.asked], rows, align="---")
