@@ -4,6 +4,11 @@ import signal
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+# how long an example takes says what else the machine does
+settings.register_profile("pyunlearn", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("pyunlearn")
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -263,7 +263,7 @@ def test_half_a_file_is_told(index, tmp_path):
 
 
 @given(st.integers(0, 3), st.floats(0, 1, exclude_max=True), st.integers(0, 20), st.binary(max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_damage_of_any_kind_is_told(index, start, length, replacement):
     """Some bytes of a file, anywhere, become others."""
     with tempfile.TemporaryDirectory() as folder:

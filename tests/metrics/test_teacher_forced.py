@@ -161,7 +161,7 @@ def alone(model, rows):
     }
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     order=st.lists(st.integers(0, 5), min_size=1, max_size=9),
     batch_size=st.integers(1, 10),

@@ -64,7 +64,7 @@ def test_public_function_is_the_objective(name, preset):
         torch.testing.assert_close(function(**by_name, preset=preset, **layout), want)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 6), st.data())
 def test_forms_agree_on_any_mask(batch, length, data):
     size = batch * length

@@ -174,7 +174,7 @@ def test_a_block_and_no_more_is_held(monkeypatch):
 
 
 @given(st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_shapes(data):
     draw = lambda low, high: data.draw(st.integers(low, high))  # noqa: E731
     batch, dtype = draw(0, 4), data.draw(st.sampled_from(DTYPES))

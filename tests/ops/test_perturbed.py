@@ -149,7 +149,7 @@ def test_inference_tensors():
 
 
 @given(st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_runs_of_a_box(data):
     whole = data.draw(st.lists(st.integers(1, 6), max_size=4))
     offset = [data.draw(st.integers(0, n - 1)) for n in whole]

@@ -98,7 +98,7 @@ def test_odd_weights_come_back_bitwise(mode, dtype):
         assert_restored(layer, before)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     scale=st.floats(-12, 3), sigma=st.floats(-8, 2), draws=st.lists(st.integers(0, 2**32 - 1), max_size=4),
     numel=st.integers(1, 400), seed=st.integers(0, 2**64 - 1),

@@ -159,7 +159,7 @@ def test_same_bits_for_threads_and_instruction_sets():
 
 
 @given(st.data())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_pairs(data):
     pairs = []
     for _ in range(data.draw(st.integers(1, 5))):
