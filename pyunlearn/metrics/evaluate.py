@@ -13,7 +13,7 @@ from torch import nn
 
 from .._hints import check_known
 from ..data import QA, QADataset
-from ..data.tokenise import PromptFormat
+from ..data.tokenise import IGNORE_INDEX, PromptFormat, token_texts
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
 from .generation import greedy_generate
@@ -35,7 +35,9 @@ class EvaluationResult:
     items' order:
 
     index, question, answer; num_tokens and nll (summed, nats) where the answer was read; generated, the text, for the
-    samples that were asked; and every metric that the sample has a value of, with what it tells beside it (`Told`).
+    samples that were asked; every metric that the sample has a value of, with what it tells beside it (`Told`); and
+    last, where the answer was read, tokens, their texts (`token_texts`), and token_logp, of each its log-probability in
+    nats, to four digits.
     """
 
     summary: dict[str, float]
@@ -283,6 +285,7 @@ def evaluate(
         {"index": i, "question": item.question, "answer": item.answer} for i, item in enumerate(items)
     ]
     needed = {need for metric in chosen for need in metric.needs}
+    read = examination.rows(items) if needed & {*READ} else []
     for i, record in enumerate(records):
         if needed & {*READ}:
             record |= {"num_tokens": examination.answer[i].num_tokens, "nll": examination.answer[i].nll}
@@ -290,5 +293,9 @@ def evaluate(
             record["generated"] = examination.written[i]
         record |= examination.told.get(i, {})
         record |= {name: own[i] for name, own in values.items() if own[i] is not None}
+        if read:
+            labels = read[i]["labels"][1:]
+            record["tokens"] = token_texts(tokenizer, labels[labels != IGNORE_INDEX].tolist())
+            record["token_logp"] = [round(logp, 4) for logp in examination.answer[i].logp.tolist()]
     summary = {name: mean(value for value in own if value is not None) for name, own in values.items()}
     return EvaluationResult(summary, records)
