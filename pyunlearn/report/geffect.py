@@ -89,7 +89,7 @@ def summary(rows: Rows) -> list[str]:
         if effects:
             most = min(effects, key=effects.__getitem__)
             share = effects[most] / math.fsum(effects.values())
-            read.append(f"{share:.0%} of {did} is in the layers of {in_words(most)}.")
+            read.append(f"{share:.0%} of {did} is in one group of layers, {in_words(most)}.")
     if not costs:
         read.append("No group of layers costs the retain set anything.")
     terms = {label: {m: means("terms", label, "total", m) for m in TITLES} for label in rows[0]["geffect"]["terms"]}

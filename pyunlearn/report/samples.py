@@ -78,9 +78,9 @@ def diff_words(before: str, after: str) -> Diff:
     [('', 'Ada wrote '), ('del', 'short '), ('ins', 'no '), ('', 'plays.')]
     """
     first, second = (re.findall(r"\S+\s*", text) for text in (before, after))
-    bare = [[word.rstrip() for word in words] for words in (first, second)]
+    old, new = ([word.rstrip() for word in words] for words in (first, second))
     parts: Diff = []
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, *bare, autojunk=False).get_opcodes():
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
         if kind == "equal":
             parts.append(("", "".join(second[c:d])))
             continue

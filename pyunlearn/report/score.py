@@ -65,9 +65,12 @@ def all_checks(records: Records, diagnostics: Mapping[str, Any]) -> list[dict[st
     if rho is not None:
         per_token, follows = diagnostics["normalize"] == "tokens", abs(rho) >= FOLLOWS_LENGTH
         what, told = "MRD a token" if per_token else "MRD", "follows" if follows else "does not follow"
-        check = {"text": f"{what} {told} the number of scored tokens: ρ = {rho:.2f} (Spearman's)", "met": not follows}
+        check: dict[str, Any] = {
+            "text": f"{what} {told} the number of scored tokens: ρ = {rho:.2f} (Spearman's)",
+            "met": not follows,
+        }
         if follows and not per_token:
-            check["text"] += "; scores a token are of the same draws, by"
+            check["text"] += "; for scores a token, of the same draws:"
             check["command"] = f"{diagnostics['made']['command']} --per-token"
         checks.append(check)
     return checks

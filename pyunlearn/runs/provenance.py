@@ -31,6 +31,7 @@ class Attempt:
 
     def __init__(self, command: str):
         self.command, self.began, self.start = command, datetime.now().astimezone(), time.monotonic()
+        self.versions = {**versions(), **commit()}  # of now: a checkout may change while it works
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
@@ -44,7 +45,7 @@ class Attempt:
             "peak_memory": peak_memory(),
             "processes": processes,
             "machine": machine(),
-            "versions": {**versions(), **commit()},
+            "versions": self.versions,
             "data": count_pairs(data),
         }
 

@@ -14,8 +14,8 @@ def test_the_result_is_read():
     told = " ".join(summary(probes(2)))  # a mean of 0.75 of the last
     assert "The objective unlearns (unlearning G-effect -0.6), and the retain set gains by it" in told
     assert "(retaining G-effect +0.15; means over 2 models)" in told
-    assert "89% of the unlearning is in the layers of middle." in told
-    assert "100% of the cost to the retain set is in the layers of lm head." in told
+    assert "89% of the unlearning is in one group of layers, middle." in told
+    assert "100% of the cost to the retain set is in one group of layers, lm head." in told
     assert "forget.dpo unlearns most (-0.675), retain.gd retains most (+0.3)" in told
     assert "forget.dpo costs the retain set most (-0.15)." in told
 

@@ -151,7 +151,7 @@ def test_samples_are_found(samples, tmp_path):
     asked = sorted((0, 2, 4), key=lambda i: records[i]["rouge_l"])
     assert told["words"] == [f"forget question {i}" for i in (*asked, 1, 3, 5)]  # who was not asked comes last
     assert told["lines"] == ["tokens before", "tokens after", "tokens retrained"]
-    assert told["tokens"] == [f" {told['answer']}</s>"] * 3
+    assert told["tokens"] == [f"{told['answer']}</s>"] * 3
     assert told["question"].startswith("forget question 1")
     before, after, _ = (float(chance.removeprefix("p = ")) for chance in told["chances"])
     assert before > after

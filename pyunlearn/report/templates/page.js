@@ -73,7 +73,7 @@
       line.className = "tokens";
       tokens.forEach((token, i) => {
         const span = line.appendChild(document.createElement("span"));
-        span.textContent = token;
+        span.textContent = i ? token : token.trimStart();
         span.title = `p = ${Math.exp(-surprises[i] / 100).toPrecision(3)}`;
         span.style.background = `rgb(59 130 246 / ${0.5 * Math.max(0, 1 - surprises[i] / 800)})`;
       });
