@@ -161,6 +161,7 @@ def test_samples_are_found(samples, tmp_path):
 def test_without_a_script_all_samples_are_there(samples):
     assert samples.count('<details class="sample"') == 76
     assert samples.count('<details class="sample" open') == 3
+    assert "76 samples; 38 of them were asked to write an answer." in samples
     assert '<form id="find" role="search" aria-labelledby="what-it-says" hidden>' in samples
     assert "<del>Ada wrote 2 plays.</del><ins>I do not know that, sorry.</ins>" in samples
     assert "<b>bold" not in samples
