@@ -52,7 +52,11 @@ class CMakeBuild(build_ext):
 
 setup(
     packages=find_packages(include=["pyunlearn", "pyunlearn.*"]),  # pyunlearn/triton_kernels links to triton_kernels
-    package_data={"pyunlearn": ["py.typed"], "pyunlearn.report": ["templates/*.html"], "pyunlearn.recipes": ["*.yaml"]},
+    package_data={
+        "pyunlearn": ["py.typed"],
+        "pyunlearn.report": ["templates/*.html", "templates/*.js"],
+        "pyunlearn.recipes": ["*.yaml"],
+    },
     ext_modules=[Extension("pyunlearn._C", sources=[])],
     cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},
 )

@@ -103,7 +103,10 @@ class Environment:
     def package(self) -> Path:
         """Where the installed package is; it has all its files, and the native module loads."""
         folder = Path(call(self.python, "-c", INSTALLED, folder=self.folder, PYTHONPATH="").strip())
-        source, patterns = ROOT / "pyunlearn", ("**/*.py", "triton_kernels/*.py", "py.typed", "**/*.html", "**/*.yaml")
+        source, patterns = (
+            ROOT / "pyunlearn",
+            ("**/*.py", "triton_kernels/*.py", "py.typed", "report/templates/*", "**/*.yaml"),
+        )
         files = [path.relative_to(source) for pattern in patterns for path in source.glob(pattern)]
         assert len(files) > 60
         assert not [name for name in files if not (folder / name).is_file()]

@@ -181,6 +181,29 @@ class PlainFormat(PromptFormat):
         return encoded
 
 
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """The text of every token, as it reads in its place: joined they are the text of all, special tokens written out.
+
+    Of a character that several tokens make, the last one has the text, and the others have none.
+    """
+    # Decoded with what stands before it: alone, SentencePiece's tokens lose their space, and parts of a character are
+    # all the same replacement.
+    texts: list[str] = []
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before, now = _decoded(tokenizer, ids[start:done]), _decoded(tokenizer, ids[start:end])
+        if now.endswith("\ufffd") and end < len(ids):
+            texts.append("")
+        else:
+            texts.append(now[len(before) :])
+            start, done = done, end
+    return texts
+
+
+def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raises TimeoutError in a template, rendered inside by this thread, that takes longer.

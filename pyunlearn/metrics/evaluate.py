@@ -14,7 +14,7 @@ from torch import nn
 
 from .._hints import check_known
 from ..data import QA, QADataset
-from ..data.tokenise import PromptFormat
+from ..data.tokenise import PromptFormat, token_texts
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
 from .generation import before_stops, greedy_generate
@@ -37,8 +37,9 @@ class EvaluationResult:
     items' order:
 
     index, question, answer; num_tokens and nll (summed, nats) where the answer was read; generated, the text, for the
-    samples that were asked; and every metric that the sample has a value of, with what it tells beside it (`Told`).
-    declined: by optimisation that was not used, why.
+    samples that were asked; every metric that the sample has a value of, with what it tells beside it (`Told`); and
+    last, where the answer was read, tokens, their texts (`token_texts`), and token_logp, of each its log-probability in
+    nats, to four digits. declined: by optimisation that was not used, why.
     """
 
     summary: dict[str, float]
@@ -331,6 +332,10 @@ def evaluate(
             record["generated"] = examination.written[i]
         record |= examination.told.get(i, {})
         record |= {name: own[i] for name, own in values.items() if own[i] is not None}
+        if needed & {*READ}:
+            reading = examination.answer[i]
+            record["tokens"] = token_texts(tokenizer, reading.tokens.tolist())
+            record["token_logp"] = [round(logp, 4) for logp in reading.logp.tolist()]
     summary = {name: mean(value for value in own if value is not None) for name, own in values.items()}
     declined = {} if examination.kept is None else dict(examination.kept.declined)
     return EvaluationResult(summary, records, declined)

@@ -31,12 +31,13 @@ class Reading:
     """One text as a model reads it: tensors (n,) on the CPU, over its supervised tokens in reading order.
 
     logp: log-probabilities in nats, float32 (float64 of a float64 model). greedy: bool, whether the token is the most
-    likely one. more: further outputs of `token_stats` by name, e.g. entropy, variance.
+    likely one. more: further outputs of `token_stats` by name, e.g. entropy, variance. tokens: int64, their ids.
     """
 
     logp: Tensor
     greedy: Tensor
     more: Mapping[str, Tensor] = field(default_factory=dict)
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @property
     def num_tokens(self) -> int:
@@ -152,7 +153,8 @@ def read_rows(
             parts = {name: tensors[name].split(counts) for name in names}
             for place, i in enumerate(batch):
                 own = {name: part[place] for name, part in parts.items()}
-                readings[i] = Reading(own.pop("logp"), own.pop("greedy"), own)
+                labels = rows[i]["labels"][1:]
+                readings[i] = Reading(own.pop("logp"), own.pop("greedy"), own, labels[labels != -100])
     return [readings[i] for i in range(len(rows))]
 
 

@@ -112,21 +112,28 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
     """Forgetting to the right, utility to the top, as probabilities of right answers; lines go along the steps."""
     figure = new_figure(1, 1, height=3.4)
     figure.set_figwidth(5.4)
-    axes = figure.axes[0]
+    axes, data = figure.axes[0], []
     for i, group in enumerate(groups):
         style: dict[str, Any] = {"color": HUES[i % len(HUES)], "label": group.name}
-        for steps in group.steps:
-            way = [means for means in steps.values() if {"forget", utility} <= means.keys()]
+        for seed, steps in zip(group.seeds, group.steps, strict=True):
+            way = {
+                step: (means["forget"][METRIC], means[utility][METRIC])
+                for step, means in steps.items()
+                if {"forget", utility} <= means.keys()
+            }
             axes.plot(
-                [1 - means["forget"][METRIC] for means in way],
-                [means[utility][METRIC] for means in way],
+                [1 - forget for forget, _ in way.values()],
+                [kept for _, kept in way.values()],
                 linestyle=DASHES[i % len(DASHES)],
                 linewidth=1.2,
                 color=style["color"],
                 alpha=0.7,
             )
+            of_run = {"name": group.name, "seed": seed}
+            data += [{**of_run, "step": step, "forget": forget, utility: kept} for step, (forget, kept) in way.items()]
         forget, kept = group.mean(("forget", METRIC)), group.mean((utility, METRIC))
         if forget is not None and kept is not None:
+            data.append({"name": group.name, "seed": "mean", "step": "after", "forget": forget, utility: kept})
             axes.errorbar(
                 1 - forget,
                 kept,
@@ -140,11 +147,12 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
             )
     forget, kept = groups[0].mean(("forget", METRIC), "before"), groups[0].mean((utility, METRIC), "before")
     if forget is not None and kept is not None:
+        data.append({"name": groups[0].name, "seed": "mean", "step": "before", "forget": forget, utility: kept})
         axes.plot(1 - forget, kept, "o", mfc="white", mec="#334155", markersize=7, label="before")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.set(xlabel="forgotten: 1 - probability of forget answers", ylabel=f"kept: probability of {utility} answers")
     axes.legend(fontsize=8, frameon=False, loc="lower left")
-    return to_panels(figure, "Forgetting against utility of every run")
+    return to_panels(figure, "Forgetting against utility of every run", data)
 
 
 def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:

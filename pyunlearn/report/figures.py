@@ -1,10 +1,15 @@
-"""How every figure and page looks: colours, style, figures as inline SVG, pages from templates."""
+"""How every figure and page looks: colours, style, figures as inline SVG with their numbers, pages from templates."""
 
 from __future__ import annotations
 
+import base64
+import csv
+import hashlib
 import io
 import re
+from collections.abc import Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -20,6 +25,7 @@ OTHER = "#1d4ed8"  # sets of other names
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # each text of a figure lists them all
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -36,15 +42,28 @@ STYLE: dict[Any, Any] = {
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template of this folder; what comes from data or a model is escaped."""
+    """A page from a template of this folder; what comes from data or a model is escaped.
+
+    A page runs its own script and no other, and loads nothing: its policy names the script by its digest.
+    """
+    loader = PackageLoader("pyunlearn.report", "templates")
     environment = Environment(
-        loader=PackageLoader("pyunlearn.report", "templates"),
+        loader=loader,
         autoescape=select_autoescape(default=True, default_for_string=True),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
+    environment.filters["in_words"] = in_words
+    script, _, _ = loader.get_source(environment, "page.js")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(script=Markup(script), script_digest=digest, **values)
+
+
+def in_words(name: str) -> str:
+    """A name of the code's as people read it."""
+    return name.replace("_", " ")
 
 
 def new_figure(rows: int, columns: int, height: float = 2.3) -> Figure:
@@ -55,10 +74,11 @@ def new_figure(rows: int, columns: int, height: float = 2.3) -> Figure:
     return figure
 
 
-def to_panels(figure: Figure, name: str) -> Markup:
-    """Every axes of the figure as an <svg> of its own, for a page to lay out: side by side, or below each other.
+def to_panels(figure: Figure, name: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Every axes of the figure as an <svg> of its own, for a page to lay out: side by side, or below each other; and a
+    link to what they show, as a CSV file.
 
-    name: what each shows, read out before its title; ids are unique to it.
+    name: what each shows, read out before its title; ids are unique to it. rows: the numbers, by column.
     """
     figure.draw_without_rendering()  # lays it out, for good
     figure.set_layout_engine("none")
@@ -72,7 +92,31 @@ def to_panels(figure: Figure, name: str) -> Markup:
         inches = box.transformed(figure.dpi_scale_trans.inverted()).padded(0.05)
         title = axes.get_title()
         panels.append(svg_of(figure, f"{name}-{i}", f"{name}: {title}" if title else name, bbox_inches=inches))
-    return Markup('<div class="panels">') + Markup("").join(panels) + Markup("</div>")
+    return Markup('<div class="panels">') + Markup("").join(panels) + Markup("</div>") + csv_link(rows, name)
+
+
+def csv_link(rows: Sequence[Mapping[str, Any]], name: str) -> Markup:
+    """The rows as a CSV file inside of a link, numbers to six digits; a column that a row lacks is empty there."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    writer.writerow(columns)
+    writer.writerows([shortened(row.get(column, "")) for column in columns] for row in rows)
+    file, href = f"{slug(name)}.csv", f"data:text/csv;charset=utf-8,{quote(out.getvalue(), safe=',-_.+:;/')}"
+    return Markup('<p class="csv"><a download="{}" href="{}" aria-label="Data of {}, CSV">data (CSV)</a></p>').format(
+        file, href, name
+    )
+
+
+def shortened(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return " ".join(str(shortened(each)) for each in value)
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def slug(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def to_svg(figure: Figure, name: str) -> Markup:
@@ -85,7 +129,7 @@ def svg_of(figure: Figure, salt: str, label: str, **options: Any) -> Markup:
     with matplotlib.rc_context({**STYLE, "svg.hashsalt": salt}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None}, transparent=True, **options)
     svg = out.getvalue()
-    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :])  # of parts, the same in every figure; none is used
     head, rest = svg.split(">", 1)
     attributes = [part for part in head.split() if not part.startswith(("width=", "height="))]
     width = float(re.search(r'width="([\d.]+)pt"', head)[1])  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The self-contained HTML report of a run (inline SVG, no script, no outside resource)."""
+"""The self-contained HTML report of a run (inline SVG and script, no outside resource)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from .figures import COLOURS, DASHES, MARKERS, OTHER, STYLE, new_figure, render, to_panels
+from .figures import COLOURS, DASHES, MARKERS, OTHER, STYLE, in_words, new_figure, render, to_panels
+from .samples import STATES, Records, list_samples
 
 OTHER_LINES = (("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 3)), "x"))  # of sets of other names
 MARKS = {"retrained": "D", "random": "x"}
@@ -23,7 +24,7 @@ CARDS = {
     "fluency": {"question": "Still fluent?", "icon": "✎"},
 }
 Means = Mapping[str, Mapping[str, float]]  # set name -> metric -> mean
-Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record per sample
+KNOWN_FROM = 0.1  # probability of an answer that counts as known, where there is no goal
 
 
 def panels(names: Sequence[str], height: float = 2.3) -> Figure:
@@ -47,7 +48,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
         axes.plot(*zip(*points, strict=True), DASHES[role], color=COLOURS[role], linewidth=1.4)
         axes.set(xlabel="optimiser step", ylabel="loss")
         axes.set_title(name)
-    return to_panels(figure, f"loss of {stage}")
+    return to_panels(figure, f"loss of {stage}", [{key: row.get(key) for key in ("step", *terms)} for row in rows])
 
 
 def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
@@ -68,7 +69,7 @@ def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
                             axes.plot(row[model], y + 0.2, other, mfc="white", color="#334155", markersize=5)
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.6, len(metrics) - 0.4))
         axes.set_title(name)
-        axes.set_yticks(range(len(metrics)), [metric.replace("_", " ") for metric in reversed(metrics)])
+        axes.set_yticks(range(len(metrics)), [in_words(metric) for metric in reversed(metrics)])
     return figure
 
 
@@ -90,9 +91,10 @@ def curves_figure(curves: Mapping[int, Means]) -> Markup:
         axes.set(xlabel="optimiser step")
         if all(0 <= value <= 1 for value in drawn):
             axes.set(ylim=(-0.04, 1.04))
-        axes.set_title(metric.replace("_", " "))
+        axes.set_title(in_words(metric))
         axes.legend(frameon=False, fontsize=8)
-    return to_panels(figure, "metrics on the way")
+    data = [{"step": step, "set": name, **values} for step, means in curves.items() for name, values in means.items()]
+    return to_panels(figure, "metrics on the way", data)
 
 
 def probability_figure(before: Records, after: Records) -> Markup:
@@ -105,21 +107,12 @@ def probability_figure(before: Records, after: Records) -> Markup:
         axes.hist(then, bins=bins, histtype="step", color="#334155", linewidth=1.2)
         axes.set(xlim=(-0.02, 1.02), xlabel="probability of the answer", ylabel="samples")
         axes.set_title(f"{name}, {len(after[name])} samples")
-    return to_panels(figure, "answer probabilities before and after")
-
-
-def pair_generations(before: Records, after: Records, limit: int = 6) -> dict[str, list[dict[str, Any]]]:
-    """For each set, the first samples that were generated in both evaluations: question, answer, before, after."""
-    pairs: dict[str, list[dict[str, Any]]] = {}
-    for name in before:
-        both = [
-            {**old, "before": old["generated"], "after": new["generated"], "p_before": old["probability"],
-             "p_after": new["probability"]}
-            for old, new in zip(before[name], after[name], strict=True)
-            if "generated" in old and "generated" in new
-        ]  # fmt: skip
-        pairs[name] = both[:limit]
-    return pairs
+    data = [
+        {"set": name, "index": i, "before": then["probability"], "after": now["probability"]}
+        for name in before
+        for i, (then, now) in enumerate(zip(before[name], after[name], strict=True))
+    ]
+    return to_panels(figure, "answer probabilities before and after", data)
 
 
 def render_report(
@@ -129,25 +122,27 @@ def render_report(
     table: Sequence[Mapping[str, Any]],
     goals: Sequence[Mapping[str, Any]],
     verdict: Mapping[str, Any] | None,
-    command: str,
+    made: Mapping[str, str],
     metrics: Sequence[Mapping[str, Any]],
     curves: Mapping[int, Means],
-    before: Records,
-    after: Records,
+    records: Mapping[str, Records],
     unlearning: Mapping[str, Any] | None = None,
     geffect: Mapping[str, Any] | None = None,
 ) -> str:
     """The report as one HTML page.
 
-    verdict: `runs.verdict.Verdict` as a dict, None where nothing was asked. command: what was typed. curves: means by
-    optimiser step, or none. unlearning: what unlearning.json holds, and its figure or None as "svg". geffect:
-    `report.geffect.section` of the metrics' probes.
+    verdict: `runs.verdict.Verdict` as a dict, None where nothing was asked. made: how, see `runs.provenance.describe`.
+    curves: means by optimiser step, or none. records: of "before" and "after", and of "retrained" where there is such a
+    model. unlearning: what unlearning.json holds, and its figure or None as "svg". geffect: `report.geffect.section` of
+    the metrics' probes.
     """
     stages = list(dict.fromkeys(row["stage"] for row in metrics))
+    before, after, goal = records["before"], records["after"], config["evaluate"].get("goal")
+    known_from = KNOWN_FROM if goal is None else goal["forget_probability_below"]
     with matplotlib.rc_context(STYLE):
         figures = {
             "losses": {stage: loss_figure(metrics, stage) for stage in stages},
-            "metrics_svg": to_panels(metrics_figure(table), "metrics before and after"),
+            "metrics_svg": to_panels(metrics_figure(table), "metrics before and after", table),
             "curves_svg": curves_figure(curves) if curves else None,
             "probability_svg": probability_figure(before, after),
         }
@@ -157,12 +152,13 @@ def render_report(
         config_text=config_text,
         table=table,
         columns=[key for key in table[0] if key not in ("set", "metric", "interval", "intervals", "samples")],
-        before=before,
         goals=[{**goal, **CARDS[goal["name"]]} for goal in goals],
         verdict=verdict,
-        command=command,
-        counts={name: len(records) for name, records in before.items()},
-        generations=pair_generations(before, after),
+        made=made,
+        counts={name: len(own) for name, own in before.items()},
+        samples=list_samples(records, known_from),
+        states=STATES,
+        known_from=known_from,
         unlearning=unlearning,
         geffect=geffect,
         **figures,

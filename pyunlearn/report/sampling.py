@@ -40,4 +40,4 @@ def sampling_figure(unlearning: Mapping[str, Any]) -> Markup | None:
             axes.step([0, *steps], range(len(steps) + 1), where="post", color=COLOURS["forget"])
             axes.set(xlabel="optimiser step", ylabel="samples", ylim=(0, len(samples)))
             axes.set_title(f"forgotten, of {len(samples)}")
-        return to_panels(figure, "sampling of forget samples")
+        return to_panels(figure, "sampling of forget samples", samples)

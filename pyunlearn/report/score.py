@@ -26,8 +26,10 @@ CHARACTERISTICS = {
     "rare_words": "rare words",
 }
 BLUE, GREY = "#1d4ed8", "#94a3b8"
+BANDS = {COLOURS["retain"]: "--", GREY: "-."}  # dashes of curves, solid the others
 RATIO_TOLERANCE = 0.1  # of the expected ratio
 NOISE_LIMIT = 0.05  # rounding, of a draw's statistic
+FOLLOWS_LENGTH = 0.5  # rank correlation from which the lengths are most of the order
 EXTREMES = 6
 
 
@@ -56,8 +58,31 @@ def self_checks(diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
     return checks
 
 
-def render_score_report(records: Records, result: MRDResult, command: str) -> str:
-    """The page. command: what made the scores."""
+def all_checks(records: Records, diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`self_checks`, and whether the scores are those of the samples' lengths, with the command for others if so."""
+    rho = rank_correlation([record["num_tokens"] for record in records], [record["mrd"] for record in records])
+    checks = self_checks(diagnostics)
+    if rho is not None:
+        per_token, follows = diagnostics["normalize"] == "tokens", abs(rho) >= FOLLOWS_LENGTH
+        what, told = "MRD a token" if per_token else "MRD", "follows" if follows else "does not follow"
+        check: dict[str, Any] = {
+            "text": f"{what} {told} the number of scored tokens: ρ = {rho:.2f} (Spearman's)",
+            "met": not follows,
+        }
+        if follows and not per_token:
+            check["text"] += "; for scores a token, of the same draws:"
+            check["command"] = f"{diagnostics['made']['command']} --per-token"
+        checks.append(check)
+    return checks
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's; None where one of them does not vary."""
+    return float(spearmanr(x, y).statistic) if len(set(x)) > 1 and len(set(y)) > 1 else None
+
+
+def render_score_report(records: Records, result: MRDResult, made: Mapping[str, str]) -> str:
+    """The page. made: how, see `runs.provenance.describe`; the result's diagnostics hold more of it."""
     diagnostics = result.diagnostics
     ranked = sorted(records, key=lambda record: record["mrd"])
     count = min(EXTREMES, (len(ranked) + 1) // 2)
@@ -72,9 +97,9 @@ def render_score_report(records: Records, result: MRDResult, command: str) -> st
         "score.html",
         diagnostics=diagnostics,
         part=scored_part(diagnostics) or " of the answers",
-        checks=self_checks(diagnostics),
+        checks=all_checks(records, diagnostics),
         extremes={"Hardest to unlearn": ranked[:count], "Easiest to unlearn": ranked[::-1][:count]},
-        command=command,
+        made=made,
         diagnostics_text=json.dumps(diagnostics, indent=1),
         **figures,
     )
@@ -92,7 +117,8 @@ def distribution_figure(ranked: Records) -> Markup:
     right.errorbar(range(len(values)), values, errors, fmt="o", markersize=2.5, color=BLUE, ecolor=GREY, elinewidth=0.8)
     right.set(xlabel="sample, hardest first", ylabel="MRD")
     plain_numbers(figure)
-    return to_panels(figure, "distribution of MRD")
+    data = [{key: record[key] for key in ("index", "mrd", "standard_error")} for record in ranked]
+    return to_panels(figure, "distribution of MRD", data)
 
 
 def plain_numbers(figure: Any) -> None:
@@ -121,25 +147,29 @@ def convergence_figure(result: MRDResult) -> Markup:
     order = result.value.argsort()
     figure = new_figure(1, 2)
     everything, three = figure.axes
-    x = range(2, len(draws) + 1)
     together = (draws.abs() if absolute else draws * draws.mean(0).sign()) * scale
-    mean, error = running(together.mean(1, keepdim=True), False)
-    band(everything, x, mean[:, 0], error[:, 0], BLUE, "mean of all samples")
+    curves = [("mean of all samples", everything, BLUE, running(together.mean(1, keepdim=True), False), 1.0)]
     picks = {"easiest": order[-1], "middle": order[len(order) // 2], "hardest": order[0]}
     for (name, i), colour in zip(picks.items(), (COLOURS["retain"], GREY, COLOURS["forget"]), strict=True):
-        mean, error = (part[:, 0] * scale[i] for part in running(draws[:, i : i + 1], absolute))
-        band(three, x, mean, error, colour, name)
+        curves.append((name, three, colour, running(draws[:, i : i + 1], absolute), float(scale[i])))
+    x, data = range(2, len(draws) + 1), []
+    for name, axes, colour, (means, errors), factor in curves:
+        mean, error = (means[:, 0] * factor).tolist(), (errors[:, 0] * factor).tolist()
+        band(axes, x, mean, error, colour, name)
+        columns = ("samples", "draws", "mrd", "standard_error")
+        data += [dict(zip(columns, (name, *row), strict=True)) for row in zip(x, mean, error, strict=True)]
     for axes in figure.axes:
         axes.set(xlabel="draws", ylabel="MRD")
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False, fontsize=8)
     plain_numbers(figure)
-    return to_panels(figure, "MRD by number of draws")
+    return to_panels(figure, "MRD by number of draws", data)
 
 
-def band(axes: Any, x: range, mean: torch.Tensor, error: torch.Tensor, colour: str, name: str) -> None:
-    axes.fill_between(x, (mean - error).tolist(), (mean + error).tolist(), color=colour, alpha=0.2, linewidth=0)
-    axes.plot(x, mean.tolist(), color=colour, linewidth=1.4, label=name)
+def band(axes: Any, x: range, mean: list[float], error: list[float], colour: str, name: str) -> None:
+    low, high = ([m + sign * e for m, e in zip(mean, error, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axes.plot(x, mean, BANDS.get(colour, "-"), color=colour, linewidth=1.4, label=name)
 
 
 def sigma_figure(diagnostics: Mapping[str, Any]) -> Markup:
@@ -149,9 +179,13 @@ def sigma_figure(diagnostics: Mapping[str, Any]) -> Markup:
     order = math.log2(diagnostics["expected_ratio"])
     steps = [1 / 1024, 1.0, 2.0]
     axes.plot(steps, [step**order for step in steps], color=GREY, linewidth=1)
-    axes.plot(steps, [diagnostics["noise_share"], 1.0, diagnostics["sigma_ratio"]], "o", color=BLUE)
+    measured = [diagnostics["noise_share"], 1.0, diagnostics["sigma_ratio"]]
+    axes.plot(steps, measured, "o", color=BLUE)
     axes.set(xscale="log", yscale="log", xlabel="sigma, relative", ylabel="statistic, relative")
-    return to_panels(figure, "MRD by sigma")
+    data = [
+        {"sigma": diagnostics["sigma"] * step, "statistic": value} for step, value in zip(steps, measured, strict=True)
+    ]
+    return to_panels(figure, "MRD by sigma", data)
 
 
 def characteristics_figure(records: Records) -> Markup:
@@ -165,12 +199,12 @@ def characteristics_figure(records: Records) -> Markup:
             boxprops={"facecolor": "#dbeafe", "edgecolor": BLUE}, medianprops={"color": BLUE},
             flierprops={"markersize": 3, "markeredgecolor": GREY},
         )  # fmt: skip
-        varied = len(set(x)) > 1 and len(set(values)) > 1
-        rho = f", ρ = {spearmanr(x, values).statistic:.2f}" if varied else ""
-        axes.set_title(f"{name}{rho}")
+        rho = rank_correlation(x, values)
+        axes.set_title(name if rho is None else f"{name}, ρ = {rho:.2f}")
         axes.set_ylabel("MRD")
     plain_numbers(figure)
-    return to_panels(figure, "MRD by characteristic")
+    data = [{key: record[key] for key in ("index", "mrd", *CHARACTERISTICS)} for record in records]
+    return to_panels(figure, "MRD by characteristic", data)
 
 
 def thirds(x: Sequence[float], values: Sequence[float]) -> list[list[float]]:

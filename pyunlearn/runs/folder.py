@@ -8,6 +8,7 @@ unlearning.json    mean absolute change of a weight; with sampling also each sam
 retrained/         a model that was trained as memorised/ was, but without the forget set (with --retrain)
 checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
+provenance.json    of each attempt that computed something: when, how long, on what, by which code
 table.json, table.md, report.html
 and what the trainings keep: see `pyunlearn.training.folder`
 .lock              while a job works here: which process it is
@@ -38,7 +39,7 @@ OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten
 BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
 RUN_FILES = BEGUN | {
     "memorised", "evaluation", "unlearning.json", "checkpoint", "geffect", "table.json", "table.md", "report.html",
-    "retrained", "training", "metrics.jsonl", "reference", "checkpoints", "trackers",
+    "retrained", "training", "metrics.jsonl", "reference", "checkpoints", "trackers", "provenance.json",
 }  # fmt: skip
 SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
 LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`
@@ -55,6 +56,7 @@ class RunFolder(TrainingFolder):
         self.checkpoint = self.path / "checkpoint"
         self.retrained = self.path / "retrained"
         self.report = self.path / "report.html"
+        self.provenance = self.path / "provenance.json"
         self.lock = self.path / LOCK
 
     def open(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
 from .job import Job, loaded, starting_model
 from .overrides import load_config
+from .provenance import Attempt, describe
 from .sections import ModelConfig
 
 FORMAT = "pyunlearn-geffect-1"
@@ -58,6 +60,7 @@ def measure_run(
     job = Job.start(config.model_copy(update={"output": str(path)}), console, command)
     if job.processes.count > 1:
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
+    attempt = Attempt(job.command)
     with job.interruptible(), job.locked(job.folder.lock, job.folder.path):
         models = saved_models(job)
         place = job.folder.geffect / "rows"
@@ -84,8 +87,9 @@ def measure_run(
             units, measure, "G-effect", job.processes, identity=identities.__getitem__, progress=not job.console.quiet
         )
         rows = list(measured.values())
-        write_json(result_file(job.folder), {"settings": compared(probing), "rows": rows})
-        write_figures(job, rows)
+        made = attempt.record(job.data)
+        write_json(result_file(job.folder), {"settings": compared(probing), "rows": rows, "made": made})
+        write_figures(job, rows, describe(config, [made]))
     tell(job, rows)
     return GEffectResult(rows, job.folder.geffect)
 
@@ -148,9 +152,9 @@ def enable_checkpointing(model: Any) -> None:
     model.train()
 
 
-def write_figures(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
+def write_figures(job: Job[RunConfig], rows: list[dict[str, Any]], made: Mapping[str, str]) -> None:
     folder = job.folder.geffect
-    write_text(folder / "geffect.html", render_geffect(job.config.name, rows, job.command))
+    write_text(folder / "geffect.html", render_geffect(job.config.name, rows, made))
     finite = [row for row in rows if "not_finite" not in row["geffect"]]
     for each in figures(finite):
         write_text(folder / f"{each['name']}.svg", as_file(to_svg(each["figure"], f"geffect-{each['name']}")))

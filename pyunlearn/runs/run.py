@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,13 @@ from .config import RunConfig
 from .evaluate import evaluate_sets, read_records, read_summaries, texts_before
 from .folder import config_text
 from .job import Job, first_model, loaded, save
+from .provenance import Attempt, describe, keep_attempt, read_attempts
 from .sections import ModelConfig
 from .table import cell, columns, make_table, table_markdown
 from .tools import load_tools
 from .verdict import check_goals, reach_verdict
+
+COMPARED = ("before", "after", "retrained")  # whose answers the report puts side by side
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ def run(
         missing = [moment for moment in wanted if not job.folder.evaluation(f"{moment}.json").is_file()]
         job.processes.wait()  # all have looked before any writes
         if missing:
-            compute(job, missing)
+            attempt = Attempt(job.command)
+            try:
+                compute(job, missing)
+            finally:
+                if job.processes.first and job.folder.computed:
+                    keep_attempt(job.folder, attempt.record(job.data, job.processes.count))
         result = finish(job)
         job.processes.wait()
     tell(job, result)
@@ -155,16 +163,23 @@ def finish(job: Job[RunConfig]) -> RunResult:
             table=table,
             goals=goals,
             verdict=verdict,
-            command=job.command,
+            made=describe(config, read_attempts(folder), steps_taken(config, unlearning)),
             metrics=metrics,
             curves=curves,
-            before=records["before"],
-            after=records["after"],
+            records={moment: records[moment] for moment in COMPARED if moment in records},
             unlearning={**unlearning, "svg": sampling_figure(unlearning)},
             geffect=section([row for row in metrics if "geffect" in row]),
         )
         write_text(folder.report, html)
     return RunResult(folder.path, table, goals, verdict)
+
+
+def steps_taken(config: RunConfig, unlearning: Mapping[str, Any]) -> dict[str, str]:
+    """What of the unlearning a page tells beside model, data and seed."""
+    settings = config.unlearn
+    terms = " + ".join(f"{term.coefficient:g}·{term.name}" for term in (*settings.forget, *settings.retain))
+    rate, batch = f"{settings.learning_rate:g}", settings.batch_size * settings.gradient_accumulation_steps
+    return {"objective": terms, "steps": f"{unlearning['steps']}, of {batch} samples, at a learning rate of {rate}"}
 
 
 def tell(job: Job[RunConfig], result: RunResult) -> None:

@@ -19,11 +19,12 @@ from ..data import QA, QADataset, collate
 from ..metrics.teacher_forced import teacher_forced
 from ..mrd import LABELS, Labels, MRDResult, check_arguments, mrd, scored_rows
 from ..mrd.characteristics import text_characteristics
-from ..report.score import render_score_report, scored_part, self_checks
+from ..report.score import all_checks, render_score_report, scored_part
 from ..store import OthersFolder
 from .config import FilesConfig, RunConfig
 from .job import Job, first_model
 from .outputs import check_score_files, score_files
+from .provenance import Attempt, describe
 
 SHOWN = 3  # hardest and easiest samples on the console
 
@@ -57,7 +58,7 @@ def score(
     """
     check_arguments(**options)  # before anything is memorised
     check_known("labels", labels, LABELS)
-    job = Job.start(config, console, command)
+    job, attempt = Job.start(config, console, command), Attempt(command)
     out = out or job.folder.path / "scores.jsonl"
     files = score_files(out)
     with job.processes.first_first():
@@ -78,13 +79,14 @@ def score(
             raise ValueError(
                 f"{out}: is of other scores, with draws of its own; choose --overwrite or --out FILE\n{error}"
             ) from None
-        result.diagnostics["labels"] = labels
         records = make_records(answers.items, result, teacher_forced(model, rows, progress=stage.progress))
+        made = attempt.record(job.data, job.processes.count)
+        result.diagnostics.update(labels=labels, made=made)
         scored = ScoreResult(records, result.diagnostics, out, files["report"])
         if job.processes.first:
             write_json_lines(out, records)
             write_json(files["diagnostics"], result.diagnostics)
-            write_text(scored.report, render_score_report(records, result, command))
+            write_text(scored.report, render_score_report(records, result, describe(config, [made])))
             tell(scored, job.console)
         job.processes.wait()
     return scored
@@ -123,8 +125,10 @@ def tell(scored: ScoreResult, console: Console) -> None:
         gap = len(ends) < len(ranked) and place == SHOWN - 1
         table.add_row(shown(record["question"]), *numbers, end_section=gap)
     console.print(table)
-    for check in self_checks(diagnostics):
+    for check in all_checks(scored.records, diagnostics):
         mark = "[bold green]ok[/]   " if check["met"] else "[bold yellow]check[/]"
         console.print(f"{mark} {shown(check['text'])}", highlight=False, soft_wrap=True)
+        if check.get("command"):
+            console.print(f"      {visible(check['command'])}", highlight=False, soft_wrap=True, markup=False)
     lines = [f"report  {scored.report}", f"scores  {scored.out}"]
     console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .. import objectives as registry
 from .._declined import decline
 from ..data import QADataset, collate
+from ..data.tokenise import token_texts
 from ..geffect import GEffect, g_effect, gradient_of, pointwise_g_effect
 from ..model.causal_lm import CausalLM
 from ..model.forward import IGNORE_INDEX, length_batches, token_stats_of
@@ -289,8 +290,7 @@ def on_device(batch: Mapping[str, Tensor], like: torch.nn.Module | Tensor) -> di
 def text_of(rows: QADataset, index: int) -> dict[str, Any]:
     """The question, and the text of every supervised token."""
     labels = rows[index]["labels"][1:]
-    decode = rows.prompt_format.tokenizer.decode
-    tokens = [decode([token]) for token in labels[labels != IGNORE_INDEX].tolist()]
+    tokens = token_texts(rows.prompt_format.tokenizer, labels[labels != IGNORE_INDEX].tolist())
     return {"question": rows.items[index].question, "tokens": tokens}
 
 

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from pyunlearn.data import QA, PromptFormat, QADataset, collate, load_qa, padding_id, tokenise
+from pyunlearn.data.tokenise import token_texts
 
 from .conftest import CHATML
 
@@ -163,6 +164,9 @@ def test_sentencepiece_style_space():
     encoded = check_boundary(PromptFormat(tokenizer), "Who?", "Nobody.")
     assert tokenizer.convert_ids_to_tokens(answer_ids(encoded)) == ["▁Nobody.", "</s>"]
 
+    ids = tokenizer("Nobody. Nobody.").input_ids
+    assert token_texts(tokenizer, ids) == ["Nobody.", " Nobody."]  # each alone would have no space
+
 
 def test_token_across_the_boundary_is_split():
     """Without pre-tokenisation "Answer: Nobody" is one token; the prompt's own tokens are kept all the same."""
@@ -201,7 +205,20 @@ def test_half_characters(tokenizer, question, answer):
 @pytest.mark.parametrize("text", ["\x00\x1b[31m", "\u200b", "\u202eabc", "a\u2028b", "😀👍🏽", "नमस्ते", "\ufeffx"])
 def test_odd_characters_are_text(tokenizer, text):
     encoded = PromptFormat(tokenizer).encode(text, text)
-    assert tokenizer.decode([i for i in encoded.labels if i != -100][:-1]).strip() == text
+    answer = answer_ids(encoded)[:-1]
+    assert tokenizer.decode(answer).strip() == text
+    texts = token_texts(tokenizer, answer)
+    assert len(texts) == len(answer)
+    assert "".join(texts) == tokenizer.decode(answer)
+
+
+def test_half_a_character_has_no_text(tokenizer):
+    ids = tokenizer("a😀b", add_special_tokens=False).input_ids
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) > 3
+    assert [text for text in texts if text] == ["a", "😀", "b"]
+    assert token_texts(tokenizer, ids[:2])[-1] == "\ufffd"  # there is no more of it
+    assert token_texts(tokenizer, []) == []
 
 
 def test_a_long_question_is_not_told_whole(tokenizer):

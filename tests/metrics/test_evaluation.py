@@ -75,6 +75,15 @@ def test_summary_is_the_mean_of_the_records(model, tokenizer):
         assert record["rouge_l"] == rouge_l_recall(record["generated"], record["answer"])
 
 
+def test_records_hold_every_token_of_the_answer(model, tokenizer):
+    records = run(model, tokenizer, metrics=["probability"]).records
+    for record, item in zip(records, ITEMS, strict=True):
+        assert "".join(record["tokens"]) == f" {item.answer}{tokenizer.eos_token}"
+        assert len(record["tokens"]) == len(record["token_logp"]) == record["num_tokens"]
+        assert sum(record["token_logp"]) == pytest.approx(-record["nll"], abs=1e-4 * record["num_tokens"])
+    assert "tokens" not in run(model, tokenizer, metrics=["rouge_l"]).records[0]  # nothing was read
+
+
 def test_the_end_token_counts(model, tokenizer):
     tokens = len(tokenizer(" Yes.", add_special_tokens=False)["input_ids"])
     assert run(model, tokenizer, metrics=["probability"]).records[3]["num_tokens"] == tokens + 1
@@ -92,6 +101,8 @@ def test_only_what_was_asked_for(model, tokenizer):
         "num_tokens",
         "nll",
         "extraction_strength",
+        "tokens",
+        "token_logp",
     }
     assert 0 in positions  # reading hands the head no rows
     positions.clear()

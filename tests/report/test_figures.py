@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 import xml.etree.ElementTree as ET
+from urllib.parse import unquote
 
 import matplotlib
 import pytest
@@ -28,7 +31,7 @@ def texts(svg: str) -> list[str]:
 
 
 def test_every_axes_is_a_panel_of_its_own(figure):
-    page = to_panels(figure, "losses")
+    page = to_panels(figure, "losses", [{"step": 1}])
     panels = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
     assert len(panels) == 4
     for i, panel in enumerate(panels):
@@ -43,6 +46,20 @@ def test_every_axes_is_a_panel_of_its_own(figure):
     ids = re.findall(r'\bid="([^"]+)"', page)
     marks = [each for each in ids if re.search(r"[0-9a-f]{8}", each)]
     assert len(marks) == len(set(marks))
+
+
+def test_the_numbers_of_a_figure_go_with_it(figure):
+    rows = [{"name": "a, b", "value": 1 / 3, "bounds": [0.5, -2.0]}, {"name": "é", "value": None, "more": 7}]
+    page = to_panels(figure, "Loss of <it>", rows)
+    file, href, label = re.search(r'<a download="(.*?)" href="(.*?)" aria-label="(.*?)">', page).groups()
+    assert (file, label) == ("loss-of-it.csv", "Data of Loss of &lt;it&gt;, CSV")
+    kind, _, content = href.partition(",")
+    assert kind == "data:text/csv;charset=utf-8"
+    read = list(csv.DictReader(io.StringIO(unquote(content))))
+    assert read == [
+        {"name": "a, b", "value": "0.333333", "bounds": "0.5 -2", "more": ""},
+        {"name": "é", "value": "", "bounds": "", "more": "7"},
+    ]
 
 
 def test_a_file_holds_the_whole_figure(figure):

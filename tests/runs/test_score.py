@@ -85,7 +85,8 @@ def test_the_report_stands_alone(scored):
     _, result = scored
     html = result.report.read_text()
     assert html.count("<svg") == 11  # 2 of the distribution, 2 of the convergence, sigma, 6 characteristics
-    assert not re.search(r"<script|<link|<img|src=|url\((?!#)|@import|href=(?!\"#)", html)
+    assert not re.search(r"<link|<img|src=|url\((?!#)|@import|href=(?!\"(#|data:text/csv))", html)
+    assert html.count("<script") == 1
     for title in ("Distribution", "Convergence", "Characteristics", "Hardest to unlearn", "Easiest to unlearn"):
         assert title in html
     hardest = min(result.records, key=lambda record: record["mrd"])
@@ -159,18 +160,20 @@ def test_what_a_file_says_is_escaped_and_bad_checks_are_marked():
     told = {
         "estimator": "algorithm1", "num_draws": 2, "sigma": 1e-5, "seed": 0, "num_samples": 2, "num_tokens": 4,
         "sigma_ratio": 1.1, "expected_ratio": 2.0, "noise_share": 0.7, "by_heart_share": 0.9, "share_linear_ok": 1.0,
+        "normalize": None, "made": {"command": "pyunlearn score"},
     }  # fmt: skip
     assert [check["met"] for check in self_checks(told)] == [False, False, False]
     record = {
-        "question": "<script>alert(1)</script>", "answer": "A & B", "mrd": 1e-3, "standard_error": 1e-4,
+        "index": 0, "question": "<script>alert(1)</script>", "answer": "A & B", "mrd": 1e-3, "standard_error": 1e-4,
         "num_tokens": 2, "probability": 0.5, "lexical_diversity": 1.0, "sentence_length": 2.0, "word_frequency": 0.0,
         "rare_words": 1.0,
     }  # fmt: skip
     values = torch.tensor([1e-3, 2e-3], dtype=torch.float64)
     draws = torch.tensor([[1e-3, -2e-3], [-1e-3, 2e-3]], dtype=torch.float64)
     result = MRDResult(values, values / 10, torch.tensor([2, 2]), values < 1, draws, told)
-    html = render_score_report([record, {**record, "mrd": 2e-3}], result, "pyunlearn score --name '<b>'")
-    assert "<script>" not in html
+    made = {"command": "pyunlearn score --name '<b>'", "model": "m", "data": "d"}
+    html = render_score_report([record, {**record, "mrd": 2e-3}], result, made)
+    assert "<script>alert" not in html
     assert "&lt;script&gt;" in html
     assert "<b>'" not in html
-    assert html.count('class="missed"') == 3
+    assert html.count('class="missed"') == 3  # all but the lengths, which do not vary
