@@ -90,7 +90,7 @@ def run_page(counts: dict[str, int] | None = None) -> str:
             "evaluate": {"rouge_samples": None, "goal": goal.model_dump()},
         },
         config_text="name: made-up\n" + "a_long_key: " * 30,
-        table=make_table(moments, records["before"], records["after"]),
+        table=make_table(moments, records),
         goals=goals,
         verdict=reach_verdict(moments["before"], goal, goals).as_dict(),
         made=MADE,
