@@ -168,6 +168,10 @@ def test_the_report_stands_alone(finished):
         assert word in html
 
 
+def without_anchors(row):
+    return {moment: bounds for moment, bounds in row["intervals"].items() if moment in ("before", "after")}
+
+
 def test_other_models_stand_beside_it(tiny_config, monkeypatch):
     """Asked for later: the run is not run again. The retrained model is kept, made by the memorised one's recipe."""
     config = tiny_config()
@@ -182,7 +186,8 @@ def test_other_models_stand_beside_it(tiny_config, monkeypatch):
             run(asked, resume=True)
     result = run(asked, resume=True)
     assert {path.name for path in folder.path.iterdir()} == FILES | {"retrained"}
-    assert [{key: row[key] for key in plain[0]} for row in result.table] == plain
+    own = [{**{key: row[key] for key in plain[0]}, "intervals": without_anchors(row)} for row in result.table]
+    assert own == plain
     assert all({"retrained", "random"} < row.keys() for row in result.table)
     retrained = load_file(folder.retrained / "model.safetensors")
     assert any(not torch.equal(retrained[name], tensor) for name, tensor in memorised.items())
