@@ -75,11 +75,12 @@ class Group:
 @dataclass(frozen=True)
 class Comparison:
     """groups, in the order the runs were named; columns: (set, metric) that any run has; differences: key -> the
-    value of each group, of settings that differ."""
+    value of each group, of settings that differ; note: what the aggregates among the columns are made of."""
 
     groups: list[Group]
     columns: list[Column]
     differences: dict[str, list[Any]]
+    note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -182,5 +183,12 @@ def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
     }
     seeds = any(len(group.folders) > 1 for group in comparison.groups)
     return render(
-        "compare.html", heads=heads, rows=rows, svg=svg, utility=utility, differences=differences, seeds=seeds
+        "compare.html",
+        heads=heads,
+        rows=rows,
+        svg=svg,
+        utility=utility,
+        differences=differences,
+        seeds=seeds,
+        note=comparison.note,
     )

@@ -15,12 +15,18 @@ from rich.table import Table
 
 from .._files import check_writable, read_json, write_json, write_text
 from .._terminal import shown, visible
-from ..report.compare import LEVEL, Column, Comparison, Group, render_comparison
+from ..metrics.utility import harmonic_mean
+from ..report.compare import LEVEL, Column, Comparison, Group, render_comparison, utility_set
+from .anchors import ANCHORS
 from .evaluate import evaluate_again
 from .folder import RunFolder, compared
 from .run import load_result
 
 FILES = {"page": "compare.html", "table": "compare.csv", "records": "compare.json", "LaTeX": "compare.tex"}
+MOMENTS = ("before", "after", *ANCHORS)
+AGGREGATE = "aggregate"  # in the place of a set's name
+FORGOTTEN = ("probability", "paraphrase_probability", "memorization_accuracy", "extraction_strength")
+KEPT = ("probability", "rouge_l", "memorization_accuracy", "extraction_strength")
 NAMES = ("name", "seed")  # of a run's settings: what tells runs of one kind apart
 
 
@@ -44,12 +50,46 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         settings[path] = compared(RunFolder(path).read_config())
         kind = {key: value for key, value in settings[path].items() if key not in NAMES}
         kinds.setdefault(json.dumps(kind, sort_keys=True), []).append(path)
+    made, note = aggregates(tables)
+    for path, rows in made.items():
+        tables[path] = [*tables[path], *rows]
     groups = [make_group(members, settings, tables) for members in kinds.values()]
     columns = list(dict.fromkeys(column for group in groups for column in group.values))
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     values = {key: [group.settings.get(key) for group in groups] for key in keys}
     differences = {key: own for key, own in values.items() if any(value != own[0] for value in own)}
-    return Comparison(groups, columns, differences)
+    return Comparison(groups, columns, differences, note)
+
+
+def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, list[dict[str, Any]]], str]:
+    """Rows of one number each for forgetting, keeping and both, of the metrics that all of the runs have; and of which.
+
+    forgotten: harmonic mean of 1 - each of FORGOTTEN on the forget set; kept: of KEPT on the rows held out, or else on
+    the retain set, and of the forget set's fluency; both: of these two. As Mem, Util and Agg of Dorna et al. (2025) are
+    made, which have other metrics and sets. No row where the runs share none of either.
+    """
+    own = {path: {(row["set"], row["metric"]): row for row in rows} for path, rows in tables.items()}
+    shared = set.intersection(*(set(rows) for rows in own.values()))
+    kept_of = utility_set(list(shared))
+    forgotten = [column for name in FORGOTTEN if (column := ("forget", name)) in shared]
+    kept = [column for column in [*((kept_of, name) for name in KEPT), ("forget", "fluency")] if column in shared]
+    if not forgotten or not any(name == kept_of for name, _ in kept):
+        return {}, ""
+    made = {}
+    for path, rows in own.items():
+        moments = dict.fromkeys(key for column in (*forgotten, *kept) for key in rows[column] if key in MOMENTS)
+        values: dict[str, dict[str, float]] = {"forgotten": {}, "kept": {}, "both": {}}
+        for moment in moments:
+            of = [[rows[column].get(moment) for column in columns] for columns in (forgotten, kept)]
+            if all(isinstance(value, int | float) and 0 <= value <= 1 for each in of for value in each):
+                pair = harmonic_mean(1 - value for value in of[0]), harmonic_mean(of[1])
+                values["forgotten"][moment], values["kept"][moment], values["both"][moment] = *pair, harmonic_mean(pair)
+        made[path] = [{"set": AGGREGATE, "metric": name, **each} for name, each in values.items()]
+    of_forgotten, of_kept = (", ".join(f"{a} {b}".replace("_", " ") for a, b in each) for each in (forgotten, kept))
+    return made, (
+        f"{AGGREGATE}: forgotten is the harmonic mean of 1 - each of {of_forgotten}; kept that of {of_kept}; both that "
+        "of these two"
+    )
 
 
 def make_group(
@@ -172,6 +212,8 @@ def tell(comparison: Comparison, console: Console) -> None:
     for key, values in comparison.differences.items():
         table.add_row("setting", shown(key), "", *(shown(as_text(value)) for value in values))
     console.print(table)
+    if comparison.note:
+        console.print(comparison.note, highlight=False)
     if any(len(group.folders) > 1 for group in groups):
         console.print(f"± half of the {LEVEL:.0%} interval of the mean over seeds (Student's t)", highlight=False)
     if any(group.interval(column) for group in groups for column in comparison.columns):

@@ -55,10 +55,39 @@ def test_seeds_of_one_kind_become_one_row(finished):
     assert ga.half_width(("forget", "probability")) is None
     assert ga.text(("retain", "rouge_l")) == "0.200"
     assert ga.text(("holdout", "rouge_l")) == "–"
-    assert comparison.columns == [("forget", "probability"), ("retain", "probability"), ("retain", "rouge_l")]
+    assert comparison.columns == [
+        ("forget", "probability"), ("retain", "probability"), ("retain", "rouge_l"),
+        ("aggregate", "forgotten"), ("aggregate", "kept"), ("aggregate", "both"),
+    ]  # fmt: skip
     names = [[term["name"] for term in terms] for terms in comparison.differences["unlearn.forget"]]
     assert names == [["npo"], ["ga"]]
     assert list(comparison.differences) == ["unlearn.forget"]
+
+
+def test_aggregates_are_of_what_all_runs_have(finished):
+    runs = [finished("npo", 0.2, 0.9, forget="npo"), finished("ga", 0.0, 0.0, forget="ga")]
+    comparison = compare_runs(runs)
+    npo, ga = comparison.groups
+    assert npo.mean(("aggregate", "forgotten")) == pytest.approx(0.8)
+    assert npo.mean(("aggregate", "kept")) == pytest.approx(0.9)
+    assert npo.mean(("aggregate", "both")) == pytest.approx(2 / (1 / 0.8 + 1 / 0.9))
+    assert npo.mean(("aggregate", "forgotten"), "before") == pytest.approx(0.01)
+    assert npo.mean(("aggregate", "kept"), "before") == pytest.approx(2 / (1 / 0.98 + 1 / 0.9))
+    assert (ga.mean(("aggregate", "forgotten")), ga.mean(("aggregate", "both"))) == (1.0, 0.0)
+    assert comparison.note == (
+        "aggregate: forgotten is the harmonic mean of 1 - each of forget probability; kept that of retain probability, "
+        "retain rouge l; both that of these two"
+    )
+    table = json.loads((runs[1] / "table.json").read_text())
+    table["table"] = [row for row in table["table"] if row["metric"] != "rouge_l"]
+    (runs[1] / "table.json").write_text(json.dumps(table))
+    assert compare_runs(runs).groups[0].mean(("aggregate", "kept")) == pytest.approx(0.9)
+    assert "rouge" not in compare_runs(runs).note
+    table["table"] = [row for row in table["table"] if row["set"] == "forget"]
+    (runs[1] / "table.json").write_text(json.dumps(table))
+    comparison = compare_runs(runs)
+    assert not comparison.note
+    assert all(name != "aggregate" for name, _ in comparison.columns)
 
 
 def test_files_hold_what_is_shown(finished, tmp_path):
