@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,8 +81,8 @@ def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, 
         moments = dict.fromkeys(key for column in (*forgotten, *kept) for key in rows[column] if key in MOMENTS)
         values: dict[str, dict[str, float]] = {"forgotten": {}, "kept": {}, "both": {}}
         for moment in moments:
-            of = [[rows[column].get(moment) for column in columns] for columns in (forgotten, kept)]
-            if all(isinstance(value, int | float) and 0 <= value <= 1 for each in of for value in each):
+            of = [[share(rows[column].get(moment)) for column in columns] for columns in (forgotten, kept)]
+            if not any(math.isnan(value) for each in of for value in each):
                 pair = harmonic_mean(1 - value for value in of[0]), harmonic_mean(of[1])
                 values["forgotten"][moment], values["kept"][moment], values["both"][moment] = *pair, harmonic_mean(pair)
         made[path] = [{"set": AGGREGATE, "metric": name, **each} for name, each in values.items()]
@@ -90,6 +91,11 @@ def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, 
         f"{AGGREGATE}: forgotten is the harmonic mean of 1 - each of {of_forgotten}; kept that of {of_kept}; both that "
         "of these two"
     )
+
+
+def share(value: Any) -> float:
+    """A number in [0, 1]; NaN for anything else."""
+    return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else math.nan
 
 
 def make_group(
