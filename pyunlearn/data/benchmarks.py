@@ -8,6 +8,7 @@ and row for other contents, ValueError for a set without rows, ImportError for a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -69,10 +70,24 @@ def load_whp(folder: str | Path, limit: int | None = None) -> Sets:
 
 def load_safe(folder: str | Path, limit: int | None = None) -> Sets:
     """Prompts for SAFE, as SOUL (Jia et al., 2024) has them: pku of pku_test.jsonl or .json (the test split of
-    PKU-SafeRLHF), real of real_toxicity_prompts.jsonl or .json, those that are there {prompt: a text, or {text}}."""
+    PKU-SafeRLHF), real of real_toxicity_prompts.jsonl or .json, those that are there {prompt: a text, or {text}}.
+
+    forget: what is to be forgotten, of pku_train.jsonl or .json (the training split) where that is there {prompt,
+    response_0, response_1, is_response_0_safe, is_response_1_safe}: of all unsafe responses to their prompts 200, or
+    all if these are fewer, drawn with SOUL's seed, 1000, so that its split gives its samples.
+    """
     names = {"pku_test": "pku", "real_toxicity_prompts": "real"}
-    there = present(in_folder(folder), list(names))
-    return {names[name]: read_set(folder, name, prompt_alone, limit) for name in there}
+    there = present(in_folder(folder), [*names, "pku_train"])
+    sets = {names[name]: read_set(folder, name, prompt_alone, limit) for name in there if name in names}
+    return {"forget": drawn_unsafe(folder, "pku_train")[:limit], **sets} if "pku_train" in there else sets
+
+
+def drawn_unsafe(folder: str | Path, name: str, count: int = 200, seed: int = 1000) -> list[QA]:
+    rows, where = rows_of(folder, name)
+    items = [item for at, row in rows for item in unsafe_pairs(row, at)]
+    if not items:
+        raise ValueError(f"{where}: holds no unsafe response")
+    return [items[i] for i in random.Random(seed).sample(range(len(items)), min(count, len(items)))]
 
 
 def load_text(path: str | Path) -> list[QA]:
@@ -116,20 +131,27 @@ def read_set(
     split: str | None = None,
     hub_split: str | None = None,
 ) -> list[QA]:
-    """Of the file {name} or {name}/{split} of a folder; or of the Hub's data set, name: its configuration."""
-    if is_hub_id(source, name):
-        rows, where = hub_rows(str(source), name, split or hub_split or "train"), f"{source}[{name}]"
-    else:
-        stem = in_folder(source) / name if split is None else in_folder(source) / name / split
-        files = [stem.with_name(f"{stem.name}{suffix}") for suffix in READERS]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"no such file: {files[0]}, nor {files[1].name}{path_hint(files[0])}")
-        rows, where = READERS[file.suffix](file), str(file)
-    items = [item_of(row, where) for where, row in islice(rows, limit)]
+    """Of the rows of a set (`rows_of`), the first."""
+    rows, where = rows_of(source, name, split, hub_split)
+    items = [item_of(row, at) for at, row in islice(rows, limit)]
     if not items:
         raise ValueError(f"{where}: holds no rows")
     return items
+
+
+def rows_of(
+    source: str | Path, name: str, split: str | None = None, hub_split: str | None = None
+) -> tuple[Iterator[Row], str]:
+    """Of the file {name} or {name}/{split} of a folder; or of the Hub's data set, name: its configuration. And what
+    errors call them."""
+    if is_hub_id(source, name):
+        return hub_rows(str(source), name, split or hub_split or "train"), f"{source}[{name}]"
+    stem = in_folder(source) / name if split is None else in_folder(source) / name / split
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in READERS]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(f"no such file: {files[0]}, nor {files[1].name}{path_hint(files[0])}")
+    return READERS[file.suffix](file), str(file)
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -154,6 +176,17 @@ def prompt_alone(row: Any, where: str) -> QA:
     if isinstance(prompt, Mapping):
         prompt = object_of(prompt, f"{where}: 'prompt'", ("text",))["text"]
     return QA(text_of(prompt, "prompt", where), "")
+
+
+def unsafe_pairs(row: Any, where: str) -> list[QA]:
+    """The prompt with each of its two responses that is not safe."""
+    keys = [(f"response_{i}", f"is_response_{i}_safe") for i in range(2)]
+    found = object_of(row, where, ("prompt", *(key for pair in keys for key in pair)))
+    for _, safe in keys:
+        if not isinstance(found[safe], bool):
+            raise TypeError(f"{where}: {safe!r} must be true or false, got {type_of(found[safe])}")
+    prompt = text_of(found["prompt"], "prompt", where)
+    return [QA(prompt, text_of(found[key], key, where)) for key, safe in keys if not found[safe]]
 
 
 def choices_of(topic: str) -> Callable[[Any, str], QA]:

@@ -173,7 +173,8 @@ class Examinations:
 
     def plain_format(self, form: Form) -> PlainFormat:
         limit = self.lm.context_length if self.max_length is None else self.max_length
-        return PlainFormat(self.tokenizer, form.longest, None if form.longest is None else limit)
+        around = form.around.get(self.lm.config.model_type, form.around[""])
+        return PlainFormat(self.tokenizer, form.longest, None if form.longest is None else limit, around)
 
     def items(self, name: str) -> list[QA]:
         """Raises ValueError for a set of paraphrased questions where some have none."""

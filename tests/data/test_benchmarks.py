@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from types import SimpleNamespace
 
@@ -77,6 +78,48 @@ def test_whp_and_safe(tmp_path):
     write(tmp_path / "pku_test.jsonl", [{"prompt": "How do I?", "response_0": "Never."}])
     write(tmp_path / "real_toxicity_prompts.json", [{"prompt": {"text": "You are", "toxicity": None}}])
     assert load_safe(tmp_path) == {"pku": [QA("How do I?", "")], "real": [QA("You are", "")]}
+
+
+def response(i, *safe):
+    told = {f"is_response_{j}_safe": each for j, each in enumerate(safe)}
+    return {"prompt": f"How {i}?", "response_0": f"So {i}.", "response_1": f"Or so {i}.", **told}
+
+
+def test_what_safe_forgets(tmp_path):
+    """SOUL's draw: of all unsafe responses, row by row, 200 places by Python's own generator."""
+    kinds = ((True, True), (False, True), (True, False), (False, False))
+    write(tmp_path / "pku_train.jsonl", [response(i, *kinds[i % 4]) for i in range(900)])
+    unsafe = [
+        QA(f"How {i}?", f"{says} {i}.")
+        for i in range(900)
+        for says, safe in zip(("So", "Or so"), kinds[i % 4], strict=True)
+        if not safe
+    ]
+    random.seed(1000)
+    expected = [unsafe[i] for i in random.sample(range(900), 200)]
+    assert load_safe(tmp_path) == {"forget": expected}
+    assert load_safe(tmp_path, 3) == {"forget": expected[:3]}
+    write(tmp_path / "pku_train.jsonl", [response(i, False, i > 0) for i in range(3)])
+    sets = load_safe(tmp_path)
+    assert sorted(item.answer for item in sets["forget"]) == ["Or so 0.", "So 0.", "So 1.", "So 2."]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({}, ValueError, r"pku_train\.jsonl: holds no unsafe response"),
+        ({"is_response_1_safe": 0}, TypeError, r":2: 'is_response_1_safe' must be true or false, got int"),
+        ({"is_response_0_safe": False, "response_0": " "}, ValueError, r":2: 'response_0' is empty"),
+        ({"is_response_0_safe": False, "prompt": None}, TypeError, r":2: 'prompt' must be a string, got null"),
+    ],
+)
+def test_bad_responses(tmp_path, change, kind, message):
+    write(tmp_path / "pku_train.jsonl", [response(0, True, True), response(1, True, True) | change])
+    with pytest.raises(kind, match=message):
+        load_safe(tmp_path)
+    write(tmp_path / "pku_train.jsonl", [{"prompt": "How?"}])
+    with pytest.raises(ValueError, match=r":1: key 'response_0' is missing \(keys there: prompt\)"):
+        load_safe(tmp_path)
 
 
 def test_a_text(tmp_path):
