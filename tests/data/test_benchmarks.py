@@ -125,6 +125,8 @@ def test_bad_responses(tmp_path, change, kind, message):
 def test_a_text(tmp_path):
     (tmp_path / "text.txt").write_text("Line one.\n\nLine two.\n")
     assert load_text(tmp_path / "text.txt") == [QA("", "Line one.\n\nLine two.\n")]
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfLine one.\r\n\r\nLine two.\r\n")
+    assert load_text(tmp_path / "text.txt") == [QA("", "Line one.\n\nLine two.\n")]
     (tmp_path / "text.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"text\.txt: is empty, needs a text"):
         load_text(tmp_path / "text.txt")
@@ -182,6 +184,36 @@ def test_bad_rows(muse):
     file.write_text('[{"prompt": "Once",\n "gt": ]')
     with pytest.raises(ValueError, match=r"forget\.json: not valid JSON \(Expecting value at line 2, column 8\)"):
         load_muse(muse)
+
+
+def test_files_from_elsewhere(tmp_path):
+    """Of Windows, with a byte order mark, of other scripts, and with what some take for ends of lines."""
+    prompts = [
+        "Go on: \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+        "Go on: \U0001f600\u200d\U0001f525",
+        "Go on: \u05e9\u05dc\u05d5\u05dd\u2028\u0085",
+    ]
+    rows = [json.dumps({"prompt": each, "response": "x"}, ensure_ascii=False) for each in prompts]
+    (tmp_path / "hp_test_qa_300.jsonl").write_bytes(("\ufeff" + "\r\n\r\n".join(rows) + "\r\n").encode())
+    assert [item.question for item in load_whp(tmp_path)["test_300"]] == prompts
+    (tmp_path / "hp_test_qa_300.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"hp_test_qa_300\.jsonl: holds no rows"):
+        load_whp(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5])
+def test_bad_limits(muse, limit):
+    write(muse / "pku_train.jsonl", [response(0, False, False)])
+    for load in (load_muse, load_safe):
+        with pytest.raises(ValueError, match=rf"limit must be a positive integer or None, got {limit}"):
+            load(muse, limit)
+
+
+def test_which_of_two_files_is_not_guessed(tmp_path):
+    for suffix in ("json", "jsonl"):
+        write(tmp_path / f"wmdp-bio.{suffix}", [QUESTION])
+    with pytest.raises(ValueError, match=r"wmdp-bio\.json and wmdp-bio\.jsonl: both are there"):
+        load_wmdp(tmp_path)
 
 
 def test_what_is_missing(muse, tmp_path):
