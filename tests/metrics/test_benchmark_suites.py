@@ -353,6 +353,11 @@ def test_safe_without_its_label_or_its_tool(model, tokenizer, safe_sets, tmp_pat
         evaluate_suite(model, tokenizer, safe_sets, suite, tools=tools, progress=False)
 
 
+def test_a_set_without_rows_is_named(model, tokenizer):
+    with pytest.raises(ValueError, match="set holdout_privleak: items: is empty, needs at least one"):
+        evaluate_suite(model, tokenizer, {**MUSE, "holdout_privleak": []}, "muse", progress=False)
+
+
 def test_tasks_that_cannot_be_had_say_why(model, tokenizer, safe_sets):
     suite = Suite("own", "", (), tasks=("boolq", "gsm8k/exact_match,flexible-extract"))
     if importlib.util.find_spec("lm_eval") is None:
