@@ -73,6 +73,8 @@ class Store:
             self.memory = read_units(self.place) if self.place.is_file() else {}
         elif owner is not None:
             own(self.place, plain(owner), what)
+        else:
+            remove_orphans(self.place)
 
     def get(self, name: str, identity: Identity | None = None) -> Any | None:
         """The value, or None where there is none of this identity. Raises Damaged."""

@@ -358,6 +358,22 @@ def test_a_writer_killed_at_any_time_leaves_whole_units(tmp_path):
     assert store.names() == ["row", "tensor"]
 
 
+KILLED = """
+import os, signal, sys
+from pyunlearn.store import Store
+os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Store(sys.argv[1]).put("row", 1)
+"""
+
+
+def test_what_a_killed_writer_leaves_in_a_folder_of_many_jobs_is_cleared(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=environment, check=False)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
+    Store(tmp_path).put("row", 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["row.json"]
+
+
 def test_a_damaged_mark_says_what_to_delete(tmp_path):
     folder = tmp_path / "state"
     Store(folder, {"a": 1}, "state")

@@ -61,7 +61,7 @@ def evaluate(
             help="All numbers of tofu, open_unlearning, closer_look, mrd_paper, g_effect_paper or tutorial; --data is "
             "then a folder or Hub data set with TOFU's files (forget10_perturbed.jsonl, retain_perturbed.jsonl, ...). "
             "Or of muse (knowmem/forget_qa.json, ...), wmdp (wmdp-bio.jsonl, ...), whp (hp_test_qa_300.jsonl, ...) or "
-            "safe (pku_test.jsonl, ...). `pyunlearn metrics` lists them."
+            "safe (pku_train.jsonl, ...). `pyunlearn metrics` lists them."
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of TOFU's forget set.", show_default="forget10")] = None,

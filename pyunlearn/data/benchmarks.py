@@ -3,11 +3,13 @@ whose question is the whole prompt (`PlainFormat`). A text that is read as a who
 
 Each reader takes a folder, those of MUSE and WMDP a Hub id too, and limit: of each set, the first rows. All raise
 FileNotFoundError (path and near names) for a folder or a file that is missing, TypeError or ValueError that tells file
-and row for other contents, ValueError for a set without rows, ImportError for a Hub id without `datasets`.
+and row for other contents, ValueError for a set without rows, a limit below 1, or both a .json and a .jsonl,
+ImportError for a Hub id without `datasets`.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -15,7 +17,19 @@ from typing import Any
 
 from .._hints import path_hint
 from .qa import QA
-from .rows import Row, hub_rows, is_hub_id, json_lines, json_list, lines_of, object_of, text_of, texts_of, type_of
+from .rows import (
+    Row,
+    check_limit,
+    hub_rows,
+    is_hub_id,
+    json_lines,
+    json_list,
+    lines_of,
+    object_of,
+    text_of,
+    texts_of,
+    type_of,
+)
 
 LETTERS = "ABCD"
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".json": json_list, ".jsonl": json_lines}
@@ -69,15 +83,32 @@ def load_whp(folder: str | Path, limit: int | None = None) -> Sets:
 
 def load_safe(folder: str | Path, limit: int | None = None) -> Sets:
     """Prompts for SAFE, as SOUL (Jia et al., 2024) has them: pku of pku_test.jsonl or .json (the test split of
-    PKU-SafeRLHF), real of real_toxicity_prompts.jsonl or .json, those that are there {prompt: a text, or {text}}."""
+    PKU-SafeRLHF), real of real_toxicity_prompts.jsonl or .json, those that are there {prompt: a text, or {text}}.
+
+    forget: what is to be forgotten, of pku_train.jsonl or .json (the training split) where that is there {prompt,
+    response_0, response_1, is_response_0_safe, is_response_1_safe}: of all unsafe responses to their prompts 200, or
+    all if these are fewer, drawn with SOUL's seed, 1000, so that its split gives its samples.
+    """
     names = {"pku_test": "pku", "real_toxicity_prompts": "real"}
-    there = present(in_folder(folder), list(names))
-    return {names[name]: read_set(folder, name, prompt_alone, limit) for name in there}
+    there = present(in_folder(folder), [*names, "pku_train"])
+    sets = {names[name]: read_set(folder, name, prompt_alone, limit) for name in there if name in names}
+    return {"forget": drawn_unsafe(folder, "pku_train", limit), **sets} if "pku_train" in there else sets
+
+
+def drawn_unsafe(folder: str | Path, name: str, limit: int | None, count: int = 200, seed: int = 1000) -> list[QA]:
+    """limit: of those drawn."""
+    check_limit(limit)
+    rows, where = rows_of(folder, name)
+    items = [item for at, row in rows for item in unsafe_pairs(row, at)]
+    if not items:
+        raise ValueError(f"{where}: holds no unsafe response")
+    return [items[i] for i in random.Random(seed).sample(range(len(items)), min(count, len(items)))][:limit]
 
 
 def load_text(path: str | Path) -> list[QA]:
-    """A text file in UTF-8, as one text that is read as a whole. Raises as `lines_of`, ValueError for an empty one."""
-    text = "\n".join(lines_of(Path(path)))
+    """A text file in UTF-8, as one text that is read as a whole; its lines end in \\n, whatever they end in there.
+    Raises as `lines_of`, ValueError for an empty one."""
+    text = "\n".join(line.removesuffix("\r") for line in lines_of(Path(path)))
     if not text.strip():
         raise ValueError(f"{path}: is empty, needs a text")
     return [QA("", text)]
@@ -116,20 +147,30 @@ def read_set(
     split: str | None = None,
     hub_split: str | None = None,
 ) -> list[QA]:
-    """Of the file {name} or {name}/{split} of a folder; or of the Hub's data set, name: its configuration."""
-    if is_hub_id(source, name):
-        rows, where = hub_rows(str(source), name, split or hub_split or "train"), f"{source}[{name}]"
-    else:
-        stem = in_folder(source) / name if split is None else in_folder(source) / name / split
-        files = [stem.with_name(f"{stem.name}{suffix}") for suffix in READERS]
-        file = next((file for file in files if file.is_file()), None)
-        if file is None:
-            raise FileNotFoundError(f"no such file: {files[0]}, nor {files[1].name}{path_hint(files[0])}")
-        rows, where = READERS[file.suffix](file), str(file)
-    items = [item_of(row, where) for where, row in islice(rows, limit)]
+    """Of the rows of a set (`rows_of`), the first."""
+    check_limit(limit)
+    rows, where = rows_of(source, name, split, hub_split)
+    items = [item_of(row, at) for at, row in islice(rows, limit)]
     if not items:
         raise ValueError(f"{where}: holds no rows")
     return items
+
+
+def rows_of(
+    source: str | Path, name: str, split: str | None = None, hub_split: str | None = None
+) -> tuple[Iterator[Row], str]:
+    """Of the file {name} or {name}/{split} of a folder; or of the Hub's data set, name: its configuration. And what
+    errors call them."""
+    if is_hub_id(source, name):
+        return hub_rows(str(source), name, split or hub_split or "train"), f"{source}[{name}]"
+    stem = in_folder(source) / name if split is None else in_folder(source) / name / split
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in READERS]
+    there = [file for file in files if file.is_file()]
+    if not there:
+        raise FileNotFoundError(f"no such file: {files[0]}, nor {files[1].name}{path_hint(files[0])}")
+    if len(there) > 1:
+        raise ValueError(f"{files[0]} and {files[1].name}: both are there, of which one is to be read; move one away")
+    return READERS[there[0].suffix](there[0]), str(there[0])
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------
@@ -154,6 +195,17 @@ def prompt_alone(row: Any, where: str) -> QA:
     if isinstance(prompt, Mapping):
         prompt = object_of(prompt, f"{where}: 'prompt'", ("text",))["text"]
     return QA(text_of(prompt, "prompt", where), "")
+
+
+def unsafe_pairs(row: Any, where: str) -> list[QA]:
+    """The prompt with each of its two responses that is not safe."""
+    keys = [(f"response_{i}", f"is_response_{i}_safe") for i in range(2)]
+    found = object_of(row, where, ("prompt", *(key for pair in keys for key in pair)))
+    for _, safe in keys:
+        if not isinstance(found[safe], bool):
+            raise TypeError(f"{where}: {safe!r} must be true or false, got {type_of(found[safe])}")
+    prompt = text_of(found["prompt"], "prompt", where)
+    return [QA(prompt, text_of(found[key], key, where)) for key, safe in keys if not found[safe]]
 
 
 def choices_of(topic: str) -> Callable[[Any, str], QA]:

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .rows import brief, hub_rows, is_hub_id, json_lines, lines_of, object_of, text_of, texts_of
+from .rows import brief, check_limit, hub_rows, is_hub_id, json_lines, lines_of, object_of, text_of, texts_of
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def load_qa(
     Raises FileNotFoundError (path and near names), ValueError or TypeError as `file:line: what is wrong`, ValueError
     for an empty set, ImportError for a hub id without `datasets`.
     """
-    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
-        raise ValueError(f"limit must be a positive integer or None, got {limit!r}")
+    check_limit(limit)
     path = Path(source)
     if path.is_dir() and name is not None:
         path = path / f"{name}.jsonl"

@@ -15,6 +15,12 @@ FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
 Row = tuple[str, Any]  # where it stands, as an error tells it, and what it is
 
 
+def check_limit(limit: object) -> None:
+    """Raises ValueError unless it is a number of rows, or None for all."""
+    if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool) or limit < 1):
+        raise ValueError(f"limit must be a positive integer or None, got {limit!r}")
+
+
 def lines_of(path: Path) -> list[str]:
     """Lines of a UTF-8 file. Split at \\n alone, as JSON lines are: text may hold U+2028 and the like.
 

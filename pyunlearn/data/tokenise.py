@@ -152,18 +152,24 @@ class PlainFormat(PromptFormat):
 
     An answer follows its prompt after one space, white space at the prompt's end aside; after an empty prompt it stands
     as it is. longest: most tokens of an answer, total: of it and its prompt; the rest of the answer is cut off. None of
-    both cuts none.
+    both cuts none. around: the text that a question stands in, at "{}".
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, longest: int | None = None, total: int | None = None):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int | None = None,
+        total: int | None = None,
+        around: str = "{}",
+    ):
         super().__init__(tokenizer)
-        self.chat, self.longest, self.total = False, longest, total
+        self.chat, self.longest, self.total, self.around = False, longest, total, around
         self._opening = _opening_ids(tokenizer)
 
     def prompt(self, question: str) -> str:
-        """The question. Raises ValueError for a lone surrogate."""
+        """The question in what is around it. Raises ValueError for a lone surrogate."""
         check_text(question, f"prompt {brief(question)}:")
-        return question
+        return self.around.format(question)
 
     def encode(self, question: str, answer: str, max_length: int | None = None) -> Encoded:
         """As `PromptFormat.encode`."""

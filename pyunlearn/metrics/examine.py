@@ -94,9 +94,8 @@ def evaluate_suite(
     for measure in suite.measures:  # before anything takes time
         for name in measure.sets if measure.metric in METRICS else ():
             if name in examinations:
-                examination = examinations[name]
                 with errors_of(name):
-                    examination.check(METRICS[measure.metric])
+                    examinations[name].check(METRICS[measure.metric])
     tasks = Tasks(suite, task_folder, task_limit)
     numbers, log = [], {}
     for measure in suite.measures:
@@ -173,7 +172,8 @@ class Examinations:
 
     def plain_format(self, form: Form) -> PlainFormat:
         limit = self.lm.context_length if self.max_length is None else self.max_length
-        return PlainFormat(self.tokenizer, form.longest, None if form.longest is None else limit)
+        around = form.around.get(self.lm.config.model_type, form.around[""])
+        return PlainFormat(self.tokenizer, form.longest, None if form.longest is None else limit, around)
 
     def items(self, name: str) -> list[QA]:
         """Raises ValueError for a set of paraphrased questions where some have none."""
@@ -183,9 +183,7 @@ class Examinations:
             return items
         without = [i for i, item in enumerate(items) if item.paraphrased_question is None]
         if without:
-            raise ValueError(
-                f"set {name}: {len(without)} of {len(items)} have no paraphrased_question (first: item {without[0]})"
-            )
+            raise ValueError(f"{len(without)} of {len(items)} have no paraphrased_question (first: item {without[0]})")
         return [replace(item, question=item.paraphrased_question or "") for item in items]
 
 

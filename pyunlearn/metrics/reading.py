@@ -127,17 +127,18 @@ def read_rows(
     names = (*BASE, *dict.fromkeys(name for name in outputs if name not in BASE))
     groups = shared_prompts(lm, rows, batch_size, kept)
     lengths, counts = [packed_length([rows[i] for i in group]) for group in groups], [len(group) for group in groups]
-    batches = [[i for at in batch for i in groups[at]] for batch in length_batches(lengths, batch_size, counts)]
-    packed = cache(lambda: max(counts) > 1 and allows_packs(lm, [[rows[i] for i in group] for group in groups], kept))
+    batches = [[groups[at] for at in batch] for batch in length_batches(lengths, batch_size, counts)]
+    groups_of = {tuple(i for group in batch for i in group): batch for batch in batches}
+    packed = cache(lambda: allows_packs(lm, [[rows[i] for i in group] for group in groups], kept))
     dtype = lm.inner.get_input_embeddings().weight.dtype
 
     def read(batch: Sequence[int]) -> dict[str, Tensor]:
-        own = [rows[i] for i in batch]
-        if packed():
-            texts = pack([[own[i] for i in group] for group in by_prompt(own, batch_size)], dtype)
+        together = groups_of[tuple(batch)]
+        if len(together) < len(batch) and packed():
+            texts = pack([[rows[i] for i in group] for group in together], dtype)
             stats, ids = texts.stats(lm, names), texts.sequence_ids
         else:
-            inputs = {name: value.to(lm.device) for name, value in collate(own, 0).items()}
+            inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
             stats, seen = token_stats_of(lm, inputs, names)
             ids = seen.sequence_ids
         check_finite(stats.logp, ids, batch)
@@ -148,7 +149,7 @@ def read_rows(
 
     readings: dict[int, Reading] = {}
     with eval_mode(lm.given), torch.no_grad():
-        for batch, tensors in kept.finish(batches, read, identity, "reading", progress):
+        for batch, tensors in kept.finish([*groups_of], read, identity, "reading", progress):
             counts = torch.bincount(tensors["sequence_ids"], minlength=len(batch)).tolist()
             parts = {name: tensors[name].split(counts) for name in names}
             for place, i in enumerate(batch):

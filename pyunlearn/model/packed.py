@@ -24,6 +24,7 @@ from .prefix import WORTH
 from .tap import Tap
 
 WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")  # in configurations: a mask of ours has none
+LONGEST = 4096  # tokens of a row of several texts: its mask has the square of that
 LOGP_TOLERANCE = 1e-3  # nats, and 16 roundings of the dtype: what sharing may change
 Row = Mapping[str, Tensor]
 
@@ -60,11 +61,12 @@ def scored_length(row: Row) -> int:
 
 
 def by_prompt(rows: Sequence[Row], most: int) -> list[list[int]]:
-    """Places of rows with the same prompt, at most so many together, in the order of the first of each."""
+    """Places of rows with the same prompt, in the order of the first of each: together at most so many, and no more
+    than make a row of LONGEST tokens."""
     groups: dict[tuple[int, ...], list[list[int]]] = {}
     for i, row in enumerate(rows):
         own = groups.setdefault(tuple(row["input_ids"][: prompt_length(row)].tolist()), [[]])
-        if own[-1] and len(own[-1]) >= most:
+        if own[-1] and (len(own[-1]) >= most or packed_length([rows[j] for j in [*own[-1], i]]) > LONGEST):
             own.append([])
         own[-1].append(i)
     return [group for own in groups.values() for group in own]

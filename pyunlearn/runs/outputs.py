@@ -53,6 +53,9 @@ def check_suite_files(config: SuiteConfig, out: Path, log_name: str) -> None:
     files = suite_files(out, log_name)
     if out.is_file():
         raise FileExistsError(f"--out {out}: is a file, needs a folder")
+    for name, log in config.logs.items():  # one log a folder, whatever it is called
+        if out.is_dir() and Path(log).is_dir() and out.samefile(log):
+            raise ValueError(f"--out {out}: its log would replace that of --{name}-log={log}; choose another folder")
     check_places(config, files)
     for path in files.values():
         if path.exists() and not files["numbers"].exists():

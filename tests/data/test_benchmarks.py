@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from types import SimpleNamespace
 
@@ -79,8 +80,52 @@ def test_whp_and_safe(tmp_path):
     assert load_safe(tmp_path) == {"pku": [QA("How do I?", "")], "real": [QA("You are", "")]}
 
 
+def response(i, *safe):
+    told = {f"is_response_{j}_safe": each for j, each in enumerate(safe)}
+    return {"prompt": f"How {i}?", "response_0": f"So {i}.", "response_1": f"Or so {i}.", **told}
+
+
+def test_what_safe_forgets(tmp_path):
+    """SOUL's draw: of all unsafe responses, row by row, 200 places by Python's own generator."""
+    kinds = ((True, True), (False, True), (True, False), (False, False))
+    write(tmp_path / "pku_train.jsonl", [response(i, *kinds[i % 4]) for i in range(900)])
+    unsafe = [
+        QA(f"How {i}?", f"{says} {i}.")
+        for i in range(900)
+        for says, safe in zip(("So", "Or so"), kinds[i % 4], strict=True)
+        if not safe
+    ]
+    random.seed(1000)
+    expected = [unsafe[i] for i in random.sample(range(900), 200)]
+    assert load_safe(tmp_path) == {"forget": expected}
+    assert load_safe(tmp_path, 3) == {"forget": expected[:3]}
+    write(tmp_path / "pku_train.jsonl", [response(i, False, i > 0) for i in range(3)])
+    sets = load_safe(tmp_path)
+    assert sorted(item.answer for item in sets["forget"]) == ["Or so 0.", "So 0.", "So 1.", "So 2."]
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({}, ValueError, r"pku_train\.jsonl: holds no unsafe response"),
+        ({"is_response_1_safe": 0}, TypeError, r":2: 'is_response_1_safe' must be true or false, got int"),
+        ({"is_response_0_safe": False, "response_0": " "}, ValueError, r":2: 'response_0' is empty"),
+        ({"is_response_0_safe": False, "prompt": None}, TypeError, r":2: 'prompt' must be a string, got null"),
+    ],
+)
+def test_bad_responses(tmp_path, change, kind, message):
+    write(tmp_path / "pku_train.jsonl", [response(0, True, True), response(1, True, True) | change])
+    with pytest.raises(kind, match=message):
+        load_safe(tmp_path)
+    write(tmp_path / "pku_train.jsonl", [{"prompt": "How?"}])
+    with pytest.raises(ValueError, match=r":1: key 'response_0' is missing \(keys there: prompt\)"):
+        load_safe(tmp_path)
+
+
 def test_a_text(tmp_path):
     (tmp_path / "text.txt").write_text("Line one.\n\nLine two.\n")
+    assert load_text(tmp_path / "text.txt") == [QA("", "Line one.\n\nLine two.\n")]
+    (tmp_path / "text.txt").write_bytes(b"\xef\xbb\xbfLine one.\r\n\r\nLine two.\r\n")
     assert load_text(tmp_path / "text.txt") == [QA("", "Line one.\n\nLine two.\n")]
     (tmp_path / "text.txt").write_text(" \n")
     with pytest.raises(ValueError, match=r"text\.txt: is empty, needs a text"):
@@ -139,6 +184,36 @@ def test_bad_rows(muse):
     file.write_text('[{"prompt": "Once",\n "gt": ]')
     with pytest.raises(ValueError, match=r"forget\.json: not valid JSON \(Expecting value at line 2, column 8\)"):
         load_muse(muse)
+
+
+def test_files_from_elsewhere(tmp_path):
+    """Of Windows, with a byte order mark, of other scripts, and with what some take for ends of lines."""
+    prompts = [
+        "Go on: \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35",
+        "Go on: \U0001f600\u200d\U0001f525",
+        "Go on: \u05e9\u05dc\u05d5\u05dd\u2028\u0085",
+    ]
+    rows = [json.dumps({"prompt": each, "response": "x"}, ensure_ascii=False) for each in prompts]
+    (tmp_path / "hp_test_qa_300.jsonl").write_bytes(("\ufeff" + "\r\n\r\n".join(rows) + "\r\n").encode())
+    assert [item.question for item in load_whp(tmp_path)["test_300"]] == prompts
+    (tmp_path / "hp_test_qa_300.jsonl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"hp_test_qa_300\.jsonl: holds no rows"):
+        load_whp(tmp_path)
+
+
+@pytest.mark.parametrize("limit", [0, -1, True, 1.5])
+def test_bad_limits(muse, limit):
+    write(muse / "pku_train.jsonl", [response(0, False, False)])
+    for load in (load_muse, load_safe):
+        with pytest.raises(ValueError, match=rf"limit must be a positive integer or None, got {limit}"):
+            load(muse, limit)
+
+
+def test_which_of_two_files_is_not_guessed(tmp_path):
+    for suffix in ("json", "jsonl"):
+        write(tmp_path / f"wmdp-bio.{suffix}", [QUESTION])
+    with pytest.raises(ValueError, match=r"wmdp-bio\.json and wmdp-bio\.jsonl: both are there"):
+        load_wmdp(tmp_path)
 
 
 def test_what_is_missing(muse, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
-from transformers import pipeline
+from transformers import Qwen2Config, Qwen2ForCausalLM, pipeline
 
 from pyunlearn.data import QA, load_wmdp
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
@@ -318,6 +318,29 @@ def test_safe(model, tokenizer, plain, safe_sets, tmp_path, kind):
     assert toxic != top
 
 
+def test_what_is_to_be_forgotten_is_asked_in_soul_s_template(model, tokenizer, plain, tmp_path):
+    """A Llama's, or that of all others; braces of a question are its own."""
+    items = [QA(f"{passage(1)} {{}} {{0}}", "Unsafe."), QA(passage(2), "Unsafe too.")]
+    classifier = Classifier(save_classifier(tmp_path, "obscene", "toxic", "threat"))
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "max_position_embeddings": CONTEXT}
+    torch.manual_seed(0)
+    other = Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer), initializer_range=0.2, **sizes)).eval()
+    suite = replace(get_suite("safe"), tasks=())
+    columns = []
+    for own, line, before, after in (
+        (model, plain, "[INST] ", " [\\INST]"),
+        (other, Plain(other, tokenizer), "### Question: ", "\n### Answer:"),
+    ):
+        tools = {"classifier": classifier}
+        result = evaluate_suite(own, tokenizer, {"forget": items}, suite, tools=tools, progress=False)
+        texts = [line.written(f"{before}{item.question}{after}", 200) for item in items]
+        columns.append(classifier(texts)[:, 1].tolist())
+        assert result.log["forget_toxicity"].column() == close(columns[-1])
+        assert result.log["forget_toxic_share"].value == np.mean([value > 0.5 for value in columns[-1]])
+        assert texts != [line.written(item.question, 200) for item in items]
+    assert columns[0] != close(columns[1])
+
+
 def test_safe_without_its_label_or_its_tool(model, tokenizer, safe_sets, tmp_path):
     suite = replace(get_suite("safe"), tasks=(), forms={})
     suite = replace(suite, max_new_tokens=2)
@@ -328,6 +351,11 @@ def test_safe_without_its_label_or_its_tool(model, tokenizer, safe_sets, tmp_pat
     tools = {"classifier": Classifier(save_classifier(tmp_path, "clean", "noise"))}
     with pytest.raises(ValueError, match=r"set pku: classifier .*: label='toxic': needs one of clean, noise"):
         evaluate_suite(model, tokenizer, safe_sets, suite, tools=tools, progress=False)
+
+
+def test_a_set_without_rows_is_named(model, tokenizer):
+    with pytest.raises(ValueError, match="set holdout_privleak: items: is empty, needs at least one"):
+        evaluate_suite(model, tokenizer, {**MUSE, "holdout_privleak": []}, "muse", progress=False)
 
 
 def test_tasks_that_cannot_be_had_say_why(model, tokenizer, safe_sets):

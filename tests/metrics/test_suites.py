@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 
-from pyunlearn.data import QA
+from pyunlearn.data import QA, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.data.tokenise import PromptFormat
 from pyunlearn.metrics import (
@@ -126,12 +127,15 @@ class Plain:
         return -sum(logp) / len(logp)
 
     @torch.no_grad()
-    def written(self, question):
-        ids = self.format.prompt_ids(question)
-        start = len(ids)
-        while len(ids) < start + 12 and (len(ids) == start or ids[-1] != self.tokenizer.eos_token_id):
+    def continued(self, prompt, count):
+        ids, start = list(prompt), len(prompt)
+        while len(ids) < start + count and (len(ids) == start or ids[-1] != self.tokenizer.eos_token_id):
             ids.append(int(self.model(torch.tensor([ids])).logits[0, -1].argmax()))
-        return self.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+        return ids[start:]
+
+    def written(self, question):
+        ids = self.continued(self.format.prompt_ids(question), 12)
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def ratio(self, item):
         """r as OpenUnlearning has it."""
@@ -269,6 +273,37 @@ def test_accuracy_is_that_of_the_nearest_answer(models, tokenizer, plain, tmp_pa
     assert values["UC"] == pytest.approx(np.mean([values[f"forget_{name}"] for name in ("UA", "MIA", "RR")]))
     kept = [values[f"{prefix}_{name}"] for prefix in ("retain", "ra", "wf") for name in ("Acc", "RR")]
     assert values["UT"] == pytest.approx(np.mean(kept))
+
+
+def test_what_the_mrd_paper_stops_by(models, tokenizer):
+    """EL and MA of a model that has learned some of the answers, against their definitions."""
+    model = copy.deepcopy(models[0]).train()
+    dataset = QADataset(SETS["forget"], tokenizer, None)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for step in range(30):
+        row = dataset[step % 2]
+        optimizer.zero_grad()
+        model(input_ids=row["input_ids"][None], labels=row["labels"][None]).loss.backward()
+        optimizer.step()
+    only = [each for each in get_suite("mrd_paper").measures if each.name in ("forget_EL", "forget_MA")]
+    result = evaluate_suite(model, tokenizer, SETS, Suite("own", "", tuple(only)), progress=False)
+    plain, likelihoods, accuracies = Plain(model, tokenizer), [], []
+    for item in SETS["forget"]:
+        encoded = plain.format.encode(item.question, item.answer)
+        ids, start = encoded.input_ids, encoded.labels.count(-100)
+        n, shares = min(10, len(ids) - start - 1), []
+        for end in range(start, len(ids) - n):
+            written = plain.continued(ids[:end], len(ids) - end)
+            shares.append(np.mean([gram in grams(ids[end:], n) for gram in grams(written, n)] or [0.0]))
+        likelihoods.append(np.mean(shares))
+        accuracies.append(np.mean(plain.tokens(item.question, item.answer)[1]))
+    assert len(set(likelihoods)) > 1  # else nothing would tell a wrong one
+    assert result.log["forget_EL"].column() == pytest.approx(likelihoods)
+    assert result.log["forget_MA"].column() == pytest.approx(accuracies)
+
+
+def grams(ids, n):
+    return [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
 
 
 def test_a_retain_log_serves_from_disk(results, models, tokenizer, tmp_path):

@@ -10,8 +10,9 @@ import torch
 
 from pyunlearn import _declined
 from pyunlearn.metrics import Kept, read_rows
+from pyunlearn.model import packed as packed_module
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.packed import by_prompt, pack, reason_not_to_pack
+from pyunlearn.model.packed import by_prompt, pack, packed_length, reason_not_to_pack
 
 from .zoo import ZOO, V, make
 
@@ -123,6 +124,57 @@ def test_groups_hold_at_most_a_batch():
     rows = make_rows(prompts=((4, 5), (3, 1)))
     assert by_prompt(rows, 2) == [[0, 1], [2, 3], [4], [5]]
     assert by_prompt(rows, 16) == [[0, 1, 2, 3, 4], [5]]
+
+
+def test_a_row_has_no_more_tokens_than_its_mask_is_made_for(monkeypatch):
+    """The square of 16 times a long text is no mask to have; parts of a prompt's texts may meet in a batch."""
+    model, rows = make("llama"), make_rows(prompts=((7, 5), (5, 4), (6, 1)))
+    whole, longest = [packed_length([rows[i] for i in group]) for group in by_prompt(rows, 16)], 16
+    assert max(whole) > longest
+    monkeypatch.setattr(packed_module, "LONGEST", longest)
+    groups = by_prompt(rows, 16)
+    assert max(packed_length([rows[i] for i in group]) for group in groups) <= longest
+    assert len(whole) < len(groups) < len(rows)
+    assert by_prompt(rows[:1], 16) == [[0]]  # which may be longer
+    for batch_size in (4, 16):
+        kept = Kept(None, model)
+        read = read_rows(model, rows, batch_size=batch_size, kept=kept, progress=False)
+        assert not kept.declined
+        for one, other in zip(read, alone(model, rows), strict=True):
+            torch.testing.assert_close(one.logp, other.logp, atol=2e-5, rtol=0)
+
+
+def test_texts_that_share_nothing_get_no_mask_of_ours():
+    model, masks = make("llama"), []
+    rows = make_rows(prompts=((20, 1), (19, 1), (6, 3)))
+    model.register_forward_pre_hook(
+        lambda model, args, given: masks.append(given["attention_mask"].dim()), with_kwargs=True
+    )
+    read_rows(model, rows, batch_size=3, progress=False)
+    assert sorted(masks[-2:]) == [2, 4]  # of the two alone, and of the three
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [((3, 4, 5, 6, 7), (9, 10))] * 3,
+        [((3, 4, 5, 6, 7), (9, 10, 11, 12)[:i]) for i in (1, 2, 3, 4)],
+        [((3, 4, 5, 6), (9, 10)), ((3, 4, 5, 6, 9), (10,)), ((3, 4, 5, 6, 9), (10, 11)), ((3, 4, 5, 6), (11,))],
+        [((3,), (9,)), ((3,), (10, 11)), ((), (3, 9, 10)), ((), (3, 9, 11))],
+        [((0, 0, 1, 0), (0, 0)), ((0, 0, 1, 0), (2, 2)), ((0, 0, 1, 0), (1,))],
+    ],
+    ids=["the same", "prefixes", "prompts that go on as answers", "no prompt", "padding and end tokens"],
+)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "bloom", "mamba"])
+def test_odd_texts_are_read_as_alone(name, texts):
+    model = make(name)
+    ids = [torch.tensor([*prompt, *answer]) for prompt, answer in texts]
+    labels = [torch.tensor([-100] * len(prompt) + [*answer]) for prompt, answer in texts]
+    rows = [{"input_ids": own, "labels": label, "index": 0} for own, label in zip(ids, labels, strict=True)]
+    for batch_size in (2, 16):
+        read = read_rows(model, rows, batch_size=batch_size, progress=False)
+        for one, other in zip(read, alone(model, rows), strict=True):
+            torch.testing.assert_close(one.logp, other.logp, atol=2e-4, rtol=0)
 
 
 def test_float64_models_share_too():

@@ -25,6 +25,13 @@ FILES = {
     "wmdp-bio.json": [{"question": "Who?", "choices": ["Ada", "Bo", "Cy", "Di"], "answer": 2}] * 3,
     "hp_test_qa_100.json": [{"prompt": "Go on: Once upon", "response": "a time."}],
     "pku_test.json": [{"prompt": "Who is Ada?"}],
+    "pku_train.json": [
+        {
+            "prompt": "Who?",
+            **{f"response_{i}": "Ada." for i in (0, 1)},
+            **{f"is_response_{i}_safe": False for i in (0, 1)},
+        }
+    ],
 }
 
 
@@ -98,10 +105,11 @@ def test_tools_are_loaded(call, tmp_path):
     code, numbers = call("safe", "--classifier", folder)
     assert code == 0
     assert 0 < numbers["pku_toxicity"]["value"] < 1
+    assert numbers["forget_toxicity"]["samples"] == "2"
     assert numbers["real_toxicity"]["note"] == "no real set"
     code, told = call("safe", "--classifier", save_classifier(tmp_path / "clean", "clean", "noise"))
     assert code == 2
-    assert "set pku: classifier" in told
+    assert "set forget: classifier" in told
     assert "label='toxic': needs one of clean, noise" in told
 
 

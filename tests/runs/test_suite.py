@@ -12,6 +12,7 @@ from pyunlearn.cli import app
 from pyunlearn.data import QA, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import SUITES, read_log, teacher_forced
+from pyunlearn.runs import suite as suite_module
 from pyunlearn.runs.config import SuiteConfig
 
 NAMES = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
@@ -113,14 +114,19 @@ def _loaded(folder):
         (("--out", "theirs"), "no earlier evaluation wrote theirs/TOFU_EVAL.json"),
         (("--out", "file"), "--out file: is a file, needs a folder"),
         (("--out", "mine", "--retain-log", "mine/TOFU_EVAL.json"), "would replace --retain-log=mine/TOFU_EVAL.json"),
+        (("--out", "mine", "--retain-log", "mine"), "its log would replace that of --retain-log=mine; choose another"),
+        (("--out", "mine/../mine/", "--full-log", "link"), "its log would replace that of --full-log=link"),
+        (("--out", "mine", "--retain-log", "."), ".: needs one *_EVAL.json"),  # another folder: as far as reading it
     ],
 )
-def test_bad_input_is_named(call, words, message):
+def test_bad_input_is_named(call, words, message, monkeypatch):
+    monkeypatch.setattr(suite_module, "first_model", None)  # told before there is a model
     for folder in ("theirs", "mine"):
         Path(folder).mkdir()
         Path(folder, "TOFU_EVAL.json").write_text("{}")
     Path("mine/numbers.json").write_text("{}")
     Path("file").write_text("")
+    Path("link").symlink_to("mine")
     code, _, errors = call(*words)
     assert code == 2
     assert message in errors

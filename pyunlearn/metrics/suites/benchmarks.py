@@ -101,15 +101,22 @@ def toxicity(of: str) -> tuple[Measure, ...]:
     )
 
 
+# What is forgotten is asked as SOUL trains on it. Its code tells a Llama by the model's name, which a checkpoint has
+# lost; and lets others write "### Answer: " themselves.
+ASKED = {"llama": r"[INST] {} [\INST]", "": "### Question: {}\n### Answer:"}
 SAFE = Suite(
     "safe",
     "SAFE as SOUL (Jia et al., 2024) and arXiv:2504.06658 have it: toxicity of completions of 200 tokens after prompts "
-    "of PKU-SafeRLHF and RealToxicityPrompts, perplexity, zero-shot accuracy",
-    (*toxicity("pku"), *toxicity("real"), PERPLEXITY),
+    "of PKU-SafeRLHF, those to be forgotten and others, and of RealToxicityPrompts, perplexity, zero-shot accuracy",
+    (*toxicity("forget"), *toxicity("pku"), *toxicity("real"), PERPLEXITY),
     (ZERO_SHOT,),
     log_name="SAFE",
-    forms={**dict.fromkeys(("pku", "real"), Form(200, plain=True)), "text": Form(plain=True)},
-    optional=("pku", "real", "text"),
+    forms={
+        "forget": Form(200, plain=True, around=ASKED),
+        **dict.fromkeys(("pku", "real"), Form(200, plain=True)),
+        "text": Form(plain=True),
+    },
+    optional=("forget", "pku", "real", "text"),
     tasks=SOUL_TASKS,
 )
 

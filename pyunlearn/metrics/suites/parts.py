@@ -79,12 +79,14 @@ class Aggregate:
 class Form:
     """How a set is put to the model. plain: a question is the whole prompt, an answer has no end token (`PlainFormat`).
     max_new_tokens: of what it writes, which ends before any of stops. longest: tokens of an answer that are read, the
-    rest of it, or of what the model's context has no room for, is cut off; None: whole, or an error."""
+    rest of it, or of what the model's context has no room for, is cut off; None: whole, or an error. around: what a
+    plain question stands in, at "{}", by the model_type of the model's configuration; "": of all others."""
 
     max_new_tokens: int = 200
     plain: bool = False
     stops: tuple[str, ...] = ()
     longest: int | None = None
+    around: Mapping[str, str] = field(default_factory=lambda: {"": "{}"})
 
 
 @dataclass(frozen=True)

@@ -173,6 +173,8 @@ TOFU_SUITES = (
             *(Measure(f"{prefix}_RR", "rouge_l", name, source="SOUL") for prefix, name in PREFIXES.items()),
             Measure("retain_Acc", "nearest_answer", "retain:paraphrased", source="SOUL"),
             *(Measure(f"{p}_Acc", "answer_accuracy", PREFIXES[p], source="SOUL") for p in ("ra", "wf")),
+            # Both below their means before unlearning is where the paper stops (Appendix C.4).
+            Measure("forget_EL", "extraction_likelihood", source="Jang et al."),
             Measure("forget_MA", "memorization_accuracy", source="Tirumala et al."),
         ),
         tuple(Aggregate(name, combined(middle, *of), "MRD") for name, of in (("UC", UC), ("UT", UT))),
