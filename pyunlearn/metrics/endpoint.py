@@ -13,10 +13,12 @@ import os
 import random
 import re
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ VARIABLE = r"[A-Za-z_]\w*"  # names of environment variables
 TRY_AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)
 LONGEST_WAIT = 60.0  # seconds between two attempts
 LONGEST_ANSWER = 2**24  # bytes
+LONGEST_TIMEOUT = 86400.0  # seconds
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 SETTINGS: Mapping[str, Any] = {"temperature": 0}
 
@@ -95,8 +98,8 @@ class Endpoint:
                 raise ValueError(f"{name}={value}: needs a whole number >= {least}")
         if not re.fullmatch(VARIABLE, self.key):
             raise ValueError("key: needs the name of an environment variable, which holds the key, not the key itself")
-        if not self.timeout > 0:
-            raise ValueError(f"timeout={self.timeout}: needs seconds, more than 0")
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise ValueError(f"timeout={self.timeout}: needs seconds, more than 0 and at most {LONGEST_TIMEOUT:g}")
         self.store = Store(None if self.cache is None else Path(self.cache) / "endpoints")
         handlers: list[Any] = [NoRedirect()]
         if urlsplit(self.url).hostname in LOOPBACK:
@@ -179,14 +182,20 @@ class Endpoint:
     def _send(self, path: str, body: Mapping[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if secret := os.environ.get(self.key):
+            if not re.fullmatch(r"[ -~]+", secret):  # told here: what urllib says holds the key
+                raise EndpointError(
+                    f"{self.url}: ${self.key} holds a line break, or another sign that no header takes; set it without"
+                )
             headers["Authorization"] = f"Bearer {secret}"
         request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers, method="POST")
         try:
             with self._opener.open(request, timeout=self.timeout) as response:
-                return response.read(LONGEST_ANSWER)
+                return read_within(response, LONGEST_ANSWER, self.timeout)
         except urllib.error.HTTPError as error:
-            with error:
-                said = " ".join(error.read(2000).decode("utf-8", "replace").split())
+            content = b""
+            with error, suppress(OSError, http.client.HTTPException):
+                content = error.read1(2000)
+            said = " ".join(content.decode("utf-8", "replace").split())
             hint = f"; is ${self.key} the server's key?" if error.code in (401, 403) else ""
             what = f"answered HTTP {error.code}, {brief(said)}; needs an OpenAI-compatible server with this model{hint}"
             raise Refused(what, error.code in TRY_AGAIN, seconds(error.headers.get("Retry-After"))) from None
@@ -199,8 +208,19 @@ class Endpoint:
             raise Refused(f"cannot be reached ({reason}); needs a server that is up", True) from None
 
 
+def read_within(response: Any, most: int, timeout: float) -> bytes:
+    """An answer's first `most` bytes. Raises TimeoutError for a server that sends on and on, a little at a time."""
+    end, content = time.monotonic() + timeout, b""
+    while len(content) < most and (part := response.read1(most - len(content))):
+        content += part
+        if time.monotonic() > end:
+            raise TimeoutError
+    return content
+
+
 def text_of(answer: bytes, path: str) -> str:
-    """The text in a server's answer. Raises Refused for anything else."""
+    """The text in a server's answer, halves of characters replaced: no file takes these. Raises Refused for anything
+    else."""
     try:
         choice = json.loads(answer)["choices"][0]
         text = choice["message"]["content"] if path.startswith("chat") else choice["text"]
@@ -210,7 +230,7 @@ def text_of(answer: bytes, path: str) -> str:
         where = "choices[0].message.content" if path.startswith("chat") else "choices[0].text"
         shown = brief(answer.decode("utf-8", "replace"))
         raise Refused(f"answered {shown}; needs JSON with a text in {where}", True)
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def seconds(retry_after: str | None) -> float | None:
@@ -226,7 +246,8 @@ def check_url(url: str) -> None:
     """Raises ValueError unless it is an address that may be told in records."""
     try:
         parts = urlsplit(url)
-        bad = parts.scheme not in ("http", "https") or not parts.hostname
+        bad = parts.scheme not in ("http", "https") or not parts.hostname or not re.fullmatch(r"[!-~]+", url)
+        (parts.hostname or "").encode("idna")
         told = parts.username or parts.password or parts.query or parts.fragment
         _ = parts.port
     except ValueError:

@@ -150,7 +150,7 @@ def score_of(said: str) -> float | None:
     value = answer_in(said, "score")
     try:
         score = float(value) if not isinstance(value, bool) else None
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return score if score is not None and 0 <= score <= 5 else None
 

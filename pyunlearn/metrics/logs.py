@@ -30,6 +30,8 @@ TOFU_FILES = {
     "eval_real_world_wo_options.json": ("wf", True),
 }
 LOSSES = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss")
+TEXTS = "generated_text"
+ROUNDING = 1e-2  # by which a loss may be below 0
 RATIO_NAMES = {"forget": "forget_truth_ratio"}  # the others are named {set}_Truth_Ratio
 
 
@@ -97,7 +99,7 @@ def read_open_unlearning(path: Path, content: Mapping[str, Any]) -> dict[str, En
 
 
 def read_entry(path: Path, name: str, value: Any) -> Entry:
-    if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):  # of a summary
+    if value is None or is_number(value):  # of a summary
         return Entry(value)
     if not isinstance(value, dict) or "agg_value" not in value:
         raise ValueError(f"{path}: {name!r} needs a number or an object with agg_value")
@@ -107,9 +109,13 @@ def read_entry(path: Path, name: str, value: Any) -> Entry:
         key.isdecimal() and isinstance(of, dict) for key, of in samples.items()
     ):
         raise ValueError(f"{path}: {name!r} needs value_by_index, an object for every index")
-    if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
+    if number is not None and not is_number(number):
         raise ValueError(f"{path}: {name!r} needs a number or null as agg_value, got {number!r}")
-    return Entry(number, {index: samples[str(index)] for index in sorted(map(int, samples))}, parts)
+    return Entry(number, dict(sorted((int(index), of) for index, of in samples.items())), parts)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def write_log(folder: str | Path, log: Log, summary: Iterable[str], name: str = "TOFU") -> tuple[Path, Path]:
@@ -143,16 +149,17 @@ def entry_json(entry: Entry) -> dict[str, Any]:
 def read_tofu(path: Path, content: Mapping[str, Any], variant: Ratio) -> dict[str, Entry]:
     """Probabilities and truth ratios from the losses, ROUGE from the texts; the recorded ones are not looked at.
 
-    Raises ValueError for a file that is not named as TOFU names it, or columns of other samples.
+    Raises ValueError for a file that is not named as TOFU names it, columns of other samples, or a value of another
+    kind.
     """
     if path.name not in TOFU_FILES:
         raise ValueError(f"{path}: is a log of TOFU's, of which set its name has to tell: {', '.join(TOFU_FILES)}")
     prefix, has_options = TOFU_FILES[path.name]
-    columns = [content[key] for key in (*LOSSES, "generated_text") if key in content]
-    indices = sorted(map(int, columns[0]))
-    if len(columns) < 4 or any(sorted(map(int, column)) != indices for column in columns):
-        raise ValueError(f"{path}: needs {', '.join(LOSSES)} and generated_text of the same samples")
-    loss, paraphrased, perturbed, texts = ({i: column[str(i)] for i in indices} for column in columns)
+    columns = [read_column(path, key, content.get(key)) for key in (*LOSSES, TEXTS)]
+    indices = sorted(columns[0])
+    if any(sorted(column) != indices for column in columns):
+        raise ValueError(f"{path}: needs {', '.join(LOSSES)} and {TEXTS} of the same samples")
+    loss, paraphrased, perturbed, texts = columns
     probability = {i: {"prob": math.exp(-loss[i]), "avg_loss": loss[i]} for i in indices}
     ratios = {i: {"score": ratio_of_losses(paraphrased[i], perturbed[i], variant)} for i in indices}
     rouge = {i: read_texts(*texts[i]) for i in indices}
@@ -167,6 +174,24 @@ def read_tofu(path: Path, content: Mapping[str, Any], variant: Ratio) -> dict[st
     reduction = closer_to_1_better if prefix == "forget" else true_better
     log[name] = Entry(reduction(sample["score"] for sample in ratios.values()), ratios)
     return log
+
+
+def read_column(path: Path, key: str, column: Any) -> dict[int, Any]:
+    """index -> value. Raises ValueError that names the first that is no loss, losses or texts, as the key has it."""
+    several = key in (LOSSES[2], TEXTS)
+    kind = "question, generated text and answer" if key == TEXTS else "losses >= 0" if several else "a loss >= 0"
+    if not isinstance(column, dict):
+        raise ValueError(f"{path}: needs {key}, an object of samples, got {type(column).__name__}")
+    for index, value in column.items():
+        parts = value if several and isinstance(value, list) else [] if several else [value]
+        right = (
+            len(parts) == 3 and all(isinstance(each, str) for each in parts)
+            if key == TEXTS
+            else (len(parts) > 0 and all(is_number(each) and not each < -ROUNDING for each in parts))
+        )
+        if not index.isdecimal() or not right:
+            raise ValueError(f"{path}: {key} needs {kind} for every index, got {value!r:.80} for {index!r}")
+    return {int(index): value for index, value in column.items()}
 
 
 def read_texts(question: str, generated: str, answer: str) -> dict[str, Any]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
+import traceback
 from collections import Counter
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +26,8 @@ def reply(text, path="/v1/chat/completions"):
 
 
 class Server(ThreadingHTTPServer):
-    """Keeps what it is asked; `answer(path, body)` gives a status, an object or bytes, and headers."""
+    """Keeps what it is asked; `answer(path, body)` gives a status, an object, bytes or an iterator of these, and
+    headers."""
 
     daemon_threads = True
 
@@ -55,8 +59,12 @@ class Handler(BaseHTTPRequestHandler):
         self.server.keys.append(self.headers["Authorization"])
         status, value, headers = self.server.answer(self.path, body)
         self.server.count(-1)
-        content = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
+        if isinstance(value, Iterator):
+            self.end_headers()
+            self.wfile.writelines(value)
+            return
+        content = value if isinstance(value, bytes) else json.dumps(value).encode()
         for name, text in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, text)
         self.end_headers()
@@ -188,6 +196,39 @@ def test_a_server_that_is_slow_or_gone(server):
         gone.chat(turns("a"))
 
 
+@pytest.mark.parametrize("status", [200, 500])
+def test_a_server_that_sends_on_and_on(server, status):
+    """Whatever it sends in time is not the end of its answer."""
+    stop = threading.Event()
+
+    def slowly():
+        for _ in range(100):
+            if not stop.wait(0.05):
+                yield b" "
+        yield json.dumps(reply("late")).encode()
+
+    server.answer = lambda path, body: (status, slowly(), {})
+    with pytest.raises(EndpointError, match=r"gave no answer in 0\.3 seconds" if status == 200 else "HTTP 500"):
+        at(server, timeout=0.3, retries=0).chat(turns("a"))
+    stop.set()
+
+
+def test_half_a_character_is_kept_as_a_replaced_one(server, tmp_path):
+    server.answer = lambda path, body: (200, reply("a \ud800 b \U0001f600", path), {})
+    for _ in range(2):
+        assert at(server, cache=tmp_path).chat(turns("a")) == ["a \ufffd b \U0001f600"]
+    assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("end", ["\r", "\n", "\nX-Other: header", "é", "\u2026"])
+def test_a_key_that_no_header_takes_is_not_told(server, monkeypatch, end):
+    monkeypatch.setenv("PYUNLEARN_API_KEY", SECRET + end)
+    with pytest.raises(EndpointError, match=r"\$PYUNLEARN_API_KEY holds a line break, or another sign") as told:
+        at(server).chat(turns("a"))
+    assert SECRET not in "".join(traceback.format_exception(told.value))
+    assert server.asked == []
+
+
 def test_a_redirect_is_not_followed(server, monkeypatch):
     monkeypatch.setenv("PYUNLEARN_API_KEY", SECRET)
     server.answer = lambda path, body: (302, b"", {"Location": f"{server.url}/elsewhere"})
@@ -233,6 +274,10 @@ def test_the_budget_counts_every_request(server):
         ({"concurrency": 0}, "concurrency=0"),
         ({"budget": 0}, "budget=0"),
         ({"timeout": 0}, "timeout=0"),
+        ({"timeout": math.inf}, "timeout=inf: needs seconds, more than 0 and at most 86400"),
+        ({"url": "http://localhost/v1\n"}, "needs an http or https address"),
+        ({"url": "http://.host/v1"}, "needs an http or https address"),
+        ({"url": "http://h\u00f6st/v1"}, "needs an http or https address"),
     ],
 )
 def test_bad_arguments(options, message):

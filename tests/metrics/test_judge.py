@@ -31,6 +31,7 @@ WRITTEN = ["At the sea.", "I do not know.", "Bo did."]
         ('{"score": -1}', None),
         ('{"score": true}', None),
         ('{"score": null}', None),
+        ('{"score": 1%s}' % ("0" * 400), None),
         ('{"score": NaN}', None),
         ('{"reason": "fine"}', None),
         ('{"score": 4', None),

@@ -90,6 +90,39 @@ def test_tofus_own(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("avg_gt_loss", None, "avg_gt_loss needs a loss >= 0 for every index, got None for '0'"),
+        ("avg_gt_loss", -1e6, "avg_gt_loss needs a loss >= 0"),
+        ("avg_paraphrased_loss", "1", "avg_paraphrased_loss needs a loss >= 0 for every index, got '1'"),
+        ("average_perturb_loss", [], "average_perturb_loss needs losses >= 0"),
+        ("average_perturb_loss", 1.0, "average_perturb_loss needs losses >= 0"),
+        ("generated_text", ["What?", "a"], "generated_text needs question, generated text and answer"),
+        ("generated_text", [1, 2, 3], "generated_text needs question, generated text and answer"),
+    ],
+)
+def test_values_of_another_kind_are_named(tmp_path, column, value, message):
+    columns = {
+        "avg_gt_loss": {"0": math.nan}, "avg_paraphrased_loss": {"0": 1}, "average_perturb_loss": {"0": [1.0]},
+        "generated_text": {"0": ["What?", "a", "a"]},
+    }  # fmt: skip
+    path = tmp_path / "eval_log.json"
+    path.write_text(json.dumps(columns))
+    assert math.isnan(read_log(path)["retain_Q_A_Prob"].value)  # as it is in the file
+    path.write_text(json.dumps({**columns, column: {"0": value}}))
+    with pytest.raises(ValueError, match=f"eval_log.json: {message}"):
+        read_log(path)
+    path.write_text(json.dumps({**columns, column: {"first": value}}))
+    with pytest.raises(ValueError, match=f"eval_log.json: {column} needs .* for 'first'"):
+        read_log(path)
+
+
+def test_an_index_is_a_number_however_it_is_written(tmp_path):
+    (tmp_path / "TOFU_EVAL.json").write_text('{"a": {"agg_value": 1, "value_by_index": {"01": {"prob": 2}}}}')
+    assert read_log(tmp_path)["a"].samples == {1: {"prob": 2}}
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "is no log, it is not JSON"),
