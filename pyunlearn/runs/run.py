@@ -234,6 +234,10 @@ def load_result(path: str | Path) -> RunResult:
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no finished run there (table.json is missing)")
     stored = read_json(file, remedy := "--resume of the run makes it again")
-    if not isinstance(stored, dict) or not {"table", "goals"} <= stored.keys():
+    if (
+        not isinstance(stored, dict)
+        or not {"table", "goals"} <= stored.keys()
+        or not all(isinstance(row, dict) and {"set", "metric"} <= row.keys() for row in stored["table"])
+    ):
         raise ValueError(f"{file}: is damaged, it has no table and goals; {remedy}")
     return RunResult(Path(path), stored["table"], stored["goals"], stored.get("verdict"))
