@@ -23,7 +23,7 @@ from ..training.stage import Stage
 from ..training.unlearn import unlearn
 from .anchors import ANCHORS
 from .config import RunConfig
-from .evaluate import evaluate_sets, read_records, read_summaries, texts_before
+from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
 from .folder import config_text
 from .job import Job, first_model, loaded, save
 from .provenance import Attempt, describe, keep_attempt, read_attempts
@@ -74,6 +74,9 @@ def run(
         missing = [moment for moment in wanted if not job.folder.evaluation(f"{moment}.json").is_file()]
         job.processes.wait()  # all have looked before any writes
         if missing:
+            with job.processes.first_first():
+                if job.processes.first:
+                    check_cache(job.config.evaluate)
             attempt = Attempt(job.command)
             try:
                 compute(job, missing)
