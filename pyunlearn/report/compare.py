@@ -14,7 +14,7 @@ import matplotlib
 from markupsafe import Markup
 from scipy.stats import t as student
 
-from .figures import STYLE, new_figure, render, to_panels
+from .figures import STYLE, as_label, new_figure, render, to_panels
 
 # told apart by shape and dash first, by hue second
 MARKERS = "osD^vPX*"
@@ -115,7 +115,7 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
     figure.set_figwidth(5.4)
     axes, data = figure.axes[0], []
     for i, group in enumerate(groups):
-        style: dict[str, Any] = {"color": HUES[i % len(HUES)], "label": group.name}
+        style: dict[str, Any] = {"color": HUES[i % len(HUES)], "label": as_label(group.name)}
         for seed, steps in zip(group.seeds, group.steps, strict=True):
             way = {
                 step: (means["forget"][METRIC], means[utility][METRIC])

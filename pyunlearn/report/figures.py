@@ -66,6 +66,11 @@ def in_words(name: str) -> str:
     return name.replace("_", " ")
 
 
+def as_label(name: str) -> str:
+    """A name as it stands, for a legend: which leaves out what begins with _, and reads formulas between two $."""
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
 def new_figure(rows: int, columns: int, height: float = 2.3) -> Figure:
     figure = Figure(figsize=(3.6 * columns, height * rows), layout="constrained")
     axes: Axes

@@ -11,7 +11,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from .figures import COLOURS, DASHES, MARKERS, OTHER, STYLE, in_words, new_figure, render, to_panels
+from .figures import COLOURS, DASHES, MARKERS, OTHER, STYLE, as_label, in_words, new_figure, render, to_panels
 from .samples import STATES, Records, list_samples
 
 OTHER_LINES = (("-.", "D"), ((0, (5, 1)), "v"), ((0, (1, 3)), "x"))  # of sets of other names
@@ -84,12 +84,12 @@ def curves_figure(curves: Mapping[int, Means]) -> Markup:
         for name, means in first.items():
             dash, marker = (DASHES[name], MARKERS[name]) if name in DASHES else next(others)
             if metric in means:
-                values = [at[name][metric] for at in curves.values()]
+                values = [at[name].get(metric, math.nan) for at in curves.values()]
                 look: dict[str, Any] = {"color": COLOURS.get(name, OTHER), "linestyle": dash, "marker": marker}
-                axes.plot(list(curves), values, label=name, markersize=4, **look)
+                axes.plot(list(curves), values, label=as_label(name), markersize=4, **look)
                 drawn += values
         axes.set(xlabel="optimiser step")
-        if all(0 <= value <= 1 for value in drawn):
+        if all(0 <= value <= 1 for value in drawn if not math.isnan(value)):
             axes.set(ylim=(-0.04, 1.04))
         axes.set_title(in_words(metric))
         axes.legend(frameon=False, fontsize=8)

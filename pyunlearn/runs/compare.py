@@ -10,16 +10,17 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 from rich.table import Table
 
-from .._files import check_writable, read_json, write_json, write_text
+from .._files import check_writable, write_json, write_text
 from .._terminal import shown, visible
 from ..metrics.utility import harmonic_mean
 from ..report.compare import LEVEL, Column, Comparison, Group, render_comparison, utility_set
 from .anchors import ANCHORS
-from .evaluate import evaluate_again
+from .evaluate import read_summaries
 from .folder import RunFolder, compared
 from .run import load_result
 
@@ -49,6 +50,8 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     for path in paths:
         tables[path] = load_result(path).table
         settings[path] = compared(RunFolder(path).read_config())
+        if missing := [key for key in NAMES if key not in settings[path]]:
+            raise ValueError(f"{RunFolder(path).config}: is damaged, it has no {' and no '.join(missing)}")
         kind = {key: value for key, value in settings[path].items() if key not in NAMES}
         kinds.setdefault(json.dumps(kind, sort_keys=True), []).append(path)
     made, note = aggregates(tables)
@@ -115,14 +118,15 @@ def make_group(
     flat = flatten({key: value for key, value in own.items() if key not in NAMES})
     name = str(own["name"]) if len({settings[folder]["name"] for folder in folders}) == 1 else folders[0].name
     seeds = [settings[folder]["seed"] for folder in folders]
-    return Group(name, folders, seeds, flat, values, [read_steps(folder) for folder in folders], intervals)
+    return Group(
+        name, folders, seeds, flat, values, [read_steps(folder, tables[folder]) for folder in folders], intervals
+    )
 
 
-def read_steps(folder: Path) -> dict[int, dict[str, dict[str, float]]]:
+def read_steps(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, dict[str, float]]]:
     """The means of evaluations on a run's way, by its optimiser step. Raises ValueError for a damaged file."""
-    files = {file.stem.removeprefix("step-"): file for file in RunFolder(folder).evaluation("").glob("step-*.json")}
-    numbers = sorted(int(number) for number in files if number.isdigit())
-    return {number: read_json(files[str(number)], evaluate_again(files[str(number)])) for number in numbers}
+    folder, sets = RunFolder(path), dict.fromkeys(row["set"] for row in table)
+    return {step: read_summaries(folder, f"step-{step}", sets) for step in folder.evaluated_steps()}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -192,7 +196,9 @@ def compare(
     tell(comparison, console)
     if files:
         links = {
-            str(f): os.path.relpath(f / "report.html", Path(out or "")) for g in comparison.groups for f in g.folders
+            str(f): quote(os.path.relpath(f / "report.html", Path(out or "")))
+            for g in comparison.groups
+            for f in g.folders
         }
         write_text(files["page"], render_comparison(comparison, links))
         write_text(files["table"], as_csv(comparison))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .._files import read_json, write_json, write_json_lines
+from .._files import check_writable, read_json, write_json, write_json_lines
 from .._terminal import visible
 from ..data import QA
 from ..metrics import EvaluationResult, Kept, cache_folder, evaluate
@@ -22,6 +24,8 @@ from .job import Job, first_model
 from .outputs import check_records_file
 from .sections import EvaluateConfig
 from .tools import load_tools, make_endpoint
+
+logger = logging.getLogger("pyunlearn")
 
 
 def evaluate_sets(
@@ -34,13 +38,18 @@ def evaluate_sets(
     tokenizer: Any,
     tools: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last; tools: `load_tools`."""
+    """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last; tools: `load_tools`.
+
+    A mean that is not finite, as of a metric without a value of any sample, is told and left out.
+    """
     summaries = {}
     kept = Kept(settings.cache or cache_folder(), model)
     for name, items in sets.items():
         result = evaluate_items(stage, settings, items, model, tokenizer, tools, kept)
         write_json_lines(folder.evaluation(f"{moment}-{name}.jsonl"), result.records)
-        summaries[name] = result.summary
+        summaries[name] = {metric: value for metric, value in result.summary.items() if math.isfinite(value)}
+        if without := [metric for metric in result.summary if metric not in summaries[name]]:
+            logger.warning("%s, %s: no finite mean of %s, which is left out", moment, name, ", ".join(without))
     write_json(folder.evaluation(f"{moment}.json"), summaries)
 
 
@@ -94,6 +103,16 @@ def texts_before(folder: RunFolder) -> dict[str, str]:
     return {record["question"]: record["generated"] for record in records if "generated" in record}
 
 
+def check_cache(settings: EvaluateConfig) -> None:
+    """Raises OSError if what models read and write cannot be kept: before the time is spent to get there."""
+    folder = Path(settings.cache or cache_folder())
+    try:
+        check_writable(folder / "reading")
+    except OSError as error:
+        what = f"{folder}: cannot keep what models read and write ({error})"
+        raise OSError(f"{what}; choose another by evaluate.cache, or by $PYUNLEARN_CACHE") from None
+
+
 def run_of(model: str) -> RunFolder | None:
     """The run that a model on disk is of; None for any other."""
     folders = map(RunFolder, Path(model).resolve().parents if Path(model).exists() else ())
@@ -125,10 +144,12 @@ def evaluate_files(
 
     A model in a run's folder has what that run's model wrote before unlearning beside it, for cosine_similarity.
 
-    Raises what `load_model`, `load_qa` and `metrics.evaluate` raise, and before those as `check_records_file`.
+    Raises what `load_model`, `load_qa` and `metrics.evaluate` raise, and before those as `check_records_file` and
+    `check_cache`.
     """
     if out is not None:
         check_records_file(config, Path(out))
+    check_cache(config.evaluate)
     job = Job.start(config, console, command)
     with job.interruptible():
         model, tokenizer, stage = first_model(job)

@@ -99,7 +99,7 @@ class RunFolder(TrainingFolder):
     @property
     def computed(self) -> bool:
         """Whether anything has been computed here; a run that failed before does not block the folder."""
-        return any(path.name not in BEGUN for path in self.path.iterdir())
+        return any(path.name not in BEGUN and not is_unfinished(path.name) for path in self.path.iterdir())
 
     def settle(self) -> None:
         """The new run has loaded its model: what it overwrites goes."""
@@ -141,7 +141,7 @@ class RunFolder(TrainingFolder):
                 where = f"is the {name} directory" if place == taken else f"holds the {name} directory"
                 raise ValueError(f"output={str(self.path)!r}: needs a folder of the run's own, this {where} {taken}")
         names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
-        filled = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))} - {LOCK, OLD, MOVING}
+        filled = {name for name in names if not is_unfinished(name)} - {LOCK, OLD, MOVING}
         if (filled and not self.marked) or self.path.is_file():
             raise FileExistsError(
                 f"{self.path} exists and is not a run folder (no {MARK}); it is left alone: choose --set output=..."
@@ -226,6 +226,11 @@ def compared(settings: Mapping[str, Any]) -> dict[str, Any]:
 def is_run_file(name: str) -> bool:
     """Whether a name at the top of a run folder is one that a run, a score or a G-effect gives there."""
     return name in RUN_FILES | SCORE_FILES or LEFT_BY_A_KILL.fullmatch(name) is not None
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether it is what a kill has left of a file or folder that was being written."""
+    return name.startswith(".") and name.endswith(".tmp")
 
 
 def config_text(config: RunConfig) -> str:

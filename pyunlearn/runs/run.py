@@ -23,7 +23,7 @@ from ..training.stage import Stage
 from ..training.unlearn import unlearn
 from .anchors import ANCHORS
 from .config import RunConfig
-from .evaluate import evaluate_sets, read_records, read_summaries, texts_before
+from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
 from .folder import config_text
 from .job import Job, first_model, loaded, save
 from .provenance import Attempt, describe, keep_attempt, read_attempts
@@ -74,6 +74,9 @@ def run(
         missing = [moment for moment in wanted if not job.folder.evaluation(f"{moment}.json").is_file()]
         job.processes.wait()  # all have looked before any writes
         if missing:
+            with job.processes.first_first():
+                if job.processes.first:
+                    check_cache(job.config.evaluate)
             attempt = Attempt(job.command)
             try:
                 compute(job, missing)
@@ -234,6 +237,10 @@ def load_result(path: str | Path) -> RunResult:
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no finished run there (table.json is missing)")
     stored = read_json(file, remedy := "--resume of the run makes it again")
-    if not isinstance(stored, dict) or not {"table", "goals"} <= stored.keys():
+    if (
+        not isinstance(stored, dict)
+        or not {"table", "goals"} <= stored.keys()
+        or not all(isinstance(row, dict) and {"set", "metric"} <= row.keys() for row in stored["table"])
+    ):
         raise ValueError(f"{file}: is damaged, it has no table and goals; {remedy}")
     return RunResult(Path(path), stored["table"], stored["goals"], stored.get("verdict"))

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from .._hints import check_known
+from ..data.rows import brief
 from ..metrics import DEFAULT_METRICS, METRICS, Endpoint, Variant, get_metric
 from ..metrics.endpoint import KEY
 from ..model.load import EMBEDDED
@@ -151,6 +152,7 @@ class GoalConfig(Section):
     )
 
 
+LONGEST_NAME = 100  # bytes of a set's, which is part of files' names
 SETS = ("forget", "retain", "holdout")
 ANCHORS = ("retrained", "random")
 
@@ -243,8 +245,11 @@ class EvaluateConfig(Section):
     @classmethod
     def sets_have_names(cls, sets: dict[str, SourceConfig]) -> dict[str, SourceConfig]:
         for name in sets:
-            if name in SETS or not re.fullmatch(r"\w[\w.-]*", name):
-                raise ValueError(f"{name!r}: needs a name of letters, digits, _, . and - other than {', '.join(SETS)}")
+            if name in SETS or not re.fullmatch(r"\w[\w.-]*", name) or len(name.encode()) > LONGEST_NAME:
+                raise ValueError(
+                    f"{brief(name)}: needs a name of letters, digits, _, . and -, of {LONGEST_NAME} bytes at most, "
+                    f"other than {', '.join(SETS)}"
+                )
         return sets
 
     @field_validator("metrics")

@@ -11,6 +11,7 @@ from .._files import write_json
 from .._terminal import shown, visible
 from ..metrics import Number, SuiteResult, cache_folder, evaluate_suite, read_log, write_log
 from .config import SuiteConfig
+from .evaluate import check_cache
 from .job import Job, first_model
 from .outputs import NUMBERS, check_suite_files
 from .tools import load_models
@@ -26,11 +27,12 @@ def evaluate_suite_files(
     """The suite's numbers, as a table; into the folder `out` go the log, its summary and numbers.json.
 
     Raises what `read_log`, `load_sets`, `load_model`, `load_models` and `metrics.evaluate_suite` raise, and before that
-    as `check_suite_files`.
+    as `check_suite_files` and `check_cache`.
     """
     suite = config.lines
     if out is not None:
         check_suite_files(config, Path(out), suite.log_name)
+    check_cache(config.evaluate)
     logs = {name: read_log(path) for name, path in config.logs.items()}
     job = Job.start(config, console, command)
     with job.interruptible():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pyunlearn.metrics import mean_interval
+from pyunlearn.report.figures import as_label
 from pyunlearn.report.run import curves_figure, render_report
 from pyunlearn.runs.sections import GoalConfig
 from pyunlearn.runs.table import RESAMPLES, columns, make_table, table_markdown
@@ -92,6 +93,12 @@ def test_curves_are_told_apart_without_colour():
     assert all(name in svg for name in (*sets, "rouge l", "probability", "optimiser step"))
     drawn = re.findall(r'clip-path="[^"]*" style="fill: none; (?:stroke-dasharray: ([\d.,]+);[^"]*)?stroke: #', svg)
     assert len(set(drawn)) == 3
+
+
+def test_a_mean_that_one_evaluation_lacks_is_a_gap_and_any_name_is_in_the_legend():
+    svg = curves_figure({0: {"_own": {"probability": 0.5, "naturalness": 3.0}}, 4: {"_own": {"probability": 0.5}}})
+    assert svg.count(" _own") == 2
+    assert as_label("cost$\\frac$") == "cost\\$\\frac\\$"
 
 
 def test_what_a_model_or_a_file_says_is_escaped():

@@ -144,11 +144,33 @@ def test_what_cannot_be_compared_is_named(finished, tmp_path):
         compare_runs([run, tmp_path])
     with pytest.raises(FileExistsError, match="is a run folder"):
         compare([run], out=run)
-    (run / "evaluation" / "step-3.json").write_text("{")
-    with pytest.raises(ValueError, match=r"step-3\.json"):
+    for damaged in ("{", '{"forget": {}}'):
+        (run / "evaluation" / "step-3.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"step-3\.json"):
+            compare_runs([run])
+    (run / "evaluation" / "step-3.json").unlink()
+    (run / "table.json").write_text('{"table": [3], "goals": []}')
+    with pytest.raises(ValueError, match=r"table\.json: is damaged"):
         compare_runs([run])
     (run / "table.json").write_text("[")
     with pytest.raises(ValueError, match=r"table\.json"):
+        compare_runs([run])
+
+
+def test_any_name_of_a_folder_is_in_legend_and_links(finished, tmp_path):
+    odd = finished("a", 0.1, 0.9).rename(tmp_path / "_100%#1?$\\frac{x$")
+    compare([odd, finished("b", 0.1, 0.9, seed=1)], out=tmp_path / "out")
+    html = (tmp_path / "out" / "compare.html").read_text()
+    assert "> _100%#1?$\\frac{x$</text>" in html
+    assert 'href="../_100%25%231%3F%24%5Cfrac%7Bx%24/report.html"' in html
+
+
+@pytest.mark.parametrize("key", ["name", "seed"])
+def test_a_run_without_its_name_or_seed_is_told(finished, key):
+    run = finished("a", 0.1, 0.9)
+    config = run / "config.yaml"
+    config.write_text("".join(line for line in config.open() if not line.startswith(f"{key}:")))
+    with pytest.raises(ValueError, match=rf"config\.yaml: is damaged, it has no {key}"):
         compare_runs([run])
 
 

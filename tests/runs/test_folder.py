@@ -149,6 +149,20 @@ def test_what_a_killed_run_was_to_overwrite_comes_back(finished):
     assert set(content(folder.path)) == {".pyunlearn", "config.yaml", "metrics.jsonl"}
 
 
+def test_what_a_killed_run_was_writing_is_no_result(tiny_config):
+    """Killed between its first two files: it begins again, by either word."""
+    config = tiny_config({})
+    folder = RunFolder(config.folder)
+    folder.open(config)
+    folder.config.rename(folder.path / ".config.yaml.host.1.abcd.tmp")
+    (folder.path / ".memorised.tmp").mkdir()
+    assert not folder.computed
+    folder.open(config)
+    folder.config.unlink()
+    folder.open(config, resume=True)
+    assert folder.config.is_file()
+
+
 def test_results_of_other_data_or_another_model_are_not_taken_up(tiny_config, tmp_path):
     """Told by what changed; a file that only lies elsewhere, or has other keys, is the same data."""
     rows = [{"question": f"Who wrote book {i}?", "answer": f"Author number {i} did."} for i in range(4)]

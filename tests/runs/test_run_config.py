@@ -178,7 +178,11 @@ def test_terms_are_those_that_the_demo_has():
         ("data.holdout=-1", "data.holdout: needs a share below 1, or a whole number of rows, got -1"),
         ("data.holdout=1.5", "data.holdout: needs a share below 1, or a whole number of rows, got 1.5"),
         ("data.holdout=some", "data.holdout: needs a share below 1, or a whole number of rows, got 'some'"),
-        ("evaluate.sets.holdout=x", "evaluate.sets: 'holdout': needs a name of letters, digits, _, . and - other than"),
+        ("evaluate.sets.holdout=x", "evaluate.sets: 'holdout': needs a name of letters, digits, _, . and -, of 100"),
+        (
+            f"evaluate.sets={{{'x' * 101}: y}}",
+            "xxx': needs a name of letters, digits, _, . and -, of 100 bytes at most",
+        ),
         ("evaluate.sets={../x: y}", "evaluate.sets: '../x': needs a name of letters"),
         ("evaluate.sets.real.pth=x", "evaluate.sets.real.pth: unknown key; did you mean path or split?"),
         ("name=../x", "name: needs letters, digits, _, . and - alone, got '../x'"),

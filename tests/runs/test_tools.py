@@ -108,6 +108,27 @@ def test_a_run_with_tools_and_a_server(tiny_config, server, tmp_path):  # noqa: 
     assert {body["model"] for _, body in server.asked} == {"judge", "writer"}
 
 
+def test_a_metric_that_no_sample_has_a_value_of_is_told_and_left_out(tiny_config, server, caplog):  # noqa: F811
+    server.answer = lambda path, body: (200, reply("Well, well.", path), {})
+    config = tiny_config({
+        "memorise": {"max_steps": 1}, "unlearn": {"max_steps": 2},
+        "evaluate": {
+            "metrics": ["probability", "naturalness"], "judge": {"url": server.url, "model": "judge"}, "every": 1,
+        },
+    })  # fmt: skip
+    result = run(config)
+    assert {row["metric"] for row in result.table} == {"probability"}
+    assert "before, forget: no finite mean of naturalness, which is left out" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_computed(tiny_config, tmp_path):
+    (tmp_path / "file").write_text("")
+    config = tiny_config({"evaluate": {"cache": str(tmp_path / "file" / "cache")}})
+    with pytest.raises(OSError, match=r"cache: cannot keep what models .*; choose another by evaluate\.cache, or by"):
+        run(config)
+    assert not config.folder.exists()
+
+
 def test_what_is_written_is_held_against_what_was_written_before(tiny_config, tmp_path):
     """In a run, and in an evaluation of a run's model; what was written before is itself, word for word."""
     embedder = save_bert(tmp_path / "bert")
