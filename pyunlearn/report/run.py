@@ -55,22 +55,33 @@ def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
     """Every metric before (open circle) and after (dot), one line each, and of other models by MARKS; a panel a set."""
     metrics, sets = (list(dict.fromkeys(row[key] for row in table)) for key in ("metric", "set"))
     figure = panels(sets, height=0.34 * len(metrics) + 1.1)
+    scales = {metric: scale_of(metric, table) for metric in metrics}
     for axes, name in zip(figure.axes, sets, strict=True):
         colour = COLOURS.get(name, OTHER)
         for y, metric in enumerate(reversed(metrics)):
             for row in table:
                 if (row["set"], row["metric"]) == (name, metric):
-                    axes.plot([row["before"], row["after"]], [y, y], color=colour, linewidth=2, alpha=0.35)
+                    before, after = (row[moment] / scales[metric] for moment in ("before", "after"))
+                    axes.plot([before, after], [y, y], color=colour, linewidth=2, alpha=0.35)
                     mark = MARKERS.get(name, "D")
-                    axes.plot(row["before"], y, mark, mfc="white", mec=colour, markersize=6)
-                    axes.plot(row["after"], y, mark, color=colour, markersize=6)
+                    axes.plot(before, y, mark, mfc="white", mec=colour, markersize=6)
+                    axes.plot(after, y, mark, color=colour, markersize=6)
                     for model, other in MARKS.items():
                         if model in row:
-                            axes.plot(row[model], y + 0.2, other, mfc="white", color="#334155", markersize=5)
+                            place = row[model] / scales[metric], y + 0.2
+                            axes.plot(*place, other, mfc="white", color="#334155", markersize=5)
         axes.set(xlim=(-0.04, 1.04), ylim=(-0.6, len(metrics) - 0.4))
         axes.set_title(name)
-        axes.set_yticks(range(len(metrics)), [in_words(metric) for metric in reversed(metrics)])
+        names = [in_words(each) + (f" / {scales[each]:.3g}" if scales[each] > 1 else "") for each in reversed(metrics)]
+        axes.set_yticks(range(len(metrics)), names)
     return figure
+
+
+def scale_of(metric: str, table: Sequence[Mapping[str, Any]]) -> float:
+    """What its values are divided by to be drawn from 0 to 1: 1 for shares."""
+    values = [row[moment] for row in table if row["metric"] == metric for moment in ("before", "after", *MARKS)
+              if moment in row]  # fmt: skip
+    return max(1.0, *(abs(value) for value in values))
 
 
 def curves_figure(curves: Mapping[int, Means]) -> Markup:

@@ -23,7 +23,7 @@ from .folder import RunFolder
 from .job import Job, first_model
 from .outputs import check_records_file
 from .sections import EvaluateConfig
-from .tools import load_tools, make_endpoint
+from .tools import load_tools
 
 logger = logging.getLogger("pyunlearn")
 
@@ -62,7 +62,7 @@ def evaluate_items(
     tools: Mapping[str, Any] | None = None,
     kept: Kept | None = None,
 ) -> EvaluationResult:
-    """kept: the model's, where it is evaluated on several sets."""
+    """tools: `load_tools`; kept: the model's, where it is evaluated on several sets."""
     return evaluate(
         model,
         tokenizer,
@@ -77,7 +77,7 @@ def evaluate_items(
         variant=settings.variant,
         seed=stage.seed,
         cache=kept or settings.cache or cache_folder(),
-        writer=make_endpoint(settings.endpoint, settings, stage.progress) if settings.endpoint else None,
+        writer=(tools or {}).get("writer"),
         progress=stage.progress,
     )
 

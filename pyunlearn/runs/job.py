@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from .._files import SEAL, check_seal
 from ..data import QADataset
 from ..distributed import Processes
+from ..metrics import Endpoint
 from ..model.causal_lm import CausalLM
 from ..model.load import load_model
 from ..training.arguments import check_trackers
@@ -36,7 +37,8 @@ C = TypeVar("C", bound="RunConfig | FilesConfig")
 
 @dataclass(frozen=True)
 class Job(Generic[C]):
-    """One command at work. command: the words that started it, without those that throw earlier work away."""
+    """One command at work. command: the words that started it, without those that throw earlier work away. endpoints:
+    by what they are for, made once, so that a budget is the job's."""
 
     config: C
     folder: RunFolder
@@ -44,6 +46,7 @@ class Job(Generic[C]):
     console: Console
     processes: Processes
     command: str
+    endpoints: dict[str, Endpoint] = field(default_factory=dict)
 
     @classmethod
     def start(cls, config: C, console: Console | None, command: str) -> Job[C]:

@@ -116,7 +116,8 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
         def before() -> Any:
             return "itself" if moment == "before" else texts_before(job.folder)
 
-        tools = load_tools(settings, job.data.texts, job.processes.device, stage.progress, before)
+        device, progress = job.processes.device, stage.progress
+        tools = load_tools(settings, job.data.texts, device, progress, before, job.endpoints)
         evaluate_sets(stage, settings, job.folder, moment, sets, model, tokenizer, tools)
     job.processes.wait()
 

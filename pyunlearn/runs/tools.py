@@ -18,20 +18,29 @@ def load_tools(
     device: str | torch.device,
     progress: bool = True,
     before: Callable[[], Any] | None = None,
+    endpoints: dict[str, Endpoint] | None = None,
 ) -> dict[str, Any]:
-    """By name, those that the settings' metrics need; texts: all of the data, whose words are known; before: gives the
-    tool of that name.
+    """By name, those that the settings' metrics need, and the writer where they name one; texts: all of the data, whose
+    words are known; before: gives the tool of that name; endpoints: those that the job has made, whose budgets are the
+    job's.
 
     Raises what `Embedder`, `Classifier` and `Endpoint` raise.
     """
-    tools = {"texts": tuple(texts)} | load_models(settings, settings.metrics, device, progress)
+    endpoints = {} if endpoints is None else endpoints
+    tools = {"texts": tuple(texts)} | load_models(settings, settings.metrics, device, progress, endpoints)
+    if settings.endpoint:
+        tools["writer"] = endpoint_of("writer", settings.endpoint, settings, progress, endpoints)
     if "before" in tools_of(settings.metrics) and before is not None:
         tools["before"] = before() or None
     return tools
 
 
 def load_models(
-    settings: EvaluateConfig, metrics: Sequence[str], device: str | torch.device, progress: bool = True
+    settings: EvaluateConfig,
+    metrics: Sequence[str],
+    device: str | torch.device,
+    progress: bool = True,
+    endpoints: dict[str, Endpoint] | None = None,
 ) -> dict[str, Any]:
     """Of the tools that these metrics need, those that the settings name. Raises as `load_tools`."""
     needed = tools_of(metrics)
@@ -49,7 +58,8 @@ def load_models(
             else {metric: load(model) for metric, model in named.items() if metric in metrics}
         )
     if "judge" in needed and settings.judge:
-        tools["judge"] = make_endpoint(settings.judge, settings, progress)
+        made = {} if endpoints is None else endpoints
+        tools["judge"] = endpoint_of("judge", settings.judge, settings, progress, made)
     return tools
 
 
@@ -58,5 +68,10 @@ def tools_of(metrics: Iterable[str]) -> set[str]:
     return {tool for name in metrics for tool in get_metric(name).tools}
 
 
-def make_endpoint(config: EndpointConfig, settings: EvaluateConfig, progress: bool) -> Endpoint:
-    return Endpoint(**config.model_dump(), cache=settings.cache or cache_folder(), progress=progress)
+def endpoint_of(
+    name: str, config: EndpointConfig, settings: EvaluateConfig, progress: bool, made: dict[str, Endpoint]
+) -> Endpoint:
+    """The one of this name, made once."""
+    if name not in made:
+        made[name] = Endpoint(**config.model_dump(), cache=settings.cache or cache_folder(), progress=progress)
+    return made[name]

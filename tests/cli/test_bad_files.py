@@ -152,7 +152,7 @@ def test_the_terminal_obeys_no_data(capsys, monkeypatch):
     record = {"question": CLEAR, "mrd": 1.0, "standard_error": None, "num_tokens": 3}
     told_of = {"estimator": "initial", "num_samples": 1}
     result = score_module.ScoreResult([record], told_of, Path(f"x{CLEAR}.jsonl"), Path(f"x{CLEAR}.html"))
-    monkeypatch.setattr(score_module, "self_checks", lambda diagnostics: [])
+    monkeypatch.setattr(score_module, "all_checks", lambda records, diagnostics: [])
     score_module.tell(result, console)
     text = capsys.readouterr().out + told(capsys, ValueError(f"no such file: {CLEAR}"))
     assert text.count("evil") == 4

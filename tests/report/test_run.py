@@ -7,7 +7,7 @@ import pytest
 
 from pyunlearn.metrics import mean_interval
 from pyunlearn.report.figures import as_label
-from pyunlearn.report.run import curves_figure, render_report
+from pyunlearn.report.run import curves_figure, metrics_figure, render_report
 from pyunlearn.runs.sections import GoalConfig
 from pyunlearn.runs.table import RESAMPLES, columns, make_table, table_markdown
 from pyunlearn.runs.verdict import check_goals, reach_verdict
@@ -130,3 +130,14 @@ def test_what_a_model_or_a_file_says_is_escaped():
     assert html.count("<svg") == 5  # a loss, metrics and probabilities of two sets
     assert "1·wga" in html
     assert html.index("Lost utility") < html.index("What the model says") < html.index("Before and after")
+
+
+def test_what_is_no_share_is_drawn_to_scale():
+    table = [
+        {"set": "forget", "metric": metric, "before": before, "after": after, "random": 0.0}
+        for metric, before, after in (("naturalness", 4.0, 1.0), ("perplexity", 20.0, 80.0), ("rouge_l", 0.5, 1.0))
+    ]
+    (axes,) = metrics_figure(table).axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["rouge l", "perplexity / 80", "naturalness / 4"]
+    for line in axes.lines:
+        assert all(0 <= x <= 1 for x in line.get_xdata())

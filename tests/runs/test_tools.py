@@ -189,3 +189,14 @@ def test_a_key_in_the_wrong_place_is_not_told(judge, message):
     with pytest.raises(ConfigError, match=message) as told:
         load_config(None, [f"evaluate.judge={judge}"])
     assert "sk-secret" not in str(told.value)
+
+
+def test_a_budget_is_the_jobs_whatever_is_evaluated():
+    url = {"url": "http://localhost:9/v1", "model": "m", "budget": 6}
+    settings = EvaluateConfig(metrics=["naturalness", "rouge_l"], judge=url, endpoint=url)
+    made = {}
+    before, after = (load_tools(settings, [], "cpu", endpoints=made) for _ in range(2))
+    assert before["judge"] is after["judge"]
+    assert before["writer"] is after["writer"]
+    assert before["judge"] is not before["writer"]
+    assert load_tools(settings, [], "cpu")["judge"] is not before["judge"]
