@@ -136,9 +136,7 @@ class RunConfig(Section):
         terms = [(role, term) for role in others for term in getattr(self.unlearn, role)]
         needy = [(role, term.name) for role, term in terms if "refusal" in term.objective().batches]
         if needy and self.data.source != EMBEDDED and self.data.refusals is None:
-            instead = " and ".join(
-                f"unlearn.{role}={others[role]}" for role in dict.fromkeys(role for role, _ in needy)
-            )
+            instead = " and ".join(f"unlearn.{role}={others[role]}" for role in others if role in dict(needy))
             raise ValueError(
                 f"{[name for _, name in needy]} answer with refusals: set data.refusals=FILE, a text file with one "
                 f"refusal a line, or objectives that need none, as {instead}"

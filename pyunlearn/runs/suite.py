@@ -34,6 +34,8 @@ def evaluate_suite_files(
         check_suite_files(config, Path(out), suite.log_name)
     check_cache(config.evaluate)
     logs = {name: read_log(path) for name, path in config.logs.items()}
+    for name, log in logs.items():
+        suite.check_log(name, log, f"--{name}-log={config.logs[name]}")
     job = Job.start(config, console, command)
     with job.interruptible():
         model, tokenizer, stage = first_model(job)
