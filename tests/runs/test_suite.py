@@ -155,6 +155,9 @@ def test_bad_data_is_named(call, places, tmp_path):
     code, _, errors = call(data=data)
     assert code == 2
     assert f"no such file: {data}/retain_perturbed.jsonl" in errors
+    code, _, errors = call(data=data / "forget10_perturbed.jsonl")
+    assert code == 2
+    assert "needs the folder that holds forget10_perturbed.jsonl, retain_perturbed.jsonl, real_authors" in errors
     code, _, errors = call(suite=("--suite", "tufu"))
     assert code == 2
     assert "suite='tufu': did you mean tofu" in errors
