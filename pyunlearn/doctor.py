@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from ._terminal import make_console, print_table
 from .ops import (
     OUTPUTS,
     OuterSum,
@@ -37,12 +38,12 @@ OPTIONAL = {
 
 def main(console: Console | None = None) -> int:
     """Prints the report; returns 0 when everything that is built is right, else 1."""
-    console = console or Console()
-    console.print(versions())
-    console.print(native())
-    console.print(routes())
+    console = console or make_console()
+    print_table(console, versions())
+    print_table(console, native())
+    print_table(console, routes())
     table, right = self_test()
-    console.print(table)
+    print_table(console, table)
     console.print("[green]Everything that is built is right.[/]" if right else "[red]A self-test failed.[/]")
     return 0 if right else 1
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from .._terminal import make_console
 from .shared import Debug, clean_errors
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -27,4 +27,4 @@ def compare(
     with clean_errors(debug):
         from ..runs.compare import compare as compare_job
 
-        compare_job(runs, out=out, console=Console())
+        compare_job(runs, out=out, console=make_console())

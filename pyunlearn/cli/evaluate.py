@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from .._terminal import make_console
 from .shared import BatchSize, Data, Debug, GgufFile, Limit, Model, Name, Tokenizer, clean_errors, command_line
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -86,7 +86,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model knows a set of answers."""
     with clean_errors(debug):
-        console, command = Console(), command_line()
+        console, command = make_console(), command_line()
         model_options: dict[str, Any] = {
             "gguf_file": gguf_file,
             "tokenizer": tokenizer,

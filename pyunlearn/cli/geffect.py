@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from .._terminal import make_console
 from .shared import Debug, Overwrite, clean_errors, command_line
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -52,7 +52,7 @@ def geffect(
         measure_run(
             run,
             overwrite=overwrite,
-            console=Console(),
+            console=make_console(),
             command=command_line(),
             **{key: value for key, value in changes.items() if value is not None},
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .._terminal import make_console, print_table
 from .shared import Debug, clean_errors
 
 
@@ -20,9 +20,9 @@ def metrics(debug: Debug = False) -> None:
             tools = [f"({tool})" if tool in metric.optional_tools else tool for tool in metric.tools]
             options = "\n".join(f"{option} = {default}" for option, default in metric.options.items())
             table.add_row(name, escape(metric.summary), ", ".join(metric.needs), ", ".join(tools), escape(options))
-        Console().print(table)
+        print_table(make_console(), table)
         suites = Table("suite", "what it tells", "sets", "zero-shot tasks", title="pyunlearn evaluate --suite NAME")
         for name, suite in SUITES.items():
             sets = [f"({each})" if each in suite.optional else each for each in suite.known_sets]
             suites.add_row(name, escape(suite.summary), ", ".join(sets), ", ".join(suite.tasks))
-        Console().print(suites)
+        print_table(make_console(), suites)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .._terminal import make_console, print_table
 from .shared import Debug, clean_errors
 
 
@@ -25,12 +25,12 @@ def objectives(debug: Debug = False) -> None:
             table.add_row(row.name, row.role, escape(row.summary), escape(options))
             for preset, changes in row.presets.items():
                 presets.add_row(row.name, preset, escape(changes.removeprefix("as above; ")))
-        Console().print(table)
-        Console().print(presets)
+        print_table(make_console(), table)
+        print_table(make_console(), presets)
         recipes = Table("recipe", "forget", "retain", "samples drawn", title="unlearn.recipe=NAME, or NAME+mrd")
         for name in names():
             settings = read(name).unlearn
             terms = [", ".join(term["name"] for term in settings[role]) for role in ("forget", "retain")]
             by = settings.get("sampling", {"by": "shuffle"})["by"]
             recipes.add_row(name, *terms, by + (", one an update" if settings.get("batch_size") == 1 else ""))
-        Console().print(recipes)
+        print_table(make_console(), recipes)

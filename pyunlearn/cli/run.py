@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from .._terminal import make_console
 from .shared import Config, Debug, Overwrite, Set, clean_errors, command_line
 
 EXAMPLES = """[bold]Examples[/bold]
@@ -46,6 +46,6 @@ def run(
         from ..runs.run import run as run_job
 
         loaded = load_config(config, set_ or [], anchors=["retrained"] if retrain else [])
-        result = run_job(loaded, resume=resume, overwrite=overwrite, console=Console(), command=command_line())
+        result = run_job(loaded, resume=resume, overwrite=overwrite, console=make_console(), command=command_line())
     if not result.reached:
         raise typer.Exit(1)

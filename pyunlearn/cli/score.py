@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from .._terminal import make_console
 from .shared import (
     BatchSize,
     Config,
@@ -75,7 +75,7 @@ def score(
 
         job: dict[str, Any] = {
             "overwrite": overwrite,
-            "console": Console(),
+            "console": make_console(),
             "command": command_line(),
             "estimator": estimator,
             "num_draws": num_draws,

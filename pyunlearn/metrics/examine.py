@@ -82,7 +82,7 @@ def evaluate_suite(
 
     A line that cannot be had here (a tool, a metric, an optional set, a log, lm-eval or a task's data are not there)
     has the value None and a note. Raises ValueError for an unknown suite or task, a set that is missing or lacks what a
-    line needs, and what `evaluate` raises.
+    line needs, a log without anything that the suite reads of it, and what `evaluate` raises.
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
     there = ", ".join(sets) or "none"
@@ -90,6 +90,8 @@ def evaluate_suite(
         raise ValueError(f"sets: suite {suite.name!r} needs {', '.join(missing)}, got {there}")
     if suite.known_sets and not any(name in sets for name in suite.known_sets):
         raise ValueError(f"sets: suite {suite.name!r} needs one of {', '.join(suite.known_sets)}, got {there}")
+    for name, log in (logs or {}).items():
+        suite.check_log(name, log, f"logs[{name!r}]")
     examinations = Examinations(model, tokenizer, sets, suite, batch_size, max_length, cache, progress)
     for measure in suite.measures:  # before anything takes time
         for name in measure.sets if measure.metric in METRICS else ():
@@ -97,16 +99,16 @@ def evaluate_suite(
                 with errors_of(name):
                     examinations[name].check(METRICS[measure.metric])
     tasks = Tasks(suite, task_folder, task_limit)
-    numbers, log = [], {}
+    numbers, own = [], {}
     for measure in suite.measures:
-        number, log[measure.name] = measured(measure, examinations, tools or {})
+        number, own[measure.name] = measured(measure, examinations, tools or {})
         numbers.append(number)
     for task in suite.tasks:
         number = tasks.number(task, examinations)
         numbers.append(number)
-        log[number.name] = Entry(number.value)
-    combined, entries = aggregate(suite.aggregates, log, logs)
-    return SuiteResult(numbers + combined, log | entries)
+        own[number.name] = Entry(number.value)
+    combined, entries = aggregate(suite.aggregates, own, logs)
+    return SuiteResult(numbers + combined, own | entries)
 
 
 def aggregate(

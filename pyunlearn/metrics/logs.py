@@ -29,6 +29,10 @@ TOFU_FILES = {
     "eval_real_author_wo_options.json": ("ra", True),
     "eval_real_world_wo_options.json": ("wf", True),
 }
+LOGS_READ = (
+    "OpenUnlearning's NAME_EVAL.json (its summary has no samples), or the folder that --out of `evaluate --suite` "
+    f"wrote, or TOFU's files ({', '.join(TOFU_FILES)})"
+)
 LOSSES = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss")
 TEXTS = "generated_text"
 ROUNDING = 1e-2  # by which a loss may be below 0

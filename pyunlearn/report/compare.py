@@ -23,6 +23,7 @@ HUES = ("#c2410c", "#1d4ed8", "#0f766e", "#7c3aed", "#a16207", "#be185d")
 METRIC = "probability"
 
 LEVEL = 0.95  # of intervals over seeds
+NO_OTHER_SAMPLES = {"data.refusals", "data.max_length", "data.num_unknown"}  # settings that leave sets as they are
 Column = tuple[str, str]  # set, metric
 
 
@@ -82,6 +83,22 @@ class Comparison:
     differences: dict[str, list[Any]]
     note: str = ""
 
+    @property
+    def notes(self) -> list[str]:
+        """What has to be known to read table and figure."""
+        keys = [key for key in self.differences if key.startswith("data.") and key not in NO_OTHER_SAMPLES]
+        utility = utility_set(self.columns)
+        undrawn = [
+            f"{group.name} (no {METRIC} of {' and '.join(without)})"
+            for group in self.groups
+            if (without := [name for name in ("forget", utility) if group.mean((name, METRIC)) is None])
+        ]
+        return [
+            *([self.note] if self.note else []),
+            *([f"not the same samples: the runs differ in {', '.join(keys)}"] if keys else []),
+            *([f"not drawn in the figure: {', '.join(undrawn)}"] if undrawn else []),
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "groups": [
@@ -109,6 +126,15 @@ def utility_set(columns: Sequence[tuple[str, str]]) -> str:
     return "holdout" if ("holdout", METRIC) in columns else "retain"
 
 
+def way_of(steps: Mapping[int, Mapping[str, Mapping[str, float]]], utility: str) -> dict[int, tuple[float, float]]:
+    """By step, the probabilities of forget and utility answers on a run's way."""
+    return {
+        step: (means["forget"][METRIC], means[utility][METRIC])
+        for step, means in steps.items()
+        if {"forget", utility} <= means.keys()
+    }
+
+
 def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
     """Forgetting to the right, utility to the top, as probabilities of right answers; lines go along the steps."""
     figure = new_figure(1, 1, height=3.4)
@@ -117,11 +143,7 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
     for i, group in enumerate(groups):
         style: dict[str, Any] = {"color": HUES[i % len(HUES)], "label": as_label(group.name)}
         for seed, steps in zip(group.seeds, group.steps, strict=True):
-            way = {
-                step: (means["forget"][METRIC], means[utility][METRIC])
-                for step, means in steps.items()
-                if {"forget", utility} <= means.keys()
-            }
+            way = way_of(steps, utility)
             axes.plot(
                 [1 - forget for forget, _ in way.values()],
                 [kept for _, kept in way.values()],
@@ -190,5 +212,6 @@ def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
         utility=utility,
         differences=differences,
         seeds=seeds,
-        note=comparison.note,
+        lines=any(len(way_of(steps, utility)) > 1 for group in comparison.groups for steps in group.steps),
+        notes=comparison.notes,
     )

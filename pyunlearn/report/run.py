@@ -52,7 +52,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
 
 
 def metrics_figure(table: Sequence[Mapping[str, Any]]) -> Figure:
-    """Every metric before (open circle) and after (dot), one line each, and of other models by MARKS; a panel a set."""
+    """Every metric before (open mark) and after (filled), a line each, and of other models by MARKS; a panel a set."""
     metrics, sets = (list(dict.fromkeys(row[key] for row in table)) for key in ("metric", "set"))
     figure = panels(sets, height=0.34 * len(metrics) + 1.1)
     scales = {metric: scale_of(metric, table) for metric in metrics}

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import check_writable, write_json, write_text
-from .._terminal import shown, visible
+from .._terminal import print_table, shown, visible
 from ..metrics.utility import harmonic_mean
 from ..report.compare import LEVEL, Column, Comparison, Group, render_comparison, utility_set
 from .anchors import ANCHORS
@@ -125,7 +125,7 @@ def make_group(
 
 def read_steps(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, dict[str, float]]]:
     """The means of evaluations on a run's way, by its optimiser step. Raises ValueError for a damaged file."""
-    folder, sets = RunFolder(path), dict.fromkeys(row["set"] for row in table)
+    folder, sets = RunFolder(path), dict.fromkeys(row["set"] for row in table if row["set"] != AGGREGATE)
     return {step: read_summaries(folder, f"step-{step}", sets) for step in folder.evaluated_steps()}
 
 
@@ -223,9 +223,9 @@ def tell(comparison: Comparison, console: Console) -> None:
         table.add_row(*column, *cells, end_section=last)
     for key, values in comparison.differences.items():
         table.add_row("setting", shown(key), "", *(shown(as_text(value)) for value in values))
-    console.print(table)
-    if comparison.note:
-        console.print(comparison.note, highlight=False)
+    print_table(console, table)
+    for note in comparison.notes:
+        console.print(visible(note), highlight=False, markup=False)
     if any(len(group.folders) > 1 for group in groups):
         console.print(f"± half of the {LEVEL:.0%} interval of the mean over seeds (Student's t)", highlight=False)
     if any(group.interval(column) for group in groups for column in comparison.columns):

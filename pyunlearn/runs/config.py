@@ -132,10 +132,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def refusals_given(self) -> RunConfig:
-        terms = [*self.unlearn.forget, *self.unlearn.retain]
-        needy = [term.name for term in terms if "refusal" in term.objective().batches]
+        others = {"forget": "npo", "retain": "gd"}
+        terms = [(role, term) for role in others for term in getattr(self.unlearn, role)]
+        needy = [(role, term.name) for role, term in terms if "refusal" in term.objective().batches]
         if needy and self.data.source != EMBEDDED and self.data.refusals is None:
-            raise ValueError(f"{needy} answer with refusals: set data.refusals to a text file, one refusal a line")
+            instead = " and ".join(f"unlearn.{role}={others[role]}" for role in others if role in dict(needy))
+            raise ValueError(
+                f"{[name for _, name in needy]} answer with refusals: set data.refusals=FILE, a text file with one "
+                f"refusal a line, or objectives that need none, as {instead}"
+            )
         return self
 
     @property

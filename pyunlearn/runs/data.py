@@ -60,7 +60,8 @@ PERTURBED = ("retain", "real_authors", "world_facts")  # in TOFU's {name}_pertur
 def load_sets(config: SuiteConfig) -> dict[str, list[QA]]:
     """The suite's sets; of TOFU's, holdout where there is one: holdout10 for forget10, no model has seen it.
 
-    Raises what `load_qa` and the benchmark's reader raise, for a file that is missing with its name.
+    Raises what `load_qa` and the benchmark's reader raise, for a file that is missing with its name; ValueError for a
+    file in the place of TOFU's folder.
     """
     data, suite = config.data, get_suite(config.suite)
     if suite.name in BENCHMARKS:
@@ -68,6 +69,11 @@ def load_sets(config: SuiteConfig) -> dict[str, list[QA]]:
     else:
         names = {"forget": f"{config.split}_perturbed"}
         names |= {name: f"{name}_perturbed" for name in PERTURBED if name in suite.sets}
+        if Path(data.path).is_file():
+            raise ValueError(
+                f"--data={data.path}: is a file; needs the folder that holds "
+                f"{', '.join(f'{name}.jsonl' for name in names.values())}"
+            )
         held_out, folder = config.split.replace("forget", "holdout"), Path(data.path)
         if not folder.exists() or (folder / f"{held_out}.jsonl").is_file():
             names["holdout"] = held_out

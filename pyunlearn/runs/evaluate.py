@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import check_writable, read_json, write_json, write_json_lines
-from .._terminal import visible
+from .._terminal import print_table, visible
 from ..data import QA
 from ..metrics import EvaluationResult, Kept, cache_folder, evaluate
 from ..training.stage import Stage
@@ -162,7 +162,7 @@ def evaluate_files(
     table = Table("metric", "value")
     for metric, value in result.summary.items():
         table.add_row(metric, f"{value:.4f}")
-    job.console.print(table)
+    print_table(job.console, table)
     if out is not None:
         job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)
     return result.summary

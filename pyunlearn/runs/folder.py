@@ -101,6 +101,13 @@ class RunFolder(TrainingFolder):
         """Whether anything has been computed here; a run that failed before does not block the folder."""
         return any(path.name not in BEGUN and not is_unfinished(path.name) for path in self.path.iterdir())
 
+    @property
+    def stopped(self) -> str:
+        """At which stage a run is that has no checkpoint."""
+        if self.read_config().get("memorise") is not None and not self.memorised.is_dir():
+            return "before it had memorised"
+        return "while unlearning" if self.evaluation("before.json").is_file() else "before unlearning"
+
     def settle(self) -> None:
         """The new run has loaded its model: what it overwrites goes."""
         shutil.rmtree(self.path / OLD, ignore_errors=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_json, write_text
-from .._terminal import shown, visible
+from .._terminal import print_table, shown, visible
 from ..report.figures import as_file, to_svg
 from ..report.geffect import figures, render_geffect
 from ..store import Store, belongs
@@ -171,7 +171,7 @@ def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
         else:
             numbers = [effect[key][metric] for key in ("total", "nll") for metric in ("unlearn", "retain")]
             table.add_row(str(row["step"]), *(f"{number:.4g}" for number in numbers))
-    job.console.print(table)
+    print_table(job.console, table)
     if len(rows) <= 2:
         job.console.print("only the ends: --set unlearn.keep_steps=N makes pyunlearn run keep models on the way")
     lines = [f"report  {job.folder.geffect / 'geffect.html'}", f"numbers {result_file(job.folder)}"]

@@ -27,7 +27,7 @@ from ..training.unlearn import check_model, memorise
 from .config import FilesConfig, RunConfig
 from .data import RunData, load_data
 from .fingerprint import fingerprints
-from .folder import RunFolder
+from .folder import MARK, RunFolder
 from .lock import held
 from .sections import ModelConfig
 
@@ -139,9 +139,12 @@ def starting_model(job: Job) -> tuple[Any, Any]:
 
 
 def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
-    """Raises what `load_model` raises, and ValueError for a model of a run that is not what was written."""
+    """Raises what `load_model` raises, ValueError for a model of a run that is not what was written, and as
+    `check_no_run`."""
     model: Any
     folder = Path(config.name_or_path)
+    if config.gguf_file is None:
+        check_no_run(folder)
     if (folder / SEAL).is_file():
         check_seal(folder, f"make the model again, or delete {folder / SEAL} if it was changed on purpose")
     try:
@@ -151,6 +154,20 @@ def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
             raise unreadable(config, error) from error
         raise
     return model.to(job.processes.device), tokenizer
+
+
+def check_no_run(folder: Path) -> None:
+    """Raises ValueError for a run's own folder, FileNotFoundError for a model that a run has not got to yet."""
+    run = RunFolder(folder if (folder / MARK).is_file() else folder.parent)
+    if not run.marked or folder not in (run.path, run.checkpoint):
+        return
+    if not run.checkpoint.is_dir():
+        raise FileNotFoundError(
+            f"model.name_or_path={str(folder)!r}: {run.path} is a run that stopped {run.stopped}, it has no checkpoint "
+            "yet; its own command with --resume goes on"
+        )
+    if folder == run.path:
+        raise ValueError(f"model.name_or_path={str(folder)!r}: is a run: its model is {run.checkpoint}")
 
 
 def unreadable(config: ModelConfig, error: Exception) -> ValueError:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .._files import read_json, write_json
+from ..training.settings import TrainingConfig
 from .config import FilesConfig, RunConfig
 from .data import RunData
 from .folder import RunFolder, versions
@@ -137,8 +138,13 @@ def name_model(config: RunConfig | FilesConfig) -> str:
     name = "embedded, a small Llama built here" if model.embedded else model.name_or_path
     options = [f"{key}={value}" for key, value in model.options.items()]
     options += [] if model.gguf_file is None else [model.gguf_file]
-    memorised = [] if config.memorise is None else [f"memorised over {config.memorise.epochs:g} epochs"]
+    memorised = [] if config.memorise is None else [f"memorised over {length(config.memorise)}"]
     return ", ".join([name, *options, model.dtype, *memorised])
+
+
+def length(training: TrainingConfig) -> str:
+    """Of a training: its steps where these end it."""
+    return f"{training.epochs:g} epochs" if training.max_steps is None else f"{training.max_steps} steps"
 
 
 def name_data(data: DataConfig | SourceConfig) -> str:

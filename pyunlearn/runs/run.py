@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import read_json, write_json, write_text
-from .._terminal import shown, visible
+from .._hints import path_hint
+from .._terminal import print_table, shown, visible
 from ..objectives import names
 from ..report.geffect import section
 from ..report.run import render_report
@@ -195,7 +196,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
         numbers = [cell(row, column) for column in columns(result.table)]
         last = following is None or following["set"] != row["set"]
         table.add_row(shown(row["set"]), row["metric"], *numbers, end_section=last)
-    job.console.print(table)
+    print_table(job.console, table)
     for goal in result.goals:
         mark = "[bold green]reached[/]" if goal["met"] else "[bold red]missed[/] "
         job.console.print(f"{mark} {shown(goal['text'])}", highlight=False, soft_wrap=True)
@@ -234,6 +235,8 @@ def without(command: str, key: str) -> str:
 
 def load_result(path: str | Path) -> RunResult:
     """The result of a finished run folder. Raises FileNotFoundError if it has none."""
+    if not Path(path).is_dir():
+        raise FileNotFoundError(f"RUN: no such folder: {path}{path_hint(Path(path))}")
     file = Path(path) / "table.json"
     if not file.is_file():
         raise FileNotFoundError(f"{path}: no finished run there (table.json is missing)")

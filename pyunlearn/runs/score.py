@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .._files import write_json, write_json_lines, write_text
 from .._hints import check_known
-from .._terminal import shown, visible
+from .._terminal import print_table, shown, visible
 from ..data import QA, QADataset, collate
 from ..metrics.teacher_forced import teacher_forced
 from ..mrd import LABELS, Labels, MRDResult, check_arguments, mrd, scored_rows
@@ -124,7 +124,7 @@ def tell(scored: ScoreResult, console: Console) -> None:
         numbers = [f"{record['mrd']:.4g}", error, str(record["num_tokens"])]
         gap = len(ends) < len(ranked) and place == SHOWN - 1
         table.add_row(shown(record["question"]), *numbers, end_section=gap)
-    console.print(table)
+    print_table(console, table)
     for check in all_checks(scored.records, diagnostics):
         mark = "[bold green]ok[/]   " if check["met"] else "[bold yellow]check[/]"
         console.print(f"{mark} {shown(check['text'])}", highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_json
-from .._terminal import shown, visible
+from .._terminal import print_table, shown, visible
 from ..metrics import Number, SuiteResult, cache_folder, evaluate_suite, read_log, write_log
 from .config import SuiteConfig
 from .evaluate import check_cache
@@ -34,6 +34,8 @@ def evaluate_suite_files(
         check_suite_files(config, Path(out), suite.log_name)
     check_cache(config.evaluate)
     logs = {name: read_log(path) for name, path in config.logs.items()}
+    for name, log in logs.items():
+        suite.check_log(name, log, f"--{name}-log={config.logs[name]}")
     job = Job.start(config, console, command)
     with job.interruptible():
         model, tokenizer, stage = first_model(job)
@@ -62,7 +64,7 @@ def evaluate_suite_files(
     for number in result.numbers:
         value = "-" if number.value is None else f"{number.value:.6g}"
         table.add_row(number.name, value, number.samples, shown(number.variant), shown(told(number)))
-    job.console.print(table)
+    print_table(job.console, table)
     if out is not None:
         job.console.print(f"log: {visible(out)}", soft_wrap=True, markup=False)
     return result

@@ -25,8 +25,8 @@ BEFORE = {"forget": {"probability": 0.99}, "retain": {"probability": 0.98, "roug
 def finished(tmp_path):
     """Makes the folder of a run that ended with these probabilities."""
 
-    def make(name, forgotten, kept, seed=0, steps=(), samples=(), **unlearn):
-        config = RunConfig.model_validate({"name": name, "seed": seed, "unlearn": unlearn})
+    def make(name, forgotten, kept, seed=0, steps=(), samples=(), data=None, **unlearn):
+        config = RunConfig.model_validate({"name": name, "seed": seed, "data": data or {}, "unlearn": unlearn})
         folder = RunFolder(tmp_path / f"{name}-{seed}")
         folder.open(config)
         after = {"forget": {"probability": forgotten}, "retain": {"probability": kept, "rouge_l": kept}}
@@ -109,6 +109,27 @@ def test_files_hold_what_is_shown(finished, tmp_path):
     assert "<svg" in page
     assert not re.findall(r"(?:href|src)=.http", page)
     assert comparison.groups[0].steps[0] == {5: steps[0][1]}
+    assert "Lines: " not in page  # one evaluation makes none
+    later = finished("curve", 0.2, 0.9, 2, [*steps, (7, steps[0][1])])
+    compare([later], out=out)
+    assert "Lines: evaluations on the way." in (out / "compare.html").read_text()
+
+
+def test_who_is_not_drawn_and_whose_samples_are_others_is_told(finished, tmp_path, capsys):
+    one, other = finished("one", 0.1, 0.9), finished("other", 0.2, 0.8, data={"num_authors": 30})
+    table = json.loads((other / "table.json").read_text())
+    table["table"] = [row for row in table["table"] if row["set"] == "forget"]
+    (other / "table.json").write_text(json.dumps(table))
+    compare([one, other], out=tmp_path / "out", console=Console(width=200))
+    page, screen = (tmp_path / "out" / "compare.html").read_text(), capsys.readouterr().out
+    for text in (
+        "not the same samples: the runs differ in data.num_authors",
+        "not drawn in the figure: other (no probability of retain)",
+    ):
+        assert text in screen
+        assert text[0].upper() + text[1:] in page
+    same = compare_runs([one, finished("two", 0.2, 0.8, data={"max_length": 64})])
+    assert same.notes == [same.note]
 
 
 def test_a_single_run_has_its_interval_over_samples(finished, tmp_path, capsys):
@@ -181,7 +202,7 @@ def test_the_command(finished, tmp_path):
     assert "compare.html" in result.output
     missing = CliRunner().invoke(app, ["compare", str(tmp_path / "nothing")])
     assert missing.exit_code == 2
-    assert "no finished run there" in missing.output
+    assert "RUN: no such folder: " in missing.output
 
 
 def test_other_beginnings_are_told(finished, capsys):

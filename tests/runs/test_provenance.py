@@ -47,6 +47,8 @@ def test_what_a_page_says(tiny_config):
     assert told["data"] == "embedded, 4 authors made up here; 3 forget, 2 retain, 1 others"
     assert told["model"].startswith("embedded, a small Llama built here, hidden_size=32, ")
     assert told["model"].endswith("float32, memorised over 3 epochs")
+    stopped = config.model_copy(update={"memorise": config.memorise.model_copy(update={"max_steps": 60})})
+    assert describe(stopped, [])["model"].endswith("float32, memorised over 60 steps")
     assert (told["seed"], told["steps"]) == ("3", "6")
     assert told["began"] == "2026-01-02 03:04:05+00:00"
     assert told["wall time"] == "1 min 10 s in 2 attempts"

@@ -246,8 +246,11 @@ def test_refusals_are_asked_for():
         "data.retain=b",
         "unlearn.forget=idk",
     ]
-    with pytest.raises(ConfigError, match=r"\['idk'\] answer with refusals: set data.refusals"):
+    with pytest.raises(
+        ConfigError, match=r"\['idk'\] answer with refusals: set data.refusals=FILE.* unlearn.forget=npo$"
+    ):
         load_config(None, overrides)
+    assert load_config(None, [*overrides[:-1], "unlearn.forget=npo"]).data.refusals is None
     assert load_config(None, [*overrides, "data.refusals=r.txt"]).data.refusals == "r.txt"
 
 

@@ -89,7 +89,7 @@ def test_a_log_and_then_what_it_serves(call, places, tmp_path):
     by_name = {number["name"]: number for number in numbers["numbers"]}
     assert by_name["forget_quality"]["value"] > 0.9  # three of the same five
     assert by_name["forget_quality"]["samples"] == "5 / 3"
-    assert "fewer than 10" in by_name["forget_quality"]["note"]
+    assert by_name["forget_quality"]["note"].startswith("the log has 3 forget samples, here 5: other rows; only 5")
     assert by_name["mia_min_k"]["samples"] == "5 / 4"
     assert "1: memorised" in by_name["mia_min_k"]["note"]
     assert "ln p" in text
@@ -116,6 +116,14 @@ def _loaded(folder):
         (("--out", "mine", "--retain-log", "mine/TOFU_EVAL.json"), "would replace --retain-log=mine/TOFU_EVAL.json"),
         (("--out", "mine", "--retain-log", "mine"), "its log would replace that of --retain-log=mine; choose another"),
         (("--out", "mine/../mine/", "--full-log", "link"), "its log would replace that of --full-log=link"),
+        (
+            ("--retain-log", "summary.json"),
+            "--retain-log=summary.json: suite 'tofu' reads samples of forget_truth_ratio, ",
+        ),
+        (
+            ("--retain-log", "summary.json"),
+            "mia_min_k of it, and it has none of them, but a, b, c, d and 1 more; needs ",
+        ),
         (("--out", "mine", "--retain-log", "."), ".: needs one *_EVAL.json"),  # another folder: as far as reading it
     ],
 )
@@ -126,6 +134,7 @@ def test_bad_input_is_named(call, words, message, monkeypatch):
         Path(folder, "TOFU_EVAL.json").write_text("{}")
     Path("mine/numbers.json").write_text("{}")
     Path("file").write_text("")
+    Path("summary.json").write_text(json.dumps(dict.fromkeys("abcd", 0.5) | {"forget_truth_ratio": 0.5}))
     Path("link").symlink_to("mine")
     code, _, errors = call(*words)
     assert code == 2
@@ -146,6 +155,9 @@ def test_bad_data_is_named(call, places, tmp_path):
     code, _, errors = call(data=data)
     assert code == 2
     assert f"no such file: {data}/retain_perturbed.jsonl" in errors
+    code, _, errors = call(data=data / "forget10_perturbed.jsonl")
+    assert code == 2
+    assert "needs the folder that holds forget10_perturbed.jsonl, retain_perturbed.jsonl, real_authors" in errors
     code, _, errors = call(suite=("--suite", "tufu"))
     assert code == 2
     assert "suite='tufu': did you mean tofu" in errors

@@ -42,7 +42,7 @@ MUSE = Suite(
         privacy_of("min_40", "suffix", "MUSE"),
         privacy_of("mia_min_k", "open_unlearning", "OpenUnlearning"),
     ),
-    (Aggregate("privleak_f", leak(0.0, "min_40"), "MUSE"), Aggregate("privleak", leak(1e-10))),
+    (leak("privleak_f", 0.0, "min_40", "MUSE"), leak("privleak", 1e-10)),
     log_name="MUSE",
     forms={
         "forget_verbmem": VERBMEM,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
-from ..logs import Log
+from ..logs import LOGS_READ, Log
 from ..privacy import auc, privacy, privleak
 from ..utility import forget_quality, harmonic_mean
 
@@ -63,12 +64,30 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Read:
+    """What is read of a reference model's log: an entry's samples, or its number."""
+
+    log: str
+    entry: str
+    samples: bool = False
+
+    def __str__(self) -> str:
+        return f"samples of {self.entry}" if self.samples else self.entry
+
+    def is_in(self, log: Log) -> bool:
+        entry = log.get(self.entry)
+        return entry is not None and (bool(entry.column()) if self.samples else entry.value is not None)
+
+
+@dataclass(frozen=True)
 class Aggregate:
-    """combine(log, logs of reference models) raises ValueError where it has no value."""
+    """combine(log, logs of reference models) raises ValueError where it has no value. reads: what it looks for in
+    logs."""
 
     name: str
     combine: Callable[[Log, Logs], Outcome]
     source: str = "OpenUnlearning"
+    reads: tuple[Read, ...] = ()
 
     @property
     def variant(self) -> str:
@@ -121,6 +140,19 @@ class Suite:
         """Of a set, or what is made of it."""
         return self.forms.get(name.partition(":")[0], Form(self.max_new_tokens))
 
+    def check_log(self, name: str, log: Log, what: str) -> None:
+        """Raises ValueError for a reference model's log without anything that the aggregates read of it.
+
+        name: retain or full. what: the argument that the error names.
+        """
+        reads = dict.fromkeys(read for each in self.aggregates for read in each.reads if read.log == name)
+        if reads and not any(read.is_in(log) for read in reads):
+            has = ", ".join(islice(log, 4)) + (f" and {len(log) - 4} more" if len(log) > 4 else "")
+            raise ValueError(
+                f"{what}: suite {self.name!r} reads {', '.join(map(str, reads))} of it, and it has none of them, but "
+                f"{has or 'nothing'}; needs {LOGS_READ}"
+            )
+
 
 # ---- aggregates ------------------------------------------------------------------------------------------------------
 
@@ -149,11 +181,16 @@ def quality(log: Log, logs: Logs) -> Outcome:
     if not columns[0]:
         raise Unavailable(f"needs {name}, without samples here")
     found = forget_quality(*columns)
+    own, retained = found.num_forget, found.num_retain
+    other = [] if own == retained else [f"the log has {retained} forget samples, here {own}: other rows"]
     more = {"ln p": found.ln_p, "log10 p": found.log10_p, "D": found.statistic}
-    return Outcome(found.p_value, f"{found.num_forget} / {found.num_retain}", "; ".join(found.warnings), more)
+    return Outcome(found.p_value, f"{own} / {retained}", "; ".join([*other, *found.warnings]), more)
 
 
-def leak(epsilon: float, attack: str = "mia_min_k") -> Callable[[Log, Logs], Outcome]:
+FORGET_QUALITY = Aggregate("forget_quality", quality, "TOFU", (Read("retain", "forget_truth_ratio", samples=True),))
+
+
+def leak(name: str, epsilon: float, attack: str = "mia_min_k", source: str = "OpenUnlearning") -> Aggregate:
     """attack: whose AUC it is made of."""
 
     def combine(log: Log, logs: Logs) -> Outcome:
@@ -163,13 +200,18 @@ def leak(epsilon: float, attack: str = "mia_min_k") -> Callable[[Log, Logs], Out
         note = "" if known is not None else f"against an AUC of 0.5, as no retain log has {attack}"
         return Outcome(privleak(own, 0.5 if known is None else known, epsilon=epsilon), "", note)
 
-    return combine
+    return Aggregate(name, combine, source, (Read("retain", attack),))
 
 
 def scaled_privacy(log: Log, logs: Logs) -> Outcome:
     if missing := [name for name in ("retain", "full") if name not in logs]:
         raise Unavailable(f"no {' and no '.join(missing)} log to scale by")
     return Outcome(privacy(*(values_of(each, ATTACKS) for each in (log, logs["retain"], logs["full"]))))
+
+
+PRIVACY = Aggregate(
+    "privacy", scaled_privacy, reads=tuple(Read(log, attack) for log in ("retain", "full") for attack in ATTACKS)
+)
 
 
 def harmonic(*values: float) -> float:

@@ -7,6 +7,8 @@ from typing import Any
 from ..logs import Log
 from ..utility import forget_efficacy, memorization, model_utility
 from .parts import (
+    FORGET_QUALITY,
+    PRIVACY,
     Aggregate,
     Logs,
     Measure,
@@ -16,8 +18,6 @@ from .parts import (
     harmonic,
     leak,
     middle,
-    quality,
-    scaled_privacy,
     values_of,
 )
 
@@ -33,10 +33,7 @@ def utility(log: Log, logs: Logs) -> Outcome:
     return Outcome(model_utility(values_of(log, UTILITY)))
 
 
-MODEL_UTILITY, FORGET_QUALITY = (
-    Aggregate("model_utility", utility, "TOFU"),
-    Aggregate("forget_quality", quality, "TOFU"),
-)
+MODEL_UTILITY = Aggregate("model_utility", utility, "TOFU")
 
 
 def tofu(source: str, epsilon: float) -> tuple[Measure, ...]:
@@ -129,7 +126,7 @@ TOFU_SUITES = (
         "tofu",
         "TOFU (Maini et al., 2024): model utility and forget quality, of the first 300 rows of each set",
         (*tofu("TOFU", 0.0), Measure("extraction_strength", "extraction_strength", source="Carlini et al."), MIN_K),
-        (MODEL_UTILITY, FORGET_QUALITY, Aggregate("privleak", leak(0.0), "MUSE")),
+        (MODEL_UTILITY, FORGET_QUALITY, leak("privleak", 0.0, source="MUSE")),
         rows=300,
     ),
     Suite(
@@ -145,10 +142,10 @@ TOFU_SUITES = (
         (
             MODEL_UTILITY,
             FORGET_QUALITY,
-            Aggregate("privleak", leak(1e-10)),
+            leak("privleak", 1e-10),
             Aggregate("memorization", combined(memorization, *MEM)),
             Aggregate("utility", combined(harmonic, "model_utility", FLUENCY.name)),
-            Aggregate("privacy", scaled_privacy),
+            PRIVACY,
             Aggregate("agg", combined(harmonic, "memorization", "utility")),
         ),
     ),

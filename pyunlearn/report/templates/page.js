@@ -19,6 +19,10 @@
   const list = document.querySelector("#samples");
   if (list) explore(list, document.querySelector("#find"), document.querySelector("#more"));
 
+  function oneSpaced(text) {
+    return text.trim().replace(/\s+/g, " ").toLowerCase();
+  }
+
   // Without this script all samples are there, as a list; with it a page of them at a time.
   function explore(list, form, more) {
     const PAGE = 50, CHANGED = 0.1;
@@ -26,11 +30,11 @@
     const samples = [...list.children].map((element, place) => {
       const { set, state, before, after, words, length } = element.dataset;
       const numbers = { place, before: +before, after: +after, change: after - before, words: +(words ?? NaN), length: +length };
-      return { element, set, state, ...numbers, text: element.textContent.toLowerCase() };
+      return { element, set, state, ...numbers, text: oneSpaced(element.textContent) };
     });
 
     function update() {
-      const asked = Object.fromEntries(new FormData(form)), text = asked.text.trim().toLowerCase(), sign = asked.down ? -1 : 1;
+      const asked = Object.fromEntries(new FormData(form)), text = oneSpaced(asked.text), sign = asked.down ? -1 : 1;
       const found = samples.filter((sample) =>
         (!asked.set || sample.set === asked.set) &&
         (!asked.state || sample.state === asked.state || (asked.state === "changed" && Math.abs(sample.change) >= CHANGED)) &&
@@ -45,7 +49,7 @@
         if (asked.open) element.open = true;
         list.append(element);
       }
-      form.querySelector("output").textContent = `${Math.min(most, found.length)} of ${found.length} found`;
+      form.querySelector("output").textContent = `${found.length} found` + (found.length > most ? `, ${most} shown` : "");
       more.hidden = found.length <= most;
     }
 
