@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pyunlearn.metrics import Interval
 from pyunlearn.runs import RunConfig
@@ -22,6 +22,7 @@ NAMES = {
     "paraphrase_probability": "paraphrase probability",
     "cosine_similarity": "cosine similarity",
 }
+FEW = 30  # rows of a set, about which the page warns
 SETS = {"forget": "Forget set", "holdout": "Held-out rows", "retain": "Retain rows"}
 ABOUT = {
     "embedded": "The embedded world: a Llama of 1.3 million parameters that has learnt made-up authors by heart, and "
@@ -36,7 +37,7 @@ number calls good or bad, under all of them.
 
 {about}
 
-`before` knows all rows by heart; `retrained` was trained in the same way without the forget set, and is what unlearning
+`before` has learnt all rows; `retrained` was trained in the same way without the forget set, and is what unlearning
 should come near to. GA and NPO have no retain term, ME+GD and IDK+AP are the paper's pairs; all else is alike:
 {training}.
 {rows}.
@@ -76,6 +77,13 @@ Ranks of the methods under each, 1 the best (arrow: what is better); equal to th
 """
 
 
+def told_if_few(counts: Mapping[str, int]) -> str:
+    few = min(counts.values())
+    return (
+        f". Sets of {few} rows say little: mind the intervals, and ln p is never small for so few" if few < FEW else ""
+    )
+
+
 def page(world: World, start: Start) -> str:
     """start: of the first seed."""
     config, data = start.config, start.job.data
@@ -89,7 +97,7 @@ def page(world: World, start: Start) -> str:
         name=world.name,
         about=ABOUT[world.name],
         training=told_training(config),
-        rows=f"{trained}; measured: {measured}{' rows a seed' if several else ' rows'}",
+        rows=f"{trained}; measured: {measured}{' rows a seed' if several else ' rows'}{told_if_few(counts)}",
         tokens=config.evaluate.max_new_tokens,
         level=f"{LEVEL:.0%}",
         seeds=f"; {len(world.cells['before'])} seeds (a world and a model each)" if several else "; one seed",
