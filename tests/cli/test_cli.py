@@ -77,6 +77,7 @@ def test_objectives_lists_every_one_and_every_recipe(call):
 
 def test_metrics_lists_every_one(call):
     code, text, _ = call("metrics")
+    assert "verbmem/forget {prompt, gt}" in text  # what a benchmark's folder holds
     assert code == 0
     for name, metric in METRICS.items():
         assert re.search(rf"^\W*{name}\W", text, re.MULTILINE), name
