@@ -37,10 +37,10 @@ def make_console() -> Console:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Whole: words that have no room are folded, not cut; those of the first column where they need over a third."""
+    """Whole: words that have no room are folded, not cut; those of the first column where they need over two fifths."""
     for column in table.columns:
         column.overflow = "fold"
     first = table.columns[0]
     widest = max(console.measure(cell).maximum for cell in (first.header, *first.cells))
-    first.no_wrap = widest <= console.width // 3
+    first.no_wrap = widest <= 2 * console.width // 5
     console.print(table)

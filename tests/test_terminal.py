@@ -35,7 +35,7 @@ def test_no_name_is_cut(width):
     assert max(map(len, text.splitlines())) <= width
     assert column(text, 0) == "".join(NAMES)
     assert column(text, 1) == 2 * "0.123456"
-    assert (NAMES[0] in text) == (width >= 80)  # whole where a third of the width is enough
+    assert (NAMES[0] in text) == (width >= 80)  # whole where two fifths of the width are enough
 
 
 def test_without_a_terminal_lines_are_wide(monkeypatch):

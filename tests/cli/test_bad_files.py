@@ -102,6 +102,28 @@ def test_damaged_models(tiny, tiny_config, tmp_path):
         (source / name).write_bytes(whole[name])
 
 
+def test_a_run_in_the_place_of_its_model(tiny, tiny_config, tmp_path):
+    config = tiny_config()
+    job, run = job_module.Job.start(config, None, ""), RunFolder(tmp_path / "run")
+    run.open(config)
+
+    def check_stopped(stage):
+        for asked in (run.path, run.checkpoint):
+            with pytest.raises(FileNotFoundError, match=rf"is a run that stopped {stage}, .*--resume goes on"):
+                job_module.loaded(job, ModelConfig(name_or_path=str(asked)))
+
+    check_stopped("before it had memorised")
+    run.memorised.mkdir()
+    check_stopped("before unlearning")
+    run.evaluation("").mkdir()
+    run.evaluation("before.json").write_text("{}")
+    check_stopped("while unlearning")
+    write_model(run.checkpoint, tiny.model(), tiny.tokenizer)
+    with pytest.raises(ValueError, match=rf"is a run: its model is {run.checkpoint}$"):
+        job_module.loaded(job, ModelConfig(name_or_path=str(run.path)))
+    assert job_module.loaded(job, ModelConfig(name_or_path=str(run.checkpoint)))
+
+
 @pytest.mark.parametrize("text", [DEEP, "a: \xff".encode("latin-1"), "a: 2020-13-45", "a: {b: [}", "a: \x00"])
 def test_yaml_that_cannot_be_read(tiny_config, tmp_path, text):
     file = tmp_path / "c.yaml"
