@@ -129,16 +129,19 @@ def pack(groups: Sequence[Sequence[Row]], dtype: torch.dtype) -> Packed:
 def reason_from_trial(lm: CausalLM, group: Sequence[Row]) -> str | None:
     """Why a group of rows with one prompt has to go through the model a row a text, by trying both; None: it has not.
 
-    Models that take no mask of four dimensions, or do not keep to it and to the positions, fail here in ways of their
-    own.
+    Tried on the first and the last text, before which all the others stand. Models that take no mask of four
+    dimensions, or do not keep to it and to the positions, fail here in ways of their own.
     """
     dtype = lm.inner.get_input_embeddings().weight.dtype
+    ends = [group[0], group[-1]]
     try:
-        packed: Any = pack([group], dtype).stats(lm, ("logp",)).logp
+        texts = pack([group], dtype)
+        logp: Any = texts.stats(lm, ("logp",)).logp.cpu()
+        packed = torch.cat([logp[texts.sequence_ids == place] for place in (0, len(group) - 1)])
     except Exception as error:
         return f"{lm.name} does not take texts that share a row ({type(error).__name__})"
-    batch = {name: value.to(lm.device) for name, value in collate(group, 0).items()}
-    alone = token_stats_of(lm, batch, ("logp",))[0].logp
+    batch = {name: value.to(lm.device) for name, value in collate(ends, 0).items()}
+    alone = token_stats_of(lm, batch, ("logp",))[0].logp.cpu()
     if not torch.allclose(packed, alone, rtol=0, atol=LOGP_TOLERANCE + 16 * torch.finfo(dtype).eps):
         return f"the likelihoods of {lm.name} are others for texts that share a row"
     return None
