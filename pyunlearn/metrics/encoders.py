@@ -40,8 +40,7 @@ class Encoder:
         self.name, self.batch_size = name, batch_size
         self.model, self.tokenizer = load_encoder(kind, name, what, spared)
         self.model.to(device)
-        positions = getattr(self.model.config, "max_position_embeddings", None)
-        limits = [max_length, self.tokenizer.model_max_length, positions]
+        limits = [max_length, self.tokenizer.model_max_length, positions_of(self.model)]
         self.max_length = min((limit for limit in limits if limit and limit < UNTOLD), default=None)
 
     def outputs(self, texts: Sequence[Text], max_length: int | None) -> list[tuple[list[int], Any, Tensor]]:
@@ -133,6 +132,16 @@ class Classifier(Encoder):
         """Which label this is. Raises ValueError that names those there are."""
         check_known(f"{self.what} {self.name!r}: label", label, self.labels)
         return self.labels.index(label)
+
+
+def positions_of(model: Any) -> int | None:
+    """The longest text, in tokens, that its positions reach. Those of RoBERTa's kind begin behind the padding's."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return None
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = getattr(next(tables, None), "padding_idx", None)
+    return positions if padding is None else positions - padding - 1
 
 
 def beside(name: str, file: str) -> Any:

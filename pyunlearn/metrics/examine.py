@@ -48,10 +48,12 @@ class Number:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """numbers: the suite's lines, then its aggregates. log: what they are made of, to be written by `write_log`."""
+    """numbers: the suite's lines, then its aggregates. log: what they are made of, to be written by `write_log`.
+    declined: by optimisation that was not used, why."""
 
     numbers: list[Number]
     log: dict[str, Entry]
+    declined: dict[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> dict[str, float | None]:
@@ -108,7 +110,7 @@ def evaluate_suite(
         numbers.append(number)
         own[number.name] = Entry(number.value)
     combined, entries = aggregate(suite.aggregates, own, logs)
-    return SuiteResult(numbers + combined, own | entries)
+    return SuiteResult(numbers + combined, own | entries, dict(examinations.kept.declined))
 
 
 def aggregate(

@@ -16,13 +16,14 @@ from rich.table import Table
 from .._files import check_writable, read_json, write_json, write_json_lines
 from .._terminal import print_table, visible
 from ..data import QA
-from ..metrics import EvaluationResult, Kept, cache_folder, evaluate
+from ..metrics import EvaluationResult, Kept, cache_folder, evaluate, mean_interval
 from ..training.stage import Stage
 from .config import FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
 from .outputs import check_records_file
 from .sections import EvaluateConfig
+from .table import RESAMPLES
 from .tools import load_tools
 
 logger = logging.getLogger("pyunlearn")
@@ -159,9 +160,11 @@ def evaluate_files(
         result = evaluate_items(stage, job.config.evaluate, job.data.forget, model, tokenizer, tools)
         if out is not None:
             write_json_lines(out, result.records)
-    table = Table("metric", "value")
+    table = Table("metric", "value", "95 % interval", "samples")
     for metric, value in result.summary.items():
-        table.add_row(metric, f"{value:.4f}")
+        own = mean_interval([record.get(metric) for record in result.records], num_resamples=RESAMPLES)
+        told = "" if own.low is None else f"{own.low:.4f} to {own.high:.4f}"
+        table.add_row(metric, f"{value:.4f}", told, str(own.num_samples))
     print_table(job.console, table)
     if out is not None:
         job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)

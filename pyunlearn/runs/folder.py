@@ -32,8 +32,8 @@ from ..store import differences
 from ..training.folder import TrainingFolder
 from .config import RunConfig, as_meant
 
-# What does not change a run's results; anchors are measured beside them, whenever they are asked for.
-NOT_COMPARED = {"output", "num_threads", "versions", "cache", "anchors", "report_to"}
+# What does not change what a run computes; anchors are measured beside it, and goals checked, whenever they are asked.
+NOT_COMPARED = {"output", "num_threads", "versions", "cache", "anchors", "report_to", "goal"}
 MARK, LOCK = ".pyunlearn", ".lock"
 OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten: whole, and on its way there or back
 BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything

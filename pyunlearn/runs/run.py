@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,13 +82,20 @@ def run(
             attempt = Attempt(job.command)
             try:
                 compute(job, missing)
-            finally:
-                if job.processes.first and job.folder.computed:
-                    keep_attempt(job.folder, attempt.record(job.data, job.processes.count))
+            except BaseException:
+                with suppress(OSError, ValueError):  # what went wrong is told, not that it cannot be noted
+                    note_attempt(job, attempt)
+                raise
+            note_attempt(job, attempt)
         result = finish(job)
         job.processes.wait()
     tell(job, result)
     return result
+
+
+def note_attempt(job: Job[RunConfig], attempt: Attempt) -> None:
+    if job.processes.first and job.folder.computed:
+        keep_attempt(job.folder, attempt.record(job.data, job.processes.count))
 
 
 def compute(job: Job[RunConfig], missing: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from .._hints import check_known
+from .._hints import check_known, hint
 from ..data.rows import brief
 from ..metrics import DEFAULT_METRICS, METRICS, Endpoint, Variant, get_metric
 from ..metrics.endpoint import KEY
@@ -255,8 +255,8 @@ class EvaluateConfig(Section):
     @field_validator("metrics")
     @classmethod
     def are_known(cls, metrics: list[str]) -> list[str]:
-        for name in metrics:
-            get_metric(name)
+        if problems := [f"metric={name!r}: {hint(name, METRICS)}" for name in metrics if name not in METRICS]:
+            raise ValueError("; ".join(problems))
         return list(dict.fromkeys(metrics))
 
     @model_validator(mode="after")

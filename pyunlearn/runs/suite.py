@@ -58,13 +58,16 @@ def evaluate_suite_files(
             about = {"suite": suite.name, "model": config.model.name_or_path, "data": config.data.path}
             numbers = [number.to_json() for number in result.numbers]
             split = {} if config.data.name is None else {"split": config.split}
-            write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers})
+            told_once = {"declined": result.declined} if result.declined else {}
+            write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
             write_log(out, result.log, result.summary, suite.log_name)
     table = Table("name", "value", "samples", "variant", "note", title=suite.summary)
     for number in result.numbers:
         value = "-" if number.value is None else f"{number.value:.6g}"
         table.add_row(number.name, value, number.samples, shown(number.variant), shown(told(number)))
     print_table(job.console, table)
+    if without := sum(number.value is None for number in result.numbers):
+        job.console.print(f"{without} of {len(result.numbers)} lines have no value here; their notes say why")
     if out is not None:
         job.console.print(f"log: {visible(out)}", soft_wrap=True, markup=False)
     return result

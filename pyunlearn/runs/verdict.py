@@ -63,7 +63,8 @@ def check_goals(
     retain_before, retain = before[kept]["probability"], after[kept]["probability"]
     share, limit = retain / max(retain_before, 1e-12), goal.forget_probability_below
     nothing = f"; {NOTHING}" if forget_before < limit else ""
-    whose = "retain probability of held-out rows" if kept == "holdout" else "retain probability"
+    rehearsed = "retain probability, of rows that the unlearning itself may rehearse,"
+    whose = "retain probability of held-out rows" if kept == "holdout" else rehearsed
     few = {name: f"; of {n} rows only, too few to tell much" for name, n in (rows or {}).items() if n < FEW}
     goals = [
         {

@@ -131,6 +131,10 @@ def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
     )  # fmt: skip
     assert code == 0
     assert re.findall(r"(\w+)\W+\d\.\d{4}", text) == ["fluency", "token_entropy"]
+    assert re.search(r"fluency [│ ]*\d\.\d{4} [│ ]*1 ", text)  # one sample, which has no interval
+    code, text, _ = call("evaluate", "--model", "runs/tiny/checkpoint", "--data", str(data), "--metric", "probability")
+    low, high = map(float, re.search(r"probability\W+0\.\d{4} │ (0\.\d{4}) to (0\.\d{4}) │ \d+ ", text).groups())
+    assert low <= probability <= high
     records = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record["question"] for record in records] == [json.loads(line)["question"] for line in data.open()]
 

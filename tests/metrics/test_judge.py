@@ -38,7 +38,8 @@ WRITTEN = ["At the sea.", "I do not know.", "Bo did."]
         ("four", None),
         ("between 3 and 4", None),
         ("", None),
-        ("{" * 5000, None),
+        ("{" * 200_000, None),  # at once
+        ("{" * 5000 + '{"score": 3}', 3),
     ],
 )
 def test_scores(said, score):

@@ -228,6 +228,8 @@ def test_all_problems_are_told_at_once():
     with pytest.raises(ConfigError) as caught:
         load_config(None, ["unlearn.epochs=0", "colour=blue", "model.dtype=x"])
     assert len(str(caught.value).splitlines()) == 3
+    with pytest.raises(ConfigError, match=r"'probabilty'.* probability.*; metric='rogue_l'.* rouge_l"):
+        load_config(None, ["evaluate.metrics=[probabilty, rogue_l]"])
 
 
 def test_retraining_needs_a_recipe():

@@ -68,6 +68,8 @@ def test_a_log_and_then_what_it_serves(call, places, tmp_path):
     assert rows["forget_quality"][1] == "-"
     assert rows["forget_quality"][4].startswith("no retain log")
     assert rows["mia_min_k"][4] == "no holdout set"
+    without = sum(cells[1] == "-" for cells in rows.values())
+    assert f"{without} of {len(rows)} lines have no value here; their notes say why" in text
     log = read_log("retained")
     model, tokenizer = _loaded(places[0])
     rows_of = QADataset(items_of("forget10_perturbed", 3), tokenizer, None)
@@ -124,6 +126,7 @@ def _loaded(folder):
             ("--retain-log", "summary.json"),
             "mia_min_k of it, and it has none of them, but a, b, c, d and 1 more; needs ",
         ),
+        (("--full-log", "summary.json"), "--full-log=summary.json: no line of suite 'tofu' reads a full log"),
         (("--out", "mine", "--retain-log", "."), ".: needs one *_EVAL.json"),  # another folder: as far as reading it
     ],
 )

@@ -96,3 +96,11 @@ def test_held_out_rows_decide_where_there_are_any():
     assert retain["met"]
     assert retain["text"].startswith("retain probability of held-out rows 0.600 -> 0.570, 95.0% of before, wanted")
     assert verdict(then, before).clean
+
+
+def test_rows_that_may_be_rehearsed_say_so():
+    def text(**sets):
+        return check_goals({**BEFORE, **sets}, after(**sets), GoalConfig())[1]["text"]
+
+    assert text().startswith("retain probability, of rows that the unlearning itself may rehearse, 0.800 -> 0.790")
+    assert text(holdout=BEFORE["retain"]).startswith("retain probability of held-out rows 0.800 -> 0.800")

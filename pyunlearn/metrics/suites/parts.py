@@ -141,12 +141,14 @@ class Suite:
         return self.forms.get(name.partition(":")[0], Form(self.max_new_tokens))
 
     def check_log(self, name: str, log: Log, what: str) -> None:
-        """Raises ValueError for a reference model's log without anything that the aggregates read of it.
+        """Raises ValueError for a reference model's log that the aggregates do not read, or that has nothing they read.
 
         name: retain or full. what: the argument that the error names.
         """
         reads = dict.fromkeys(read for each in self.aggregates for read in each.reads if read.log == name)
-        if reads and not any(read.is_in(log) for read in reads):
+        if not reads:
+            raise ValueError(f"{what}: no line of suite {self.name!r} reads a {name} log")
+        if not any(read.is_in(log) for read in reads):
             has = ", ".join(islice(log, 4)) + (f" and {len(log) - 4} more" if len(log) > 4 else "")
             raise ValueError(
                 f"{what}: suite {self.name!r} reads {', '.join(map(str, reads))} of it, and it has none of them, but "
@@ -168,7 +170,18 @@ def values_of(log: Log, names: Iterable[str]) -> dict[str, float]:
 
 def combined(function: Callable[..., float], *names: str) -> Callable[[Log, Logs], Outcome]:
     """Of a function of those numbers, in that order."""
-    return lambda log, logs: Outcome(function(*values_of(log, names).values()))
+
+    def combine(log: Log, logs: Logs) -> Outcome:
+        values = values_of(log, names)
+        return outcome(function(*values.values()), values if function is harmonic else {})
+
+    return combine
+
+
+def outcome(value: float, values: Mapping[str, float]) -> Outcome:
+    """Of a harmonic mean of values, which one of them at 0 brings to 0: the note names it."""
+    zero = [name for name, each in values.items() if each <= 0]
+    return Outcome(value, note=f"0, as {', '.join(zero)} {'is' if len(zero) == 1 else 'are'}" if zero else "")
 
 
 def quality(log: Log, logs: Logs) -> Outcome:

@@ -18,6 +18,7 @@ from .parts import (
     harmonic,
     leak,
     middle,
+    outcome,
     values_of,
 )
 
@@ -30,7 +31,8 @@ UTILITY = [
 
 
 def utility(log: Log, logs: Logs) -> Outcome:
-    return Outcome(model_utility(values_of(log, UTILITY)))
+    values = values_of(log, UTILITY)
+    return outcome(model_utility(values), values)
 
 
 MODEL_UTILITY = Aggregate("model_utility", utility, "TOFU")
