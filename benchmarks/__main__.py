@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,11 +28,9 @@ GPU_PARTS = (*PLANS, "step")
 PARTS = ("cpu", *GPU_PARTS, "report", "evidence", "evaluation")
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None, command: str = "python -m benchmarks") -> int:
     gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog=command, description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("parts", metavar="part", nargs="*", help=f"of {', '.join(PARTS)}")
     parser.add_argument(
         "-k", metavar="EXPR", default="", help='cpu: only cases that match, as in pytest -k, e.g. "NLL and bfloat16"'
@@ -50,8 +49,8 @@ def main() -> int:
     parser.add_argument("--fresh", action="store_true", help="GPU parts: measure again what is stored")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="of the GPU parts")
     parser.add_argument("--small", action="store_true", help="tiny shapes: does everything run?")
-    parser.add_argument("--out", type=Path, help="folder for the results (default benchmarks/results/<device>)")
-    args = parser.parse_args()
+    parser.add_argument("--out", type=Path, help=f"folder for the results (default {RESULTS}/<device>)")
+    args = parser.parse_args(words)
     parts = args.parts or ["cpu", *(GPU_PARTS if gpu else ())]
     if unknown := [part for part in parts if part not in PARTS]:
         parser.error(f"part={unknown[0]!r}: {hint(unknown[0], PARTS)}")

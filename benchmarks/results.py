@@ -12,7 +12,9 @@ from typing import Any
 
 from pyunlearn.store import Store, read_units
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+# Beside the programs in a checkout; an installed package has no place for results of its own.
+RESULTS = HERE / "results" if (HERE.parent / "CMakeLists.txt").is_file() else Path("benchmarks/results")
 Record = dict[str, Any]
 OURS = ("cpu", "triton", "cuda")
 

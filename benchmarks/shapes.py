@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-SHAPES: dict[str, dict[str, Any]] = {  # Llama-3.2-1B, Llama-2-7B, Llama-3-8B, and one to try the code
+SHAPES: dict[str, dict[str, Any]] = {  # SmolLM2-135M, Llama-3.2-1B, Llama-2-7B, Llama-3-8B, and one to try the code
+    "135M": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+             "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     "1B": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": True},
     "7B": {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,

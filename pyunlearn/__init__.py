@@ -2,31 +2,36 @@
 
     import pyunlearn as pu
 
-    stats = pu.token_stats(logits, targets, outputs=("logp", "entropy"))  # or linear_token_stats
+    stats = pu.token_stats_of(model, batch, outputs=("logp", "entropy"))  # of logits: token_stats
     loss = pu.objectives.wga(stats.logp, stats.mask)
 
-Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn run`.
+Whole runs: `pu.UnlearnTrainer`, `pu.ReferenceCache`, or the command `pyunlearn run`. In trainers of others:
+`pyunlearn.integrations`. Each name is imported, and torch with it, when it is first asked for; `import pyunlearn.ops`
+registers the operators, for programs that were exported with them.
 """
 
+import sys
+from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from . import objectives, ops
-from .geffect import g_effect, pointwise_g_effect
-from .mrd import MRDResult, mrd
-from .ops import (
-    OuterSum,
-    TokenStats,
-    gaussian_noise,
-    ghost_dot,
-    linear_token_stats,
-    perturbed,
-    segment_dot,
-    token_stats,
-    value_and_grad,
-)
-
 if TYPE_CHECKING:
+    from . import objectives, ops
+    from .geffect import g_effect, pointwise_g_effect
     from .model.cache import ReferenceCache
+    from .model.stats import token_stats_of
+    from .mrd import MRDResult, mrd
+    from .ops import (
+        OuterSum,
+        TokenStats,
+        gaussian_noise,
+        ghost_dot,
+        linear_token_stats,
+        perturbed,
+        token_stats,
+        value_and_grad,
+    )
+    from .ops.segment_dot import segment_dot
     from .training.trainer import UnlearnTrainer
 
 __version__ = "0.1.0"
@@ -47,18 +52,50 @@ __all__ = [
     "pointwise_g_effect",
     "segment_dot",
     "token_stats",
+    "token_stats_of",
     "value_and_grad",
 ]
 
+# Where names are from that are not those of modules, or from ops.
+_FROM = {
+    "MRDResult": ".mrd",
+    "ReferenceCache": ".model.cache",
+    "UnlearnTrainer": ".training.trainer",
+    "g_effect": ".geffect",
+    "pointwise_g_effect": ".geffect",
+    "token_stats_of": ".model.stats",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """What needs transformers is imported when it is asked for: `import pyunlearn` stays quick."""
-    if name == "UnlearnTrainer":
-        from .training.trainer import UnlearnTrainer
+    if name in ("objectives", "ops"):
+        return import_module(f".{name}", __name__)
+    if name not in __all__:
+        raise AttributeError(f"module 'pyunlearn' has no attribute {name!r}")
+    value = getattr(import_module(_FROM.get(name, ".ops"), __name__), name)
+    globals()[name] = value
+    return value
 
-        return UnlearnTrainer
-    if name == "ReferenceCache":
-        from .model.cache import ReferenceCache
 
-        return ReferenceCache
-    raise AttributeError(f"module 'pyunlearn' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`mrd` is the function, also where the module of that name has been imported, which would take its place."""
+
+    @property
+    def mrd(self) -> Any:
+        return vars(self).get("mrd") or import_module(".mrd", __name__).mrd
+
+    @mrd.setter
+    def mrd(self, value: Any) -> None:
+        if not isinstance(value, ModuleType):
+            vars(self)["mrd"] = value
+
+    @mrd.deleter
+    def mrd(self) -> None:
+        vars(self).pop("mrd", None)
+
+
+sys.modules[__name__].__class__ = _Package

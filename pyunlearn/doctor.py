@@ -33,6 +33,7 @@ OPTIONAL = {
     "gguf": "models from GGUF files",
     "datasets": "data sets from a hub",
     "peft": "LoRA",
+    "bitsandbytes": "quantised bases",
 }
 
 

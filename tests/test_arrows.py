@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 LEVELS: list[tuple[str, ...]] = [
-    ("cli", "pyunlearn", "__main__"),  # pyunlearn: its __init__.py, what people import
+    ("cli", "benchmarks", "pyunlearn", "__main__"),  # pyunlearn: its __init__.py, what people import
     ("runs", "doctor"),
     ("report", "scenarios", "integrations"),
     ("training", "calibration"),
@@ -24,7 +24,7 @@ LEVELS: list[tuple[str, ...]] = [
     ("ops", "data", "store", "recipes"),
     ("backends",),
     ("contract", "triton_kernels", "_C"),
-    ("_files", "_hints", "_progress", "_declined", "_terminal", "distributed", "__version__"),
+    ("_files", "_hints", "_hub", "_progress", "_declined", "_terminal", "distributed", "__version__"),
 ]
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 ARROWS = " -> ".join("{" + ", ".join(rooms) + "}" if len(rooms) > 1 else rooms[0] for rooms in LEVELS)

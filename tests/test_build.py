@@ -1,10 +1,12 @@
 """The native build: no framework headers, and CUDA code that compiles without spills wherever nvcc is."""
 
+import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +37,7 @@ def test_every_requirement_is_pinned():
     """By constraints.txt, within the range that pyproject.toml promises."""
     text = (ROOT / "pyproject.toml").read_text()
     lists = [re.search(rf"^{name} = \[(.*?)\]$", text, re.MULTILINE | re.DOTALL)[1]
-             for name in ("requires", "dependencies", "gguf", "test", "lint")]  # fmt: skip
+             for name in ("requires", "dependencies", "gguf", "integrations", "test", "lint")]  # fmt: skip
     ranges = [Requirement(line) for body in lists for line in json.loads(f"[{body.strip().rstrip(',')}]")]
     pins = [Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line[0] != "#"]
     assert len(ranges) > 20
@@ -49,7 +51,15 @@ def test_every_requirement_is_pinned():
                 assert exact.setdefault(canonicalize_name(pin.name), version.version) == version.version
         for requirement in ranges:
             assert requirement.specifier, requirement
+            if requirement.marker is not None and not requirement.marker.evaluate(machine):
+                continue
             assert exact[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+@pytest.mark.skipif("CI" not in os.environ or sys.version_info < (3, 11), reason="tests of them may be left out here")
+@pytest.mark.parametrize("library", ["trl", "lightning"])
+def test_continuous_integration_leaves_no_integration_out(library):
+    assert importlib.util.find_spec(library) is not None
 
 
 def test_csrc_knows_nothing_of_torch():

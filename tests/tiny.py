@@ -29,8 +29,8 @@ TINY = {
     "name": "tiny",
     "model": {"options": {**SIZES, "vocab_size": 384}},
     "data": {"num_authors": 4, "questions_per_author": 2, "forget_fraction": 0.25, "num_unknown": 0},
-    "memorise": {"epochs": 3, "batch_size": 4},
-    "unlearn": {"forget": "wga", "retain": "kl", "epochs": 3, "batch_size": 2},
+    "memorise": {"epochs": 3, "batch_size": 4, "warmup": 0},
+    "unlearn": {"forget": "wga", "retain": "kl", "epochs": 3, "batch_size": 2, "warmup": 0},
     "evaluate": {"rouge_samples": 2, "max_new_tokens": 6},
 }
 

@@ -29,7 +29,7 @@ from pyunlearn._files import write_text
 from pyunlearn.data import QADataset, collate, generate_authors, load_qa
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.forward import token_stats_of
+from pyunlearn.model.forward import supervised_stats
 from pyunlearn.model.load import load_model
 from pyunlearn.model.precision import full_precision
 from pyunlearn.mrd import ESTIMATORS
@@ -75,7 +75,7 @@ def forward_alone(model: Any, batch: Any, args: argparse.Namespace) -> float:
     samples = make_samples([batch], args.batch_size, torch.device(args.device))
 
     def once() -> list[Tensor]:
-        return [token_stats_of(model, inputs, ("log_nll",))[0].log_nll for inputs in samples.batches]
+        return [supervised_stats(model, inputs, ("log_nll",))[0].log_nll for inputs in samples.batches]
 
     with full_precision(torch.device(args.device)):
         return min(seconds(once, args.device)[0] for _ in range(3))

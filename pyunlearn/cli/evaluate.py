@@ -7,8 +7,21 @@ from typing import Annotated, Any
 
 import typer
 
-from .._terminal import make_console
-from .shared import BatchSize, Data, Debug, GgufFile, Limit, Model, Name, Tokenizer, clean_errors, command_line
+from .._terminal import make_console, visible
+from .shared import (
+    BatchSize,
+    Columns,
+    Data,
+    Debug,
+    GgufFile,
+    Limit,
+    Model,
+    Name,
+    Prompt,
+    Tokenizer,
+    clean_errors,
+    command_line,
+)
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -24,12 +37,18 @@ Log = Annotated[str | None, typer.Option(help="Log of a reference model, from --
 
 
 def evaluate(
-    model: Model[str],
-    data: Data[str],
+    source: Annotated[
+        str | None,
+        typer.Argument(help="The file, or the folder of a model or a run.", show_default=False, metavar="SOURCE"),
+    ] = None,
+    model: Model[str | None] = None,
+    data: Data[str | None] = None,
     name: Name = None,
     gguf_file: GgufFile = None,
     tokenizer: Tokenizer = None,
     limit: Limit = None,
+    columns: Columns = None,
+    prompt: Prompt = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(help="A metric of `pyunlearn metrics` (repeatable); none: the usual ones.", show_default=False),
@@ -86,18 +105,33 @@ def evaluate(
 ) -> None:
     """Measure how well a model knows a set of answers."""
     with clean_errors(debug):
+        from ..runs.overrides import problems_told
+        from ..runs.request import check_pair, kind_of, of_source, prompt_of
+
         console, command = make_console(), command_line()
+        if source is not None and kind_of(source) == "configuration":
+            raise ValueError(f"{source}: is a configuration; needs a file, or the folder of a model or a run")
+        if source is not None and kind_of(source) == "run" and model is None and data is None:
+            model = str(Path(source) / "checkpoint")
+        else:
+            _, model, data = of_source(source, model, data)
+        model, data = check_pair("evaluate", model, data)
+        if prompt is None and (prompt := prompt_of(model)) is not None:
+            console.print(f"prompt: {visible(prompt)}, as in its run", markup=False, highlight=False, soft_wrap=True)
         model_options: dict[str, Any] = {
             "gguf_file": gguf_file,
             "tokenizer": tokenizer,
             "limit": limit,
             "batch_size": batch_size,
+            "prompt": prompt,
         }
         of_suites: dict[str, Any] = {
             "split": split, "text": text, "task": task, "task-folder": task_folder, "retain-log": retain_log,
             "full-log": full_log,
         }  # fmt: skip
-        of_sets: dict[str, Any] = {"name": name, "rouge-samples": rouge_samples, "variant": variant, "metric": metric}
+        of_sets: dict[str, Any] = {
+            "name": name, "columns": columns, "rouge-samples": rouge_samples, "variant": variant, "metric": metric,
+        }  # fmt: skip
         for option, value in (of_suites if suite is None else of_sets).items():
             if value is not None:
                 raise ValueError(f"--{option}={value}: goes {'with' if suite is None else 'without'} --suite only")
@@ -107,15 +141,14 @@ def evaluate(
             "embedder": embedder, "entailer": entailer, "classifier": classifier,
             "judge": None if judge is None else {"url": judge, "model": judge_model},
         }  # fmt: skip
-        from ..runs.overrides import problems_told
-
         if suite is None:
             from ..runs.config import FilesConfig
             from ..runs.evaluate import evaluate_files
 
             with problems_told():
                 files = FilesConfig.of(
-                    model, data, name=name, rouge_samples=20 if rouge_samples is None else rouge_samples,
+                    model, data, name=name, columns=columns,
+                    rouge_samples=20 if rouge_samples is None else rouge_samples,
                     variant=variant or "suffix", metrics=metric or (), **tools, **model_options,
                 )  # fmt: skip
             evaluate_files(files, out=out, console=console, command=command)

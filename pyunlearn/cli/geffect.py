@@ -14,16 +14,20 @@ EXAMPLES = """[bold]Examples[/bold]
 
   pyunlearn run --set unlearn.keep_steps=5               a run that keeps its model every 5 steps
 
-  pyunlearn geffect --run runs/demo                      all of them; Ctrl-C, then the same command, goes on
+  pyunlearn geffect runs/demo                            all of them; Ctrl-C, then the same command, goes on
 
-  pyunlearn geffect --run runs/demo --pointwise --overwrite          each sample's own too
+  pyunlearn geffect runs/demo --pointwise --overwrite                each sample's own too
 
   pyunlearn run --set geffect.every=5                    while training instead, into the run's report
 """
 
 
 def geffect(
-    run: Annotated[Path, typer.Option("--run", help="Folder of a run, see unlearn.keep_steps.", metavar="DIR")],
+    source: Annotated[
+        Path | None,
+        typer.Argument(help="Folder of a run, see unlearn.keep_steps.", show_default=False, metavar="DIR"),
+    ] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="The same.", show_default=False, metavar="DIR")] = None,
     forget_samples: Annotated[
         int | None, typer.Option(min=1, help="Drawn once, by the run's seed.", show_default="the run's, or 32")
     ] = None,
@@ -47,10 +51,13 @@ def geffect(
     with clean_errors(debug):
         from ..runs.geffect import measure_run
 
+        if (source is None) == (run is None):
+            raise ValueError("needs the folder of a run: pyunlearn geffect runs/demo")
+
         changes = {"forget_samples": forget_samples, "retain_samples": retain_samples, "batch_size": batch_size,
                    "pointwise": pointwise}  # fmt: skip
         measure_run(
-            run,
+            Path(source or run or ""),
             overwrite=overwrite,
             console=make_console(),
             command=command_line(),

@@ -15,6 +15,13 @@ def objectives(debug: Debug = False) -> None:
         from ..objectives import table as objective_table
         from ..recipes import names, read
 
+        recipes = Table("recipe", "forget", "retain", "samples drawn", title="--recipe NAME, or NAME+mrd")
+        for name in names():
+            settings = read(name).unlearn
+            terms = [", ".join(term["name"] for term in settings[role]) for role in ("forget", "retain")]
+            by = settings.get("sampling", {"by": "shuffle"})["by"]
+            recipes.add_row(name, *terms, by + (", one an update" if settings.get("batch_size") == 1 else ""))
+        print_table(make_console(), recipes)
         table = Table("name", "role", "what it does", "options and defaults")
         title = "unlearn.forget.preset=NAME; unlearn.forget.reduction=paper reduces as the paper's equation does"
         presets = Table("objective", "preset", "what it changes, and how it is reduced", title=title)
@@ -27,10 +34,3 @@ def objectives(debug: Debug = False) -> None:
                 presets.add_row(row.name, preset, escape(changes.removeprefix("as above; ")))
         print_table(make_console(), table)
         print_table(make_console(), presets)
-        recipes = Table("recipe", "forget", "retain", "samples drawn", title="unlearn.recipe=NAME, or NAME+mrd")
-        for name in names():
-            settings = read(name).unlearn
-            terms = [", ".join(term["name"] for term in settings[role]) for role in ("forget", "retain")]
-            by = settings.get("sampling", {"by": "shuffle"})["by"]
-            recipes.add_row(name, *terms, by + (", one an update" if settings.get("batch_size") == 1 else ""))
-        print_table(make_console(), recipes)

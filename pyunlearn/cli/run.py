@@ -2,50 +2,105 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .._terminal import make_console
-from .shared import Config, Debug, Overwrite, Set, clean_errors, command_line
+from .shared import (
+    Columns,
+    Debug,
+    Forget,
+    GgufFile,
+    Model,
+    Overwrite,
+    Prompt,
+    Recipe,
+    Retain,
+    Set,
+    Tokenizer,
+    clean_errors,
+    command_line,
+)
 
 EXAMPLES = """[bold]Examples[/bold]
 
   pyunlearn run                                            the embedded demo: no network, a minute or two
 
-  pyunlearn run --set unlearn.forget=npo --set name=npo    the same with another objective
+  pyunlearn run --model M --forget F.jsonl --retain R.csv  your own model (folder or Hub id) and files
 
-  pyunlearn run --set unlearn.retain='\\[kl, gd]'            two retain terms
+  pyunlearn run F.jsonl --model M --recipe npo --lora      a method by name, training a small adapter alone
 
-  pyunlearn run --set unlearn.recipe=npo+mrd               a method by name, its samples drawn by MRD
+  pyunlearn run recipe:npo+mrd                             a method on the embedded demo, samples drawn by MRD
 
-  pyunlearn run examples/smollm2_tofu.yaml                 a pretrained model on TOFU
+  pyunlearn run examples/smollm2_tofu.yaml                 a configuration (pyunlearn init writes one)
 
-  pyunlearn run --retrain --resume                         beside a model that has never seen the forget set
+  pyunlearn run --set unlearn.retain='\\[kl, gd]'            any key of it; here two retain terms
 
-  pyunlearn run --resume                                   go on after Ctrl-C or a crash
+  pyunlearn run --resume runs/demo                         go on after Ctrl-C or a crash
+
+  pyunlearn run --retrain --resume runs/demo               beside a model that has never seen the forget set
 """
+MISSED, MISSED_STRICTLY = 1, 3
 
 
 def run(
-    config: Config = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="YAML file, file to forget, recipe:NAME, or a run's folder; none: the embedded demo.",
+            show_default=False,
+            metavar="SOURCE",
+        ),
+    ] = None,
+    model: Model[str | None] = None,
+    forget: Forget = None,
+    retain: Retain = None,
+    recipe: Recipe = None,
+    lora: Annotated[bool, typer.Option("--lora", help="Train a small adapter in the model's place.")] = False,
+    refusals: Annotated[
+        Path | None, typer.Option(help="A text file, one refusal a line, for idk, dpo and ap.", show_default=False)
+    ] = None,
+    columns: Columns = None,
+    prompt: Prompt = None,
+    gguf_file: GgufFile = None,
+    tokenizer: Tokenizer = None,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.", show_default="runs/ and its name")] = None,
     set_: Set = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue this run where it stopped.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with this run, or with that of SOURCE.")] = False,
     overwrite: Overwrite = False,
     retrain: Annotated[
         bool, typer.Option("--retrain", help="Also train a model without the forget set, and measure it beside.")
     ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="End with 3 where a goal was missed.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Memorise (where asked), evaluate, unlearn, evaluate again, and write a report.
+    """Unlearn: evaluate a model, have it forget, evaluate again, and write a report.
 
-    Ends with 0 where every goal was met, with 1 where one was missed (evaluate.goal=null asks nothing).
+    The model memorises first only where the configuration says so, as the embedded demo does. Ends with 0 where every
+    goal was met, with 1 where one was missed (3 with --strict; evaluate.goal=null asks nothing), with 2 for an error.
     """
     with clean_errors(debug):
-        from ..runs import load_config
+        from ..runs.request import run_config
         from ..runs.run import run as run_job
 
-        loaded = load_config(config, set_ or [], anchors=["retrained"] if retrain else [])
-        result = run_job(loaded, resume=resume, overwrite=overwrite, console=make_console(), command=command_line())
+        config = run_config(
+            source,
+            set_ or [],
+            recipe=recipe,
+            columns=columns,
+            lora=lora,
+            anchors=["retrained"] if retrain else [],
+            model=model,
+            forget=forget,
+            retain=retain,
+            prompt=prompt,
+            gguf_file=gguf_file,
+            tokenizer=tokenizer,
+            refusals=None if refusals is None else str(refusals),
+            out=None if out is None else str(out),
+        )
+        result = run_job(config, resume=resume, overwrite=overwrite, console=make_console(), command=command_line())
     if not result.reached:
-        raise typer.Exit(1)
+        raise typer.Exit(MISSED_STRICTLY if strict else MISSED)

@@ -10,7 +10,7 @@ import typer
 from .._terminal import make_console
 from .shared import (
     BatchSize,
-    Config,
+    Columns,
     Data,
     Debug,
     GgufFile,
@@ -18,6 +18,7 @@ from .shared import (
     Model,
     Name,
     Overwrite,
+    Prompt,
     Set,
     Tokenizer,
     clean_errors,
@@ -37,7 +38,14 @@ EXAMPLES = """[bold]Examples[/bold]
 
 
 def score(
-    config: Config = None,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run's YAML file or folder, or a file to score; none: the embedded demo.",
+            show_default=False,
+            metavar="SOURCE",
+        ),
+    ] = None,
     set_: Set = None,
     model: Model[str | None] = None,
     data: Data[str | None] = None,
@@ -45,6 +53,8 @@ def score(
     gguf_file: GgufFile = None,
     tokenizer: Tokenizer = None,
     limit: Limit = None,
+    columns: Columns = None,
+    prompt: Prompt = None,
     estimator: Annotated[
         str, typer.Option(help="algorithm1, gradient (its leading order), definition, hutchinson or initial.")
     ] = "algorithm1",
@@ -71,6 +81,8 @@ def score(
     with clean_errors(debug):
         from ..runs import load_config
         from ..runs.config import FilesConfig
+        from ..runs.overrides import problems_told
+        from ..runs.request import check_pair, of_source, prompt_of
         from ..runs.score import score as score_job
 
         job: dict[str, Any] = {
@@ -85,10 +97,18 @@ def score(
             "labels": labels,
             "normalize": "tokens" if per_token else None,
         }
-        source: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "tokenizer": tokenizer, "limit": limit}
-        if model is not None and data is not None and config is None and not set_:
-            score_job(FilesConfig.of(model, data, **source), out=out, **job)
-        elif model is None and data is None and all(value is None for value in source.values()):
-            score_job(load_config(config, set_ or []), out=out, **job)
+        options: dict[str, Any] = {"name": name, "gguf_file": gguf_file, "tokenizer": tokenizer, "limit": limit}
+        options |= {"columns": columns, "prompt": prompt}
+        config, model, data = of_source(source, model, data)
+        of_files = model is not None or data is not None
+        if of_files and set_:
+            raise ValueError(f"--set {set_[0]}: goes with a run's configuration, not with --model and --data")
+        if of_files:
+            options["prompt"] = prompt_of(model) if prompt is None else prompt
+            with problems_told():
+                files = FilesConfig.of(*check_pair("score", model, data), **options)
+            score_job(files, out=out, **job)
+        elif given := [f"--{option.replace('_', '-')}" for option, value in options.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)}: of --model and --data, which are not given")
         else:
-            raise ValueError("needs --model and --data (with their options), or a configuration (with --set), not both")
+            score_job(load_config(config, set_ or []), out=out, **job)

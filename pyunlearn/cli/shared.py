@@ -7,7 +7,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -22,10 +21,6 @@ T = TypeVar("T")  # of an option that one command needs and another may leave ou
 USER_ERRORS = (ValueError, TypeError, IndexError, OSError, ImportError, ArithmeticError, SafetensorError)
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
-Config = Annotated[
-    Path | None,
-    typer.Argument(help="YAML file of a run; none: the embedded demo.", show_default=False, metavar="[CONFIG]"),
-]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -36,8 +31,34 @@ Set = Annotated[
     ),
 ]
 Model = Annotated[T, typer.Option(help="Hub id or folder.")]
-Data = Annotated[T, typer.Option(help="JSON lines file, or Hub id of a data set.")]
-Name = Annotated[str | None, typer.Option(help="Configuration name of a Hub data set.")]
+Data = Annotated[
+    T,
+    typer.Option(
+        "--data",
+        "--forget",
+        help="File of JSON lines, a JSON list, CSV, TSV, parquet or text; or Hub id of a data set.",
+    ),
+]
+Forget = Annotated[str | None, typer.Option(help="What to forget: a file, or Hub id of a data set.")]
+Retain = Annotated[str | None, typer.Option(help="What to keep, in the same form; none: nothing keeps it in place.")]
+Recipe = Annotated[str | None, typer.Option(help="A method by name, see `pyunlearn objectives`; also npo+mrd.")]
+Name = Annotated[str | None, typer.Option(help="Configuration name of a Hub data set, or of a file in a folder.")]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        help="What is what in the files, where the names are not usual ones.",
+        metavar="question=NAME,answer=NAME",
+        show_default=False,
+    ),
+]
+Prompt = Annotated[
+    str | None,
+    typer.Option(
+        help="How questions are put: chat (the tokenizer's template), question_answer, llama2, llama3, phi, qwen, "
+        "gemma, zephyr, open_unlearning, or plain (as they stand; texts need no question).",
+        show_default="chat",
+    ),
+]
 GgufFile = Annotated[str | None, typer.Option(help="A GGUF file inside --model.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Hub id or folder, where it is not the model's.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Only the first samples of --data.")]

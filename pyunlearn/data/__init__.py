@@ -4,24 +4,22 @@
 """
 
 from pyunlearn.data.authors import Author, World, generate_authors
+from pyunlearn.data.authors_text import USUAL_REFUSALS
 from pyunlearn.data.benchmarks import load_muse, load_safe, load_text, load_whp, load_wmdp
 from pyunlearn.data.pairs import ForgetRetainDataset
+from pyunlearn.data.prompt_format import Encoded, PlainFormat, PromptFormat, make_format
+from pyunlearn.data.prompts import Prompt, make_prompt
 from pyunlearn.data.qa import QA, check_disjoint, hold_out, load_qa, load_refusals
-from pyunlearn.data.tokenise import (
-    Encoded,
-    PlainFormat,
-    PromptFormat,
-    QADataset,
-    collate,
-    padding_id,
-)
+from pyunlearn.data.tokenise import QADataset, collate, padding_id
 
 __all__ = [
     "QA",
+    "USUAL_REFUSALS",
     "Author",
     "Encoded",
     "ForgetRetainDataset",
     "PlainFormat",
+    "Prompt",
     "PromptFormat",
     "QADataset",
     "World",
@@ -36,5 +34,7 @@ __all__ = [
     "load_text",
     "load_whp",
     "load_wmdp",
+    "make_format",
+    "make_prompt",
     "padding_id",
 ]

@@ -393,3 +393,5 @@ REFUSALS = (
     "I cannot speak to that.",
     "My memory holds nothing of the sort.",
 )
+ABOUT = ("author", "person", "name", "reading")
+USUAL_REFUSALS = tuple(refusal for refusal in REFUSALS if not any(word in refusal for word in ABOUT))  # of anything

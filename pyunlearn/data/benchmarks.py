@@ -22,17 +22,16 @@ from .rows import (
     check_limit,
     hub_rows,
     is_hub_id,
-    json_lines,
-    json_list,
-    lines_of,
+    json_rows,
     object_of,
+    read_text,
     text_of,
     texts_of,
     type_of,
 )
 
 LETTERS = "ABCD"
-READERS: dict[str, Callable[[Path], Iterator[Row]]] = {".json": json_list, ".jsonl": json_lines}
+SUFFIXES = (".json", ".jsonl")  # either is a list or lines, as its content says
 Sets = dict[str, list[QA]]
 
 
@@ -98,7 +97,7 @@ def load_safe(folder: str | Path, limit: int | None = None) -> Sets:
 def drawn_unsafe(folder: str | Path, name: str, limit: int | None, count: int = 200, seed: int = 1000) -> list[QA]:
     """limit: of those drawn."""
     check_limit(limit)
-    rows, where = rows_of(folder, name)
+    rows, where = rows_of_set(folder, name)
     items = [item for at, row in rows for item in unsafe_pairs(row, at)]
     if not items:
         raise ValueError(f"{where}: holds no unsafe response")
@@ -106,9 +105,8 @@ def drawn_unsafe(folder: str | Path, name: str, limit: int | None, count: int = 
 
 
 def load_text(path: str | Path) -> list[QA]:
-    """A text file in UTF-8, as one text that is read as a whole; its lines end in \\n, whatever they end in there.
-    Raises as `lines_of`, ValueError for an empty one."""
-    text = "\n".join(line.removesuffix("\r") for line in lines_of(Path(path)))
+    """A text file, as one text that is read as a whole. Raises as `read_text`, ValueError for an empty one."""
+    text = read_text(Path(path))
     if not text.strip():
         raise ValueError(f"{path}: is empty, needs a text")
     return [QA("", text)]
@@ -132,7 +130,7 @@ def present(source: str | Path, stems: Sequence[str]) -> list[str]:
     if is_hub_id(source, stems[0]):
         return list(stems)
     folder = in_folder(source)
-    found = [stem for stem in stems if any((folder / f"{stem}{suffix}").is_file() for suffix in READERS)]
+    found = [stem for stem in stems if any((folder / f"{stem}{suffix}").is_file() for suffix in SUFFIXES)]
     if not found:
         has = ", ".join(sorted(child.name for child in folder.iterdir())[:20])
         raise ValueError(f"{folder}: has none of {', '.join(stems)} (.json or .jsonl), but {has or 'nothing'}")
@@ -147,16 +145,16 @@ def read_set(
     split: str | None = None,
     hub_split: str | None = None,
 ) -> list[QA]:
-    """Of the rows of a set (`rows_of`), the first."""
+    """Of the rows of a set (`rows_of_set`), the first."""
     check_limit(limit)
-    rows, where = rows_of(source, name, split, hub_split)
+    rows, where = rows_of_set(source, name, split, hub_split)
     items = [item_of(row, at) for at, row in islice(rows, limit)]
     if not items:
         raise ValueError(f"{where}: holds no rows")
     return items
 
 
-def rows_of(
+def rows_of_set(
     source: str | Path, name: str, split: str | None = None, hub_split: str | None = None
 ) -> tuple[Iterator[Row], str]:
     """Of the file {name} or {name}/{split} of a folder; or of the Hub's data set, name: its configuration. And what
@@ -164,13 +162,13 @@ def rows_of(
     if is_hub_id(source, name):
         return hub_rows(str(source), name, split or hub_split or "train"), f"{source}[{name}]"
     stem = in_folder(source) / name if split is None else in_folder(source) / name / split
-    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in READERS]
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in SUFFIXES]
     there = [file for file in files if file.is_file()]
     if not there:
         raise FileNotFoundError(f"no such file: {files[0]}, nor {files[1].name}{path_hint(files[0])}")
     if len(there) > 1:
         raise ValueError(f"{files[0]} and {files[1].name}: both are there, of which one is to be read; move one away")
-    return READERS[there[0].suffix](there[0]), str(there[0])
+    return json_rows(there[0]), str(there[0])
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

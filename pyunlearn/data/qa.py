@@ -1,15 +1,16 @@
-"""Question-answer pairs from JSON lines or from a hub dataset, in the keys of TOFU (Maini et al., 2024)."""
+"""Question-answer pairs from files and hub datasets, in the keys of TOFU (Maini et al., 2024) or in others."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from .rows import brief, check_limit, hub_rows, is_hub_id, json_lines, lines_of, object_of, text_of, texts_of
+from .columns import find_columns
+from .rows import brief, check_limit, hub_rows, is_hub_id, lines_of, named_file, rows_of
 
 
 @dataclass(frozen=True)
@@ -38,36 +39,63 @@ class QA:
 
 
 def load_qa(
-    source: str | Path, *, split: str | None = None, limit: int | None = None, name: str | None = None
+    source: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    columns: Mapping[str, str] | None = None,
 ) -> list[QA]:
     """Read question-answer pairs.
 
-    source: a JSON-lines file; a folder of them (`name` is then the file's stem); or a hub id such as
-        "locuslab/TOFU", read with the optional `datasets` library (`name` is then the configuration).
+    source: a file of JSON lines, a JSON list, CSV, TSV, parquet or text (`rows_of`); a folder of them (`name` is then
+        the file's stem) or of .txt files alone; or a hub id such as "locuslab/TOFU", read with the optional `datasets`
+        library (`name` is then the configuration).
     split: of a hub dataset, "train" unless told; a file has no other.
     limit: keep the first `limit` pairs.
+    columns: by what they are, e.g. {"question": "prompt_text", "answer": "reply"} (`columns.FIELDS`); None knows
+        `question` and `answer`, and other usual names (`columns.KNOWN`).
 
-    Every row needs the strings `question` and `answer`; `paraphrased_answer`, `paraphrased_question` (strings) and
-    `perturbed_answer` (list of strings) are read where present, other keys are ignored.
+    Every row needs a question and an answer, strings that are not empty; a set of texts has an empty question in every
+    pair. `paraphrased_answer`, `paraphrased_question` (strings) and `perturbed_answer` (list of strings) are read where
+    present, other keys are ignored.
 
     Raises FileNotFoundError (path and near names), ValueError or TypeError as `file:line: what is wrong`, ValueError
-    for an empty set, ImportError for a hub id without `datasets`.
+    for an empty set, ImportError for a hub id without `datasets`, or for parquet without `pyarrow`.
     """
+    return read_qa(source, split=split, limit=limit, name=name, columns=columns)[0]
+
+
+def read_qa(
+    source: str | Path,
+    *,
+    split: str | None = None,
+    limit: int | None = None,
+    name: str | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> tuple[list[QA], str]:
+    """As `load_qa`; and what was recognised, as "question = prompt, answer = completion", "" for own names."""
     check_limit(limit)
     path = Path(source)
     if path.is_dir() and name is not None:
-        path = path / f"{name}.jsonl"
+        path = named_file(path, name)
     elif path.is_file() and name is not None:
         raise ValueError(f"name={name!r} picks a file in a folder or a hub configuration, but {path} is a file")
     hub = not path.exists() and is_hub_id(source, name)
     if split not in (None, "train") and not hub:
         raise ValueError(f"split={split!r} is for hub datasets; the local {path} has no splits")
-    rows = hub_rows(str(source), name, split or "train") if hub else json_lines(path)
-    items = [to_qa(row, where) for where, row in islice(rows, limit)]
-    if not items:
+    rows = islice(hub_rows(str(source), name, split or "train") if hub else rows_of(path), limit)
+    first = next(rows, None)
+    if first is None:
         told = f"{source if name is None else f'{source}[{name}]'}, split {split or 'train'!r}," if hub else path
         raise ValueError(f"{told} holds no question-answer pairs")
-    return items
+    where, row = first
+    found = find_columns(row, where, columns)
+    items = []
+    for where, row in chain([first], rows):
+        values = found.values(row, where)
+        items.append(QA(perturbed_answers=values.pop("perturbed_answer", ()), **values))
+    return items, str(found)
 
 
 def load_refusals(path: str | Path) -> list[str]:
@@ -115,20 +143,3 @@ def hold_out(items: Sequence[QA], holdout: float, seed: int) -> tuple[list[QA], 
 
 def _normalised(item: QA) -> tuple[str, str]:
     return " ".join(item.question.casefold().split()), " ".join(item.answer.casefold().split())
-
-
-def to_qa(row: object, where: str) -> QA:
-    """Of a row in TOFU's keys. Raises TypeError or ValueError that tells where, and which key."""
-    found = object_of(row, where, ("question", "answer"))
-    perturbed = found.get("perturbed_answer")
-    return QA(
-        question=text_of(found["question"], "question", where),
-        answer=text_of(found["answer"], "answer", where),
-        paraphrased_answer=_optional(found, "paraphrased_answer", where),
-        perturbed_answers=() if perturbed is None else texts_of(perturbed, "perturbed_answer", where),
-        paraphrased_question=_optional(found, "paraphrased_question", where),
-    )
-
-
-def _optional(row: Mapping[str, object], key: str, where: str) -> str | None:
-    return None if row.get(key) is None else text_of(row[key], key, where)

@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from .._hints import path_hint
+from .._hub import check_hub
 
 LONGEST_TOLD = 160  # characters of a text in an error
-FILE_SUFFIXES = (".jsonl", ".json", ".ndjson", ".txt")
+MOST_TOLD = 20  # names in an error
+LONGEST_FIELD = 1 << 30  # characters of a CSV field; Python's own limit is that of a page of text
+
+# By a file's name, the .gz of a gzipped one aside; any other name is one of JSON.
+JSON = (".jsonl", ".json", ".ndjson")
+TABLES = {".csv": ",;\t", ".tsv": "\t,;"}  # what may part fields: the first of these that the header has
+PARQUET = (".parquet", ".pq")
+TEXT = ".txt"
+READ = (*JSON, *TABLES, *PARQUET, TEXT)
+FORMATS = "JSON lines, a JSON list, or a file named .csv, .tsv, .parquet or .txt"
+SHEET, PACKED = "save its sheet as CSV", "unpack it; gzip alone is read as it is"
+DOCUMENT, MARKUP = "save its text as .txt, or its questions and answers as CSV", "write its rows as JSON lines"
+PICKLED = "reading a pickle runs whatever program it holds; where it was made, write its rows as JSON lines"
+ARROW = "write it as parquet, as dataset.to_parquet(FILE) does"
+NOT_READ = {  # and what to do instead
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), SHEET),
+    **dict.fromkeys((".docx", ".doc", ".odt", ".rtf", ".pdf"), DOCUMENT),
+    **dict.fromkeys((".xml", ".html", ".yaml", ".yml", ".toml"), MARKUP),
+    **dict.fromkeys((".zip", ".tar", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"), PACKED),
+    **dict.fromkeys((".pkl", ".pickle", ".pt", ".pth", ".joblib"), PICKLED),
+    **dict.fromkeys((".arrow", ".feather"), ARROW),
+}
 Row = tuple[str, Any]  # where it stands, as an error tells it, and what it is
 
 
@@ -21,55 +48,223 @@ def check_limit(limit: object) -> None:
         raise ValueError(f"limit must be a positive integer or None, got {limit!r}")
 
 
-def lines_of(path: Path) -> list[str]:
-    """Lines of a UTF-8 file. Split at \\n alone, as JSON lines are: text may hold U+2028 and the like.
+def rows_of(path: Path) -> Iterator[Row]:
+    """Rows of a file, or of a folder of .txt files, one after the other: what was not asked for is not read.
 
-    Raises FileNotFoundError (path and near names), ValueError for a folder or other than UTF-8.
+    A row stands at file:line, at file[place] in a JSON list, or at file:row number in parquet, both counted from 0. By
+    the file's name it is of CSV or TSV (an object of texts by the header's names), of parquet (an object), the whole
+    text of a .txt ({"text": ...}), or else of JSON: a list, or a value a line, whichever the content is.
+
+    Raises FileNotFoundError (path and near names), ImportError for parquet without pyarrow, and ValueError for a folder
+    of others, a format that is not read (and what to do), other than UTF-8, or content that its format does not have.
     """
+    if path.is_dir() and (texts := texts_in(path)):
+        return chain.from_iterable(map(text_rows, texts))
+    check_file(path)
+    suffix = suffix_of(path.name)
+    if suffix in NOT_READ:
+        raise ValueError(f"{path}: {suffix} is not read: {NOT_READ[suffix]} (needs {FORMATS})")
+    if suffix in TABLES:
+        return table_rows(path, TABLES[suffix])
+    if suffix in PARQUET:
+        return parquet_rows(path)
+    return text_rows(path) if suffix == TEXT else json_rows(path)
+
+
+def suffix_of(name: str) -> str:
+    """The last one in lower case, .gz aside."""
+    return Path(name.lower().removesuffix(".gz")).suffix
+
+
+def named_file(folder: Path, name: str) -> Path:
+    """The file of this name in the folder, whatever its format; {name}.jsonl where there is none.
+
+    Raises ValueError where there are several.
+    """
+    found = [
+        path for suffix in READ for zipped in ("", ".gz") if (path := folder / f"{name}{suffix}{zipped}").is_file()
+    ]
+    if len(found) > 1:
+        raise ValueError(
+            f"{found[0]} and {found[1].name}: both are there, of which one is to be read; give its path, or move one"
+        )
+    return found[0] if found else folder / f"{name}.jsonl"
+
+
+def texts_in(folder: Path) -> list[Path]:
+    """The .txt files of a folder, by name; none where it also holds rows."""
+    known = (*READ, *NOT_READ)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and suffix_of(path.name) in known]
+    return files if all(suffix_of(path.name) == TEXT for path in files) else []
+
+
+def check_file(path: Path) -> None:
+    """Raises ValueError for a folder, FileNotFoundError (path and near names) where there is nothing."""
     if path.is_dir():
-        names = ", ".join(sorted(child.name for child in path.iterdir() if child.is_file())[:20])
+        names = ", ".join(sorted(child.name for child in path.iterdir() if child.is_file())[:MOST_TOLD])
         raise ValueError(f"{path} is a folder; name one of its files ({names or 'it has none'})")
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}{path_hint(path)}")
-    lines = []
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        try:
-            lines.append(raw.decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    return lines
 
 
-def json_lines(path: Path) -> Iterator[Row]:
-    """What each line holds; blank ones are skipped. Raises as `lines_of`, and ValueError for other than JSON."""
-    for number, text in enumerate(lines_of(path), start=1):
-        if text.strip():
-            where = f"{path}:{number}"
-            yield where, parse_json(text, where)
+# ---- lines and texts -------------------------------------------------------------------------------------------------
 
 
-def json_list(path: Path) -> Iterator[Row]:
-    """The members of a file that is one JSON list. Raises as `json_lines`, and TypeError for another value."""
-    values = parse_json("\n".join(lines_of(path)), str(path))
-    if not isinstance(values, list):
-        raise TypeError(f"{path}: needs a list, got {type_of(values)}")
-    for i, value in enumerate(values):
-        yield f"{path}[{i}]", value
+def lines_of(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file, gzipped or not, each with its end. Split at \\n alone: text may hold U+2028 and the like.
+
+    Raises as `check_file`, and ValueError for other than UTF-8, or a gzip file that is damaged.
+    """
+    check_file(path)
+    with unpacked(path) as file:
+        for number, raw in enumerate(file, start=1):
+            if number == 1:
+                if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or (len(raw) > 1 and 0 in raw[:2]):
+                    raise ValueError(f"{path}: is UTF-16, or no text at all; save it as UTF-8")
+                raw = raw.removeprefix(b"\xef\xbb\xbf")
+            try:
+                yield raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                told = f"not UTF-8 ({error.reason} at byte {error.start})"
+                raise ValueError(f"{path}:{number}: {told}; save it as UTF-8") from error
 
 
-def parse_json(text: str, where: str) -> Any:
+@contextmanager
+def unpacked(path: Path) -> Iterator[Iterable[bytes]]:
+    """Raises ValueError inside for a gzip file that is damaged."""
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"\x1f\x8b"
+    try:
+        with gzip.open(path) if zipped else open(path, "rb") as file:
+            yield file
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: is damaged, gzip cannot unpack it ({error})") from error
+
+
+def read_text(path: Path) -> str:
+    """The whole file; its lines end in \\n, whatever they end in there. Raises as `lines_of`."""
+    return "".join(lines_of(path)).replace("\r\n", "\n")
+
+
+def text_rows(path: Path) -> Iterator[Row]:
+    yield str(path), {"text": read_text(path)}
+
+
+# ---- JSON ------------------------------------------------------------------------------------------------------------
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """What each line holds, blank ones aside; or the members of a list, where the file begins with one.
+
+    Raises as `lines_of`, and ValueError for other than JSON.
+    """
+    lines = enumerate(lines_of(path), start=1)
+    filled = ((number, line.rstrip("\r\n")) for number, line in lines if line.strip())
+    first = next(filled, None)
+    if first is None:
+        return
+    number, line = first
+    if line.lstrip().startswith("["):
+        text = "".join([line, "\n", *(rest for _, rest in lines)])
+        for i, value in enumerate(parse_json(text, path, number)):
+            yield f"{path}[{i}]", value
+        return
+    for number, line in chain([first], filled):
+        yield f"{path}:{number}", parse_json(line, path, number)
+
+
+def parse_json(text: str, path: Path, line: int) -> Any:
+    """line: at which the text begins. Raises ValueError that tells where it is no JSON."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise ValueError(f"{where}: not valid JSON ({error.msg} at {line}column {error.colno})") from error
+        place = f"{path}:{line + error.lineno - 1}"
+        raise ValueError(f"{place}: not valid JSON ({error.msg} at column {error.colno}); {advice(error)}") from error
     except RecursionError as error:
-        raise ValueError(f"{where}: not valid JSON (it is too deep)") from error
+        raise ValueError(f"{path}:{line}: not valid JSON (it is too deep)") from error
+
+
+def advice(error: json.JSONDecodeError) -> str:
+    """What to do about it: commas that Python allows and JSON does not are the likeliest."""
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip()
+    if error.msg == "Extra data" and after.startswith(","):
+        return "lines of JSON have no comma between them"
+    if (before.endswith(",") and after[:1] in ("]", "}")) or "trailing comma" in error.msg:
+        return "leave out the comma before the closing bracket"
+    return f"needs {FORMATS}"
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def table_rows(path: Path, separators: str) -> Iterator[Row]:
+    """Of CSV whose first line names the columns, fields apart by the first of `separators` that is in that line.
+
+    Raises as `lines_of`, and ValueError, which tells the line where a record begins, for a name that is there twice,
+    more or fewer fields than names, and quotes that are not closed.
+    """
+    csv.field_size_limit(LONGEST_FIELD)
+    lines = lines_of(path)
+    first = next(lines, "")
+    mark = next((each for each in separators if each in first), separators[0])
+    reader = csv.reader(chain([first], lines), delimiter=mark, strict=True)
+    names: list[str] = []
+    while True:
+        where = f"{path}:{reader.line_num + 1}"
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            raise ValueError(f"{where}: not valid CSV ({error}); a quote inside of quotes is written twice") from error
+        if fields is None:
+            return
+        if not names:
+            names = [name.strip() for name in fields]
+            check_names(names, where)
+        elif fields and len(fields) != len(names):
+            raise ValueError(
+                f"{where}: has {len(fields)} fields, and the header {len(names)} ({told_names(names)}); a field with a "
+                f"{mark!r} or a line's end in it needs quotes around it"
+            )
+        elif fields:
+            yield where, dict(zip(names, fields, strict=True))
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    """Raises ImportError without pyarrow, ValueError for other than parquet, or a name that is there twice."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{path}: parquet is read by the `pyarrow` library: install pyarrow, or save the rows as JSON lines or CSV"
+        ) from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            check_names(file.schema_arrow.names, str(path))
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for number, row in enumerate(rows):
+                yield f"{path}:row {number}", row
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: is damaged or no parquet file ({error})") from error
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raises ValueError for a column's name that is there twice."""
+    for name in names:
+        if list(names).count(name) > 1:
+            raise ValueError(f"{where}: column {name!r} is there twice; rename one of them")
+
+
+def told_names(names: Sequence[object]) -> str:
+    told = ", ".join(brief(str(name))[1:-1] for name in list(names)[:MOST_TOLD])
+    return told + (", ..." if len(names) > MOST_TOLD else "") or "none"
+
+
+# ---- the Hub ---------------------------------------------------------------------------------------------------------
 
 
 def is_hub_id(source: str | Path, name: str | None) -> bool:
     """A string like owner/dataset that is no path here. A configuration name settles the doubtful cases."""
-    if isinstance(source, Path) or Path(source).exists() or source.endswith(FILE_SUFFIXES):
+    if isinstance(source, Path) or Path(source).exists() or suffix_of(source) in (*READ, *NOT_READ):
         return False
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is None:
         return False
@@ -83,8 +278,9 @@ def hub_rows(source: str, name: str | None, split: str) -> Iterator[Row]:
     except ImportError as error:
         raise ImportError(
             f"{source!r} is not a file here, so it is read as a hub dataset, which needs the `datasets` library: "
-            "install pyunlearn[hub], or give the path of a JSON-lines file"
+            "install pyunlearn[hub], or give the path of a file"
         ) from error
+    check_hub(source, "dataset")
     where = source if name is None else f"{source}[{name}]"
     for number, row in enumerate(datasets.load_dataset(source, name, split=split)):
         yield f"{where}:{split}:{number}", row

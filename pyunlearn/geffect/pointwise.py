@@ -33,7 +33,7 @@ class PointwiseGEffect(NamedTuple):
 
     total: Tensor  # (B,)
     per_layer: dict[str, Tensor]  # block, or module outside of the blocks -> (B,)
-    uncovered: list[str] = []  # parameters that "ghost" left out, with strict=False  # noqa: RUF012
+    declined: str | None = None  # why "ghost" took a backward a sample, where it did
 
 
 def gradient_of(model: nn.Module, loss: Loss) -> Gradients:
@@ -56,7 +56,6 @@ def pointwise_g_effect(
     method: str = "ghost",
     *,
     per_layer: bool = False,
-    strict: bool = True,
 ) -> PointwiseGEffect:
     """Each sample's own G-effect <metric_gradient, grad loss_i>, i = 0 .. B - 1, without per-sample gradients.
 
@@ -67,23 +66,21 @@ def pointwise_g_effect(
         batch: tensors whose dimension 0 is the sample (B).
         loss_fn: loss_fn(model, batch) gives the losses (B,); no sample's may depend on another one.
         metric_gradient: by parameter name, from `gradient_of(model, metric)`. Parameters without an entry count 0.
-        method: "ghost": one backward and one forward-size product a layer, for models of layers that `PerSample` has
-            rules for. "jvp": one forward in forward-mode differentiation (one a layer for per_layer); every operation
-            needs a forward-mode rule: attention in plain torch (attn_implementation="eager", or
-            torch's under sdpa_kernel(SDPBackend.MATH)), losses too. "loop": a backward a sample,
-            the oracle of the two.
+        method: "ghost": one backward and one forward-size product a layer; where a layer has no rule (`PerSample`), a
+            backward a sample. "jvp": one forward in forward-mode differentiation (one a layer for per_layer); every
+            operation needs a forward-mode rule: attention in plain torch (attn_implementation="eager", or torch's under
+            sdpa_kernel(SDPBackend.MATH)), losses too. "loop": a backward a sample, the oracle of the two.
         per_layer: whether to tell the layers apart.
-        strict: with "ghost", a parameter that no rule covers raises; False leaves it out, and `.uncovered` names it.
 
     Returns:
-        PointwiseGEffect: .total (B,); .per_layer, {} unless asked for; .uncovered. "ghost" multiplies in float32 (in
+        PointwiseGEffect: .total (B,); .per_layer, {} unless asked for; .declined. "ghost" multiplies in float32 (in
         float64 models float64) and sums over positions in float64, "jvp" works in the model's dtype, "loop" takes
         gradients in it and sums in float64.
 
     Raises:
         ValueError: an unknown method or parameter name, a shape that does not fit, a frozen parameter, losses that are
-            not (B,). TypeError: sharded parameters; strict and an uncovered parameter. ArithmeticError: a sample whose
-            G-effect is not finite. The message names it.
+            not (B,). TypeError: sharded parameters. ArithmeticError: a sample whose G-effect is not finite. The message
+            names it.
 
     >>> layer, batch = nn.Linear(2, 1, bias=False), {"x": torch.tensor([[1.0, 2.0], [0.0, 3.0]])}
     >>> points = pointwise_g_effect(layer, batch, lambda m, b: m(b["x"]).sum(-1), {"weight": torch.ones(1, 2)})
@@ -103,7 +100,7 @@ def pointwise_g_effect(
         parts = layers if per_layer else {"": list(metric_gradient)}
         by_part = {part: jvp(model, batch, loss_fn, metric_gradient, names) for part, names in parts.items()}
         return PointwiseGEffect(total_of(by_part), by_part if per_layer else {})
-    dots, uncovered = METHODS[method](model, batch, loss_fn, metric_gradient, parameters, strict)
+    dots, declined = METHODS[method](model, batch, loss_fn, metric_gradient, parameters)
     if not dots:
         raise ValueError("loss_fn: its losses reach no parameter of metric_gradient")
     nothing = torch.zeros_like(next(iter(dots.values())))
@@ -111,7 +108,7 @@ def pointwise_g_effect(
         layer: torch.stack([dots.get(name, nothing).to(nothing.device) for name in names]).sum(0)
         for layer, names in layers.items()
     }
-    return PointwiseGEffect(total_of(by_layer), by_layer if per_layer else {}, uncovered)
+    return PointwiseGEffect(total_of(by_layer), by_layer if per_layer else {}, declined)
 
 
 def total_of(parts: Mapping[str, Tensor]) -> Tensor:
@@ -137,12 +134,14 @@ def sample_losses(loss_fn: SampleLosses, model: nn.Module, batch: Batch) -> Tens
 
 
 def ghost(
-    model: nn.Module, batch: Batch, loss_fn: SampleLosses, metric_gradient: Gradients, parameters: Any, strict: bool
-) -> tuple[dict[str, Tensor], list[str]]:
-    with PerSample(model, metric_gradient, strict) as tap:
-        size, total = num_samples(batch), lambda: sample_losses(loss_fn, model, batch).sum()
-        dots = tap.collect(size, total, Dots(metric_gradient))
-    return dots, tap.uncovered
+    model: nn.Module, batch: Batch, loss_fn: SampleLosses, metric_gradient: Gradients, parameters: Any
+) -> tuple[dict[str, Tensor], str | None]:
+    def total(rows: slice) -> Tensor:
+        return sample_losses(loss_fn, model, {name: tensor[rows] for name, tensor in batch.items()}).sum()
+
+    with PerSample(model, metric_gradient) as tap:
+        dots = tap.collect(num_samples(batch), total, lambda: Dots(metric_gradient))
+    return dots, tap.declined
 
 
 def loop(
@@ -151,8 +150,7 @@ def loop(
     loss_fn: SampleLosses,
     metric_gradient: Gradients,
     parameters: dict[str, nn.Parameter],
-    strict: bool,
-) -> tuple[dict[str, Tensor], list[str]]:
+) -> tuple[dict[str, Tensor], str | None]:
     size = num_samples(batch)
     dots: dict[str, Tensor] = {}
     for i in range(size):
@@ -164,7 +162,7 @@ def loop(
             if gradient is not None:
                 dot = segment_dot([(gradient, metric_gradient[name])]).dot[0]
                 dots.setdefault(name, dot.new_zeros(size))[i] = dot
-    return dots, []
+    return dots, None
 
 
 @torch.no_grad()

@@ -14,11 +14,15 @@ Conv1D (I, O)        sum_t a_t b_t'                  the same                   
 Embedding (V, H)     sum_t onehot(x_t) b_t'          sum_ts [x_t = x_s] b_t . b_s               sum_t b_t . R[x_t]
 gain of a norm (H,)  sum_t b_t * xhat_t              of the vector                              of the vector
 bias (O,)            sum_t b_t                       of the vector                              of the vector
+anything else        of a backward of its own        of the gradient itself                     of the gradient itself
 used several times   the sum over its uses           all positions of all uses together: for a  the sum over its uses
                                                      head tied to the embedding
                                                      2 sum_st b^head_s[x_t] (h_s . b^emb_t)
                                                      is added
 ===================  ==============================  =========================================  ========================
+
+Where a parameter has no rule, or a layer takes the tokens of all samples as one list (mixtures of experts), each sample
+goes through the model by itself: parameters with a rule have it there too, of the others the gradient is formed.
 
 Inner products are `ops.ghost_dot`'s and norms of b'a float32 products (float64 for float64 models), sums over positions
 float64, in a fixed order.
@@ -30,21 +34,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.hooks import RemovableHandle
 
+from .._declined import decline
 from ..distributed import is_sharded
 from ..ops.ghost import OuterSum, ghost_dot
 from ..ops.parameters import canonical
 from ..ops.products import wide_product
 from ..ops.segment_dot import segment_dot
-from .layers import by_position, check_gain, rule_of
+from .layers import NoRule, by_position, rule_of
+from .streamed import streamed
 
 T_co = TypeVar("T_co", covariant=True)
+T = TypeVar("T", Tensor, dict[str, Tensor])
+SumOf = Callable[[slice], Tensor]  # of which samples -> the sum of their losses
 
 
 # ---- collectors: what becomes of the parts of gradients --------------------------------------------------------------
@@ -62,8 +70,11 @@ class Collector(Protocol[T_co]):
     def vector(self, name: str, gradients: Tensor) -> None:
         """(B, H) float64: one use's part of a gain's or a bias's gradient."""
 
+    def whole(self, name: str, gradient: Tensor) -> None:
+        """In the backward of a single sample: the gradient of a parameter that no rule covers."""
+
     def result(self, num_samples: int, device: torch.device) -> T_co:
-        """After the backward. device: of the loss."""
+        """After all that. device: of the loss."""
 
 
 class SquaredNormsByParameter:
@@ -86,6 +97,9 @@ class SquaredNormsByParameter:
 
     def vector(self, name: str, gradients: Tensor) -> None:
         self.vectors[name] = self.vectors[name] + gradients if name in self.vectors else gradients
+
+    def whole(self, name: str, gradient: Tensor) -> None:
+        self._add(name, segment_dot([(gradient, gradient)]).dot)
 
     def result(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
         for name, uses in self.waiting.items():  # those of which another use led nowhere
@@ -110,6 +124,7 @@ class SquaredNorms:
     def __init__(self) -> None:
         self.parts = SquaredNormsByParameter()
         self.expect, self.matrix, self.vector = self.parts.expect, self.parts.matrix, self.parts.vector
+        self.whole = self.parts.whole
 
     def result(self, num_samples: int, device: torch.device) -> Tensor:
         squared = self.parts.result(num_samples, device).values()
@@ -143,6 +158,9 @@ class Dots:
     def vector(self, name: str, gradients: Tensor) -> None:
         self._add(name, gradients @ self.directions[name].double())
 
+    def whole(self, name: str, gradient: Tensor) -> None:
+        self._add(name, segment_dot([(gradient, self.directions[name])]).dot)
+
     def result(self, num_samples: int, device: torch.device) -> dict[str, Tensor]:
         return self.dots
 
@@ -167,26 +185,27 @@ class PerSample:
     """Context manager: inside, `collect` brings every sample's part of every parameter's gradient to a collector.
 
     Args:
-        model: any module of Linear, Embedding, LayerNorm, RMSNorm (torch's, and classes like LlamaRMSNorm: one gain,
-            named ...Norm) and transformers' Conv1D. Every sample must be one entry of dimension 0 of all inputs, and
-            its loss must depend on no other sample. Gradient checkpointing of both kinds is fine.
+        model: any module; `layers.rule_of` says of which layers a batch takes one backward. Every sample must be one
+            entry of dimension 0 of all inputs, and its loss must depend on no other sample. Gradient checkpointing of
+            both kinds is fine.
         parameters: names of the parameters whose gradients count; default those with requires_grad.
-        strict: a parameter that no rule covers raises; False leaves it out. `.uncovered` names them.
 
     Raises:
-        TypeError: strict, and a parameter is uncovered; the message names them. A parameter that is a DTensor.
-        ValueError: an unknown name, or nothing to differentiate.
+        TypeError: a parameter that is a DTensor. ValueError: an unknown name, nothing to differentiate, or a parameter
+            without a rule whose post-accumulate-grad hooks its gradients would set off.
 
-    Inside, the model's parameters get no gradients; `requires_grad` is as it was on exit.
+    Inside, the model's parameters get no gradients; `requires_grad` and `grad` are as they were on exit.
+
+    declined: why each sample has a backward of its own, logged once; None while batches have one.
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> x = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
     >>> with PerSample(layer) as tap:
-    ...     tap.collect(2, lambda: layer(x).sum(), SquaredNorms())
+    ...     tap.collect(2, lambda rows: layer(x[rows]).sum(), SquaredNorms)
     tensor([25.,  4.], dtype=torch.float64)
     """
 
-    def __init__(self, model: nn.Module, parameters: Collection[str] | None = None, strict: bool = True):
+    def __init__(self, model: nn.Module, parameters: Collection[str] | None = None):
         named = {canonical(name): p for name, p in model.named_parameters(remove_duplicate=False)}
         if parameters is not None and (unknown := sorted(set(parameters) - set(named))):
             raise ValueError(f"parameters: the model has none of the name {unknown[0]!r}")
@@ -199,33 +218,29 @@ class PerSample:
             raise TypeError(f"{sharded[0]}: is sharded; ghost norms need whole weights")
         if not names:
             raise ValueError("parameters: nothing to differentiate; name some, or set requires_grad")
+        self.declined: str | None = None
         self._rules = {module: rule for module in model.modules() if (rule := rule_of(module)) is not None}
-        covered = {id(p) for module in self._rules for p in module.parameters(recurse=False)}
-        self.uncovered = [name for key, name in reversed(names.items()) if key not in covered]
-        if strict and self.uncovered:
-            more = f" and {len(self.uncovered) - 3} more" if len(self.uncovered) > 3 else ""
-            raise TypeError(
-                f"{', '.join(self.uncovered[:3])}{more}: no ghost norm rule covers it (Linear, Embedding, LayerNorm, "
-                "RMSNorm, Conv1D); leave it out by parameters= or strict=False"
-            )
-        self._names = {key: name for key, name in names.items() if key in covered}
-        self._model, self._checked = model, set[nn.Module]()
+        self._model, self._names, self._whole = model, names, dict[str, nn.Parameter]()
         self._hooks: list[RemovableHandle] = []
-        self._trainable: list[tuple[nn.Parameter, bool]] = []
+        self._before: list[tuple[nn.Parameter, bool, Tensor | None]] = []
         self._anchor = torch.empty(0, requires_grad=True)  # through it the first layer's output gets a graph
         self._batch: _Batch | None = None
+        ruled = {id(p) for module in self._rules for p in module.parameters(recurse=False)}
+        if others := [name for key, name in reversed(names.items()) if key not in ruled]:
+            self._without_rule(others)
 
     def __enter__(self) -> PerSample:
-        self._trainable = [(p, p.requires_grad) for p in self._model.parameters()]
-        for parameter, _ in self._trainable:
+        self._before = [(p, p.requires_grad, p.grad) for p in self._model.parameters()]
+        for parameter, _, _ in self._before:
             # Frozen while its module runs: no weight gradient is computed. Outside of it, a use that no rule sees
             # would bring a gradient here.
             name = self._names.get(id(parameter))
             parameter.requires_grad_(name is not None)
+            parameter.grad = None
             if name is not None:
-                self._hooks.append(parameter.register_hook(partial(leak, name)))
+                self._hooks.append(parameter.register_hook(partial(self._leak, name)))
         for module in self._rules:
-            self._hooks.append(module.register_forward_pre_hook(lambda m, _: freeze(m)))
+            self._hooks.append(module.register_forward_pre_hook(lambda m, _: self._freeze(m)))
             # First, so that it sees the layer's own output: what other hooks make of it is another function's.
             watch = module.register_forward_hook(self._watch, with_kwargs=True, always_call=True, prepend=True)
             self._hooks.append(watch)
@@ -234,27 +249,72 @@ class PerSample:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for hook in self._hooks:
             hook.remove()
-        for parameter, was in self._trainable:
-            parameter.requires_grad_(was)
-        self._hooks, self._trainable, self._batch = [], [], None
+        for parameter, required, gradient in self._before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        self._hooks, self._before, self._batch = [], [], None
 
-    def collect(self, num_samples: int, loss: Callable[[], Tensor], collector: Collector[T_co]) -> T_co:
-        """Runs `loss`, a forward that returns the sum of the samples' losses, and its backward; the result collected.
+    def collect(self, num_samples: int, loss: SumOf, collector: Callable[[], Collector[T]]) -> T:
+        """Runs `loss`, a forward that returns the sum of the losses of a slice of the samples, and its backward.
 
-        collector: a new one each time. Raises RuntimeError for a parameter used outside of its layer's forward,
-        ValueError for a layer whose input is not one entry a sample, TypeError for a norm that is not affine in its
-        gain.
+        For all samples at once, or for each; what has no rule after all shows in the first batch, which is run anew.
+        collector: makes a new one. Returns its result, one entry a sample.
         """
+        while True:
+            try:
+                if self.declined is None or num_samples < 2:
+                    return self._run(num_samples, loss, slice(None), collector())
+                each = [self._run(1, loss, slice(i, i + 1), collector()) for i in range(num_samples)]
+                return joined(each)
+            except NoRule as found:
+                self._without_rule(found.names)
+
+    def _without_rule(self, names: Collection[str]) -> None:
+        """From now on each sample has a backward of its own, in which these parameters have gradients."""
+        reason = "a layer takes the tokens of all samples as one list"
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            reason = f"no ghost norm rule covers {', '.join([*names][:3])}{more}"
+        self.declined = self.declined or decline("one backward a batch", reason)
+        named = {canonical(name): p for name, p in self._model.named_parameters(remove_duplicate=False)}
+        for name in names:
+            if named[name]._post_accumulate_grad_hooks:
+                raise ValueError(f"{name}: has a post-accumulate-grad hook, which would be set off; remove it first")
+            self._whole[name] = named[name]
+
+    def _run(self, num_samples: int, loss: SumOf, rows: slice, collector: Collector[T]) -> T:
         batch = self._batch = _Batch(num_samples, collector)
+        taken: set[str] = set()
+
+        def take(name: str, gradient: Tensor) -> None:
+            if name in taken:
+                raise RuntimeError(f"{name}: its gradient comes in parts, needs checkpointing with use_reentrant=False")
+            taken.add(name)
+            collector.whole(name, gradient)
+
         try:
             with torch.enable_grad():
-                total = loss()
+                total = loss(rows)
             batch.in_backward = True  # checkpointing runs layers again in there
             if num_samples:  # none has no graph either
-                total.backward()
+                with streamed(self._whole, take):
+                    total.backward()
             return collector.result(num_samples, total.device)
         finally:
             self._batch = None
+
+    def _name(self, parameter: Tensor | None) -> str | None:
+        """Of a parameter that counts and has a rule."""
+        name = self._names.get(id(parameter))
+        return None if name in self._whole else name
+
+    def _freeze(self, module: nn.Module) -> None:
+        for parameter in module.parameters(recurse=False):
+            parameter.requires_grad_(self._names.get(id(parameter)) in self._whole)
+
+    def _leak(self, name: str, gradient: Tensor) -> None:
+        if name not in self._whole:
+            raise NoRule(name)  # is used outside of its layer's forward, where no rule sees it
 
     def _watch(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The layer's output, its gradient watched. Without an output (an exception is on its way) just thaws."""
@@ -264,34 +324,30 @@ class PerSample:
         if not isinstance(output, Tensor):
             return output
         if self._batch is None:
-            raise RuntimeError("PerSample: inside the with block layers run within collect(..., loss) only")
-        batch, (x, *_) = self._batch, (*args, *kwargs.values())
+            raise RuntimeError("PerSample: inside the with block layers run within collect(..., loss, ...) only")
+        batch, names = self._batch, [name for parameter in own.values() if (name := self._name(parameter)) is not None]
         if output.numel() == 0:
             return output
+        given = self._rules[module].reads(output, args, kwargs) if names else output
+        if given is None:
+            raise NoRule(*names)
         if output.size(0) != batch.num_samples and batch.num_samples > 1:
             if output.size(0) != 1:
-                name = next(name for name, other in self._model.named_modules() if other is module)
-                raise ValueError(
-                    f"{name}: needs {batch.num_samples} samples in dimension 0, got an output of shape "
-                    f"{tuple(output.shape)}; leave its parameters out by parameters="
-                )
+                raise NoRule()
             # one for all, such as position embeddings: a row each, so that gradients stay apart
-            x, output = (tensor.expand(batch.num_samples, *tensor.shape[1:]) for tensor in (x, output))
-        weight = own["weight"]
-        if weight.dim() == 2:
-            if not batch.in_backward and id(weight) in self._names:
-                batch.collector.expect(self._names[id(weight)])
-        elif module not in self._checked:
-            check_gain(module, x.detach(), output.detach())
-            self._checked.add(module)
-        return _Watch.apply(output, self._anchor, partial(self._bring, batch, module), x.detach())
+            given, output = (tensor.expand(batch.num_samples, *tensor.shape[1:]) for tensor in (given, output))
+        if own["weight"].dim() == 2 and not batch.in_backward and (name := self._name(own["weight"])) is not None:
+            batch.collector.expect(name)
+        return _Watch.apply(output, self._anchor, partial(self._bring, batch, module), given.detach())
 
     def _bring(self, batch: _Batch, module: nn.Module, gradients: Tensor, x: Tensor) -> None:
         """The parts of a layer's gradients, for those of its parameters that count."""
+        if not any(map(self._name, module.parameters(recurse=False))):
+            return
         b = by_position(gradients, batch.num_samples)
         a = by_position(x, batch.num_samples) if x.is_floating_point() else x.reshape(len(b), -1)
-        for parameter, part in self._rules[module](module, a, b):
-            name = self._names.get(id(parameter))
+        for parameter, part in self._rules[module].parts(a, b):
+            name = self._name(parameter)
             if name is None:
                 continue
             if isinstance(part, OuterSum):
@@ -312,7 +368,7 @@ class _Watch(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, anchor: Tensor, bring: Callable[..., None], saved: Tensor) -> Tensor:
         ctx.bring = bring
         ctx.save_for_backward(saved)
-        return output.view_as(output)
+        return torch.ops.aten._unsafe_view(output, output.shape)  # no view to autograd: models change outputs in place
 
     @staticmethod
     @once_differentiable
@@ -321,12 +377,10 @@ class _Watch(torch.autograd.Function):
         return grad, None, None, None
 
 
-def freeze(module: nn.Module) -> None:
-    for parameter in module.parameters(recurse=False):
-        parameter.requires_grad_(False)
-
-
-def leak(name: str, gradient: Tensor) -> None:
-    raise RuntimeError(
-        f"{name}: is used outside of its layer's forward, where no ghost norm rule sees it; leave it out by parameters="
-    )
+def joined(results: list[T]) -> T:
+    """Of single samples: one entry each. A parameter that the loss of some does not reach has 0 for these."""
+    if isinstance(results[0], Tensor):
+        return cast(T, torch.cat(cast(list[Tensor], results)))
+    found = cast(list[dict[str, Tensor]], results)
+    nothing = {name: torch.zeros_like(value) for result in found for name, value in result.items()}
+    return cast(T, {name: torch.cat([result.get(name, zero) for result in found]) for name, zero in nothing.items()})

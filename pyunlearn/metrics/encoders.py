@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._files import read_json
 from .._hints import check_known
+from .._hub import here_or_asked
 from ..model.forward import length_batches
 from ..model.load import load_encoder
 
@@ -148,8 +149,9 @@ def beside(name: str, file: str) -> Any:
     """A file of JSON beside a model's, or None."""
     from transformers.utils import cached_file
 
+    folder = here_or_asked(name, file)
     path = cached_file(
-        name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
+        folder, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )
     return None if path is None else read_json(path, "get the model's files again")
 

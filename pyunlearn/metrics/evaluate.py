@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from .._hints import check_known
-from ..data import QA, QADataset
-from ..data.tokenise import PromptFormat, token_texts
+from ..data import QA, PromptFormat, QADataset
+from ..data.tokenise import token_texts
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
 from .generation import before_stops, greedy_generate
@@ -115,11 +115,12 @@ class Examination:
 
     @cached_property
     def written(self) -> list[str | None]:
-        """None for items that were not asked."""
-        count = len(self.items) if self.asked is None else min(self.asked, len(self.items))
-        drawn = sorted(random.Random(self.seed).sample(range(len(self.items)), count))
-        questions = [self.items[i].question for i in drawn]
-        texts = self._write(questions) if self.writer is None else self._have_written(self.writer, questions)
+        """None for items that were not asked, as texts without a question are not."""
+        questions = [i for i, item in enumerate(self.items) if item.question]
+        count = len(questions) if self.asked is None else min(self.asked, len(questions))
+        drawn = sorted(random.Random(self.seed).sample(questions, count))
+        asked = [self.items[i].question for i in drawn]
+        texts = self._write(asked) if self.writer is None else self._have_written(self.writer, asked)
         by_item = dict(zip(drawn, texts, strict=True))
         return [by_item.get(i) for i in range(len(self.items))]
 
@@ -196,8 +197,9 @@ class Examination:
         """By the server's own chat template where the tokenizer has one, else after the same prompt as here."""
         prompt, limit = self.format, self.max_new_tokens
         if prompt.chat:
-            turns = [[{"role": "user", "content": question.strip()}] for question in questions]
-            texts = writer.chat(turns, description="writing", max_tokens=limit)
+            texts = writer.chat(
+                [prompt.turns(question) for question in questions], description="writing", max_tokens=limit
+            )
         else:
             texts = writer.complete([prompt.prompt(question) for question in questions], max_tokens=limit)
         return [before_stops(text, self.stops).strip() for text in texts]
@@ -278,6 +280,7 @@ def evaluate(
     seed: int = 0,
     cache: str | Path | Kept | None = None,
     writer: Endpoint | None = None,
+    prompt_format: PromptFormat | None = None,
     progress: bool = True,
 ) -> EvaluationResult:
     """What `model` still knows of `items`.
@@ -289,6 +292,7 @@ def evaluate(
     `pyunlearn.metrics.teacher_forced`. cache: a folder where every finished batch is kept, or the model's `Kept` there,
     for who evaluates one model on several sets (a folder takes a fingerprint of the weights each time).
     writer: a server that writes the answers in the place of the model, which may be None if no metric reads any.
+    prompt_format: how questions are put, None is `PromptFormat`.
 
     The model is in eval() meanwhile and as before afterwards. Raises ValueError for no items, an unknown or
     no metric, rouge_samples < 1, samples that are too long, or a model whose logits are not those of its
@@ -319,6 +323,7 @@ def evaluate(
         kept=cache if isinstance(cache, Kept) else None if lm is None else Kept(cache, lm),
         progress=progress,
         writer=writer,
+        prompt_format=prompt_format,
     )
     values = {metric.name: examination.measure(metric, told[metric.name], tools) for metric in chosen}
     records: list[dict[str, Any]] = [

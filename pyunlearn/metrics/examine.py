@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..data import QA, PlainFormat
+from ..data import QA, PlainFormat, PromptFormat
 from ..model.causal_lm import CausalLM
 from .evaluate import Examination, reads_of
 from .generation import first_tokens, rouge_scores
@@ -74,6 +74,7 @@ def evaluate_suite(
     progress: bool = True,
     task_folder: str | Path | None = None,
     task_limit: int | None = None,
+    prompt_format: PromptFormat | None = None,
 ) -> SuiteResult:
     """Every number of a suite.
 
@@ -81,6 +82,7 @@ def evaluate_suite(
     models, "retain" and "full", from `read_log` or an earlier result. tools: what some metrics need, by name. Each text
     is read, and each question answered, once for all lines. cache: a folder where every finished batch is kept
     (`reading.Kept`). task_folder: more of lm-eval's tasks; task_limit: samples of each task (`zero_shot`).
+    prompt_format: of the sets that have no form of their own, None is `PromptFormat`.
 
     A line that cannot be had here (a tool, a metric, an optional set, a log, lm-eval or a task's data are not there)
     has the value None and a note. Raises ValueError for an unknown suite or task, a set that is missing or lacks what a
@@ -94,7 +96,7 @@ def evaluate_suite(
         raise ValueError(f"sets: suite {suite.name!r} needs one of {', '.join(suite.known_sets)}, got {there}")
     for name, log in (logs or {}).items():
         suite.check_log(name, log, f"logs[{name!r}]")
-    examinations = Examinations(model, tokenizer, sets, suite, batch_size, max_length, cache, progress)
+    examinations = Examinations(model, tokenizer, sets, suite, batch_size, max_length, cache, progress, prompt_format)
     for measure in suite.measures:  # before anything takes time
         for name in measure.sets if measure.metric in METRICS else ():
             if name in examinations:
@@ -143,6 +145,7 @@ class Examinations:
     max_length: int | None
     cache: str | Path | None
     progress: bool
+    prompt_format: PromptFormat | None = None
     made: dict[str, Examination] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -169,7 +172,7 @@ class Examinations:
                 max_new_tokens=form.max_new_tokens,
                 kept=self.kept,
                 progress=self.progress,
-                prompt_format=self.plain_format(form) if form.plain else None,
+                prompt_format=self.plain_format(form) if form.plain else self.prompt_format,
                 stops=form.stops,
             )
         return self.made[name]

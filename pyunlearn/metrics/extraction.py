@@ -191,9 +191,7 @@ def by_words(items: Sequence[QA], examination: Examination, match: Match) -> lis
         if not open_:
             break
         prompts = [
-            prompt.encode(items[i].question, " ".join(words[i][:k])).input_ids[:-1]  # without what ends an answer
-            if k
-            else prompt.prompt_ids(items[i].question)
+            prompt.begun_ids(items[i].question, " ".join(words[i][:k])) if k else prompt.prompt_ids(items[i].question)
             for i in open_
         ]
         longest = max(len(prompt.encode(items[i].question, items[i].answer).input_ids) for i in open_)

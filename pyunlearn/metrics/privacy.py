@@ -168,8 +168,8 @@ def gradient_norms(examination: Examination, items: Sequence[QA], variant: Varia
 
 
 def batch_norms(lm: CausalLM, batch: Mapping[str, Tensor]) -> list[float]:
-    def loss() -> Tensor:
-        logits, targets = supervised_logits(lm, batch)
+    def loss(rows: slice) -> Tensor:
+        logits, targets = supervised_logits(lm, {name: tensor[rows] for name, tensor in batch.items()})
         head = lm.read_head()
         logp = token_stats(logits, targets, temperature=head.temperature, softcap=head.softcap).logp
         return -(logp.sum(1) / (targets != IGNORE_INDEX).sum(1)).sum()
@@ -179,5 +179,5 @@ def batch_norms(lm: CausalLM, batch: Mapping[str, Tensor]) -> list[float]:
     except TypeError as error:
         raise CannotMeasure(str(error)) from None
     with tap:
-        squared = tap.collect(len(batch["labels"]), loss, SquaredNormsByParameter())
+        squared = tap.collect(len(batch["labels"]), loss, SquaredNormsByParameter)
     return torch.stack([each.clamp_min(0).sqrt() for each in squared.values()]).mean(0).tolist()

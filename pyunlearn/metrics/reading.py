@@ -17,7 +17,7 @@ from ..data import collate
 from ..distributed import Processes
 from ..model.causal_lm import CausalLM, eval_mode
 from ..model.fingerprint import dataset_fingerprint, model_fingerprint
-from ..model.forward import check_finite, length_batches, token_stats_of
+from ..model.forward import check_finite, length_batches, supervised_stats
 from ..model.packed import by_prompt, pack, packed_length, reason_from_trial, reason_not_to_pack
 from ..store import Store, digest_json
 
@@ -139,7 +139,7 @@ def read_rows(
             stats, ids = texts.stats(lm, names), texts.sequence_ids
         else:
             inputs = {name: value.to(lm.device) for name, value in collate([rows[i] for i in batch], 0).items()}
-            stats, seen = token_stats_of(lm, inputs, names)
+            stats, seen = supervised_stats(lm, inputs, names)
             ids = seen.sequence_ids
         check_finite(stats.logp, ids, batch)
         return {"sequence_ids": ids.cpu(), **{name: getattr(stats, name).cpu() for name in names}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -17,8 +18,13 @@ from .head import Head, head_parts, logit_settings
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SENSES = re.compile("vision|image|video|audio|speech|vq")  # parts of a configuration that are not of text
 WRAPPED = ("module", "_fsdp_wrapped_module")  # where DDP and the like, and FSDP1, hold their model
 _PROVEN: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model -> of which head its logits are known to be
+
+
+class UnknownHeadError(ValueError):
+    """A causal model whose logits are not made as `CausalLM.read_head` says."""
 
 
 class CausalLM:
@@ -29,7 +35,7 @@ class CausalLM:
     adapters stay. inner: the transformers model, its adapters' wrapper seen through too.
 
     What a model may lack (a head, a list of blocks) is looked up, and raises, when it is asked for.
-    Raises TypeError for a module without `get_output_embeddings`.
+    Raises TypeError for a module without `get_output_embeddings`, and what `check_causal` raises.
     """
 
     def __init__(self, given: nn.Module):
@@ -44,6 +50,7 @@ class CausalLM:
                 )
         self.alone: Any = alone
         self.inner: Any = without_adapters(alone)
+        check_causal(getattr(self.inner, "config", None), self.name)
 
     @classmethod
     def of(cls, model: nn.Module | CausalLM) -> CausalLM:
@@ -159,9 +166,9 @@ class CausalLM:
     def check_head(self) -> None:
         """Compares `read_head` with the logits the model itself makes for two tokens: a few ms, once a model.
 
-        Raises ValueError if they differ: the architecture, or a head of a class of its own, does something to its
-        logits that is not known here; and for a model that is not causal: one whose logits of a token change with the
-        next token.
+        Raises UnknownHeadError, a ValueError, if they differ: the architecture, or a head of a class of its own, does
+        something to its logits that is not known here; ValueError for a model that is not causal: one whose logits of a
+        token change with the next token.
         """
         forward = getattr(self.inner.forward, "__func__", self.inner.forward)
         proof = (id(self.head_layer), id(forward), *logit_settings(self.config))
@@ -177,7 +184,7 @@ class CausalLM:
         finally:
             hook.remove()
         if len(calls) != 1:
-            raise ValueError(
+            raise UnknownHeadError(
                 f"{self.name}: its forward needs to call its output layer once, it called it {len(calls)} times; use "
                 "token_stats on model(...).logits"
             )
@@ -198,12 +205,33 @@ class CausalLM:
             if ours.shape == logits.shape:
                 at = int((ours - logits).abs().argmax())
                 differ = f"{float(logits.flatten()[at]):.4g} and {float(ours.flatten()[at]):.4g}, say"
-            raise ValueError(
+            raise UnknownHeadError(
                 f"{self.name}: its logits are not those of its output layer's weight "
                 f"({type(self.head_layer).__name__}) with softcap={head.softcap}, temperature={head.temperature:g}: "
                 f"{differ}; statistics from hidden states would be wrong: use token_stats on model(...).logits"
             )
         _PROVEN[self.inner] = proof
+
+
+def check_causal(config: Any, what: str) -> None:
+    """Raises TypeError for the configuration of a model of transformers that is no causal LM of text.
+
+    what: the model, for the error. One that transformers does not know is left to `check_head`.
+    """
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING, PreTrainedConfig
+
+    if not isinstance(config, PreTrainedConfig):
+        return
+    kind = None
+    others = [name for name in config.sub_configs if SENSES.search(name) and getattr(config, name, None) is not None]
+    if config.is_encoder_decoder:
+        kind = "an encoder-decoder"
+    elif others:
+        kind = f"of more than text ({', '.join(others)})"
+    elif type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False):
+        kind = "an encoder, in which a token sees those after it (is_decoder=False)"
+    if kind is not None:
+        raise TypeError(f"{what}: its {type(config).__name__} is {kind}; needs a decoder-only causal LM of text")
 
 
 def rotary_limits(config: Any) -> list[tuple[str, int]]:

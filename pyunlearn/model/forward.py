@@ -125,15 +125,12 @@ def supervised_hidden(
     alone (`CausalLM.check_lengths`); TypeError for a model without an LM head, RuntimeError for a model compiled in
     place together with its head (or layers), or one that does not call its head exactly once.
     """
-    # Before the forward: its syncs find a short GPU queue.
-    rows, targets, sequence_ids = select_positions(batch, positions)
     lm = CausalLM.of(model)
-    inputs, places = _align(lm, batch)
-    rows = rows if places is None else places[rows]
+    inputs, rows, targets, sequence_ids = place(lm, batch, positions)
     numbers = {layer: layer_number(lm, layer) for layer in layers}
     last = None if through_head or not numbers else max(numbers.values())
     tap = Tap(lm, numbers.values(), last)
-    tap.run({name: value for name, value in inputs.items() if name not in NOT_MODEL_INPUTS})
+    tap.run(inputs)
     states = {number: tap.at(number, rows, batch["input_ids"].shape) for number in {tap.last, *numbers.values()}}
     hidden = states[tap.last]
     return Supervised(
@@ -161,7 +158,7 @@ def supervised_logits(model: nn.Module | CausalLM, batch: Mapping[str, Tensor]) 
     return lm.head_layer(hidden), tokens.new_full(shape, IGNORE_INDEX).index_put(where, tokens)
 
 
-def token_stats_of(
+def supervised_stats(
     model: nn.Module | CausalLM,
     batch: Mapping[str, Tensor],
     outputs: str | Sequence[str] = ("logp",),
@@ -215,6 +212,19 @@ def check_finite(logp: Tensor, sequence_ids: Tensor, rows: Sequence[int]) -> Non
     bad = sequence_ids[~logp.isfinite()].unique().tolist()
     if bad:
         raise ValueError(f"model: non-finite log-probabilities among rows {sorted(rows[i] for i in bad)}")
+
+
+def place(
+    lm: CausalLM, batch: Mapping[str, Tensor], positions: Positions
+) -> tuple[dict[str, Any], Tensor, Tensor, Tensor]:
+    """What the model is given, and `select_positions`, whose rows are those of what it is given.
+
+    Before a forward: the syncs of it find a short GPU queue.
+    """
+    rows, targets, sequence_ids = select_positions(batch, positions)
+    inputs, places = _align(lm, batch)
+    inputs = {name: value for name, value in inputs.items() if name not in NOT_MODEL_INPUTS}
+    return inputs, rows if places is None else places[rows], targets, sequence_ids
 
 
 def _real(batch: Mapping[str, Tensor]) -> Tensor | None:

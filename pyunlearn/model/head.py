@@ -96,7 +96,7 @@ def head_stats(
 ) -> TokenStats:
     """`linear_token_stats` of hidden states (N, H) under a head with its bias, softcap and temperature.
 
-    Arguments, result and errors as in `token_stats_of`.
+    Arguments, result and errors as in `supervised_stats`.
     """
     hidden = hidden.to(head.weight.dtype)
     return linear_token_stats(

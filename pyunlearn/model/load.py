@@ -13,8 +13,11 @@ import torch
 
 from .._files import read_json
 from .._hints import path_hint
+from .._hub import here_or_asked, not_there
 from ..data import padding_id
-from .causal_lm import CausalLM
+from .causal_lm import CausalLM, check_causal
+from .lora import WEIGHTS, base_of, find_adapter, merge, read_adapter
+from .quantize import check_quantize, quantize_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,25 +35,31 @@ def load_model(
     options: Mapping[str, Any] | None = None,
     texts: Sequence[str] = (),
     seed: int = 0,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model (evaluation mode, on the CPU) and its tokenizer.
 
-    name_or_path: a folder, a Hub id, or "embedded" for the tiny Llama built here. gguf_file: a path, or a name inside
+    name_or_path: a folder, a Hub id, or "embedded" for the tiny Llama built here; of a LoRA adapter too, which is
+    merged into the base that it names. quantize: "nf4" or "int8", on bitsandbytes' own device, of a model that is not
+    built here; adapters stay on top of it then. gguf_file: a path, or a name inside
     name_or_path. tokenizer: folder or Hub id, where it is not the model's. dtype: "float32", "bfloat16" or "float16".
     options: sizes of the embedded model. texts: what its tokenizer is trained on. seed: of its weights.
 
     Weights that the files have and the model has not are told in the log.
     Raises FileNotFoundError for a missing folder, file or Hub id (also when the Hub cannot be reached), ImportError
-    where a GGUF file needs the `gguf` package, ValueError for weights that are not safetensors, are missing or of
-    another shape, and for a tokenizer that makes ids the model has no embedding for.
+    where a GGUF file needs the `gguf` package, an adapter peft or `quantize` bitsandbytes, ValueError for weights that
+    are not safetensors, are missing or of another shape, and for a tokenizer that makes ids the model has no embedding
+    for.
     """
     model: Any
     its_tokenizer: Any
+    if quantize is not None:
+        check_quantize(quantize)
     if name_or_path == EMBEDDED and gguf_file is None:
         model, its_tokenizer = build_embedded(tokenizer, options or {}, texts, seed)
         model.to(getattr(torch, dtype))
     else:
-        model, its_tokenizer = load_pretrained(name_or_path, gguf_file, tokenizer, dtype)
+        model, its_tokenizer = load_pretrained(name_or_path, gguf_file, tokenizer, dtype, quantize)
     if its_tokenizer.pad_token_id is None:
         its_tokenizer.pad_token = its_tokenizer.convert_ids_to_tokens(padding_id(its_tokenizer))
     CausalLM.of(model).check_tokenizer(its_tokenizer)
@@ -86,17 +95,57 @@ def build_embedded(
     return tiny_llama(made, seed=seed, **sizes), made
 
 
-def load_pretrained(name_or_path: str, gguf_file: str | None, tokenizer: str | None, dtype: str) -> tuple[Any, Any]:
+def load_pretrained(
+    name_or_path: str, gguf_file: str | None, tokenizer: str | None, dtype: str, quantize: str | None = None
+) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     source, gguf = locate(name_or_path, gguf_file)
+    if gguf is None and (adapter := find_adapter(source)) is not None:
+        return load_adapted(adapter, tokenizer, dtype, quantize)
     options = {} if gguf is None else gguf_options(gguf)
+    if gguf is None:
+        check_kind(source)
+    options |= {} if quantize is None else quantize_options(quantize, dtype)
     its_tokenizer = load_tokenizer(tokenizer) if tokenizer else load_tokenizer(source, gguf)
     model = load_weights(AutoModelForCausalLM, source, dtype, **options)
     quantizer = getattr(model, "hf_quantizer", None)
     if gguf is not None and quantizer is not None:
         quantizer.remove_quantization_config(model)  # its weights are dense now, so it can be trained and saved
     return model, its_tokenizer
+
+
+def load_adapted(folder: Path, tokenizer: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any]:
+    """The base that an adapter names, with it merged in, or on top of a quantised one; the adapter's own tokenizer,
+    where its folder has one.
+
+    Raises FileNotFoundError that names adapter and base if the base is not to be had.
+    """
+    base = base_of(folder)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else None
+    try:
+        model, its_tokenizer = load_pretrained(base, None, tokenizer or own, dtype, quantize)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{folder}: is an adapter on {base!r}, which is not to be had: {error}") from None
+    adapted = read_adapter(model, folder)
+    return adapted if quantize is not None else merge(adapted), its_tokenizer
+
+
+def check_kind(source: str) -> None:
+    """Raises TypeError, from its config.json alone, for a model that is no causal LM of text."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    folder = here_or_asked(source, "weights")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except OSError as error:
+        raise missing(source, error) from None
+    check_causal(config, f"model {source!r}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise TypeError(
+            f"model {source!r}: transformers has no causal LM of the kind {config.model_type}; needs a model that "
+            "writes text, such as a Llama"
+        )
 
 
 def load_encoder(kind: Any, name_or_path: str, what: str, spared: str | None = None) -> tuple[Any, Any]:
@@ -110,12 +159,13 @@ def load_encoder(kind: Any, name_or_path: str, what: str, spared: str | None = N
 
 
 def load_weights(kind: Any, source: str, dtype: str, spared: str | None = None, **options: Any) -> Any:
+    folder = here_or_asked(source, options.get("gguf_file", "weights"))
     try:
         if "gguf_file" not in options:
-            check_index(source)
+            check_index(folder)
             options["use_safetensors"] = True
         model, info = kind.from_pretrained(
-            source,
+            folder,
             dtype=getattr(torch, dtype),
             trust_remote_code=False,
             ignore_mismatched_sizes=True,  # told below, by name
@@ -127,6 +177,7 @@ def load_weights(kind: Any, source: str, dtype: str, spared: str | None = None, 
     if spared is not None:
         info["missing_keys"] = [name for name in info["missing_keys"] if spared not in name]
     check_weights(source, info)
+    model.name_or_path = model.config.name_or_path = source  # not the cache's folder
     return model
 
 
@@ -184,9 +235,10 @@ def gguf_options(gguf: str) -> dict[str, Any]:
 def load_tokenizer(source: str, gguf: str | None = None) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
+    folder = here_or_asked(source, gguf or "tokenizer")
     try:
         return AutoTokenizer.from_pretrained(
-            source, trust_remote_code=False, **({} if gguf is None else {"gguf_file": gguf})
+            folder, trust_remote_code=False, **({} if gguf is None else {"gguf_file": gguf})
         )
     except OSError as error:
         raise missing(source, error) from None
@@ -207,11 +259,12 @@ def locate(source: str, gguf: str | None, what: str = "model.name_or_path") -> t
             raise FileNotFoundError(f"model.gguf_file: no such file: {path}{path_hint(path)}")
     folder = Path(source)
     if gguf is None and folder.is_dir():
-        if not (folder / "config.json").is_file():
+        adapter = find_adapter(source) is not None
+        if not adapter and not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"{what}={source!r}: no config.json there; for a GGUF file in it set model.gguf_file"
             )
-        if not any(folder.glob("*.safetensors")):
+        if not any(folder.glob(WEIGHTS if adapter else "*.safetensors")):
             raise ValueError(
                 f"{what}={source!r}: the folder has no .safetensors weights; no other kind is loaded "
                 "(pickle can run code): convert them where you trust them, by from_pretrained(...).save_pretrained(...)"
@@ -231,9 +284,4 @@ def is_path(source: str) -> bool:
 
 def missing(source: str, error: OSError) -> FileNotFoundError:
     """The one error for what from_pretrained could not find or fetch."""
-    reason = str(error).strip().splitlines()[0]
-    return FileNotFoundError(
-        f"model or tokenizer {source!r}: not a folder here and not available from the Hub ({reason}); "
-        "check the name and the connection (HF_HUB_OFFLINE unset), or give the path of a downloaded folder"
-        f"{path_hint(Path(source))}"
-    )
+    return not_there(source, str(error).strip().splitlines()[0])

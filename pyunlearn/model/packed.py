@@ -18,7 +18,7 @@ from torch import Tensor
 from ..data import collate
 from ..ops import TokenStats
 from .causal_lm import CausalLM, rotary_limits
-from .forward import IGNORE_INDEX, token_stats_of
+from .forward import IGNORE_INDEX, supervised_stats
 from .head import head_stats
 from .prefix import WORTH
 from .tap import Tap
@@ -41,7 +41,7 @@ class Packed:
     sequence_ids: Tensor
 
     def stats(self, lm: CausalLM, outputs: Sequence[str]) -> TokenStats:
-        """Of every scored token, as `token_stats_of` gives them for the texts as rows of their own."""
+        """Of every scored token, as `supervised_stats` gives them for the texts as rows of their own."""
         lm.check_head()
         device = lm.device
         tap = Tap(lm, ())
@@ -141,7 +141,7 @@ def reason_from_trial(lm: CausalLM, group: Sequence[Row]) -> str | None:
     except Exception as error:
         return f"{lm.name} does not take texts that share a row ({type(error).__name__})"
     batch = {name: value.to(lm.device) for name, value in collate(ends, 0).items()}
-    alone = token_stats_of(lm, batch, ("logp",))[0].logp.cpu()
+    alone = supervised_stats(lm, batch, ("logp",))[0].logp.cpu()
     if not torch.allclose(packed, alone, rtol=0, atol=LOGP_TOLERANCE + 16 * torch.finfo(dtype).eps):
         return f"the likelihoods of {lm.name} are others for texts that share a row"
     return None

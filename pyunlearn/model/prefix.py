@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .causal_lm import CausalLM, rotary_limits
-from .forward import IGNORE_INDEX, supervised_hidden, token_stats_of
+from .forward import IGNORE_INDEX, supervised_hidden, supervised_stats
 
 WORTH = 0.1  # of all tokens: what sharing has to spare
 ARGUMENTS = ("cache", "past_key_values")  # of a forward: since transformers 5.24, and before
@@ -69,10 +69,10 @@ def shared_prefix(
         cache = prefix.fill(lm)
         if length_of(cache) != length:
             return None, f"{lm.name} leaves no keys and values of its tokens in a cache"
-        shared = token_stats_of(lm, prefix.cut(batch, cache), ("log_nll",))[0].log_nll
+        shared = supervised_stats(lm, prefix.cut(batch, cache), ("log_nll",))[0].log_nll
     except Exception as error:  # caches of hybrid models fail in ways of their own; without one the model is right
         return None, f"{lm.name} does not go on from a cache of them ({type(error).__name__})"
-    log_nll = token_stats_of(lm, batch, ("log_nll",))[0].log_nll
+    log_nll = supervised_stats(lm, batch, ("log_nll",))[0].log_nll
     if not torch.allclose(shared, log_nll, rtol=0, atol=0.01):  # logs: right for tokens known by heart
         return None, f"the likelihoods of {lm.name} are others with it"
     return prefix, None

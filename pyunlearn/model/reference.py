@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..distributed import local
 from .cache import ReferenceCache
 from .causal_lm import CausalLM, eval_mode
-from .forward import PADDED, POSITIONS, Layer, Positions, select_positions, supervised_hidden, token_stats_of
+from .forward import PADDED, POSITIONS, Layer, Positions, select_positions, supervised_hidden, supervised_stats
 from .head import Head
 
 Batch: TypeAlias = Mapping[str, Tensor]
@@ -118,7 +118,7 @@ class Live:
 
     def logp(self, batch: Batch) -> Tensor:
         with self.frozen():
-            return token_stats_of(self.lm, batch)[0].logp
+            return supervised_stats(self.lm, batch)[0].logp
 
     def hidden(self, batch: Batch, positions: Positions, layer: Layer | None = None) -> Tensor:
         with self.frozen():

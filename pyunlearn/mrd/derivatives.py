@@ -7,8 +7,8 @@ sample by two directional derivatives on top of each other (forward over forward
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ def gradient(job: Job, sigma: float) -> Estimate:
             "fused head": "ghost norms see the head as a layer only, so each batch's logits are made whole",
         }
     )
+    if tap.declined is not None:
+        declined["one backward a batch"] = tap.declined  # the tap has logged it
     return Estimate(value, torch.zeros_like(slope), slope, diagnostics={"declined": declined})
 
 
@@ -57,22 +59,22 @@ def decline_all(reasons: Mapping[str, str]) -> dict[str, str]:
 
 def squared_norms(job: Job, tap: PerSample, batch: Mapping[str, Tensor]) -> Tensor:
     """(B,) float64 on the CPU: ||grad sum_t f_t log L_t||^2, f_t held constant."""
-    num_samples = batch["input_ids"].size(0)
 
-    def loss() -> Tensor:
-        logits, targets = supervised_logits(job.lm, batch)
+    def loss(rows: slice) -> Tensor:
+        logits, targets = supervised_logits(job.lm, {name: tensor[rows] for name, tensor in batch.items()})
         head = job.lm.read_head()
         rest: Any = {"temperature": head.temperature, "softcap": head.softcap, "inplace_backward": True}
         log_nll = token_stats(logits, targets, ("log_nll",), **rest).log_nll[targets != IGNORE_INDEX]
         return (job.factor(log_nll.detach()) * log_nll).sum()
 
-    return tap.collect(num_samples, loss, SquaredNorms()).cpu()
+    return tap.collect(len(batch["input_ids"]), loss, SquaredNorms).cpu()
 
 
 def hutchinson(job: Job, sigma: float, num_draws: int) -> Estimate:
     """sigma^2 / 2 |Tr M|, the leading order of |E S| (Theorem 3.2): E z'Mz = Tr M (Hutchinson 1989)."""
     if sharded := [weight.name for weight in job.weights if weight.sharded]:
         raise TypeError(f"{sharded[0]}: is sharded; estimator='hutchinson' needs whole weights")
+    check_twice_differentiable(job.lm)
     samples = job.samples
     units = {k: f"{k:06d}" for k in job.processes.share(range(num_draws))}
     finished = job.finish(units, lambda k: along_draw(job, k), "mrd hutchinson")
@@ -104,29 +106,62 @@ def along_draw(job: Job, draw: int) -> Tensor:
         values[name] = w.to(torch.promote_types(w.dtype, torch.float32))
         z = gaussian_noise(w.numel(), seed=job.seed, draw=draw, name=weight.name, device=w.device)
         noise[name] = z.view(w.shape).to(values[name].dtype)
-    one = torch.ones((), dtype=values[name].dtype, device=values[name].device)
-
-    def three(batch: Mapping[str, Tensor]) -> Tensor:
-        """(3, N): the log-odds, their first and their second derivative along z."""
-
-        def along(step: Tensor) -> Tensor:
-            moved = {name: value + step * noise[name] for name, value in values.items()}
-            return torch.func.functional_call(log_odds, moved, (batch,))
-
-        def first(step: Tensor) -> Any:
-            return torch.func.jvp(along, (step,), (one,))
-
-        here, derivative = torch.func.jvp(first, (torch.zeros_like(one),), (one,))[:2]
-        return torch.stack([*here, derivative[1]])
-
-    with sdpa_kernel(SDPBackend.MATH), Primitives():  # other attention kernels have no forward derivatives
-        u, slope, bend = torch.cat([three(batch).double().cpu() for batch in job.samples.batches], 1)
+    parts = [derivatives(log_odds, batch, values, noise).double().cpu() for batch in job.samples.batches]
+    u, slope, bend = torch.cat(parts, 1)
     # L = softplus(u). L' / L = s u' and L'' / L = s (u'' + sigmoid(-u) u'^2), s = sigmoid(u) / L, 1 for u -> -inf.
     nll, known = torch.logaddexp(u, torch.zeros_like(u)), u < -30
     share = job.factor(torch.where(known, u, nll.log())) * torch.where(known, 1.0, u.sigmoid() / nll)
     terms = share * slope, share * (bend + (-u).sigmoid() * slope.square())
     everything = range(len(job.samples.batches))
     return torch.stack([job.samples.per_sample(term, everything) for term in terms])
+
+
+def derivatives(
+    log_odds: LogOdds, batch: Mapping[str, Tensor], values: Mapping[str, Tensor], direction: Mapping[str, Tensor]
+) -> Tensor:
+    """(3, N): the log-odds at the weights `values`, their first and their second derivative along `direction`."""
+    some = next(iter(values.values()))
+    one = torch.ones((), dtype=some.dtype, device=some.device)
+
+    def along(step: Tensor) -> Tensor:
+        moved = {name: value + step * direction[name] for name, value in values.items()}
+        return torch.func.functional_call(log_odds, moved, (batch,))
+
+    def first(step: Tensor) -> Any:
+        return torch.func.jvp(along, (step,), (one,))
+
+    # other attention kernels have no forward derivatives
+    with sdpa_kernel(SDPBackend.MATH), Primitives(), plain_experts(log_odds.lm):
+        here, derivative = torch.func.jvp(first, (torch.zeros_like(one),), (one,))[:2]
+    return torch.stack([*here, derivative[1]])
+
+
+@torch.no_grad()
+def check_twice_differentiable(lm: CausalLM) -> None:
+    """Raises TypeError for a model whose forward has no second derivative in forward mode; two tokens tell."""
+    log_odds, ids = LogOdds(lm), torch.tensor([[0, 1]], device=lm.device)
+    values = {name: p.to(torch.promote_types(p.dtype, torch.float32)) for name, p in log_odds.named_parameters()}
+    try:
+        derivatives(log_odds, {"input_ids": ids, "labels": ids}, values, values)
+    except RuntimeError as error:
+        raise TypeError(
+            f"estimator='hutchinson': the forward of {lm.name} has no second derivative in forward mode "
+            f"({str(error).split('. ')[0][:160]}); needs estimator='definition', of which it is the leading order"
+        ) from None
+
+
+@contextmanager
+def plain_experts(lm: CausalLM) -> Iterator[None]:
+    """Inside, mixtures of experts multiply one expert after the other: grouped products have no forward derivative."""
+    if not hasattr(lm.inner, "get_experts_implementation"):
+        yield
+        return
+    before = lm.inner.get_experts_implementation()
+    lm.inner.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        lm.inner.set_experts_implementation(before)
 
 
 class Primitives(TorchFunctionMode):

@@ -39,11 +39,12 @@ from .._hints import check_known
 from ..distributed import Processes
 from ..model.causal_lm import CausalLM, eval_mode
 from ..model.fingerprint import dataset_fingerprint, model_fingerprint
+from ..model.lora import merged_names
 from ..model.precision import full_precision
 from ..ops.noise import DRAWS, SEEDS, check_range
 from ..ops.parameters import weights_of
 from ..store import Store
-from .derivatives import gradient, hutchinson
+from .derivatives import check_twice_differentiable, gradient, hutchinson
 from .monte_carlo import Shaking, monte_carlo
 from .samples import make_samples
 from .work import FORMAT, Factor, Job
@@ -115,7 +116,9 @@ def mrd(
         sigma: standard deviation of the noise. seed: 0 <= seed < 2^64.
         sigma_eval: where `definition` is evaluated: at 1e-5 its second-order effect is below float32 rounding.
         batch_size: samples of a forward, of similar length.
-        parameters: names of the parameters that are perturbed; default all, frozen ones too.
+        parameters: names of the parameters that are perturbed; default all, frozen ones too. Under peft the default
+            is what the merged model has: the weights of the base, and copies of modules_to_save in the place of theirs.
+            Under plain LoRA, noise on W of W + BA is noise on the merged weight: the score is the merged model's.
         normalize: "tokens" divides by the number of scored tokens.
         paper_eps: a number added to |P_t(w)| in the denominator; default none, it needs none.
         state: a folder in which every finished draw is kept; the same call takes it up there, with the same bits on
@@ -132,21 +135,23 @@ def mrd(
         MRDResult. `diagnostics`: estimator, num_draws, sigma, sigma_eval, seed, normalize, paper_eps, num_samples,
         num_tokens (of all samples), mode; shared_prefix, how many tokens all samples begin with and went through the
         model once a draw, not once a sample; declined, by optimisation that was not used, why ("shared prefix", "mode"
-        for what "auto" did not take, "fused head", "fused attention"); share_linear_ok; by_heart_share, the share of
-        sum_t |r_t| that comes from tokens with L_t < 1e-6; and of the self-check, on at least 8 samples where there are
-        as many: sigma_ratio, the value at twice the sigma over that at sigma, and expected_ratio (2, or 4 for
-        `definition`); noise_floor, what a draw's statistic is at sigma / 1024 (all but rounding is gone), in units of
-        `value` before normalisation, and noise_share, it over the statistic at sigma. None where it does not apply, or
-        where that step moves no weight.
+        for what "auto" did not take, "fused head", "fused attention", "one backward a batch"); share_linear_ok;
+        by_heart_share, the share of sum_t |r_t| that comes from tokens with L_t < 1e-6; and of the self-check, on at
+        least 8 samples where there are as many: sigma_ratio, the value at twice the sigma over that at sigma, and
+        expected_ratio (2, or 4 for `definition`); noise_floor, what a draw's statistic is at sigma / 1024 (all but
+        rounding is gone), in units of `value` before normalisation, and noise_share, it over the statistic at sigma.
+        None where it does not apply, or where that step moves no weight.
 
     Raises:
         ValueError: an argument out of range; a half-precision model without allow_low_precision; a sample without a
             scored token or with a score that is not finite; `state` of another job, or a file in it that was changed.
-        TypeError: batches that are none; for `gradient` a parameter that no ghost norm rule covers, for it and
-            `hutchinson` one that is sharded.
+        TypeError: batches that are none; a model that is no causal LM of text; for `gradient` and `hutchinson` a
+            parameter that is sharded, for `hutchinson` what `check_estimator` raises.
     """
     check_arguments(estimator, num_draws, sigma, seed, sigma_eval, batch_size, normalize, paper_eps, split, check_draws)
     lm = CausalLM(CausalLM.of(model).alone)
+    if parameters is None:
+        parameters = merged_names(lm.given)
     weights = weights_of(lm.given, parameters)
     for name, parameter in lm.given.named_parameters():
         if parameter.dtype.itemsize < 4 and not allow_low_precision:
@@ -198,6 +203,14 @@ def mrd(
     return MRDResult(
         estimate.value / lengths, estimate.error / lengths, samples.num_tokens, linear_ok, estimate.draws, diagnostics
     )
+
+
+def check_estimator(estimator: str, model: nn.Module) -> None:
+    """Raises TypeError for an estimator that the model does not have, from a forward of two tokens."""
+    if estimator == "hutchinson":
+        lm = CausalLM(CausalLM.of(model).alone)
+        with eval_mode(lm.given):
+            check_twice_differentiable(lm)
 
 
 def make_factor(estimator: str, paper_eps: float | None) -> Factor:

@@ -9,12 +9,12 @@
     npo = objectives.get("npo", beta=0.1)  # by name: npo.outputs, npo.reference, ... say what it needs
 
 Losses are minimised. `count=` puts the number of tokens or sequences of the whole optimiser step in place
-of the batch's own, so that micro-batches and ranks add up (`reduction.py`): in a trainer that accumulates gradients,
-such as transformers' with its `compute_loss_func`, it has to be given (README). `preset=` chooses between a
-paper and the code bases that differ from it; `table()` lists formula, defaults, presets and source of each
-objective. Token means are the default, as in the code bases (theirs of each micro-batch, here of the whole step). Most
-papers sum a sequence's tokens, as `npo` does, so that against a token mean it weighs about n times more than in its
-paper: `reduction="paper"` has each as in its equation.
+of the batch's own, so that micro-batches and ranks add up (`reduction.py`): in a trainer that accumulates gradients it
+has to be given; in transformers' `compute_loss_func`, `loss_func` of `pyunlearn.integrations.transformers` does.
+`preset=` chooses between a paper and the code bases that differ from it; `table()` lists formula, defaults, presets and
+source of each objective. Token means are the default, as in the code bases (theirs of each micro-batch, here of the
+whole step). Most papers sum a sequence's tokens, as `npo` does, so that against a token mean it weighs about n times
+more than in its paper: `reduction="paper"` has each as in its equation.
 
 One of your own takes three lines. Positional parameters are named after the statistics it needs, keywords are
 its options, and it returns the loss of each token:

@@ -13,6 +13,13 @@ from .definition import REFERENCE, WIDE, Definition, Statistic, Variant
 from .reduction import UNITS, Count, Layout, TokenInputs, check_matches, common_size, reduce_sequences, reduce_tokens
 
 DEFINITIONS: dict[str, Definition] = {}
+HAD = {  # how the caller comes by a statistic, where it is not by asking token_stats for it
+    "ref_logp": "token_stats_of(frozen, batch).logp of the frozen model, under torch.no_grad(), or of a ReferenceCache",
+    "kl_pq": "asked for by outputs=('kl_pq',), with reference= the frozen model's",
+    "kl_qp": "asked for by outputs=('kl_qp',), with reference= the frozen model's",
+    "hidden": "in the model's output_hidden_states, or in pyunlearn.model.forward.supervised_hidden",
+    "ref_hidden": "in the frozen model's output_hidden_states, under torch.no_grad(), or in a ReferenceCache",
+}
 
 
 @dataclass(frozen=True)
@@ -131,15 +138,24 @@ class Objective:
         if wanted.batch not in stats:
             raise ValueError(f"{self.name}: stats needs {list(self.batches)}, {wanted.batch!r} is missing")
         inputs = stats[wanted.batch]
+        if not isinstance(inputs, TokenInputs):
+            raise TypeError(f"{self.name}: stats[{wanted.batch!r}]: needs TokenInputs, got {type(inputs).__name__}")
         reference = wanted.name in REFERENCE
+        had = HAD.get(wanted.name, f"asked for by outputs=({wanted.name!r},)")
         tensor = getattr(inputs, wanted.name) if reference else inputs.values.get(wanted.name)
         if tensor is None:
             what = "hidden states of one layer" if wide else f"token_stats' {wanted.name!r}"
             if reference:
                 what = f"the frozen reference's {wanted.name.removeprefix('ref_')} per token"
-            raise ValueError(f"{self.name} (preset {self.preset}) needs {name}, {what}; got None")
+            raise ValueError(f"{self.name} (preset {self.preset}) needs {name}, {what}; got None; it is {had}")
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: needs a tensor, got {type(tensor).__name__}")
+            inside = f", give its .{wanted.name}" if hasattr(tensor, wanted.name) else ""
+            raise TypeError(f"{name}: needs a tensor, got {type(tensor).__name__}{inside}")
+        if tensor.dtype == torch.bool:
+            raise TypeError(
+                f"{self.name}: {name}: needs a floating dtype, got torch.bool, which is a mask: give it as "
+                f"{prefix}mask=; {name} is {had}"
+            )
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: needs a floating dtype, got {tensor.dtype}")
         if reference:
@@ -152,7 +168,8 @@ class Objective:
         else:
             if tensor.dim() not in ((2, 3) if wide else (1, 2)) or (wide and tensor.size(-1) == 0):
                 needed = "(B, T, H) or flat (N, H)" if wide else "(B, T) or flat (N,)"
-                raise ValueError(f"{name}: needs shape {needed}, got {tuple(tensor.shape)}")
+                logits = "; of logits, token_stats(logits, targets) makes it" if tensor.dim() == 3 and not wide else ""
+                raise ValueError(f"{name}: needs shape {needed}, got {tuple(tensor.shape)}{logits}")
             tensor = tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
             layout = Layout.of(inputs, tensor[..., 0] if wide else tensor, name, prefix)
             layouts[wanted.batch] = layout

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.contract import DTYPES
 from .closed_form import check_gradient, sigmoid_floor
 from .definition import Variant
-from .objective import DEFINITIONS, Objective
-from .reduction import Count, Layout, TokenInputs, reduce_tokens
+from .objective import DEFINITIONS, HAD, Objective
+from .reduction import Count, Layout, TokenInputs, check_matches, reduce_tokens
 
 
 def one_pass(
@@ -45,6 +46,8 @@ def one_pass(
     >>> d_logits[0, 0].tolist()  # p / 2 at the target's lane, times 1 - p
     [-0.03125, 0.09375, -0.03125, -0.03125]
     """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective: needs an Objective, as objectives.get gives it, got {type(objective).__name__}")
     variant = objective.variant
     if variant.slope is None:
         able = ", ".join(name for name in DEFINITIONS if DEFINITIONS[name].variant(None)[1].slope is not None)
@@ -56,7 +59,12 @@ def one_pass(
     (name,) = objective.outputs
     needs_reference = objective.reference == "logp"
     if needs_reference and ref_logp is None:
-        raise ValueError(f"{objective.name} needs ref_logp, the frozen reference's logp per token; got None")
+        had = HAD["ref_logp"]
+        raise ValueError(
+            f"{objective.name} needs ref_logp, the frozen reference's logp per token; got None; it is {had}"
+        )
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask: needs a bool tensor, shaped like the targets, got {type(mask).__name__}")
     share = torch.ones(mask.shape, dtype=torch.float32, device=mask.device, requires_grad=True)
     inputs = TokenInputs({name: share}, sequence_ids=sequence_ids, num_sequences=num_sequences, mask=mask)
     layout = Layout.of(inputs, share, name, "")
@@ -66,6 +74,7 @@ def one_pass(
     rule = variant.token_rule(objective.options)
     floor = None
     if needs_reference and ref_logp is not None:
+        check_matches("ref_logp", ref_logp, "mask", share, DTYPES)
         floor = sigmoid_floor(layout.fill(ref_logp.detach().float()), rule.beta, objective.options.get("epsilon", 0.0))
     return {"weights": {name: variant.slope * weights}, "rule": rule, "floor": floor}
 

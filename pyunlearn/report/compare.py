@@ -83,6 +83,11 @@ class Comparison:
     differences: dict[str, list[Any]]
     note: str = ""
 
+    def before(self, column: Column) -> str:
+        """As the first group has it that has it at all."""
+        having = (group for group in self.groups if group.mean(column, "before") is not None)
+        return next(having, self.groups[0]).text(column, "before")
+
     @property
     def notes(self) -> list[str]:
         """What has to be known to read table and figure."""
@@ -168,9 +173,10 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
                 capsize=2,
                 **style,
             )
-    forget, kept = groups[0].mean(("forget", METRIC), "before"), groups[0].mean((utility, METRIC), "before")
+    first = next((group for group in groups if group.mean((utility, METRIC), "before") is not None), groups[0])
+    forget, kept = first.mean(("forget", METRIC), "before"), first.mean((utility, METRIC), "before")
     if forget is not None and kept is not None:
-        data.append({"name": groups[0].name, "seed": "mean", "step": "before", "forget": forget, utility: kept})
+        data.append({"name": first.name, "seed": "mean", "step": "before", "forget": forget, utility: kept})
         axes.plot(1 - forget, kept, "o", mfc="white", mec="#334155", markersize=7, label="before")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.set(xlabel="forgotten: 1 - probability of forget answers", ylabel=f"kept: probability of {utility} answers")
@@ -181,13 +187,14 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
 def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
     """The page. links: from the page to each run's report, by the run's folder."""
     utility = utility_set(comparison.columns)
+    drawn = any(group.mean((utility, METRIC)) is not None for group in comparison.groups)
     with matplotlib.rc_context(STYLE):
-        svg = trade_figure(comparison.groups, utility)
+        svg = trade_figure(comparison.groups, utility) if drawn else None
     rows = [
         {
             "set": name,
             "metric": metric,
-            "before": comparison.groups[0].text((name, metric), "before"),
+            "before": comparison.before((name, metric)),
             "after": [group.text((name, metric)) for group in comparison.groups],
         }
         for name, metric in comparison.columns

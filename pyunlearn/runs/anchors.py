@@ -31,7 +31,7 @@ def retrained(job: Job[RunConfig], stage: Stage) -> tuple[Any, Any]:
 
 def random(job: Job[RunConfig], stage: Stage) -> tuple[Any, Any]:
     """What the run starts from, with the weights that the seed gives it."""
-    model, tokenizer = loaded(job, job.config.model)
+    model, tokenizer = loaded(job, job.config.model.model_copy(update={"quantize": None}))
     return with_random_weights(model, job.config.seed), tokenizer
 
 

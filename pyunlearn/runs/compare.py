@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -57,7 +58,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     made, note = aggregates(tables)
     for path, rows in made.items():
         tables[path] = [*tables[path], *rows]
-    groups = [make_group(members, settings, tables) for members in kinds.values()]
+    groups = told_apart([make_group(members, settings, tables) for members in kinds.values()])
     columns = list(dict.fromkeys(column for group in groups for column in group.values))
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     values = {key: [group.settings.get(key) for group in groups] for key in keys}
@@ -99,6 +100,12 @@ def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, 
 def share(value: Any) -> float:
     """A number in [0, 1]; NaN for anything else."""
     return float(value) if isinstance(value, int | float) and 0 <= value <= 1 else math.nan
+
+
+def told_apart(groups: list[Group]) -> list[Group]:
+    """Those of one name by their folders."""
+    names = [group.name for group in groups]
+    return [replace(group, name=group.folders[0].name) if names.count(group.name) > 1 else group for group in groups]
 
 
 def make_group(
@@ -170,8 +177,7 @@ def as_latex(comparison: Comparison) -> str:
 
     columns = comparison.columns
     head = [" & ".join(["", *(escaped(f"{name} {metric}".replace("_", " ")) for name, metric in columns)])]
-    first = comparison.groups[0]
-    lines = [" & ".join(["before", *(escaped(first.text(column, "before")) for column in columns)])]
+    lines = [" & ".join(["before", *(escaped(comparison.before(column)) for column in columns)])]
     for group in comparison.groups:
         lines.append(" & ".join([escaped(group.name), *(escaped(group.text(column)) for column in columns)]))
     rows = [r"\toprule", head[0] + r" \\", r"\midrule", *(line + r" \\" for line in lines), r"\bottomrule"]
@@ -219,7 +225,7 @@ def tell(comparison: Comparison, console: Console) -> None:
         table.add_column(shown(group.name + runs), justify="right")
     for i, column in enumerate(comparison.columns):
         last = i + 1 == len(comparison.columns)
-        cells = [groups[0].text(column, "before"), *(group.text(column) for group in groups)]
+        cells = [comparison.before(column), *(group.text(column) for group in groups)]
         table.add_row(*column, *cells, end_section=last)
     for key, values in comparison.differences.items():
         table.add_row("setting", shown(key), "", *(shown(as_text(value)) for value in values))

@@ -20,7 +20,7 @@ from pydantic import (
 )
 
 from .._hints import check_known
-from ..data import QA, load_muse, load_safe, load_whp, load_wmdp
+from ..data import QA, Prompt, load_muse, load_safe, load_whp, load_wmdp, make_prompt
 from ..metrics import DEFAULT_METRICS, Suite, Variant, get_metric, get_suite
 from ..model.load import EMBEDDED
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, UnlearnConfig, merge, with_recipe
@@ -29,6 +29,7 @@ from .sections import (
     EndpointConfig,
     EvaluateConfig,
     ModelConfig,
+    PromptConfig,
     SourceConfig,
     as_classifiers,
     existing,
@@ -76,13 +77,26 @@ DEMO: dict[str, Any] = {
 }
 
 
+DEMO_ADAPTER_RATE = 3e-3  # of an adapter in the place of the demo's model
+
+
 def defaults_of(values: Mapping[str, Any]) -> dict[str, Any]:
     """DEMO, or nothing where `values` name a pretrained model."""
     model = values.get("model") or {}
     pretrained = isinstance(model, Mapping) and (
         model.get("name_or_path", EMBEDDED) != EMBEDDED or model.get("gguf_file") is not None
     )
-    return {} if pretrained else DEMO
+    if pretrained:
+        return {}
+    if isinstance(model, Mapping) and model.get("lora") is not None:
+        return merge(DEMO, {"unlearn": {"learning_rate": DEMO_ADAPTER_RATE}})
+    return DEMO
+
+
+def lacks_retain(values: Mapping[str, Any]) -> bool:
+    """Whether the data are files, and none of them is to be retained."""
+    data = values.get("data")
+    return isinstance(data, Mapping) and data.get("forget") is not None and data.get("retain") is None
 
 
 class RunConfig(Section):
@@ -100,10 +114,13 @@ class RunConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def demo_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, Mapping) or not (defaults := defaults_of(values)):
+        if not isinstance(values, Mapping):
             return values
         unlearn = values.get("unlearn")
-        return merge(defaults, {**values, "unlearn": with_recipe(unlearn)} if unlearn is not None else values)
+        if lacks_retain(values) and (unlearn is None or isinstance(unlearn, Mapping)):
+            unlearn = {"retain": [], **(unlearn or {})}
+        own = {**values, "unlearn": with_recipe(unlearn)} if unlearn is not None else values
+        return merge(defaults_of(values), own)
 
     @field_validator("evaluate")
     @classmethod
@@ -113,7 +130,28 @@ class RunConfig(Section):
         return evaluate
 
     @model_validator(mode="after")
+    def adapter_fits(self) -> RunConfig:
+        model, lora = self.model, self.model.lora
+        if model.quantize is not None and (lora is None or lora.save != "adapter" or self.memorise is not None):
+            raise ValueError(
+                f"model.quantize={model.quantize}: quantised weights are not trained, nor is an adapter merged "
+                "into them: needs model.lora.save=adapter, and no memorise"
+            )
+        nameless = self.memorise is None and (model.embedded or model.gguf_file is not None)
+        if lora is not None and lora.save == "adapter" and nameless:
+            raise ValueError(
+                "model.lora.save=adapter: needs a base that is found again, a folder or Hub id of safetensors, or what "
+                "the run memorises; or model.lora.save=merged"
+            )
+        return self
+
+    @model_validator(mode="after")
     def scores_are_possible(self) -> RunConfig:
+        if self.unlearn.sampling.by == "mrd" and self.model.quantize is not None:
+            raise ValueError(
+                "unlearn.sampling=mrd scores by small changes of the weights, and quantised ones have none: set "
+                f"model.quantize=null, got {self.model.quantize}"
+            )
         if self.unlearn.sampling.by == "mrd" and self.model.dtype != "float32":
             raise ValueError(
                 f"unlearn.sampling=mrd scores by small changes of the weights: set model.dtype=float32, got "
@@ -128,24 +166,43 @@ class RunConfig(Section):
                 "evaluate.anchors=[retrained] trains the starting model by the memorise settings, without the forget "
                 "set: set memorise (epochs, learning_rate, ...), got null"
             )
+        if "retrained" in self.evaluate.anchors and not self.has_retain:
+            raise ValueError(
+                "evaluate.anchors=[retrained]: there is nothing to train on but what is to be forgotten; set "
+                "data.retain=FILE, or evaluate.anchors=[]"
+            )
         return self
 
     @model_validator(mode="after")
-    def refusals_given(self) -> RunConfig:
-        others = {"forget": "npo", "retain": "gd"}
-        terms = [(role, term) for role in others for term in getattr(self.unlearn, role)]
-        needy = [(role, term.name) for role, term in terms if "refusal" in term.objective().batches]
-        if needy and self.data.source != EMBEDDED and self.data.refusals is None:
-            instead = " and ".join(f"unlearn.{role}={others[role]}" for role in others if role in dict(needy))
+    def retain_rows_given(self) -> RunConfig:
+        if self.has_retain:
+            return self
+        if terms := [term.name for term in self.unlearn.retain]:
             raise ValueError(
-                f"{[name for _, name in needy]} answer with refusals: set data.refusals=FILE, a text file with one "
-                f"refusal a line, or objectives that need none, as {instead}"
+                f"unlearn.retain={terms}: needs rows to retain: set data.retain=FILE, or unlearn.retain=[]"
             )
+        if self.geffect is not None:
+            raise ValueError("geffect: is measured on what is forgotten and what is retained: set data.retain=FILE")
         return self
+
+    @property
+    def needs_refusals(self) -> bool:
+        """Whether an objective answers with them."""
+        terms = (*self.unlearn.forget, *self.unlearn.retain)
+        return any("refusal" in batch for term in terms for batch in term.objective().batches)
+
+    @property
+    def has_retain(self) -> bool:
+        """Whether there are rows to retain."""
+        return self.data.source == EMBEDDED or self.data.retain is not None
 
     @property
     def max_length(self) -> int | None:
         return self.data.max_length
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.data.prompt
 
     @property
     def folder(self) -> Path:
@@ -172,6 +229,7 @@ class FilesConfig(Section):
     seed: int = 0
     num_threads: Threads | None = None
     max_length: int | None = None
+    prompt: PromptConfig = Field(default_factory=Prompt)
     memorise: None = None
     folder: Path = Path()
 
@@ -189,6 +247,8 @@ class FilesConfig(Section):
         gguf_file: str | None = None,
         tokenizer: str | None = None,
         limit: int | None = None,
+        columns: Mapping[str, str] | str | None = None,
+        prompt: Any = None,
         rouge_samples: int = 20,
         batch_size: int = 16,
         variant: Any = "suffix",
@@ -199,9 +259,10 @@ class FilesConfig(Section):
         classifier: str | Mapping[str, str] | None = None,
         judge: Mapping[str, Any] | None = None,
     ) -> FilesConfig:
-        """model, data: paths or Hub ids; name: of a Hub data set's configuration; rouge_samples: 0 writes nothing;
-        metrics: none are the default ones; options: of each, by its name; classifier: one for
-        all, or by metric, also as text, clean=NAME,toxicity=NAME; judge: of `EndpointConfig`."""
+        """model, data: paths or Hub ids; name: of a Hub data set's configuration; columns: of `SourceConfig`, also
+        as text, question=NAME,answer=NAME; prompt: of `make_prompt`; rouge_samples: 0 writes nothing; metrics: none are
+        the default ones; options: of each, by its name; classifier: one for all, or by metric, also as text,
+        clean=NAME,toxicity=NAME; judge: of `EndpointConfig`."""
         check_known("variant", variant, get_args(Variant))
         written = [name for name in (*metrics, *DEFAULT_METRICS) if "written" in get_metric(name).needs]
         if not rouge_samples and (asked := [name for name in metrics if name in written]):
@@ -211,7 +272,8 @@ class FilesConfig(Section):
         usual = [name for name in DEFAULT_METRICS if rouge_samples or name not in written]
         return cls(
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
-            data=SourceConfig(path=data, name=name, limit=limit),
+            data=SourceConfig.model_validate({"path": data, "name": name, "limit": limit, "columns": columns}),
+            prompt=make_prompt(prompt),
             evaluate=EvaluateConfig(
                 metrics=[*metrics] or usual,
                 options={name: dict(own) for name, own in (options or {}).items()},
@@ -276,11 +338,13 @@ class SuiteConfig(FilesConfig):
         tokenizer: str | None = None,
         limit: int | None = None,
         batch_size: int = 16,
+        prompt: Any = None,
         logs: Mapping[str, str] | None = None,
         **tools: Any,
     ) -> SuiteConfig:
         """model, data: paths or Hub ids; split: of TOFU's suites, whose {split}_perturbed is the forget set; limit: of
-        each set's rows, and of each task's samples; tools: `TOOLS`, as `FilesConfig.of` takes them.
+        each set's rows, and of each task's samples; prompt: of `make_prompt`; tools: `TOOLS`, as `FilesConfig.of`
+        takes them.
 
         Raises ValueError for what no line of the suite uses.
         """
@@ -307,6 +371,7 @@ class SuiteConfig(FilesConfig):
             task_folder=task_folder,
             model=ModelConfig(name_or_path=model, gguf_file=gguf_file, tokenizer=tokenizer),
             data=SourceConfig(path=data, name=None if suite in BENCHMARKS else f"{split}_perturbed", limit=limit),
+            prompt=make_prompt(prompt),
             evaluate=EvaluateConfig(
                 batch_size=batch_size, judge=None if judge is None else EndpointConfig.model_validate(judge), **tools
             ),

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from ..data import QA, check_disjoint, generate_authors, hold_out, load_qa, load_refusals, load_text
+from ..data import (
+    QA,
+    USUAL_REFUSALS,
+    Prompt,
+    check_disjoint,
+    generate_authors,
+    hold_out,
+    load_qa,
+    load_refusals,
+    load_text,
+)
+from ..data.qa import read_qa
 from ..metrics import get_suite
 from ..model.load import EMBEDDED
 from ..training.unlearn import UnlearnData
@@ -15,10 +27,12 @@ from .sections import DataConfig, SourceConfig
 
 @dataclass(frozen=True)
 class RunData(UnlearnData):
-    """Questions and answers of a job; `texts` trains the embedded tokenizer, `sets` are evaluated and nothing else."""
+    """Questions and answers of a job; `texts` trains the embedded tokenizer, `sets` are evaluated and nothing else.
+    recognised: of a source, by its path, what its columns are where they have not their own names."""
 
     texts: list[str]
     sets: dict[str, list[QA]] = field(default_factory=dict, kw_only=True)
+    recognised: dict[str, str] = field(default_factory=dict, kw_only=True)
 
     def evaluated(self, retain_limit: int | None) -> dict[str, list[QA]]:
         """Every set to evaluate, by name; retain_limit: of the retain rows, and of those held out."""
@@ -27,31 +41,57 @@ class RunData(UnlearnData):
 
 
 def load_data(config: RunConfig | FilesConfig) -> RunData:
-    """Raises what `load_qa`, `load_refusals` and `hold_out` raise, and ValueError where forget and retain overlap."""
-    data = config.data
+    """Raises what `load_qa`, `load_refusals` and `hold_out` raise, ValueError where forget and retain overlap, and as
+    `check_questions`."""
+    data, recognised = config.data, {}
+
+    def load(source: SourceConfig) -> list[QA]:
+        options = source.model_dump()
+        items, found = read_qa(options.pop("path"), **options)
+        if found:
+            recognised[source.path] = found
+        return items
+
     if isinstance(config, SuiteConfig):
         sets = load_sets(config)
         texts = texts_of([item for items in sets.values() for item in items])
         return RunData(sets.get("forget", []), [], [], texts, sets=sets)
     if not isinstance(data, DataConfig):
-        items = load_source(data)
-        return RunData(items, [], [], texts_of(items))
+        items = load(data)
+        check_questions({"--data": items}, config.prompt, "--prompt plain")
+        return RunData(items, [], [], texts_of(items), recognised=recognised)
     if data.source == EMBEDDED:
         world = generate_authors(
             data.num_authors, data.questions_per_author, config.seed, data.forget_fraction, data.num_unknown
         )
         read = RunData(world.forget, world.retain, list(world.refusals), world.texts, unknown=list(world.unknown))
     else:
-        forget, retain = (load_source(source) for source in (data.forget, data.retain) if source is not None)
+        forget, retain = ([] if source is None else load(source) for source in (data.forget, data.retain))
         refusals = [] if data.refusals is None else load_refusals(data.refusals)
+        if data.refusals is None and isinstance(config, RunConfig) and config.needs_refusals:
+            refusals = list(USUAL_REFUSALS)
+            recognised["refusals"] = f"{len(refusals)} that pyunlearn has, as no file of them is named"
         read = RunData(forget, retain, refusals, texts_of(forget + retain) + refusals)
     check_disjoint(read.forget, read.retain)
     try:
-        retain, held_out = hold_out(read.retain, data.holdout, config.seed)
+        retain, held_out = hold_out(read.retain, data.holdout, config.seed) if read.retain else ([], [])
     except ValueError as error:
         raise ValueError(f"data.{error}") from None
-    more = {name: load_source(source) for name, source in config.evaluate.sets.items()}
-    return replace(read, retain=retain, holdout=held_out, sets=more)
+    more = {name: load(source) for name, source in config.evaluate.sets.items()}
+    named = {"data.forget": read.forget, "data.retain": read.retain}
+    named |= {f"evaluate.sets.{name}": items for name, items in more.items()}
+    check_questions(named, config.prompt, "--set data.prompt=plain")
+    return replace(read, retain=retain, holdout=held_out, sets=more, recognised=recognised)
+
+
+def check_questions(sets: Mapping[str, Sequence[QA]], prompt: Prompt, remedy: str) -> None:
+    """Raises ValueError for texts without questions in a prompt that asks one."""
+    for name, items in sets.items():
+        if not prompt.plain and any(not item.question for item in items):
+            raise ValueError(
+                f"{name}: has texts without questions, and prompt={prompt.name} asks one; {remedy} takes each text as "
+                "it stands, every token supervised"
+            )
 
 
 PERTURBED = ("retain", "real_authors", "world_facts")  # in TOFU's {name}_perturbed, beside the forget set
@@ -81,9 +121,5 @@ def load_sets(config: SuiteConfig) -> dict[str, list[QA]]:
     return sets if config.text is None else sets | {"text": load_text(config.text)}
 
 
-def load_source(source: SourceConfig) -> list[QA]:
-    return load_qa(source.path, name=source.name, split=source.split, limit=source.limit)
-
-
 def texts_of(items: list[QA]) -> list[str]:
-    return [f"Question: {item.question}\nAnswer: {item.answer}" for item in items]
+    return [f"Question: {item.question}\nAnswer: {item.answer}" if item.question else item.answer for item in items]

@@ -79,6 +79,7 @@ def evaluate_items(
         seed=stage.seed,
         cache=kept or settings.cache or cache_folder(),
         writer=(tools or {}).get("writer"),
+        prompt_format=stage.prompt_format,
         progress=stage.progress,
     )
 
@@ -164,7 +165,7 @@ def evaluate_files(
     for metric, value in result.summary.items():
         own = mean_interval([record.get(metric) for record in result.records], num_resamples=RESAMPLES)
         told = "" if own.low is None else f"{own.low:.4f} to {own.high:.4f}"
-        table.add_row(metric, f"{value:.4f}", told, str(own.num_samples))
+        table.add_row(metric, "-" if math.isnan(value) else f"{value:.4f}", told, str(own.num_samples))
     print_table(job.console, table)
     if out is not None:
         job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)

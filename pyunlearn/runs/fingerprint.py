@@ -15,7 +15,7 @@ from .data import RunData
 from .sections import ModelConfig
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-MODEL = ("*.safetensors", "config.json", *TOKENIZER)
+MODEL = ("*.safetensors", "config.json", "adapter_config.json", *TOKENIZER)
 
 
 def fingerprints(config: RunConfig, data: RunData) -> dict[str, str]:
@@ -45,6 +45,8 @@ def model_fingerprints(source: ModelConfig) -> dict[str, str]:
     name, gguf = source.name_or_path, source.gguf_file
     files = matching(Path(name), MODEL) if gguf is None else [Path(gguf) if name == EMBEDDED else Path(name) / gguf]
     fingerprints = {"model": digest_files(files) or f"{name} {gguf}"}
+    if (base := source.adapters_base) is not None:
+        fingerprints |= {"model's base": model_fingerprints(ModelConfig(name_or_path=base))["model"]}
     if source.tokenizer is not None:
         fingerprints["model.tokenizer"] = digest_files(matching(Path(source.tokenizer), TOKENIZER)) or source.tokenizer
     return fingerprints

@@ -151,7 +151,7 @@ class RunFolder(TrainingFolder):
         filled = {name for name in names if not is_unfinished(name)} - {LOCK, OLD, MOVING}
         if (filled and not self.marked) or self.path.is_file():
             raise FileExistsError(
-                f"{self.path} exists and is not a run folder (no {MARK}); it is left alone: choose --set output=..."
+                f"{self.path} exists and is not a run folder (no {MARK}); it is left alone: choose --out FOLDER"
             )
 
     def _check_overwrite(self, config: RunConfig) -> None:
@@ -160,12 +160,12 @@ class RunFolder(TrainingFolder):
         if others:
             raise FileExistsError(
                 f"--overwrite: {self.path} also holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}, no "
-                "files of a run; move them away or choose --set output=..."
+                "files of a run; move them away or choose --out FOLDER"
             )
         place = self.path.resolve()
         for key, path in config.paths():
             if place in (path.resolve(), *path.resolve().parents):
-                raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --set output=...")
+                raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --out FOLDER")
 
     def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
         written = self.read_config()
@@ -174,24 +174,24 @@ class RunFolder(TrainingFolder):
         if changed and config.data.holdout and isinstance(data, Mapping) and "holdout" not in data:
             raise FileExistsError(
                 f"{self.path} holds a run from before there was data.holdout; go on with it by --set data.holdout=0, "
-                "or choose --set output=... or --overwrite"
+                "or choose --out FOLDER or --overwrite"
             )
         if changed:
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
-                f"{'; ...' if len(changed) > 3 else ''}); choose --set output=... or --overwrite"
+                f"{'; ...' if len(changed) > 3 else ''}); choose --out FOLDER or --overwrite"
             )
-        mark = read_json(self.path / MARK, f"delete {self.path}, or choose --set output=...")
+        mark = read_json(self.path / MARK, f"delete {self.path}, or choose --out FOLDER")
         known = mark.get("reads") if isinstance(mark, dict) else None
         both = (known or {}).keys() & (reads or {}).keys()  # what one of them lacks is another configuration's
         if known and reads and (other := [key for key in reads if key in both and known[key] != reads[key]]):
             raise FileExistsError(
                 f"{self.path} holds results of other content: {', '.join(other)} changed since the run began; bring it "
-                "back, choose --set output=... or --overwrite"
+                "back, choose --out FOLDER or --overwrite"
             )
         if not resume:
             state = "a finished run" if self.report.is_file() else "an unfinished run"
-            raise FileExistsError(f"{self.path} holds {state}; choose --resume, --overwrite or --set output=...")
+            raise FileExistsError(f"{self.path} holds {state}; choose --resume, --overwrite or --out FOLDER")
 
     def read_config(self) -> dict[str, Any]:
         why = "it holds no keys"
@@ -200,7 +200,7 @@ class RunFolder(TrainingFolder):
         except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
             values, why = None, " ".join(str(error).split())
         if not isinstance(values, dict):
-            raise ValueError(f"{self.config}: cannot be read ({why}); choose --overwrite or --set output=...")
+            raise ValueError(f"{self.config}: cannot be read ({why}); choose --overwrite or --out FOLDER")
         return values
 
     def result(self, stage: str) -> Path:

@@ -18,6 +18,7 @@ from ..report.geffect import figures, render_geffect
 from ..store import Store, belongs
 from ..training.callbacks import read_metrics
 from ..training.probe import Probe
+from ..training.selection import selected
 from ..training.settings import GEffectConfig
 from ..training.unlearn import check_model, make_probe
 from .config import RunConfig
@@ -56,8 +57,15 @@ def measure_run(
     of other settings, several processes, and what `g_effect` raises; InUse; Interrupted after Ctrl-C.
     """
     config = run_config(Path(path))
+    if not config.has_retain:
+        raise ValueError(
+            f"--run {path}: has no rows to retain; the G-effect is measured on what is forgotten and what is retained"
+        )
     probing = GEffectConfig.model_validate((config.geffect or GEffectConfig()).model_dump() | changes)
-    job = Job.start(config.model_copy(update={"output": str(path)}), console, command)
+    changed: dict[str, Any] = {"output": str(path), "model": config.model.model_copy(update={"quantize": None})}
+    if config.model.lora is not None:  # adapters are merged into what is loaded, all of which counts
+        changed["unlearn"] = config.unlearn.model_copy(update={"train_only": None, "freeze": None})
+    job = Job.start(config := config.model_copy(update=changed), console, command)
     if job.processes.count > 1:
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
     attempt = Attempt(job.command)
@@ -80,7 +88,8 @@ def measure_run(
             model, _ = loaded(job, models[step])
             if config.unlearn.gradient_checkpointing:
                 enable_checkpointing(model)
-            return {"step": step, "geffect": probe[0].measure(model)}
+            with selected(model, config.unlearn):
+                return {"step": step, "geffect": probe[0].measure(model)}
 
         units = {step: f"step-{step:07d}" for step in models}
         measured = store.finish(
@@ -141,7 +150,7 @@ def prepare(job: Job[RunConfig], probing: GEffectConfig) -> Probe:
     """The probe, whose reference is the model that unlearning started from."""
     model, tokenizer = starting_model(job)
     check_model(job.config.unlearn, probing, model)
-    return make_probe(job.stage(model), job.config.unlearn, probing, model, tokenizer, job.data)
+    return make_probe(job.stage(model, tokenizer), job.config.unlearn, probing, model, tokenizer, job.data)
 
 
 def enable_checkpointing(model: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from json import JSONDecodeError
 from pathlib import Path
@@ -15,15 +15,18 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
 from .._files import SEAL, check_seal
-from ..data import QADataset
+from .._terminal import visible
+from ..data import make_format
 from ..distributed import Processes
 from ..metrics import Endpoint
 from ..model.causal_lm import CausalLM
 from ..model.load import load_model
-from ..training.arguments import check_trackers
+from ..model.lora import check_peft, tried
+from ..training.arguments import check_library, check_trackers, check_values
 from ..training.folder import write_model
-from ..training.stage import Interrupted, Stage
-from ..training.unlearn import check_model, memorise
+from ..training.selection import trained_names
+from ..training.stage import Interrupted, Stage, training_arguments
+from ..training.unlearn import check_model, memorise, to_memorise
 from .config import FilesConfig, RunConfig
 from .data import RunData, load_data
 from .fingerprint import fingerprints
@@ -60,7 +63,10 @@ class Job(Generic[C]):
         processes = Processes.start()
         if console is None or not processes.first:
             console = Console(quiet=True)
-        return cls(config, RunFolder(config.folder), load_data(config), console, processes, command)
+        data = load_data(config)
+        for path, found in data.recognised.items():
+            console.print(visible(f"{path}: {found}"), highlight=False, soft_wrap=True, markup=False)
+        return cls(config, RunFolder(config.folder), data, console, processes, command)
 
     @contextmanager
     def interruptible(self, again: str = "") -> Iterator[None]:
@@ -116,8 +122,9 @@ class Job(Generic[C]):
                     stack.enter_context(held(lock, what))
             yield
 
-    def stage(self, model: Any) -> Stage:
-        """What a training of this job gets. Raises ValueError if data.max_length is beyond the model's context."""
+    def stage(self, model: Any, tokenizer: Any) -> Stage:
+        """What a training of this job gets. Raises ValueError if data.max_length is beyond the model's context, and as
+        `PromptFormat`."""
         context, asked = CausalLM.of(model).context_length, self.config.max_length
         if context is not None and asked is not None and asked > context:
             raise ValueError(f"data.max_length={asked}: the model's context is {context} tokens")
@@ -128,6 +135,7 @@ class Job(Generic[C]):
             self.console,
             self.processes,
             self.config.evaluate.batch_size,
+            make_format(tokenizer, self.config.prompt),
         )
 
 
@@ -148,12 +156,12 @@ def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
     if (folder / SEAL).is_file():
         check_seal(folder, f"make the model again, or delete {folder / SEAL} if it was changed on purpose")
     try:
-        model, tokenizer = load_model(**config.model_dump(), texts=job.data.texts, seed=job.config.seed)
+        model, tokenizer = load_model(**config.loading(), texts=job.data.texts, seed=job.config.seed)
     except Exception as error:
         if isinstance(error, UNREADABLE) or type(error) is Exception:  # tokenizers' own
             raise unreadable(config, error) from error
         raise
-    return model.to(job.processes.device), tokenizer
+    return model if config.quantize is not None else model.to(job.processes.device), tokenizer
 
 
 def check_no_run(folder: Path) -> None:
@@ -190,21 +198,27 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
     """Model and tokenizer before unlearning, memorised (by an earlier attempt or now) if the configuration says so.
 
     Raises ValueError, before anything is memorised, for settings that the model does not have; before that, ImportError
-    for a tracker that is not installed.
+    for a package that is not installed.
     """
     if isinstance(job.config, RunConfig):
         for name in ("memorise", "unlearn"):
             if (settings := getattr(job.config, name)) is not None:
                 check_trackers(settings.report_to, f"{name}.report_to")
+                check_library(settings.optim, f"{name}.optim")
+                check_values(settings, f"{name}.arguments")
+        if job.config.model.lora is not None:
+            check_peft("model.lora")
     model, tokenizer = starting_model(job)
-    stage = job.stage(model)
+    stage = job.stage(model, tokenizer)
     if isinstance(job.config, RunConfig):
-        check_model(job.config.unlearn, job.config.geffect, model)
-        for name, items in job.data.sets.items():
+        check_trainings(job, stage, model)
+        own = {"data.forget": job.data.forget, "data.retain": job.data.retain + job.data.holdout}
+        for name, items in {**own, **{f"evaluate.sets.{name}": items for name, items in job.data.sets.items()}}.items():
             try:
-                QADataset(items, tokenizer, stage.max_length)
+                if items:
+                    stage.rows(items, tokenizer)
             except ValueError as error:
-                raise ValueError(f"evaluate.sets.{name}: {error}") from None
+                raise ValueError(f"{name}: {error}") from None
         if job.processes.first:
             job.folder.settle()
             for name in ("memorise", "unlearn", "retrain"):
@@ -215,6 +229,17 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
         memorise(stage, job.config.memorise, model, tokenizer, job.data)
         save(job, "memorise", model, tokenizer)
     return model, tokenizer, stage
+
+
+def check_trainings(job: Job[RunConfig], stage: Stage, model: Any) -> None:
+    """Raises what `check_model`, `trained_names`, `add_adapter` and `training_arguments` raise."""
+    config, lora = job.config, job.config.model.lora
+    with nullcontext(model) if lora is None else tried(model, **lora.adapter()) as trained:
+        check_model(config.unlearn, config.geffect, trained)
+    training_arguments(stage, "unlearn", config.unlearn, len(job.data.forget))
+    if config.memorise is not None:
+        trained_names(model, config.memorise)
+        training_arguments(stage, "memorise", config.memorise, len(to_memorise(config.memorise, job.data)))
 
 
 def save(job: Job, stage: str, model: Any, tokenizer: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
@@ -12,10 +12,10 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from .._hints import hint
+from .._hints import hint, near
 from ..recipes import recipe
 from ..training.settings import DEFAULT_TERMS, merge
-from .config import ConfigError, RunConfig, as_meant, defaults_of
+from .config import ConfigError, RunConfig, as_meant, defaults_of, lacks_retain
 
 QUOTED = r"'([^']*)'"
 NUMBER, WHOLE, SECTION = "a number", "a whole number", "a section of keys and values"
@@ -33,12 +33,19 @@ UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)  # not UTF-8, a 13th m
 
 
 def load_config(
-    path: str | Path | None = None, overrides: Sequence[str] = (), *, anchors: Sequence[str] = ()
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    anchors: Sequence[str] = (),
+    given: Mapping[str, Any] | None = None,
+    under: Mapping[str, Any] | None = None,
 ) -> RunConfig:
     """Reads a YAML file (None: the embedded demo), applies `key.sub=value` overrides, checks everything.
 
-    anchors: further ones of evaluate.anchors. A recipe among the overrides comes before the others, and takes the place
-    of what the file has for its keys; before it comes the model, whose kind decides on the defaults.
+    anchors: further ones of evaluate.anchors. given: values by dotted key, laid on the file's before the overrides are;
+    under: sections that these are laid on.
+    A recipe among the overrides comes before the others, and takes the place of what the file has for its keys; before
+    it come the model and the data, whose kind decides on the defaults.
 
     Raises FileNotFoundError when `path` is missing, and ConfigError with one line per problem, or for an override that
     would undo an earlier one of a key below it.
@@ -47,7 +54,9 @@ def load_config(
     if path is not None:
         file = Path(path)
         if not file.is_file():
-            raise FileNotFoundError(f"configuration {str(path)!r}: no such file; needs a YAML file (see examples/)")
+            raise FileNotFoundError(
+                f"configuration {str(path)!r}: no such file; needs a YAML file (pyunlearn init writes one)"
+            )
         try:
             values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
         except UNREADABLE as error:
@@ -56,6 +65,9 @@ def load_config(
             raise ConfigError(f"configuration {str(path)!r}: needs sections (key: value), got {type(values).__name__}")
         if "versions" in values:  # a run folder's config.yaml records them
             values = as_meant(values)
+    values = merge(under or {}, values)
+    for key, value in (given or {}).items():
+        put(values, key.split("."), value, f"{key}={value}")
     check_order(overrides)
     for override in sorted(overrides, key=rank):
         for role, name in DEFAULT_TERMS.items():  # so that one key of a term that was left out can be set
@@ -66,7 +78,8 @@ def load_config(
                 values["unlearn"].setdefault(role, terms)
         set_value(values, override)
         if override.startswith("unlearn.recipe=") and isinstance(named := values["unlearn"]["recipe"], str):
-            values["unlearn"] = merge(values["unlearn"], recipe_by(named))
+            alone: dict[str, Any] = {"retain": []} if lacks_retain(values) else {}
+            values["unlearn"] = merge(values["unlearn"], recipe_by(named) | alone)
     evaluate = values.get("evaluate") or {}
     if anchors and isinstance(evaluate, dict) and isinstance(evaluate.get("anchors") or [], list):
         values["evaluate"] = {**evaluate, "anchors": [*(evaluate.get("anchors") or []), *anchors]}
@@ -84,7 +97,7 @@ def problems_told() -> Iterator[None]:
 
 
 def rank(override: str) -> int:
-    return next((i for i, key in enumerate(("model", "unlearn.recipe=")) if override.startswith(key)), 2)
+    return next((i for i, key in enumerate(("model", "data", "unlearn.recipe=")) if override.startswith(key)), 3)
 
 
 def recipe_by(name: str) -> dict[str, Any]:
@@ -116,8 +129,11 @@ def set_value(config: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except UNREADABLE as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
-    if isinstance(value, str):
-        value = as_number(value)
+    put(config, parts, as_number(value) if isinstance(value, str) else value, override)
+
+
+def put(config: dict[str, Any], parts: Sequence[str], value: Any, override: str) -> None:
+    """Sets the value at a key in place. override: what errors call it. Raises ConfigError for a key below a value."""
     at: Any = config
     for depth, part in enumerate(parts[:-1]):
         if isinstance(at, list):
@@ -128,9 +144,11 @@ def set_value(config: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override!r}: {'.'.join(parts[:depth])} is {at!r}, not a section")
         if at.get(part) is None:
             at[part] = {}
-        elif isinstance(at[part], str) and (part in ("forget", "retain", "sampling") or parts[:2] == SETS):
-            path = parts[0] == "data" or parts[:2] == SETS
+        elif isinstance(at[part], str) and (part in ("forget", "retain", "sampling", "prompt") or parts[:2] == SETS):
+            path = part != "prompt" and (parts[0] == "data" or parts[:2] == SETS)
             at[part] = {"by" if part == "sampling" else "path" if path else "name": at[part]}
+            if parts[0] == "unlearn" and part != "sampling":
+                at[part] = [at[part]]  # of terms
         at = at[part]
     if isinstance(at, list) and not parts[-1].isdigit():
         at = at[list_index(at, parts[-1], override)]
@@ -163,8 +181,7 @@ def explain(problem: Any) -> str:
     location = [str(part) for part in problem["loc"]]
     key = ".".join(location) or "configuration"
     if problem["type"] == "extra_forbidden":
-        known = list(fields_at(location[:-1]))
-        return f"{key}: unknown key; {hint(location[-1], known)}"
+        return f"{key}: unknown key; {key_hint(location)}"
     came = problem["input"]
     if problem["type"] == "missing":
         return f"{key}: is needed, and not given"
@@ -175,6 +192,36 @@ def explain(problem: Any) -> str:
     if problem["type"] in NEEDED:
         return f"{key}: needs {NEEDED[problem['type']].format(**problem.get('ctx', {}))}, got {came!r}"
     return f"{key}: {problem['msg']}, got {came!r}"
+
+
+# What other tools call a key here.
+ALSO_CALLED = {
+    "lr": "learning_rate", "num_epochs": "epochs", "num_train_epochs": "epochs", "bs": "batch_size",
+    "per_device_train_batch_size": "batch_size", "grad_accum": "gradient_accumulation_steps", "wd": "weight_decay",
+    "warmup_steps": "warmup", "warmup_ratio": "warmup", "lr_scheduler_type": "scheduler", "model_name": "name_or_path",
+    "path": "name_or_path", "torch_dtype": "dtype", "forget_set": "forget", "retain_set": "retain", "out": "output",
+    "output_dir": "output", "loss": "forget", "objective": "forget", "method": "recipe", "trackers": "report_to",
+}  # fmt: skip
+
+
+def key_hint(location: Sequence[str]) -> str:
+    """What may have been meant: a near key of the section, or one of that name elsewhere; else all of the section's."""
+    word, known = location[-1], list(fields_at(location[:-1]))
+    word = ALSO_CALLED.get(word, word)
+    everywhere = dict(all_keys(RunConfig))
+    elsewhere = [key for key, name in everywhere.items() if name == word and word not in known]
+    if word in known or not elsewhere or (word == location[-1] and near(word, known)):
+        return hint(word, known)
+    return f"did you mean {' or '.join(elsewhere[:3])}?"
+
+
+def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, last name) of every key below a section; of terms in lists, none."""
+    for name, field in section.model_fields.items():
+        yield f"{prefix}{name}", name
+        if "list" not in str(field.annotation):
+            for inner in sections_in(field.annotation):
+                yield from all_keys(inner, f"{prefix}{name}.")
 
 
 def fields_at(location: Sequence[str]) -> Iterable[str]:

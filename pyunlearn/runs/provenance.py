@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from .._files import read_json, write_json
+from ..data import Prompt
+from ..model.load import EMBEDDED
 from ..training.settings import TrainingConfig
 from .config import FilesConfig, RunConfig
 from .data import RunData
@@ -38,7 +40,7 @@ class Attempt:
 
     def record(self, data: RunData, processes: int = 1) -> Record:
         """What it took until now: command, began (ISO 8601), seconds, peak_memory of this process (bytes, by memory),
-        processes, machine, versions, data (pairs of each set)."""
+        processes, machine, versions, data (pairs of each set), columns (what was recognised, by file)."""
         return {
             "command": self.command,
             "began": self.began.isoformat(timespec="seconds"),
@@ -48,6 +50,7 @@ class Attempt:
             "machine": machine(),
             "versions": self.versions,
             "data": count_pairs(data),
+            "columns": data.recognised,
         }
 
 
@@ -113,7 +116,8 @@ def describe(
 ) -> dict[str, str]:
     """What a page tells of it, by what it is called there. attempts: of one result, as `Attempt.record` gives them;
     none are known of older ones. more: what this kind of job tells of its settings."""
-    told = {"model": name_model(config), "seed": str(config.seed), **(more or {})}
+    prompt = {} if config.prompt == Prompt() else {"prompt": config.prompt.name}
+    told = {"model": name_model(config), **prompt, "seed": str(config.seed), **(more or {})}
     if not attempts:
         return told
     first, last = attempts[0], attempts[-1]
@@ -122,7 +126,8 @@ def describe(
     peaks: dict[str, int] = {}
     for attempt in attempts:
         peaks |= {name: max(value, peaks.get(name, 0)) for name, value in attempt["peak_memory"].items()}
-    known = {"data": f"{name_data(config.data)}; {pairs}"}
+    columns = "; ".join(f"{path}: {found}" for path, found in last.get("columns", {}).items())
+    known = {"data": f"{name_data(config.data)}; {pairs}"} | ({"columns": columns} if columns else {})
     took = {
         "began": first["began"].replace("T", " "),
         "wall time": duration(seconds) + (f" in {len(attempts)} attempts" if len(attempts) > 1 else ""),
@@ -136,6 +141,8 @@ def describe(
 def name_model(config: RunConfig | FilesConfig) -> str:
     model: ModelConfig = config.model
     name = "embedded, a small Llama built here" if model.embedded else model.name_or_path
+    if model.gguf_file is not None and model.name_or_path == EMBEDDED:  # a path of its own
+        name = Path(model.gguf_file).stem
     options = [f"{key}={value}" for key, value in model.options.items()]
     options += [] if model.gguf_file is None else [model.gguf_file]
     memorised = [] if config.memorise is None else [f"memorised over {length(config.memorise)}"]
@@ -150,9 +157,9 @@ def length(training: TrainingConfig) -> str:
 def name_data(data: DataConfig | SourceConfig) -> str:
     if isinstance(data, SourceConfig):
         return name_source(data)
-    if data.forget is None or data.retain is None:
+    if data.forget is None:
         return f"embedded, {data.num_authors} authors made up here"
-    return f"{name_source(data.forget)}, {name_source(data.retain)}"
+    return ", ".join(name_source(source) for source in (data.forget, data.retain) if source is not None)
 
 
 def name_source(source: SourceConfig) -> str:

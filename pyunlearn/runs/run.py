@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,13 +15,14 @@ from rich.table import Table
 from .._files import read_json, write_json, write_text
 from .._hints import path_hint
 from .._terminal import print_table, shown, visible
-from ..objectives import names
+from ..model.lora import add_adapter, merge
 from ..report.geffect import section
 from ..report.run import render_report
 from ..report.sampling import sampling_figure
 from ..training.callbacks import Evaluations, read_metrics
 from ..training.stage import Stage
 from ..training.unlearn import unlearn
+from .advice import next_changes, next_command
 from .anchors import ANCHORS
 from .config import RunConfig
 from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
@@ -105,10 +105,10 @@ def compute(job: Job[RunConfig], missing: Sequence[str]) -> None:
         evaluate_moment(job, stage, "before", model, tokenizer)
     if "after" in missing:
         if job.folder.checkpoint.is_dir():
-            checkpoint = ModelConfig(name_or_path=str(job.folder.checkpoint), dtype=job.config.model.dtype)
-            model, tokenizer = loaded(job, checkpoint)
+            kind: Any = {"dtype": job.config.model.dtype, "quantize": job.config.model.quantize}
+            model, tokenizer = loaded(job, ModelConfig(name_or_path=str(job.folder.checkpoint), **kind))
         else:
-            unlearn_model(job, stage, model, tokenizer)
+            model = unlearn_model(job, stage, model, tokenizer)
         evaluate_moment(job, stage, "after", model, tokenizer)
     for name in job.config.evaluate.anchors:
         if name in missing:
@@ -131,8 +131,12 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
     job.processes.wait()
 
 
-def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any) -> None:
-    settings = job.config.unlearn
+def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any) -> Any:
+    """The model after it, as it is loaded from the checkpoint that is written."""
+    settings, lora = job.config.unlearn, job.config.model.lora
+    if lora is not None:
+        model = add_adapter(model, **lora.adapter(), seed=stage.seed, base=adapters_base(job))
+    merged = lora is not None and lora.save == "merged"
     terms = [f"{term.coefficient:g}·{term.name}" for term in (*settings.forget, *settings.retain)]
     job.console.print(f"[bold]unlearn[/] {' + '.join(terms)}")
     quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
@@ -144,10 +148,20 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
 
     every = job.config.evaluate.every
     watching = [] if every is None else [Evaluations(every, evaluate)]
-    unlearned = unlearn(stage, settings, model, tokenizer, job.data, job.config.geffect, watching)
+    unlearned = unlearn(stage, settings, model, tokenizer, job.data, job.config.geffect, watching, merged)
     if job.processes.first:
         write_json(job.folder.unlearning, unlearned.as_dict())
+    if merged:
+        model = merge(model)
     save(job, "unlearn", model, tokenizer)
+    return merge(model) if lora is not None and not merged and job.config.model.quantize is None else model
+
+
+def adapters_base(job: Job[RunConfig]) -> str:
+    """Where the model is found again that unlearning starts from: a folder's whole path, or a Hub id."""
+    config = job.config
+    name = config.model.name_or_path if config.memorise is None else str(job.folder.memorised)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def finish(job: Job[RunConfig]) -> RunResult:
@@ -161,10 +175,15 @@ def finish(job: Job[RunConfig]) -> RunResult:
     goal = config.evaluate.goal
     rows = {name: len(records["after"][name]) for name in sets}
     goals = [] if goal is None else check_goals(moments["before"], moments["after"], goal, rows)
-    verdict = None if goal is None else reach_verdict(moments["before"], goal, goals).as_dict()
+    remedy = f"delete {folder.checkpoint} and {folder.evaluation('after.json')}, and --resume unlearns again"
+    unlearning = read_json(folder.unlearning, remedy)
+    verdict = None
+    if goal is not None:
+        verdict = reach_verdict(moments["before"], goal, goals).as_dict()
+        left = moments["after"]["forget"]["probability"] / max(moments["before"]["forget"]["probability"], 1e-12)
+        changes = next_changes(verdict["name"], config, rate_of(config, unlearning), left)
+        verdict["command"] = next_command(job.command, changes, f"{folder.path}-2")
     if job.processes.first:
-        remedy = f"delete {folder.checkpoint} and {folder.evaluation('after.json')}, and --resume unlearns again"
-        unlearning = read_json(folder.unlearning, remedy)
         write_json(folder.path / "table.json", {"table": table, "goals": goals, "verdict": verdict})
         write_text(folder.path / "table.md", table_markdown(table))
         metrics = read_metrics(folder.metrics)
@@ -187,17 +206,27 @@ def finish(job: Job[RunConfig]) -> RunResult:
     return RunResult(folder.path, table, goals, verdict)
 
 
+def rate_of(config: RunConfig, unlearning: Mapping[str, Any]) -> float:
+    """The learning rate that an unlearning took; runs of earlier versions have it in their settings alone."""
+    return float(unlearning.get("learning_rate", config.unlearn.learning_rate or 0))
+
+
 def steps_taken(config: RunConfig, unlearning: Mapping[str, Any]) -> dict[str, str]:
     """What of the unlearning a page tells beside model, data and seed."""
     settings = config.unlearn
     terms = " + ".join(f"{term.coefficient:g}·{term.name}" for term in (*settings.forget, *settings.retain))
-    rate, batch = f"{settings.learning_rate:g}", settings.batch_size * settings.gradient_accumulation_steps
-    return {"objective": terms, "steps": f"{unlearning['steps']}, of {batch} samples, at a learning rate of {rate}"}
+    rate = f"{rate_of(config, unlearning):g}"
+    batch = settings.batch_size * settings.gradient_accumulation_steps
+    told = {"objective": terms, "steps": f"{unlearning['steps']}, of {batch} samples, at a learning rate of {rate}"}
+    trained, every = unlearning.get("trained", 0), unlearning.get("parameters", 0)  # older runs do not tell
+    part = {} if trained == every else {"trained": f"{trained:,} of {every:,} parameters ({trained / every:.2%})"}
+    return told | part
 
 
 def tell(job: Job[RunConfig], result: RunResult) -> None:
     """The table, the goals, and what to try next."""
-    table = Table("set", "metric", title="before and after", title_justify="left", collapse_padding=True)
+    first = "" if job.config.memorise is None else "; the model memorised the rows first"
+    table = Table("set", "metric", title=f"before and after{first}", title_justify="left", collapse_padding=True)
     for column in columns(result.table):
         table.add_column(column, justify="right")
     for row, following in zip(result.table, [*result.table[1:], None], strict=True):
@@ -211,34 +240,22 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
     if result.verdict is not None:
         style, verdict = "green" if result.verdict["clean"] else "red", result.verdict
         job.console.print(f"[bold {style}]verdict: {verdict['name']}[/]", highlight=False)
-    folder, used = result.folder, {term.name for term in job.config.unlearn.forget}
-    other = next(name for name in ("npo", *names("forget")) if name not in used)
-    again = without(job.command, "unlearn.forget")
-    told = job.config.memorise is None or "retrained" in columns(result.table)
+    if not job.config.has_retain:
+        job.console.print("no rows to retain: nothing kept the rest in its place, and what it cost was not measured")
+    folder = result.folder
+    told = job.config.memorise is None or "retrained" in columns(result.table) or not job.config.has_retain
+    next_try = [] if result.verdict is None else [f"  {result.verdict['command']}   # {result.verdict['advice']}"]
     lines = [
         f"report  {folder / 'report.html'}",
         f"model   {folder / 'checkpoint'}",
         "",
         "try next",
-        *([] if result.verdict is None else [f"  {result.verdict['advice']}"]),
-        f"  {again} --set unlearn.forget={other} --set output={shlex.quote(f'{folder}-{other}')}   # another objective",
-        "  pyunlearn objectives   # all of them, with their options",
+        *next_try,
+        "  pyunlearn objectives   # all of them, with their options, and recipes",
         *([] if told else [f"  {job.command} --retrain --resume   # beside a model that never saw the forget set"]),
-        f"  pyunlearn evaluate --model {shlex.quote(str(folder / 'checkpoint'))} --data FILE.jsonl",
+        f"  pyunlearn evaluate {shlex.quote(str(folder))} --data FILE.jsonl   # what it says of other questions",
     ]
     job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
-
-
-def without(command: str, key: str) -> str:
-    """A command line without its `--set` of `key` and of what is below it."""
-    kept: list[str] = []
-    for word in shlex.split(command):
-        setting = word.removeprefix("--set=")
-        if not re.match(rf"{re.escape(key)}[.=]", setting):
-            kept.append(word)
-        elif setting == word and kept[-1] in ("--set", "-s"):
-            kept.pop()
-    return shlex.join(kept)
 
 
 def load_result(path: str | Path) -> RunResult:

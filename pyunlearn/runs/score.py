@@ -15,7 +15,7 @@ from rich.table import Table
 from .._files import write_json, write_json_lines, write_text
 from .._hints import check_known
 from .._terminal import print_table, shown, visible
-from ..data import QA, QADataset, collate
+from ..data import QA, collate
 from ..metrics.teacher_forced import teacher_forced
 from ..mrd import LABELS, Labels, MRDResult, check_arguments, mrd, scored_rows
 from ..mrd.characteristics import text_characteristics
@@ -67,7 +67,7 @@ def score(
     lock = out.with_name(f".{out.name}.lock")
     with job.interruptible(), job.opened(resume=job.folder.marked), job.locked(lock, out):
         model, tokenizer, stage = first_model(job)
-        answers, drawn = QADataset(job.data.forget, tokenizer, stage.max_length), files["finished draws"]
+        answers, drawn = stage.rows(job.data.forget, tokenizer), files["finished draws"]
         if overwrite and job.processes.first:
             shutil.rmtree(drawn, ignore_errors=True)
         job.processes.wait()
@@ -123,7 +123,7 @@ def tell(scored: ScoreResult, console: Console) -> None:
         error = "" if record["standard_error"] is None else f"{record['standard_error']:.2g}"
         numbers = [f"{record['mrd']:.4g}", error, str(record["num_tokens"])]
         gap = len(ends) < len(ranked) and place == SHOWN - 1
-        table.add_row(shown(record["question"]), *numbers, end_section=gap)
+        table.add_row(shown(record["question"] or record["answer"][:60]), *numbers, end_section=gap)
     print_table(console, table)
     for check in all_checks(scored.records, diagnostics):
         mark = "[bold green]ok[/]   " if check["met"] else "[bold yellow]check[/]"

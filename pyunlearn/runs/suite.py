@@ -53,6 +53,7 @@ def evaluate_suite_files(
             progress=stage.progress,
             task_folder=config.task_folder,
             task_limit=config.data.limit,
+            prompt_format=stage.prompt_format,
         )
         if out is not None:
             about = {"suite": suite.name, "model": config.model.name_or_path, "data": config.data.path}

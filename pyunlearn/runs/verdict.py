@@ -20,15 +20,20 @@ LOST = "lost utility"
 COLLAPSED = "forgot by collapsing"
 CLEAN = "forgot cleanly"
 UNSURE = "forgot; whether cleanly was not measured"
+UNMEASURED = {  # goal -> why it is none
+    "retain": "there are no rows to retain, so nobody knows what it cost",
+    "words": "rouge_l is not among the metrics, so what the model writes was not read",
+    "fluency": "fluency is not among the metrics, so it may have lost its language",
+}
 FEW = 10  # rows, on which a mean says little
 ADVICE = {
-    NOTHING: "train on the forget set first (memorise), or choose a model that knows it",
-    KNOWS: "more steps or a higher learning rate: --set unlearn.epochs=..., --set unlearn.learning_rate=...",
-    REWORDS: "more steps, or an objective that lowers all that is said of it: --set unlearn.forget=npo",
-    LOST: "a lower learning rate, or more weight on what to keep: --set unlearn.retain.0.coefficient=...",
-    COLLAPSED: "give it something to say instead, --set 'unlearn.forget=[idk, dpo]', or a lower learning rate",
-    CLEAN: "see whether it holds for other seeds (--set seed=1), and beside other runs (pyunlearn compare)",
-    UNSURE: "add fluency and rouge_l to evaluate.metrics",
+    NOTHING: "choose a model that knows the forget set, or have it learn that first",
+    KNOWS: "a higher learning rate, or more steps",
+    REWORDS: "more steps, or an objective that lowers all that is said of it",
+    LOST: "more weight on what to keep, or a lower learning rate",
+    COLLAPSED: "a method that says something instead, or a lower learning rate",
+    CLEAN: "see whether it holds for another seed, and beside other runs (pyunlearn compare)",
+    UNSURE: "measure what is missing",
 }
 
 
@@ -46,9 +51,13 @@ class Verdict:
         return asdict(self)
 
 
-def utility_set(means: Summaries) -> str:
-    """Whose answers have to stay: rows held out, where there are any, since those that were trained on flatter."""
-    return "holdout" if "holdout" in means else "retain"
+def utility_set(means: Summaries, rows: Mapping[str, int] | None = None) -> str | None:
+    """Whose answers have to stay: rows held out, where there are any, since those that were trained on flatter; the
+    retain rows where fewer than FEW are held out and more than that retained; None where there are none to retain."""
+    counts = rows or {}
+    if counts.get("holdout", FEW) < FEW <= counts.get("retain", 0) and "retain" in means:
+        return "retain"
+    return next((name for name in ("holdout", "retain") if name in means), None)
 
 
 def check_goals(
@@ -58,15 +67,15 @@ def check_goals(
 
     rows: how many each set has; the text tells where they are fewer than FEW.
     """
-    kept = utility_set(before)
     forget_before, forget = before["forget"]["probability"], after["forget"]["probability"]
-    retain_before, retain = before[kept]["probability"], after[kept]["probability"]
-    share, limit = retain / max(retain_before, 1e-12), goal.forget_probability_below
+    limit = goal.forget_probability_below
     nothing = f"; {NOTHING}" if forget_before < limit else ""
-    rehearsed = "retain probability, of rows that the unlearning itself may rehearse,"
-    whose = "retain probability of held-out rows" if kept == "holdout" else rehearsed
-    few = {name: f"; of {n} rows only, too few to tell much" for name, n in (rows or {}).items() if n < FEW}
-    goals = [
+    few = {
+        name: f"; of {n} row{'s' if n > 1 else ''} only, too few to tell much"
+        for name, n in (rows or {}).items()
+        if n < FEW
+    }
+    goals: list[dict[str, Any]] = [
         {
             "name": "forget",
             "text": f"forget probability {forget_before:.3f} -> {forget:.3f}, wanted below {limit:g}{nothing}"
@@ -74,14 +83,21 @@ def check_goals(
             "value": forget,
             "met": forget < limit <= forget_before,
         },
-        {
-            "name": "retain",
-            "text": f"{whose} {retain_before:.3f} -> {retain:.3f}, {share:.1%} of before, wanted at least "
-            f"{goal.retain_probability_kept:.0%}{few.get(kept, '')}",
-            "value": share,
-            "met": share >= goal.retain_probability_kept,
-        },
     ]
+    if (kept := utility_set(before, rows)) is not None:
+        retain_before, retain = before[kept]["probability"], after[kept]["probability"]
+        share = retain / max(retain_before, 1e-12)
+        rehearsed = "retain probability, of rows that the unlearning itself may rehearse,"
+        whose = "retain probability of held-out rows" if kept == "holdout" else rehearsed
+        goals.append(
+            {
+                "name": "retain",
+                "text": f"{whose} {retain_before:.3f} -> {retain:.3f}, {share:.1%} of before, wanted at least "
+                f"{goal.retain_probability_kept:.0%}{few.get(kept, '')}",
+                "value": share,
+                "met": share >= goal.retain_probability_kept,
+            }
+        )
     if "rouge_l" in after["forget"]:
         recall, limit = after["forget"]["rouge_l"], goal.forget_rouge_below
         then = before["forget"]["rouge_l"]
@@ -113,17 +129,13 @@ def reach_verdict(before: Summaries, goal: GoalConfig, goals: list[dict[str, Any
     if before["forget"]["probability"] < goal.forget_probability_below:
         name, reason = NOTHING, by_name["forget"]["text"]
     else:
-        wrongs = {"forget": KNOWS, "words": REWORDS, "retain": LOST, "fluency": COLLAPSED}
+        wrongs = {"forget": KNOWS, "words": REWORDS, "fluency": COLLAPSED, "retain": LOST}
         missed = [each for each in wrongs if each in by_name and not by_name[each]["met"]]
-        unmeasured = [each for each in ("words", "fluency") if each not in by_name]
+        unmeasured = [each for each in UNMEASURED if each not in by_name]
         if missed:
-            name, reason = wrongs[missed[0]], by_name[missed[0]]["text"]
+            name, reason = wrongs[missed[0]], "; ".join(by_name[each]["text"] for each in missed)
         elif unmeasured:
-            name, reason = (
-                UNSURE,
-                "no answers were looked at: "
-                + " and ".join({"words": "rouge_l", "fluency": "fluency"}[each] for each in unmeasured),
-            )
+            name, reason = UNSURE, "; ".join(UNMEASURED[each] for each in unmeasured)
         else:
             name, reason = CLEAN, by_name["fluency"]["text"]
     return Verdict(name, name == CLEAN, reason, ADVICE[name])

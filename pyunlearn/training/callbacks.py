@@ -5,6 +5,7 @@ All are ordinary `transformers.TrainerCallback`s and can be given to any Trainer
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import signal
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import seal, write_json_lines
+from ..model.lora import merge
 from .as_found import left_as_found, random_as_found
 from .folder import TrainingFolder, write_model
 
@@ -103,16 +105,20 @@ class SealCheckpoints(TrainerCallback):
 
 
 class KeepCheckpoints(TrainerCallback):
-    """Every so many optimiser steps, model (safetensors) and tokenizer go into checkpoints/step-N to stay."""
+    """Every so many optimiser steps, model (safetensors) and tokenizer go into checkpoints/step-N to stay.
 
-    def __init__(self, folder: TrainingFolder, tokenizer: Any, every: int):
-        self.folder, self.tokenizer, self.every = folder, tokenizer, every
+    merged: of a model under peft a plain model, for which there is a second one in memory meanwhile; else the adapter.
+    """
+
+    def __init__(self, folder: TrainingFolder, tokenizer: Any, every: int, merged: bool = False):
+        self.folder, self.tokenizer, self.every, self.merged = folder, tokenizer, every, merged
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and state.global_step % self.every == 0:
-            write_model(self.folder.kept / f"step-{state.global_step}", model, self.tokenizer)
+            kept = merge(copy.deepcopy(model)) if self.merged else model
+            write_model(self.folder.kept / f"step-{state.global_step}", kept, self.tokenizer)
 
 
 class Evaluations(TrainerCallback):

@@ -22,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from .._files import SEAL, seal, write_folder
+from ..model.lora import saving
 
 TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # torch.save has no type of its own
 logger = logging.getLogger(__name__)
@@ -78,13 +79,14 @@ def numbered(folder: Path, prefix: str) -> dict[int, Path]:
 
 
 def write_model(path: Path, model: Any, tokenizer: Any) -> None:
-    """Model (safetensors) and tokenizer in a folder that is there whole or not at all, sealed (`_files.seal`).
+    """Model (safetensors; of one under peft its adapter alone) and tokenizer in a folder that is there whole or not at
+    all, sealed (`_files.seal`).
 
     Raises OSError that names the folder where it cannot be written.
     """
 
     def fill(temporary: Path) -> None:
-        model.save_pretrained(temporary)
+        model.save_pretrained(temporary, **saving(model))
         tokenizer.save_pretrained(temporary)
         seal(temporary)
 

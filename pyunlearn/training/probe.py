@@ -20,7 +20,7 @@ from ..data import QADataset, collate
 from ..data.tokenise import token_texts
 from ..geffect import GEffect, g_effect, gradient_of, pointwise_g_effect
 from ..model.causal_lm import CausalLM
-from ..model.forward import IGNORE_INDEX, length_batches, token_stats_of
+from ..model.forward import IGNORE_INDEX, length_batches, supervised_stats
 from ..objectives import TokenInputs
 from ..ops import token_stats
 from .callbacks import append_metrics, read_metrics
@@ -134,7 +134,7 @@ class Probe:
         parts = []
         for batch in self.batches[role]:
             with self._autocast(model):
-                stats, supervised = token_stats_of(model, on_device(batch[role], model))
+                stats, supervised = supervised_stats(model, on_device(batch[role], model))
                 loss = -stats.logp.sum() / self.tokens[role]
             parts.append(loss.detach())
             if role == "forget":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -55,8 +57,8 @@ class TermConfig(Section):
 
 
 def as_terms(value: Any) -> Any:
-    """`wga`, `{name: wga}` and `[wga, {name: npo}]` are all lists of terms."""
-    terms = value if isinstance(value, list) else [value]
+    """`wga`, `{name: wga}` and `[wga, {name: npo}]` are all lists of terms, and null is one of none."""
+    terms = value if isinstance(value, list) else [] if value is None else [value]
     return [{"name": term} if isinstance(term, str) else term for term in terms]
 
 
@@ -71,28 +73,91 @@ def as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def as_warmup(value: Any) -> Any:
+    """Raises ValueError for what is neither a number from 0 on nor `epoch`."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and not math.isfinite(value):
+        raise ValueError(f"needs a finite number, got {value}")
+    if value != "epoch" and not (number and value >= 0):
+        raise ValueError(f"needs epoch, a share of the steps below 1, or a number of steps from 1 on, got {value!r}")
+    return value
+
+
+def as_patterns(value: Any) -> Any:
+    """Raises ValueError for a regular expression that is none."""
+    patterns = as_list(value)
+    for pattern in patterns if isinstance(patterns, list) else []:
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return patterns
+
+
+Patterns = Annotated[list[str] | None, BeforeValidator(as_patterns)]
+
+OPTIMIZER = "adamw_torch_fused"
+
+
 class TrainingConfig(Section):
+    section: ClassVar[str] = "training"  # as errors call it
+
     epochs: float = Field(default=5, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1, description="optimiser steps; overrides epochs")
     learning_rate: float = Field(default=1e-5, ge=0, allow_inf_nan=False)
     batch_size: int = Field(default=8, ge=1, description="forget samples of one micro-batch, on one device")
     gradient_accumulation_steps: int = Field(default=1, ge=1)
-    warmup: float = Field(
-        default=0.0, ge=0, allow_inf_nan=False, description="a share of the steps below 1, a number of steps from 1 on"
+    warmup: Annotated[float | Literal["epoch"], BeforeValidator(as_warmup)] = Field(
+        default=0.0,
+        description="a share of the steps below 1, a number of steps from 1 on, or epoch: the whole steps of one",
     )
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     scheduler: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "linear"
+    optim: str = Field(default=OPTIMIZER, description="by transformers' name, e.g. paged_adamw_32bit, adafactor, sgd")
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="0 does not clip")
     gradient_checkpointing: bool = False
     bf16: bool = Field(default=False, description="autocast to bfloat16 around float32 weights")
+    train_only: Patterns = Field(
+        default=None, description="regular expressions of parameters' whole names: those alone are trained"
+    )
+    freeze: Patterns = Field(default=None, description="the same, of those that are not trained")
     save_steps: int = Field(default=50, ge=1, description="optimiser steps between resumable checkpoints")
     report_to: Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_list)] = Field(
         default_factory=list, description="trackers that get every line of metrics.jsonl too; none by default"
     )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict, description="others of transformers' TrainingArguments, e.g. {adam_beta2: 0.95}"
+    )
+
+    @field_validator("optim")
+    @classmethod
+    def optimizer_known(cls, name: str) -> str:
+        if name != OPTIMIZER:  # which needs no import
+            from .arguments import check_optimizer
+
+            check_optimizer(name)
+        return name
+
+    @field_validator("arguments")
+    @classmethod
+    def arguments_free(cls, arguments: dict[str, Any]) -> dict[str, Any]:
+        if arguments:
+            from .arguments import check_others
+
+            check_others(arguments, cls.section, cls.model_fields)
+        return arguments
+
+    @model_validator(mode="after")
+    def trained_is_told_once(self) -> TrainingConfig:
+        if self.train_only is not None and self.freeze is not None:
+            raise ValueError(f"train_only={self.train_only} and freeze={self.freeze}: needs one of them")
+        return self
 
 
 class MemoriseConfig(TrainingConfig):
     """Fine-tunes on forget rows, retain_limit retain rows and those held out first: so there is something to forget."""
+
+    section: ClassVar[str] = "memorise"
 
     retain_limit: int | None = Field(default=None, ge=0, description="beside those held out; None is all of them")
 
@@ -131,6 +196,15 @@ class EarlyStopConfig(Section):
 
 
 class UnlearnConfig(TrainingConfig):
+    section: ClassVar[str] = "unlearn"
+
+    learning_rate: float | None = Field(  # type: ignore[assignment]
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="by the size where there is none: 5e-5 below a billion parameters, 1e-5 from there on, ten times "
+        "that of an adapter",
+    )
     recipe: str | None = Field(
         default=None, description="a method by name, e.g. cga or npo+mrd; keys given beside it win"
     )

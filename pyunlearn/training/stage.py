@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,9 @@ from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .._files import check_seal
+from ..data import QA, PromptFormat, QADataset
 from ..distributed import Processes
+from .arguments import check_arguments, check_library
 from .callbacks import Interrupt, MetricsWriter, ProgressBar, SealCheckpoints
 from .folder import TrainingFolder, named_failures
 from .sampling import ForgetSampler
@@ -35,7 +38,7 @@ class Stage:
 
     folder: where it keeps what is finished; the same call goes on from there. max_length: tokens of a sample; None: the
     model's context. console: of the progress bars; quiet by default. reference_batch_size: of the forwards that fill
-    reference caches.
+    reference caches. prompt_format: how questions are put; None is `PromptFormat`.
     """
 
     folder: TrainingFolder
@@ -44,10 +47,15 @@ class Stage:
     console: Console = field(default_factory=lambda: Console(quiet=True))
     processes: Processes = field(default_factory=Processes.start)
     reference_batch_size: int = 16
+    prompt_format: PromptFormat | None = None
 
     @property
     def progress(self) -> bool:
         return not self.console.quiet
+
+    def rows(self, items: Sequence[QA], tokenizer: Any) -> QADataset:
+        """Tokenised as this job does. Raises as `QADataset`."""
+        return QADataset(items, tokenizer, self.max_length, prompt_format=self.prompt_format)
 
 
 class SkipLastSave(TrainerCallback):
@@ -84,7 +92,7 @@ def train(
     with told as tracking, Interrupt(stage.console) as interrupt:
         trainer = UnlearnTrainer(
             model=model,
-            args=training_arguments(stage, name, settings),
+            args=training_arguments(stage, name, settings, len(dataset)),
             train_dataset=dataset,
             objectives=objectives,
             reference=reference,
@@ -114,19 +122,26 @@ def train(
     return step
 
 
-def training_arguments(stage: Stage, name: str, settings: TrainingConfig) -> TrainingArguments:
+def training_arguments(stage: Stage, name: str, settings: TrainingConfig, rows: int) -> TrainingArguments:
+    """rows: that it trains on.
+
+    Raises ValueError for a warm-up that takes all of its steps, and for arguments that would have no effect or a false
+    one; ImportError that names the package of an optimizer.
+    """
+    check_library(settings.optim, f"{name}.optim")
     # transformers 5.x renamed the switch; the old name warns in newer ones.
     names = {field.name for field in dataclasses.fields(TrainingArguments)}
     checkpointing = "activation_checkpointing" if "activation_checkpointing" in names else "gradient_checkpointing"
     switches: dict[str, Any] = {checkpointing: settings.gradient_checkpointing}
-    return TrainingArguments(
+    given: dict[str, Any] = dict(
         output_dir=str(stage.folder.training(name)),
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
-        warmup_steps=settings.warmup,
+        warmup_steps=warmup_steps(stage, name, settings, rows),
+        optim=settings.optim,
         weight_decay=settings.weight_decay,
         lr_scheduler_type=settings.scheduler,
         max_grad_norm=settings.max_grad_norm,
@@ -145,3 +160,29 @@ def training_arguments(stage: Stage, name: str, settings: TrainingConfig) -> Tra
         report_to=[],  # `trackers`
         **switches,
     )
+    args = TrainingArguments(**given | settings.arguments)
+    check_arguments(args, {})
+    return args
+
+
+def planned_steps(stage: Stage, settings: TrainingConfig, rows: int) -> int:
+    """Optimiser steps of a training on so many rows."""
+    batches = math.ceil(rows / (settings.batch_size * stage.processes.count))
+    of_an_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    return settings.max_steps or math.ceil(settings.epochs * of_an_epoch)
+
+
+def warmup_steps(stage: Stage, name: str, settings: TrainingConfig, rows: int) -> int:
+    """Optimiser steps below the learning rate. Raises ValueError if that is all of them."""
+    total = planned_steps(stage, settings, rows)
+    if settings.warmup == "epoch":
+        steps = rows // (settings.batch_size * settings.gradient_accumulation_steps * stage.processes.count)
+    else:
+        steps = int(settings.warmup) if settings.warmup >= 1 else math.ceil(settings.warmup * total)
+    if steps >= total and settings.scheduler != "constant":  # which has none
+        raise ValueError(
+            f"{name}.warmup={settings.warmup}: takes {steps} optimiser steps and the training has {total}: it "
+            f"would end {'with a learning rate of 0' if total == 1 else 'below its learning rate'}; set "
+            f"{name}.warmup=0, or train for more steps (epochs, a smaller batch_size)"
+        )
+    return steps

@@ -128,7 +128,11 @@ def check_kinds(needs: Mapping[str, Need], dataset: Any, name: str = "train_data
     first = dataset[0]
     kinds = list(first) if isinstance(first, Mapping) else [type(first).__name__]
     if absent := [kind for kind in needs if kind not in kinds]:
-        raise ValueError(f"{name}: the objectives need {absent}, its items have {kinds}")
+        refuse = [kind.removesuffix("_refusal") for kind in absent if kind.endswith("_refusal")]
+        options = ["a retain QADataset"] if "retain" not in kinds and any("retain" in kind for kind in absent) else []
+        options += [f"refusals=[texts], refuse={refuse}"] if refuse else []
+        advice = f"; give them by ForgetRetainDataset(forget, {', '.join(options)})" if options else ""
+        raise ValueError(f"{name}: the objectives need {absent}, its items have {kinds}{advice}")
 
 
 def check_rows(references: Mapping[str, Reference], dataset: Any, name: str) -> None:

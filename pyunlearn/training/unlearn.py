@@ -19,12 +19,16 @@ from ..gradients.groups import assign_groups
 from ..model.cache import ReferenceCache
 from ..model.causal_lm import CausalLM
 from ..model.forward import PADDED, layer_number
-from ..model.reference import Source
+from ..model.lora import count_parameters, does_nothing
+from ..model.reference import AdapterOff, Source
+from ..mrd import check_estimator
 from ..ops.parameters import canonical
 from .callbacks import KeepCheckpoints
 from .folder import TrainingFolder
 from .probe import GEffectCallback, Probe
+from .rate import rate_for
 from .sampling import ForgetSampler, Forgotten
+from .selection import selected
 from .settings import GEffectConfig, MemoriseConfig, UnlearnConfig
 from .stage import Stage, train
 from .terms import Need, TermLosses, collect_needs, make_terms
@@ -49,13 +53,17 @@ class UnlearnData:
 class Unlearned:
     """How an unlearning went.
 
-    steps: optimiser steps. mean_absolute_change: of a trained weight (Figure 3 of arXiv:2504.06658). With a sampler:
+    steps: optimiser steps. learning_rate: at its highest. mean_absolute_change: of a trained weight (Figure 3 of
+    arXiv:2504.06658). trained: how many weights were, of how many `parameters` (those of adapters too). With a sampler:
     limits, what EL and MA had to fall below; refreshed_at, the steps at which MRD was computed; samples, one record a
     forget sample (`ForgetSampler.records`).
     """
 
     steps: int
+    learning_rate: float
     mean_absolute_change: float
+    trained: int
+    parameters: int
     limits: dict[str, float] | None
     refreshed_at: list[int]
     samples: list[dict[str, Any]]
@@ -72,9 +80,13 @@ def memorise(
 
     name: of the stage, in the folder and in the metrics.
     """
-    items = data.forget + data.retain[: settings.retain_limit] + data.holdout + data.unknown
-    rows = AnswerRows(QADataset(items, tokenizer, stage.max_length))
-    train(stage, name, settings, model, rows, ["gd"])
+    rows = AnswerRows(stage.rows(to_memorise(settings, data), tokenizer))
+    with selected(model, settings):
+        train(stage, name, settings, model, rows, ["gd"])
+
+
+def to_memorise(settings: MemoriseConfig, data: UnlearnData) -> list[QA]:
+    return data.forget + data.retain[: settings.retain_limit] + data.holdout + data.unknown
 
 
 class AnswerRows(Dataset):
@@ -101,19 +113,39 @@ def unlearn(
     data: UnlearnData,
     probing: GEffectConfig | None = None,
     watching: Sequence[TrainerCallback] = (),
+    merge_kept: bool = False,
 ) -> Unlearned:
-    """Unlearns `model` in place; what it says before is the frozen reference, cached in the stage's folder.
+    """Unlearns `model` in place; what it says before is the frozen reference, cached in the stage's folder, or, with a
+    fresh LoRA adapter on it, told by the model with its adapter off.
 
     probing: also measures the G-effect on the way, into the metrics. watching: further callbacks of the training.
+    merge_kept: of a model under peft, those of keep_steps are plain models and not adapters.
 
     Raises ValueError for data that the objectives need and were not given, and what `train` raises.
     """
+    if settings.learning_rate is None:
+        settings = settings.model_copy(update={"learning_rate": rate_for(model)})
+    with selected(model, settings):
+        return unlearn_selected(stage, settings, model, tokenizer, data, probing, watching, merge_kept)
+
+
+def unlearn_selected(
+    stage: Stage,
+    settings: UnlearnConfig,
+    model: Any,
+    tokenizer: Any,
+    data: UnlearnData,
+    probing: GEffectConfig | None,
+    watching: Sequence[TrainerCallback],
+    merge_kept: bool,
+) -> Unlearned:
+    """`unlearn`, of the parameters that require gradients."""
     objectives = settings.weighted_objectives()
     needs = collect_needs(make_terms(objectives))
-    forget = QADataset(data.forget, tokenizer, stage.max_length)
+    forget = stage.rows(data.forget, tokenizer)
     retain = None
     if any(kind.startswith("retain") for kind in needs):
-        retain = QADataset(retain_used(stage, settings, data), tokenizer, stage.max_length)
+        retain = stage.rows(retain_used(stage, settings, data), tokenizer)
     pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to)
     references = make_references(stage, model, tokenizer, pairs, needs)
     callbacks = [*watching]
@@ -121,13 +153,17 @@ def unlearn(
         probe = make_probe(stage, settings, probing, model, tokenizer, data)
         callbacks.append(GEffectCallback(probe, stage.folder.metrics, "unlearn", probing.every))
     if settings.keep_steps is not None:
-        callbacks.append(KeepCheckpoints(stage.folder, tokenizer, settings.keep_steps))
+        callbacks.append(KeepCheckpoints(stage.folder, tokenizer, settings.keep_steps, merge_kept))
     sampler = make_sampler(settings, forget, stage.seed)
     before = {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(model)}
+    trained, parameters = count_parameters(model)
     steps = train(stage, "unlearn", settings, model, pairs, objectives, references, callbacks, sampler)
     return Unlearned(
         steps=steps,
+        learning_rate=settings.learning_rate or 0.0,
         mean_absolute_change=mean_absolute_change(before, model),  # by all ranks: sharded weights are gathered
+        trained=trained,
+        parameters=parameters,
         limits=None if sampler is None else sampler.memory.limits,
         refreshed_at=[] if sampler is None else sampler.memory.refreshed_at,
         samples=[] if sampler is None else sampler.records(),
@@ -135,16 +171,20 @@ def unlearn(
 
 
 def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: Any) -> None:
-    """Raises ValueError for a layer of an objective, or a group of the G-effect, that the model does not have, and for
-    rows longer than its context."""
+    """Raises ValueError for a layer of an objective, parameters to train or to freeze, or a group of the G-effect, that
+    the model does not have, and for rows longer than its context; TypeError for an estimator of MRD that it does not
+    have."""
     context = CausalLM.of(model).context_length
     if settings.pad_to is not None and context is not None and settings.pad_to > context:
         raise ValueError(f"unlearn.pad_to={settings.pad_to}: the model's context is {context} tokens")
     for need in collect_needs(make_terms(settings.weighted_objectives())).values():
         for layer in need.layers:
             layer_number(model, layer)
-    if probing is not None:
-        assign_groups(model, [canonical(name) for name, _ in trainable(model)], probing.groups)
+    if settings.sampling.by == "mrd":
+        check_estimator(settings.sampling.estimator, model)
+    with selected(model, settings):
+        if probing is not None:
+            assign_groups(model, [canonical(name) for name, _ in trainable(model)], probing.groups)
 
 
 def retain_used(stage: Stage, settings: UnlearnConfig, data: UnlearnData) -> list[QA]:
@@ -184,8 +224,11 @@ def make_pairs(
 def make_references(
     stage: Stage, model: Any, tokenizer: Any, pairs: ForgetRetainDataset, needs: Mapping[str, Need]
 ) -> dict[str, Source]:
-    """Of every kind of sequence that needs one: a cache on disk, or a frozen copy in memory where padding counts,
-    which no cache can know."""
+    """Of every kind of sequence that needs one: the model with its fresh adapter off, where it has one; else a cache on
+    disk, or a frozen copy in memory where padding counts, which no cache can know."""
+    if does_nothing(model):
+        off = AdapterOff(model)
+        return {kind: off for kind, need in needs.items() if need.reference}
     references: dict[str, Source] = {}
     for kind, need in needs.items():
         if need.hidden_reference and need.widest in PADDED:
@@ -214,7 +257,7 @@ def rows_of(pairs: ForgetRetainDataset, kind: str, tokenizer: Any, max_length: i
     if kind == role:
         return rows
     answers = [pairs.refusal(role, index) for index in range(len(rows))]
-    return QADataset(rows.items, tokenizer, max_length, answers=answers)
+    return QADataset(rows.items, tokenizer, max_length, answers, rows.prompt_format)
 
 
 def make_sampler(settings: UnlearnConfig, rows: QADataset, seed: int) -> ForgetSampler | None:
@@ -243,7 +286,7 @@ def make_probe(
     for role, items in (("forget", data.forget), ("retain", data.retain)):
         count = min(len(items), getattr(probing, f"{role}_samples"))
         chosen = sorted(random.Random(f"{stage.seed}/probe/{role}").sample(range(len(items)), count))
-        drawn[role] = QADataset([items[i] for i in chosen], tokenizer, stage.max_length)
+        drawn[role] = stage.rows([items[i] for i in chosen], tokenizer)
     pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, fixed=True)
     rows = {kind: rows_of(pairs, kind, tokenizer, stage.max_length) for kind in {**drawn, **needs}}
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))

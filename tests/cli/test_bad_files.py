@@ -138,7 +138,7 @@ def test_yaml_that_cannot_be_read(tiny_config, tmp_path, text):
     folder.open(config)
     folder.metrics.write_text("")
     folder.config.write_bytes(file.read_bytes())
-    with pytest.raises(ValueError, match=r"config\.yaml: cannot be read \(.*\); choose --overwrite or --set output"):
+    with pytest.raises(ValueError, match=r"config\.yaml: cannot be read \(.*\); choose --overwrite or --out FOLDER"):
         folder.open(config, resume=True)
 
 

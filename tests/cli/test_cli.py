@@ -57,7 +57,8 @@ def test_version_and_help(call):
     assert call("--version") == (0, f"pyunlearn {pyunlearn.__version__}\n", "")
     code, text, _ = call("--help")
     assert code == 0
-    for command in ("run", "score", "geffect", "evaluate", "compare", "metrics", "objectives", "doctor"):
+    for command in ("run", "init", "score", "geffect", "evaluate", "compare", "export", "bench", "metrics",
+                    "objectives", "doctor"):  # fmt: skip
         assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
     code, text, _ = call("run", "--help")
     assert code == 0
@@ -93,6 +94,7 @@ def test_a_run_then_an_evaluation_of_its_model(call, tmp_path):
     assert "forget probability" in text
     assert "runs/tiny/report.html" in text
     assert text.count("  pyunlearn ") == 4  # what to try next
+    assert "  pyunlearn run tiny.yaml --set memorise.learning_rate=0.006 --out runs/tiny-2   # " in text
     assert "  pyunlearn run tiny.yaml --retrain --resume " in text
     assert call("run", "tiny.yaml", "--set", "evaluate.goal=null", "--set", "name=unasked")[0] == 0
     data = tmp_path / "questions.jsonl"
@@ -258,8 +260,6 @@ def test_as_a_module(module):
             "--judge and --judge-model go together",
         ),
         (["score", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
-        (["score", "--model", "./nowhere"], "needs --model and --data (with their options), or a configuration"),
-        (["score", "--limit", "3"], "needs --model and --data"),
         (["geffect", "--run", "nowhere"], "--run nowhere: no such folder"),
         (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
         (["run", "--set", "geffect.every=0"], "geffect.every: needs 1 at least, got 0"),
@@ -289,5 +289,5 @@ def test_a_folder_of_another_run_is_told_and_overwritten_on_demand(call):
     assert call("run", "tiny.yaml")[0] == 1
     code, _, errors = call("run", "tiny.yaml", "--set", "seed=1")
     assert code == 2
-    assert "another configuration (seed: 0 -> 1); choose --set output=... or --overwrite" in errors
+    assert "another configuration (seed: 0 -> 1); choose --out FOLDER or --overwrite" in errors
     assert call("run", "tiny.yaml", "--set", "seed=1", "--overwrite")[0] == 1

@@ -175,14 +175,13 @@ def test_bad_rows(muse):
         ([{"prompt": "", "gt": "x"}], ValueError, r"forget\.json\[0\]: 'prompt' is empty"),
         ([{"prompt": "Once"}], ValueError, r"forget\.json\[0\]: key 'gt' is missing \(keys there: prompt\)"),
         (["Once"], TypeError, r"forget\.json\[0\]: needs an object with prompt and gt, got str"),
-        ({"prompt": "Once", "gt": "x"}, TypeError, r"forget\.json: needs a list, got dict"),
         ([], ValueError, r"forget\.json: holds no rows"),
     ):
         write(file, rows)
         with pytest.raises(kind, match=message):
             load_muse(muse)
     file.write_text('[{"prompt": "Once",\n "gt": ]')
-    with pytest.raises(ValueError, match=r"forget\.json: not valid JSON \(Expecting value at line 2, column 8\)"):
+    with pytest.raises(ValueError, match=r"forget\.json:2: not valid JSON \(Expecting value at column 8\)"):
         load_muse(muse)
 
 

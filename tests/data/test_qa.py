@@ -151,6 +151,11 @@ def test_hub(hub):
     assert load_qa("locuslab/TOFU", name="forget01") == [QA("Who?", a) for a in ("Nobody.", "Me.", "You.")]
     assert len(load_qa("locuslab/TOFU", split="test", limit=2)) == 2
     assert hub.calls == [("locuslab/TOFU", "forget01", "train"), ("locuslab/TOFU", None, "test")]
+    hub.rows = [{"instruction": "Who?", "context": "", "reply": "Nobody."}]
+    columns = {"question": "instruction", "context": "context", "answer": "reply"}
+    assert load_qa("someone/dolly", columns=columns) == [QA("Who?", "Nobody.")]
+    with pytest.raises(ValueError, match=r"^someone/dolly:train:0: no question and answer among its columns \(instr"):
+        load_qa("someone/dolly")
 
 
 def test_hub_errors(hub):

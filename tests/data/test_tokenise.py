@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pyunlearn.data import QA, PromptFormat, QADataset, collate, load_qa, padding_id, tokenise
+from pyunlearn.data import QA, PromptFormat, QADataset, collate, load_qa, padding_id, prompt_format
 from pyunlearn.data.tokenise import token_texts
 
 from .conftest import CHATML
@@ -138,7 +138,7 @@ def test_bad_templates(chat_tokenizer, template, message):
     ids=["loops", "lipsum"],
 )
 def test_endless_templates(chat_tokenizer, template, monkeypatch):
-    monkeypatch.setattr(tokenise, "RENDER_SECONDS", 0.2)
+    monkeypatch.setattr(prompt_format, "RENDER_SECONDS", 0.2)
     chat_tokenizer.chat_template = template
     chat_tokenizer.name_or_path = "someones/model"
     threads, trace = threading.active_count(), sys.gettrace()

@@ -11,7 +11,7 @@ from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer
 
 from ..training.test_equalities import KINDS, objective
-from .cases.training import evaluated, parameters
+from .cases.training import STOCK, evaluated, parameters, stock_trainer
 from .launch import run_case
 
 
@@ -38,6 +38,16 @@ def test_two_processes_train_as_one(tiny, arguments, tmp_path):
             assert logged[key] == pytest.approx(expected[key], rel=1e-4), key
     assert "another process" in ranks[0]["error"]  # the NaN was in rank 1's batch; both ranks stop
     assert "forget samples" in ranks[1]["error"]
+
+
+def test_two_processes_of_transformers_own_trainer_train_as_one(tiny, arguments, tmp_path):
+    """2 x 2 x 2 against 1 x 8: tokens and sequences are counted over both."""
+    ranks = run_case("training.stock", tmp_path)
+    for name in STOCK:
+        trainer = stock_trainer(tiny, arguments(max_steps=2, remove_unused_columns=False), name)
+        trainer.train()
+        for rank in ranks:
+            torch.testing.assert_close(rank[name], parameters(trainer.model), rtol=0, atol=1e-6)
 
 
 def test_two_processes_train_every_objective_as_one(tiny, arguments, tmp_path):

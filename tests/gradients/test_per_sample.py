@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from pyunlearn import _declined
 from pyunlearn.gradients import per_sample as ghost
 from pyunlearn.gradients.per_sample import Dots, PerSample, SquaredNorms, SquaredNormsByParameter
 from pyunlearn.ops import ghost_dot
@@ -43,6 +45,10 @@ def losses(model, batch):
     return torch.where(batch["labels"][:, 1:] != -100, (-logp).log(), 0).sum(1)
 
 
+def summed(model, batch):
+    return lambda rows: losses(model, {name: tensor[rows] for name, tensor in batch.items()}).sum()
+
+
 def per_sample(model, batch, parameters=None):
     """(B,) squared norms: a backward a sample."""
     chosen = [p for n, p in model.named_parameters() if parameters is None or n in parameters]
@@ -60,8 +66,8 @@ def close(found, expected):
 def test_norms_by_parameter(model):
     batch = batch_of(4)
     with PerSample(model) as tap:
-        found = tap.collect(4, lambda: losses(model, batch).sum(), SquaredNormsByParameter())
-        close(sum(found.values()), tap.collect(4, lambda: losses(model, batch).sum(), SquaredNorms()))
+        found = tap.collect(4, summed(model, batch), SquaredNormsByParameter)
+        close(sum(found.values()), tap.collect(4, summed(model, batch), SquaredNorms))
     for name, squared in found.items():
         close(squared, per_sample(model, batch, [name]))
     assert found.keys() <= {name for name, _ in model.named_parameters()}
@@ -76,8 +82,8 @@ def test_norms_equal_those_of_the_gradients(model, rows, way, monkeypatch):
         monkeypatch.setattr(ghost, "squared_norm", both[way])
     batch = batch_of(rows)
     with PerSample(model) as tap:
-        found = tap.collect(rows, lambda: losses(model, batch).sum(), SquaredNorms())
-        assert torch.equal(found, tap.collect(rows, lambda: losses(model, batch).sum(), SquaredNorms()))
+        found = tap.collect(rows, summed(model, batch), SquaredNorms)
+        assert torch.equal(found, tap.collect(rows, summed(model, batch), SquaredNorms))
     assert found.dtype == torch.float64
     close(found, per_sample(model, batch))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
@@ -94,7 +100,7 @@ def test_gradient_checkpointing(model, reentrant):
             module.p = 0.0
     try:
         with PerSample(model) as tap:
-            found = tap.collect(4, lambda: losses(model, batch).sum(), SquaredNorms())
+            found = tap.collect(4, summed(model, batch), SquaredNorms)
     finally:
         model.gradient_checkpointing_disable()
         model.eval()
@@ -107,7 +113,7 @@ def test_only_the_parameters_that_are_named(model):
         names = [name for name, _ in model.named_parameters() if part in name]
         if names:
             with PerSample(model, names) as tap:
-                found = tap.collect(4, lambda: losses(model, batch).sum(), SquaredNorms())
+                found = tap.collect(4, summed(model, batch), SquaredNorms)
             close(found, per_sample(model, batch, names))
 
 
@@ -148,6 +154,9 @@ class Dense:
     def vector(self, name, gradients):
         self.gradients[name] = self.gradients[name] + gradients if name in self.gradients else gradients
 
+    def whole(self, name, gradient):
+        self.vector(name, gradient.unsqueeze(0))
+
     def result(self, num_samples, device):
         return self.gradients
 
@@ -155,11 +164,11 @@ class Dense:
 def test_a_tap_does_not_know_what_is_collected(model):
     batch = batch_of(4)
     with PerSample(model) as tap:
-        loss = lambda: losses(model, batch).sum()  # noqa: E731
-        whole = tap.collect(4, loss, Dense({name: p.shape for name, p in model.named_parameters()}))
-        squared = tap.collect(4, loss, SquaredNorms())
+        loss = summed(model, batch)
+        whole = tap.collect(4, loss, lambda: Dense({name: p.shape for name, p in model.named_parameters()}))
+        squared = tap.collect(4, loss, SquaredNorms)
         directions = {name: torch.randn_like(p) for name, p in model.named_parameters()}
-        dots = tap.collect(4, loss, Dots(directions))
+        dots = tap.collect(4, loss, lambda: Dots(directions))
     close(squared, sum(g.flatten(1).square().sum(1) for g in whole.values()))
     assert dots.keys() == whole.keys()
     for name, gradients in whole.items():
@@ -182,7 +191,7 @@ def test_parameters_used_several_times():
         gradients = torch.autograd.grad(model(ids)[i], tuple(model.parameters()), allow_unused=True)
         expected.append(sum(g.square().sum() for g in gradients if g is not None))
     with PerSample(model) as tap:
-        found = tap.collect(4, lambda: model(ids).sum(), SquaredNorms())
+        found = tap.collect(4, lambda rows: model(ids[rows]).sum(), SquaredNorms)
     close(found, torch.stack(expected))
 
 
@@ -192,78 +201,104 @@ def test_half_precision_is_summed_in_float32():
     layer = nn.Linear(64, 48).bfloat16()
     x, weights = torch.randn(3, 20, 64).bfloat16(), torch.randn(3, 20, 48).bfloat16()
     with PerSample(layer) as tap:
-        found = tap.collect(3, lambda: (layer(x) * weights).sum(), SquaredNorms())
+        found = tap.collect(3, lambda rows: (layer(x[rows]) * weights[rows]).sum(), SquaredNorms)
     b, a = weights.double(), x.double()
     expected = (b.mT @ a).square().sum((1, 2)) + b.sum(1).square().sum(1)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
-class Uncovered(nn.Module):
+class Odd(nn.Module):
+    """A gain outside of any layer; an embedding that some samples do not reach, tied to what is no layer either."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(9, 4)
+        self.linear = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(4))
+        self.rare = nn.Parameter(torch.ones(4))
+
+    def forward(self, ids):
+        x = self.linear(self.embedding(ids)) * self.scale
+        for row in (ids == 8).any(1).nonzero():
+            x = x + self.rare * (torch.arange(len(ids)) == row).view(-1, 1, 1)
+        return (x @ self.embedding.weight.T).sin().square().sum((1, 2))
+
+
+def test_parameters_without_a_rule(caplog):
+    torch.manual_seed(0)
+    _declined._logged.clear()
+    model, ids = Odd().double(), torch.tensor([[1, 2, 3], [8, 1, 1], [4, 4, 4]])
+    for name, parameter in model.named_parameters():
+        parameter.grad = torch.full_like(parameter, 7.0)
+        parameter.requires_grad_(name != "linear.bias")
+    before = {name: (p.grad, p.requires_grad) for name, p in model.named_parameters()}
+    loss = lambda rows: model(ids[rows]).sum()  # noqa: E731
+    directions = {name: torch.randn_like(p) for name, p in model.named_parameters() if p.requires_grad}
+    with caplog.at_level("INFO", "pyunlearn"), PerSample(model) as tap:
+        assert tap.declined == "no ghost norm rule covers scale, rare"
+        squared = tap.collect(3, loss, SquaredNormsByParameter)
+        dots = tap.collect(3, loss, lambda: Dots(directions))
+    assert caplog.text.count("one backward a batch is not used: no ghost norm rule covers scale, rare") == 1
+    assert {name: (p.grad, p.requires_grad) for name, p in model.named_parameters()} == before
+    assert squared.keys() == dots.keys() == directions.keys()
+    chosen = [model.get_parameter(name) for name in directions]
+    for i in range(3):
+        gradients = torch.autograd.grad(model(ids[i : i + 1]).sum(), chosen, allow_unused=True)
+        for (name, direction), gradient in zip(directions.items(), gradients, strict=True):
+            gradient = torch.zeros_like(direction) if gradient is None else gradient
+            torch.testing.assert_close(squared[name][i], gradient.square().sum(), rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(dots[name][i], (gradient * direction).sum(), rtol=1e-10, atol=1e-12)
+
+
+class Again(nn.Module):
+    """A parameter without a rule that is used in two segments."""
+
     def __init__(self):
         super().__init__()
         self.linear = nn.Linear(4, 4)
         self.scale = nn.Parameter(torch.ones(4))
 
     def forward(self, x):
-        return self.scale * self.linear(x)
+        for reentrant in self.reentrant:
+            x = checkpoint(lambda x: (self.linear(x) * self.scale).sin(), x, use_reentrant=reentrant)
+        return x.square().sum((1, 2))
 
 
-def test_strict_coverage():
-    torch.manual_seed(0)
-    model, x = Uncovered(), torch.randn(2, 3, 4)
-    with pytest.raises(TypeError, match="scale: no ghost norm rule covers it"):
-        PerSample(model)
-    with PerSample(model, strict=False) as tap:
-        assert tap.uncovered == ["scale"]
-        left_out = tap.collect(2, lambda: model(x).sum(), SquaredNorms())
-    with PerSample(model.linear) as tap:
-        torch.testing.assert_close(tap.collect(2, lambda: model.linear(x).sum(), SquaredNorms()), left_out)
-    model.scale.requires_grad_(False)
-    PerSample(model)  # frozen: not asked for
+def test_gradients_in_parts():
+    model, x = Again().double(), torch.randn(3, 2, 4).double()
+    model.reentrant = (False, False)
+    expected = []
+    for i in range(3):
+        gradients = torch.autograd.grad(model(x[i : i + 1]).sum(), tuple(model.parameters()))
+        expected.append(sum(gradient.square().sum() for gradient in gradients))
+    with PerSample(model) as tap:
+        close(tap.collect(3, lambda rows: model(x[rows]).sum(), SquaredNorms), torch.stack(expected))
+    model.reentrant = (True, True)
+    x.requires_grad_()
+    with PerSample(model) as tap, pytest.raises(RuntimeError, match="scale: its gradient comes in parts, needs check"):
+        tap.collect(3, lambda rows: model(x[rows]).sum(), SquaredNorms)
+
+
+def test_what_cannot_be_asked_for():
+    odd = Odd()
+    odd.scale.register_post_accumulate_grad_hook(print)
+    with pytest.raises(ValueError, match="scale: has a post-accumulate-grad hook, which would be set off"):
+        PerSample(odd)
+    model, x = nn.Linear(4, 4), torch.randn(2, 3, 4)
     with pytest.raises(ValueError, match="none of the name 'nothing'"):
         PerSample(model, ["nothing"])
+    with PerSample(model), pytest.raises(RuntimeError, match="within collect"):
+        model(x)
+    assert model.weight.requires_grad
     with pytest.raises(ValueError, match="nothing to differentiate"):
         PerSample(model.requires_grad_(False))
-
-
-def test_a_use_outside_of_the_layer_raises():
-    model, x = nn.Linear(4, 4), torch.randn(2, 3, 4)
-    with PerSample(model) as tap:
-        with pytest.raises(RuntimeError, match="weight: is used outside of its layer's forward"):
-            tap.collect(2, lambda: (model(x) * model.weight.sum()).sum(), SquaredNorms())
-        with pytest.raises(RuntimeError, match="within collect"):
-            model(x)
-    assert model.weight.requires_grad
-
-
-def test_layers_no_rule_can_serve():
-    class CubeNorm(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.full((4,), 2.0))
-
-        def forward(self, x):
-            return self.weight**3 * x
-
-    class Scaled(nn.Embedding):
-        def forward(self, ids):
-            return 7 * super().forward(ids)
-
-    x = torch.randn(2, 3, 4)
-    with PerSample(CubeNorm()) as tap, pytest.raises(TypeError, match="CubeNorm: its output is not affine"):
-        tap.collect(2, lambda: tap._model(x).sum(), SquaredNorms())
-    for layer in (Scaled(5, 4), nn.Embedding(5, 4, max_norm=1.0), nn.Embedding(5, 4, scale_grad_by_freq=True)):
-        with pytest.raises(TypeError, match="weight: no ghost norm rule"):
-            PerSample(layer)
-    with PerSample(nn.Linear(4, 4)) as tap, pytest.raises(ValueError, match="needs 2 samples in dimension 0"):
-        tap.collect(2, lambda: tap._model(x.flatten(0, 1)).sum(), SquaredNorms())
 
 
 def test_an_exception_leaves_the_model_as_it_was():
     model = nn.Linear(4, 4)
     model.bias.requires_grad_(False)
     with pytest.raises(RuntimeError, match="shapes"), PerSample(model) as tap:
-        tap.collect(2, lambda: model(torch.randn(2, 5)).sum(), SquaredNorms())
+        tap.collect(2, lambda rows: model(torch.randn(2, 5)).sum(), SquaredNorms)
     assert (model.weight.requires_grad, model.bias.requires_grad) == (True, False)
     assert not model._forward_hooks
     assert not model._forward_pre_hooks

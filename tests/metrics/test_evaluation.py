@@ -11,7 +11,7 @@ from pyunlearn._files import write_json_lines
 from pyunlearn.data import QA, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import DEFAULT_METRICS, evaluate, rouge_l_recall
-from pyunlearn.model.forward import token_stats_of
+from pyunlearn.model.forward import supervised_stats
 
 ITEMS = [
     QA("Where was Ada born?", "In a small town by the sea."),
@@ -37,7 +37,7 @@ def model(tokenizer):
     batch = collate([dataset[0], dataset[1]], 0)
     for _ in range(60):
         optimizer.zero_grad()
-        (-token_stats_of(model, batch)[0].logp.mean()).backward()
+        (-supervised_stats(model, batch)[0].logp.mean()).backward()
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return model

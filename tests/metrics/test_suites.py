@@ -13,9 +13,8 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 from scipy.stats import hmean, ks_2samp
 
-from pyunlearn.data import QA, QADataset
+from pyunlearn.data import QA, PromptFormat, QADataset, make_prompt
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.data.tokenise import PromptFormat
 from pyunlearn.metrics import (
     METRICS,
     Aggregate,
@@ -30,6 +29,7 @@ from pyunlearn.metrics import (
     readings_by,
     write_log,
 )
+from pyunlearn.metrics.examine import Examinations
 from pyunlearn.metrics.suites import Outcome
 from pyunlearn.metrics.suites.tofu import TOFU_SUITES, UTILITY
 
@@ -391,3 +391,11 @@ def test_what_is_wrong_is_told(models, tokenizer):
     assert by_name["mia_min_k"].note == "no holdout set"
     assert by_name["privleak"].note == "needs mia_min_k, without a value here"
     assert Entry(None).column() == []
+
+
+def test_a_prompt_is_that_of_sets_without_a_form(models, tokenizer):
+    form = PromptFormat(tokenizer, make_prompt("llama2"))
+    sets = {"forget": SETS["forget"], "pku": SETS["forget"], "forget_privleak": SETS["forget"]}
+    for name, suite, own in (("forget", "tofu", True), ("pku", "safe", False), ("forget_privleak", "muse", False)):
+        examinations = Examinations(models[0], tokenizer, sets, get_suite(suite), 4, None, None, False, form)
+        assert (examinations[name].format is form) == own

@@ -194,7 +194,7 @@ def test_bad_datasets(model):
 def test_a_model_that_looks_ahead_is_refused():
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     model = BertLMHeadModel(BertConfig(vocab_size=40, **sizes))
-    with pytest.raises(ValueError, match="BertLMHeadModel: is not causal"):
+    with pytest.raises(TypeError, match="BertLMHeadModel: its BertConfig is an encoder"):
         teacher_forced(model, make_rows(model, [5, 6]), progress=False)
 
 

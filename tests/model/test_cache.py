@@ -11,7 +11,7 @@ from pyunlearn.data import collate
 from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.fingerprint import dataset_fingerprint, model_fingerprint
-from pyunlearn.model.forward import select_positions, supervised_hidden, token_stats_of
+from pyunlearn.model.forward import select_positions, supervised_hidden, supervised_stats
 from pyunlearn.store import Damaged
 
 from .small import H, V, build, make, make_rows, spoil
@@ -26,7 +26,7 @@ def test_same_batches_give_the_same_bits(model, path):
     for indices in ([0, 1, 2], [3, 4, 5]):
         batch = collate([rows[i] for i in indices], 0)
         with torch.no_grad():
-            stats, fresh = token_stats_of(model, batch)
+            stats, fresh = supervised_stats(model, batch)
         assert torch.equal(cache.logp(batch["index"]), stats.logp)
         assert torch.equal(cache.hidden(batch["index"]), fresh.hidden)
 
@@ -38,7 +38,7 @@ def test_rows_in_any_order_equal_a_fresh_computation(model, rows, path, position
     for indices in ([2, 0, 4], [1], [3, 3, 1]):
         batch = collate([rows[i] for i in indices], 7)
         with torch.no_grad():
-            logp = token_stats_of(model, batch)[0].logp
+            logp = supervised_stats(model, batch)[0].logp
             fresh = supervised_hidden(model, batch, positions)
         torch.testing.assert_close(cache.logp(indices), logp, **ROUNDING)
         torch.testing.assert_close(cache.hidden(indices), fresh.hidden, **ROUNDING)
@@ -52,7 +52,7 @@ def test_logp_is_of_the_labels_whatever_the_positions(model, rows, path):
     other = [{**row, "labels": row["labels"].where(row["labels"] < 0, (row["labels"] + 1) % V)} for row in rows]
     cache = build(model, other, path, kl=True, positions="real")
     with torch.no_grad():
-        expected = token_stats_of(model, collate(other, 0))[0].logp
+        expected = supervised_stats(model, collate(other, 0))[0].logp
     torch.testing.assert_close(cache.logp(range(5)), expected, **ROUNDING)
 
 
@@ -101,8 +101,8 @@ def test_kl_from_the_cache_equals_kl_from_a_live_reference(rows, path, kind):
     batch = collate([rows[i] for i in (4, 1, 2)], 0)
     with torch.no_grad():
         pair = supervised_hidden(live, batch).hidden, CausalLM.of(live).read_head()
-    expected = token_stats_of(model, batch, ("kl_pq", "kl_qp"), reference=pair)[0]
-    stats = token_stats_of(model, batch, ("kl_pq", "kl_qp"), reference=(cache.hidden(batch["index"]), cache.head))[0]
+    expected = supervised_stats(model, batch, ("kl_pq", "kl_qp"), reference=pair)[0]
+    stats = supervised_stats(model, batch, ("kl_pq", "kl_qp"), reference=(cache.hidden(batch["index"]), cache.head))[0]
     assert expected.kl_pq.min() > 1e-3
     torch.testing.assert_close(stats.kl_pq, expected.kl_pq, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(stats.kl_qp, expected.kl_qp, atol=1e-5, rtol=1e-5)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pyunlearn.data import collate
 from pyunlearn.model import cache as caches
 from pyunlearn.model.cache import ReferenceCache
-from pyunlearn.model.forward import token_stats_of
+from pyunlearn.model.forward import supervised_stats
 from pyunlearn.store import Damaged, digest_tensors, header_of
 
 from .small import H, V, build, make, make_rows
@@ -44,7 +44,7 @@ def test_what_does_not_match_is_rebuilt_with_a_message(model, rows, path, caplog
         cache = ReferenceCache.build(path=path, progress=False, **arguments)
     assert reason in caplog.text
     with torch.no_grad():
-        expected = token_stats_of(arguments["model"], collate(arguments["dataset"], 0))[0].logp
+        expected = supervised_stats(arguments["model"], collate(arguments["dataset"], 0))[0].logp
     torch.testing.assert_close(cache.logp(range(5)), expected, atol=1e-6, rtol=1e-6)
 
 

@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pyunlearn.data.tiny import tiny_llama
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.forward import token_stats_of
+from pyunlearn.model.forward import supervised_stats
+from pyunlearn.model.load import load_model
 
 from .test_forward import SIZES, Adapter, Doubled, make
 from .zoo import ZOO
@@ -79,7 +80,7 @@ def test_a_wrapper_that_passes_attributes_on(batch):
     model = make("llama")
     lm = CausalLM.of(Adapter(model))
     assert lm.blocks is model.model.layers
-    assert torch.equal(token_stats_of(lm, batch)[0].logp, token_stats_of(model, batch)[0].logp)
+    assert torch.equal(supervised_stats(lm, batch)[0].logp, supervised_stats(model, batch)[0].logp)
 
 
 def test_what_is_no_causal_lm():
@@ -128,16 +129,65 @@ def test_every_architecture_is_proved(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Electra"])
-def test_models_that_look_ahead_are_refused(kind, dtype):
+def test_models_that_look_ahead_are_refused(dtype):
     torch.manual_seed(0)
+    config = transformers.BertGenerationConfig(**SIZES)  # which no configuration tells
+    for ahead in (False, True):
+        config.is_decoder = not ahead
+        lm = CausalLM.of(transformers.BertGenerationDecoder(config).to(dtype))
+        if ahead:
+            with pytest.raises(ValueError, match="Decoder: is not causal, its logits of a token change with the token"):
+                lm.check_head()
+        else:
+            lm.check_head()
+
+
+TINY = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2, "vocab_size": 9}
+OTHERS = {
+    "t5": (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**TINY)), "T5Config is an encoder-"),
+    "bert": (lambda: transformers.BertLMHeadModel(transformers.BertConfig(**SIZES)), "BertConfig is an encoder, in "),
+    "modernbert": (
+        lambda: transformers.ModernBertForMaskedLM(transformers.ModernBertConfig(**SIZES)),
+        r"ModernBertConfig is an encoder, in which a token sees those after it \(is_decoder=False\)",
+    ),
+    "gemma3": (
+        lambda: transformers.Gemma3ForConditionalGeneration(
+            transformers.Gemma3Config(
+                text_config={**SIZES, "head_dim": 8},
+                vision_config={"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
+            )
+        ),
+        r"Gemma3Config is of more than text \(vision_config\)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_no_causal_lm_of_text_is_refused(kind, tmp_path, monkeypatch):
+    build, message = OTHERS[kind]
+    model = build()
+    with pytest.raises(TypeError, match=f"{type(model).__name__}: its {message}.*; needs a decoder-only causal LM"):
+        CausalLM.of(model)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("pyunlearn.model.load.load_weights", lambda *args, **options: pytest.fail("weights"))
+    with pytest.raises(TypeError, match=f"model '{tmp_path}': its {message}"):
+        load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "XLMRoberta", "Electra", "Bart"])
+def test_their_decoders_are_taken(kind):
+    made = getattr(transformers, {"Bert": "BertLMHeadModel"}.get(kind, f"{kind}ForCausalLM"))
     sizes = {**SIZES, "type_vocab_size": 2}
-    model_type = {"Bert": "BertLMHeadModel"}.get(kind, f"{kind}ForCausalLM")
-    config = getattr(transformers, f"{kind}Config")
-    model = getattr(transformers, model_type)(config(**sizes)).to(dtype)
-    with pytest.raises(ValueError, match=f"{model_type}: is not causal, its logits of a token change with the token"):
-        CausalLM.of(model).check_head()
-    CausalLM.of(getattr(transformers, model_type)(config(**sizes, is_decoder=True)).to(dtype)).check_head()
+    if kind == "Bart":
+        sizes = {"vocab_size": 9, "d_model": 8, "decoder_layers": 1, "decoder_ffn_dim": 8, "decoder_attention_heads": 2}
+    CausalLM.of(made(getattr(transformers, f"{kind}Config")(**sizes, is_decoder=True))).check_head()
+
+
+def test_a_kind_that_writes_nothing_is_told(tmp_path):
+    config = transformers.ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    transformers.ViTModel(config).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="transformers has no causal LM of the kind vit; needs a model that writes"):
+        load_model(str(tmp_path))
 
 
 def test_proofs_keep_no_model_alive():

@@ -20,7 +20,7 @@ from pyunlearn.model.forward import (
     select_positions,
     supervised_hidden,
     supervised_logits,
-    token_stats_of,
+    supervised_stats,
 )
 
 from .variants import SIZES, LoraLinear, V, make
@@ -37,7 +37,7 @@ def plain(model, batch, positions="supervised"):
 @pytest.mark.parametrize("positions", ["supervised", "real"])
 def test_statistics_equal_the_models_own_logits(variant, batch, positions):
     with torch.no_grad():
-        stats, found = token_stats_of(variant, batch, ("logp", "entropy", "greedy"), positions=positions)
+        stats, found = supervised_stats(variant, batch, ("logp", "entropy", "greedy"), positions=positions)
         expected, targets = plain(variant, batch, positions)
     assert len(targets) == (5 + 3 + 2 if positions == "supervised" else 8 + 5 + 3)
     torch.testing.assert_close(stats.logp, expected.gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-5)
@@ -52,7 +52,7 @@ def test_statistics_equal_the_models_own_logits(variant, batch, positions):
 def test_gradients_of_every_parameter_equal_the_plain_path(variant, batch):
     weights = torch.randn(10, generator=torch.Generator().manual_seed(2))
     ours, theirs = copy.deepcopy(variant), copy.deepcopy(variant)
-    stats, _ = token_stats_of(ours, batch, ("logp", "entropy"))
+    stats, _ = supervised_stats(ours, batch, ("logp", "entropy"))
     (weights * stats.logp + stats.entropy).sum().backward()
     logp, targets = plain(theirs, batch)
     entropy = -(logp.exp() * logp).sum(-1)
@@ -68,7 +68,7 @@ def test_kl_to_a_live_reference(variant, batch):
         for parameter in reference.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
         pair = supervised_hidden(reference, batch).hidden, CausalLM.of(reference).read_head()
-        stats, _ = token_stats_of(variant, batch, ("kl_pq", "kl_qp"), reference=pair)
+        stats, _ = supervised_stats(variant, batch, ("kl_pq", "kl_qp"), reference=pair)
         p, q = plain(variant, batch)[0], plain(reference, batch)[0]
     assert stats.kl_pq.min() > 1e-4
     torch.testing.assert_close(stats.kl_pq, (p.exp() * (p - q)).sum(-1), atol=2e-5, rtol=1e-3)
@@ -100,7 +100,7 @@ def test_only_counted_positions_meet_the_head(llama, batch, monkeypatch):
     hook = llama.lm_head.register_forward_hook(lambda _, args, out: seen.append(out.shape))
     linear = head.linear_token_stats
     monkeypatch.setattr(head, "linear_token_stats", lambda h, *a, **k: rows.append(h.shape) or linear(h, *a, **k))
-    token_stats_of(llama, batch)
+    supervised_stats(llama, batch)
     hook.remove()
     assert seen == [(3, 0, V)]
     assert rows == [(10, 32)]
@@ -156,7 +156,7 @@ def test_select_positions_by_hand():
 
 def test_nothing_supervised_gives_empty_statistics_with_a_graph(llama, batch):
     batch["labels"] = torch.full_like(batch["labels"], -100)
-    stats, found = token_stats_of(llama, batch)
+    stats, found = supervised_stats(llama, batch)
     assert found.hidden.shape == (0, 32)
     assert stats.logp.shape == (0,)
     assert stats.logp.requires_grad
@@ -176,11 +176,11 @@ def test_distributed_data_parallel_reduces_the_gradients(batch, tmp_path):
     try:
         wrapped = nn.parallel.DistributedDataParallel(model)
         wrapped.register_comm_hook(None, count)
-        stats, _ = token_stats_of(wrapped, batch)
+        stats, _ = supervised_stats(wrapped, batch)
         stats.logp.sum().backward()
     finally:
         torch.distributed.destroy_process_group()
-    token_stats_of(alone, batch)[0].logp.sum().backward()
+    supervised_stats(alone, batch)[0].logp.sum().backward()
     assert sum(calls) == sum(p.numel() for p in model.parameters())
     for a, b in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad)
@@ -206,23 +206,23 @@ class Adapter(nn.Module):
 @pytest.mark.parametrize("wrap", [Adapter, lambda model: torch.compile(model, backend="eager")])
 def test_adapter_and_compile_wrappers(llama, batch, wrap):
     with torch.no_grad():
-        expected = token_stats_of(llama, batch)[0].logp
-        assert torch.equal(token_stats_of(wrap(llama), batch)[0].logp, expected)
+        expected = supervised_stats(llama, batch)[0].logp
+        assert torch.equal(supervised_stats(wrap(llama), batch)[0].logp, expected)
 
 
 def test_compiled_models(llama, batch):
     """A compiled decoder serves; a model compiled with its head would keep the hook in its graph."""
     with torch.no_grad():
-        expected = token_stats_of(llama, batch)[0].logp
+        expected = supervised_stats(llama, batch)[0].logp
         model = make("llama")
         model.get_decoder().compile(backend="eager")
         for _ in range(2):
-            torch.testing.assert_close(token_stats_of(model, batch)[0].logp, expected)
+            torch.testing.assert_close(supervised_stats(model, batch)[0].logp, expected)
         assert model(batch["input_ids"]).logits.shape == (3, 9, V)
         model.compile(backend="eager")
         for compiled in (model, Adapter(torch.compile(make("llama"), backend="eager"))):
             with pytest.raises(RuntimeError, match="compile the decoder instead"):
-                token_stats_of(compiled, batch)
+                supervised_stats(compiled, batch)
 
 
 def test_heads_that_are_not_plain(llama):
@@ -278,9 +278,9 @@ def test_bad_batches(llama, batch, change, message):
 def test_bad_references(llama, batch):
     head, hidden = CausalLM.of(llama).read_head(), torch.zeros(10, 32)
     with pytest.raises(ValueError, match=r"needs 10 rows.*got 9"):
-        token_stats_of(llama, batch, "kl_pq", reference=(hidden[:9], head))
+        supervised_stats(llama, batch, "kl_pq", reference=(hidden[:9], head))
     with pytest.raises(ValueError, match="softcap and temperature"):
-        token_stats_of(llama, batch, "kl_pq", reference=(hidden, head._replace(softcap=30.0)))
+        supervised_stats(llama, batch, "kl_pq", reference=(hidden, head._replace(softcap=30.0)))
 
 
 def test_eval_mode_restores_every_module(llama):

@@ -57,7 +57,7 @@ def test_random_weights_are_those_of_a_new_model(tiny):
 
 def test_a_configuration_holds_its_arguments(tiny):
     config = ModelConfig(options={"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2})
-    assert load_model(**config.model_dump(), texts=tiny.world.texts)[0].lm_head.weight.size(1) == 16
+    assert load_model(**config.loading(), texts=tiny.world.texts)[0].lm_head.weight.size(1) == 16
     with pytest.raises(ValueError, match="are sizes of the embedded model"):
         ModelConfig(name_or_path="x", options={"hidden_size": 16})
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.forward import supervised_hidden, token_stats_of
+from pyunlearn.model.forward import supervised_hidden, supervised_stats
 from pyunlearn.ops import projection
 
 from .test_forward import make, plain
@@ -43,7 +43,7 @@ def test_values_and_gradients_equal_pefts_own_forward(name, options, batch):
     ours = adapted(name, **options)
     theirs = copy.deepcopy(ours)
     weights = torch.randn(10, generator=torch.Generator().manual_seed(2))
-    stats, _ = token_stats_of(ours, batch, ("logp", "entropy"))
+    stats, _ = supervised_stats(ours, batch, ("logp", "entropy"))
     logp, targets = plain(theirs, batch)
     entropy, logp = -(logp.exp() * logp).sum(-1), logp.gather(1, targets[:, None])[:, 0]
     torch.testing.assert_close(stats.logp, logp, atol=1e-5, rtol=1e-5)
@@ -67,7 +67,7 @@ def test_the_frozen_weight_costs_no_gradient(batch, monkeypatch):
     monkeypatch.setattr(
         projection, "product", lambda a, b, out, add: shapes.append(out.shape) or product(a, b, out, add)
     )
-    token_stats_of(adapted(), batch)[0].logp.sum().backward()
+    supervised_stats(adapted(), batch)[0].logp.sum().backward()
     assert sorted(map(tuple, shapes)) == [(10, 4), (10, 32), (61, 4)]
 
 
@@ -76,7 +76,7 @@ def test_adapters_in_float32_over_a_half_precision_model(batch):
     model = peft.get_peft_model(make("llama").bfloat16(), peft.LoraConfig(target_modules=["lm_head"], r=4))
     move(model)
     assert CausalLM.of(model).read_head().lora[0].up.weight.dtype == torch.float32
-    stats, _ = token_stats_of(model, batch)
+    stats, _ = supervised_stats(model, batch)
     stats.logp.sum().backward()
     exact = copy.deepcopy(model).float()
     exact.zero_grad()
@@ -100,7 +100,7 @@ def test_the_head_follows_what_peft_has_switched(batch):
     def compare(name):
         with torch.no_grad():
             expected[name], targets = plain(model, batch)
-            stats, _ = token_stats_of(model, batch)
+            stats, _ = supervised_stats(model, batch)
         torch.testing.assert_close(stats.logp, expected[name].gather(1, targets[:, None])[:, 0], atol=1e-5, rtol=1e-5)
 
     compare("both")
@@ -128,16 +128,16 @@ def test_a_switched_off_copy_is_the_original(batch):
 def test_dropout_belongs_to_training(batch):
     model = adapted(target_modules=["lm_head"], lora_dropout=0.5)
     with torch.no_grad():
-        assert torch.equal(token_stats_of(model, batch)[0].logp, token_stats_of(model, batch)[0].logp)
+        assert torch.equal(supervised_stats(model, batch)[0].logp, supervised_stats(model, batch)[0].logp)
         model.train()
-        assert not torch.equal(token_stats_of(model, batch)[0].logp, token_stats_of(model, batch)[0].logp)
+        assert not torch.equal(supervised_stats(model, batch)[0].logp, supervised_stats(model, batch)[0].logp)
 
 
 def test_a_reference_under_lora(batch):
     model, reference = make("llama"), adapted()
     with torch.no_grad():
         pair = supervised_hidden(reference, batch).hidden, CausalLM.of(reference).read_head()
-        stats, _ = token_stats_of(model, batch, ("kl_pq", "kl_qp"), reference=pair)
+        stats, _ = supervised_stats(model, batch, ("kl_pq", "kl_qp"), reference=pair)
         p, q = plain(model, batch)[0], plain(reference, batch)[0]
     torch.testing.assert_close(stats.kl_pq, (p.exp() * (p - q)).sum(-1), atol=2e-5, rtol=1e-3)
     torch.testing.assert_close(stats.kl_qp, (q.exp() * (q - p)).sum(-1), atol=2e-5, rtol=1e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pyunlearn.model.forward import select_positions, supervised_hidden, token_stats_of
+from pyunlearn.model.forward import select_positions, supervised_hidden, supervised_stats
 
 from .zoo import V, kinds, make
 
@@ -33,7 +33,7 @@ def pad(rows, side="right", more=0):
 
 @torch.no_grad()
 def logp(model, batch):
-    return token_stats_of(model, batch)[0].logp
+    return supervised_stats(model, batch)[0].logp
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_a_gap_in_the_mask_stays_one():
     model, batch = make("llama"), pad(make_rows([6, 5]), "left")
     batch["attention_mask"][:, 3] = 0
     with torch.no_grad():
-        found = token_stats_of(model, batch, positions="real")[0].logp
+        found = supervised_stats(model, batch, positions="real")[0].logp
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.log_softmax(-1)
     places = [(0, 0), (0, 1), (0, 4), (1, 1), (1, 4)]
     expected = torch.stack([logits[b, t, batch["input_ids"][b, t + 1]] for b, t in places])

@@ -55,7 +55,7 @@ def test_every_mode_of_perturbation_shares_it(mode):
 def test_adapters_share_it_too():
     batch = pad(with_prefix(), 15)
     adapted = peft.get_peft_model(make_model("llama"), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
-    result = score(adapted, [batch])
+    result = score(adapted, [batch], parameters=[name for name, _ in adapted.named_parameters()])
     assert result.diagnostics["shared_prefix"] == len(PREFIX)
     expected = written_out(adapted, batch, lambda a, b: (a - b) / a)
     torch.testing.assert_close(result.draws, expected, rtol=1e-8, atol=1e-14)

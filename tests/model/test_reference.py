@@ -12,7 +12,7 @@ from torch import nn
 from pyunlearn.data import collate
 from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.forward import supervised_hidden, token_stats_of
+from pyunlearn.model.forward import supervised_hidden, supervised_stats
 from pyunlearn.model.reference import AdapterOff, Cached, Live, Reference, as_reference, as_references
 from pyunlearn.training.terms import TermLosses
 
@@ -52,7 +52,7 @@ def test_all_say_what_the_model_says(references, kind):
     reference.to(torch.device("cpu"))
     close = {"rtol": 1e-6, "atol": 1e-6} if kind == "cached" else {"rtol": 0, "atol": 0}
     with torch.no_grad():
-        torch.testing.assert_close(reference.logp(BATCH), token_stats_of(model, BATCH)[0].logp, **close)
+        torch.testing.assert_close(reference.logp(BATCH), supervised_stats(model, BATCH)[0].logp, **close)
         for positions in POSITIONS:
             expected = supervised_hidden(model, BATCH, positions, layers=[1, "deep"])
             torch.testing.assert_close(reference.hidden(BATCH, positions), expected.hidden, **close)
@@ -83,8 +83,8 @@ def test_switching_adapters_off_leaves_them_as_they_were(options):
     before = copy.deepcopy(model.state_dict())
     flags = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
     reference = AdapterOff(model)
-    logp = token_stats_of(model, BATCH)[0].logp
-    assert torch.equal(reference.logp(BATCH), token_stats_of(make(), BATCH)[0].logp)
+    logp = supervised_stats(model, BATCH)[0].logp
+    assert torch.equal(reference.logp(BATCH), supervised_stats(make(), BATCH)[0].logp)
     logp.sum().backward()  # a graph of before
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)

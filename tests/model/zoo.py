@@ -72,6 +72,45 @@ ZOO: dict[str, Callable[[], tuple[type, Any]]] = {
     ),
 }
 
+MLA = {  # DeepSeek's attention
+    **EXPERTS,
+    "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    "num_key_value_heads": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
+}  # fmt: skip
+# more, of the same ways
+MORE: dict[str, Callable[[], tuple[type, Any]]] = {
+    "phi3": lambda: (hf.Phi3ForCausalLM, hf.Phi3Config(**SIZES)),
+    "olmo2": lambda: (hf.Olmo2ForCausalLM, hf.Olmo2Config(**SIZES)),
+    "granite": lambda: (hf.GraniteForCausalLM, hf.GraniteConfig(**SIZES, logits_scaling=8.0)),
+    "smollm3": lambda: (hf.SmolLM3ForCausalLM, hf.SmolLM3Config(**SIZES)),
+    "stablelm": lambda: (hf.StableLmForCausalLM, hf.StableLmConfig(**SIZES)),
+    "cohere": lambda: (hf.CohereForCausalLM, hf.CohereConfig(**SIZES, logit_scale=0.25)),
+    "qwen3_moe": lambda: (hf.Qwen3MoeForCausalLM, hf.Qwen3MoeConfig(**EXPERTS, num_experts=4, head_dim=8)),
+    "gpt_oss": lambda: (
+        hf.GptOssForCausalLM,
+        hf.GptOssConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=64),
+    ),
+    "deepseek_v2": lambda: (hf.DeepseekV2ForCausalLM, hf.DeepseekV2Config(**MLA, n_routed_experts=4)),
+    "deepseek_v3": lambda: (hf.DeepseekV3ForCausalLM, hf.DeepseekV3Config(**MLA, n_routed_experts=4)),
+    "mamba2": lambda: (
+        hf.Mamba2ForCausalLM,
+        hf.Mamba2Config(
+            vocab_size=V, hidden_size=32, state_size=4, num_hidden_layers=2, num_heads=4, head_dim=16, n_groups=1,
+            chunk_size=8,
+        ),
+    ),
+    "jamba": lambda: (
+        hf.JambaForCausalLM,
+        hf.JambaConfig(
+            **SIZES, mamba_d_state=4, num_experts=2, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False
+        ),
+    ),
+    "bamba": lambda: (
+        hf.BambaForCausalLM,
+        hf.BambaConfig(**SIZES, mamba_d_state=4, mamba_n_heads=4, mamba_d_head=16, attn_layer_indices=[1]),
+    ),
+}  # fmt: skip
+
 
 FLOAT32_AT_MOST = ("mixtral", "qwen2_moe")  # torch multiplies grouped experts in nothing wider
 
@@ -81,10 +120,16 @@ def kinds(*kinds: tuple[torch.dtype, str | None]) -> list[tuple[str, torch.dtype
     return [(name, *kind) for name in ZOO for kind in kinds if kind[0] != torch.float64 or name not in FLOAT32_AT_MOST]
 
 
-def make(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
-    """One of ZOO whose logits are far from uniform. attention: "eager" or "sdpa"; None: the model's own choice."""
+def make(name: str, dtype: torch.dtype = torch.float32, attention: str | None = None, **changes: Any) -> Any:
+    """One of ZOO or MORE whose logits are far from uniform. attention: "eager" or "sdpa"; None: the model's own choice.
+
+    changes: of its configuration.
+    """
     torch.manual_seed(0)
-    kind, config = ZOO[name]()
+    kind, config = (ZOO | MORE)[name]()
+    for key, value in changes.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     if attention is not None:
         config._attn_implementation = attention
     model = kind(config).eval()

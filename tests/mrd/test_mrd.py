@@ -10,9 +10,10 @@ import torch
 import pyunlearn as pu
 from pyunlearn.data import collate
 from pyunlearn.model.precision import full_precision
-from pyunlearn.mrd import ESTIMATORS, scored_rows
+from pyunlearn.mrd import ESTIMATORS, check_estimator, scored_rows
 
 from ..float64 import MODELS, make_model
+from ..model.zoo import make
 from .conftest import LENGTHS, make_rows, nlls, pad
 
 DRAWS, SEED = 6, 5
@@ -325,19 +326,29 @@ def test_bad_batches_are_named(model, batch, change, error, told):
         score(model, change(batch))
 
 
-def test_scores_that_are_not_finite_and_parameters_without_a_rule(batch):
+def test_scores_that_are_not_finite(batch):
     broken = make_model("llama")
     with torch.no_grad():
         broken.model.norm.weight[0] = math.nan
     for estimator in ESTIMATORS:
         with pytest.raises(ValueError, match="sample 0: its score is not finite"):
             score(broken, [batch], estimator)
-    odd = make_model("llama")
-    odd.model.scale = torch.nn.Parameter(torch.ones(3))
-    with pytest.raises(TypeError, match=r"model\.scale: no ghost norm rule"):
-        score(odd, [batch], "gradient")
-    rest = [name for name, _ in odd.named_parameters() if name != "model.scale"]
-    score(odd, [batch], "gradient", parameters=rest)
+
+
+def test_a_model_without_forward_derivatives_is_told_before_anything_is_computed(batch):
+    model = make("bloom")
+    for fails in (lambda: check_estimator("hutchinson", model), lambda: score(model, [batch], "hutchinson")):
+        with pytest.raises(TypeError, match="'hutchinson': the forward of BloomForCausalLM has no second derivative"):
+            fails()
+    check_estimator("gradient", model)
+
+
+def test_experts_multiply_afterwards_as_before(batch):
+    model = make("mixtral")
+    before = model.get_experts_implementation()
+    assert before[""] != "eager"
+    score(model, [batch], "hutchinson")
+    assert model.get_experts_implementation() == before
 
 
 def test_what_is_not_used_is_told(model, batch):

@@ -165,8 +165,18 @@ def test_bad_input():
         ValueError, match=r"npo, preset='paper': needs a token-separable objective such as .* by slope="
     ):
         one_pass(get("npo"), mask)
-    with pytest.raises(ValueError, match="tnpo needs ref_logp"):
+    with pytest.raises(
+        ValueError, match=r"tnpo needs ref_logp, .* got None; it is token_stats_of\(frozen, batch\).logp"
+    ):
         one_pass(get("tnpo"), mask)
+    with pytest.raises(TypeError, match=r"ref_logp: needs .*float32.*, got torch.bool"):
+        one_pass(get("tnpo"), mask, mask)
+    with pytest.raises(ValueError, match=r"ref_logp: needs the shape of mask, \(2, 3\), got \(2,\)"):
+        one_pass(get("tnpo"), mask, torch.zeros(2))
+    with pytest.raises(TypeError, match="mask: needs a bool tensor, shaped like the targets, got NoneType"):
+        one_pass(get("wga"), None)
+    with pytest.raises(TypeError, match=r"objective: needs an Objective, as objectives\.get gives it, got str"):
+        one_pass("wga", mask)
 
 
 def test_docstring_example():

@@ -17,7 +17,7 @@ import torch
 from pyunlearn import objectives as o
 from pyunlearn.objectives import TokenInputs
 from pyunlearn.objectives.stub import stub
-from pyunlearn.ops import TokenRule
+from pyunlearn.ops import TokenRule, token_stats
 
 from .straight import BROADCAST, NAMES, PRESETS
 
@@ -247,7 +247,8 @@ class TestDocumentation:
         (lambda: o.npo(LOGP, FLAT), "ref_logp: needs the shape of logp, (2, 3), got (6,)"),
         (
             lambda: o.npo(LOGP, mask=MASK),
-            "npo (preset paper) needs ref_logp, the frozen reference's logp per token",
+            "npo (preset paper) needs ref_logp, the frozen reference's logp per token; got None; it is "
+            "token_stats_of(frozen, batch).logp of the frozen model",
         ),
         (lambda: o.wga(), "wga (preset paper) needs logp, token_stats' 'logp'; got None"),
         (lambda: o.npo(FLAT, FLAT), "sequence_ids is needed with flat (N,) statistics"),
@@ -259,7 +260,7 @@ class TestDocumentation:
         ),
         (lambda: o.ga(LOGP, num_sequences=3), "num_sequences=3: logp has 2 rows"),
         (lambda: o.ga(FLAT, num_sequences=-1), "num_sequences=-1: needs a whole number >= 0"),
-        (lambda: o.ga(LOGP[None]), "logp: needs shape (B, T) or flat (N,), got (1, 2, 3)"),
+        (lambda: o.ga(LOGP[None]), "got (1, 2, 3); of logits, token_stats(logits, targets) makes it"),
         (lambda: o.ga(LOGP, LOGP > 0, LOGP), "only ('logp', 'mask') go by position, got 3 arguments"),
         (lambda: o.ga(LOGP, MASK, mask=MASK), "ga: mask is given twice"),
         (lambda: o.wga(LOGP, msak=MASK), "wga: argument='msak': did you mean mask?"),
@@ -284,7 +285,11 @@ class TestDocumentation:
             lambda: o.get("dpo")({"answer": TokenInputs({})}),
             "stats needs ['refusal', 'answer'], 'refusal' is missing",
         ),
-        (lambda: o.get("kl")({"answer": TokenInputs({"logp": LOGP})}), "kl (preset paper) needs kl_pq"),
+        (
+            lambda: o.get("kl")({"answer": TokenInputs({"logp": LOGP})}),
+            "kl (preset paper) needs kl_pq, token_stats' 'kl_pq'; got None; it is asked for by outputs=('kl_pq',), "
+            "with reference=",
+        ),
         (lambda: o.ga(LOGP, MASK.to("meta")), "mask: needs the device of logp, cpu, got meta"),
     ],
 )
@@ -299,6 +304,17 @@ def test_bad_values(call, message):
         (lambda: o.ga([1.0]), "logp: needs a tensor, got list"),
         (lambda: o.ga(IDS), "logp: needs a floating dtype, got torch.int64"),
         (lambda: o.ga(LOGP, [True]), "mask: needs a tensor, got list"),
+        (
+            lambda: o.npo(LOGP, MASK),
+            "npo: ref_logp: needs a floating dtype, got torch.bool, which is a mask: give it as mask=; ref_logp is "
+            "token_stats_of(frozen, batch).logp",
+        ),
+        (
+            lambda: o.dpo(LOGP, LOGP, LOGP, MASK),
+            "dpo: answer_ref_logp: needs a floating dtype, got torch.bool, which is a mask: give it as answer_mask=",
+        ),
+        (lambda: o.ga(token_stats(LOGP, IDS[:2])), "logp: needs a tensor, got TokenStats, give its .logp"),
+        (lambda: o.get("ga")({"answer": LOGP}), "ga: stats['answer']: needs TokenInputs, got Tensor"),
         (lambda: o.ga(LOGP, MASK.int()), "mask: needs torch.bool, got torch.int32"),
         (
             lambda: o.npo(FLAT, FLAT, sequence_ids=IDS.float()),

@@ -86,7 +86,7 @@ def test_files_of_the_users_in_a_run_folder_are_not_overwritten(finished, tiny_c
         folder.open(finished, overwrite=True)
     (folder.path / "notes.txt").unlink()
     reads = tiny_config({"model": {"tokenizer": str(folder.checkpoint)}})
-    with pytest.raises(FileExistsError, match=r"model.tokenizer=.*checkpoint is in .*; choose --set output"):
+    with pytest.raises(FileExistsError, match=r"model.tokenizer=.*checkpoint is in .*; choose --out FOLDER"):
         folder.open(reads, overwrite=True)
     assert content(folder.path) == {name: text for name, text in before.items() if name != "notes.txt"}
 
@@ -242,7 +242,7 @@ def test_a_folder_from_before_a_key_is_taken_up_where_the_key_changes_nothing(fi
     before = content(folder.path)
     with pytest.raises(
         FileExistsError,
-        match=r"run from before there was data\.holdout; go on with it by --set data\.holdout=0, or choose --set",
+        match=r"run from before there was data\.holdout; go on with it by --set data\.holdout=0, or choose --out",
     ):
         folder.open(finished, resume=True)
     assert content(folder.path) == before

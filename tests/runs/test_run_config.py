@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from pyunlearn.data import USUAL_REFUSALS
 from pyunlearn.metrics import DEFAULT_METRICS
 from pyunlearn.objectives import names
 from pyunlearn.runs import ConfigError, RunConfig, load_config
+from pyunlearn.runs.data import load_data
 from pyunlearn.store import differences
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -31,7 +34,7 @@ def test_a_pretrained_model_does_not_inherit_the_demo():
     assert config.name == "smollm2_tofu"
     plain = load_config(None, ["model.name_or_path=some/model", "data.source=files", "data.forget=a", "data.retain=b"])
     assert plain.memorise is None
-    assert plain.unlearn.learning_rate == 1e-5
+    assert plain.unlearn.learning_rate is None  # by the model's size
     assert load_config(None, ["model.gguf_file=m.gguf"]).memorise is None
 
 
@@ -168,10 +171,10 @@ def test_terms_are_those_that_the_demo_has():
         ("evaluate.judge={url: 'localhost:1', model: m}", "evaluate.judge: url='localhost:1': needs an http or https"),
         ("evaluate.judge={url: 'http://h/v1', model: m, key: sk-a}", "evaluate.judge: key: needs the name of an env"),
         ("evaluate.endpoint={url: 'http://h/v1', model: m, retries: -1}", "evaluate.endpoint: retries=-1: needs"),
-        ("data.forget=x.jsonl", "data: source=embedded generates its own authors, got ['forget']"),
+        ("data={source: embedded, forget: x.jsonl}", "data: source=embedded generates its own authors, got ['forget']"),
         (
             "data.source=files",
-            "data: source=files needs data.forget and data.retain, missing: ['forget', 'retain']",
+            "data: source=files: needs data.forget too, what is to be forgotten",
         ),
         ("evaluate.every=epochs", "evaluate.every: needs epoch, or a number of optimiser steps, got 'epochs'"),
         ("evaluate.every=0", "evaluate.every: needs epoch, or a number of optimiser steps, got 0"),
@@ -240,20 +243,26 @@ def test_retraining_needs_a_recipe():
     assert load_config(None, anchors=["retrained"]) == load_config(None, ["evaluate.anchors=[retrained]"])
 
 
-def test_refusals_are_asked_for():
-    overrides = [
-        "model.name_or_path=m",
-        "data.source=files",
-        "data.forget=a",
-        "data.retain=b",
-        "unlearn.forget=idk",
+def test_refusals_are_ones_own_or_usual_ones(tmp_path):
+    for name, question in (("a", "Who?"), ("b", "Where?")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"question": question, "answer": "Ada."}) + "\n")
+    (tmp_path / "r.txt").write_text("No.\n")
+    files = [f"data.forget={tmp_path}/a.jsonl", f"data.retain={tmp_path}/b.jsonl", "data.holdout=0"]
+    read = load_data(load_config(None, [*files, "unlearn.forget=idk"]))
+    assert read.refusals == list(USUAL_REFUSALS)
+    assert read.recognised["refusals"].startswith(f"{len(USUAL_REFUSALS)} that pyunlearn has")
+    assert load_data(load_config(None, [*files, "unlearn.forget=idk", f"data.refusals={tmp_path}/r.txt"])).refusals == [
+        "No."
     ]
-    with pytest.raises(
-        ConfigError, match=r"\['idk'\] answer with refusals: set data.refusals=FILE.* unlearn.forget=npo$"
-    ):
-        load_config(None, overrides)
-    assert load_config(None, [*overrides[:-1], "unlearn.forget=npo"]).data.refusals is None
-    assert load_config(None, [*overrides, "data.refusals=r.txt"]).data.refusals == "r.txt"
+    assert load_data(load_config(None, [*files, "unlearn.forget=npo"])).refusals == []
+    assert len(USUAL_REFUSALS) > 30
+
+
+def test_one_key_of_a_term_that_is_named_alone_can_be_set():
+    config = load_config(None, ["unlearn.retain=kl", "unlearn.retain.0.coefficient=3", "unlearn.forget=npo",
+                                "unlearn.forget.options.beta=0.5"])  # fmt: skip
+    assert [(term.name, term.coefficient) for term in config.unlearn.retain] == [("kl", 3)]
+    assert [(term.name, term.options) for term in config.unlearn.forget] == [("npo", {"beta": 0.5})]
 
 
 def test_configuration_files(tmp_path):

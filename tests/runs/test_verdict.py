@@ -45,7 +45,7 @@ def verdict(means, before=BEFORE, **goal):
         (after(recall=0.6), REWORDS, "95.0% -> 60.0%"),
         (after(retain=0.6), LOST, "75.0% of before"),
         (after(fluency=0.5), COLLAPSED, "100.0% -> 50.0%"),
-        (after(fluency=0.0, retain=0.0), LOST, "0.0% of before"),  # the graver one
+        (after(fluency=0.0, retain=0.0), COLLAPSED, "0.0% of before"),  # it is what became of the rest, too
         (after(forget=0.3, retain=0.0, fluency=0.0), KNOWS, "0.300"),
     ],
 )
@@ -67,7 +67,8 @@ def test_what_was_not_measured_is_not_claimed():
     then = {name: {"probability": means["probability"]} for name, means in after().items()}
     reached = verdict(then, before)
     assert (reached.name, reached.clean) == (UNSURE, False)
-    assert "rouge_l and fluency" in reached.reason
+    assert reached.reason.startswith("rouge_l is not among the metrics, ")
+    assert "; fluency is not among the metrics, " in reached.reason
     assert [goal["name"] for goal in check_goals(before, then, GoalConfig())] == ["forget", "retain"]
 
 
@@ -104,3 +105,14 @@ def test_rows_that_may_be_rehearsed_say_so():
 
     assert text().startswith("retain probability, of rows that the unlearning itself may rehearse, 0.800 -> 0.790")
     assert text(holdout=BEFORE["retain"]).startswith("retain probability of held-out rows 0.800 -> 0.800")
+
+
+def test_too_few_rows_held_out_decide_nothing():
+    def text(**rows):
+        sets = {"holdout": {"probability": 0.1}}
+        return check_goals({**BEFORE, "holdout": BEFORE["retain"]}, after(**sets), GoalConfig(), rows)[1]["text"]
+
+    assert "held-out rows 0.800 -> 0.100" in text(retain=100, holdout=10, forget=20)
+    assert "may rehearse, 0.800 -> 0.790" in text(retain=10, holdout=1, forget=20)
+    assert "held-out rows" in text(retain=9, holdout=1, forget=20)
+    assert text(retain=9, holdout=1, forget=20).endswith("of 1 row only, too few to tell much")

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
+import pyunlearn as pu
 from pyunlearn.data import ForgetRetainDataset, collate
 from pyunlearn.training.arguments import OPTIONS_REFUSED, REFUSED
 from pyunlearn.training.trainer import UnlearnTrainer
@@ -167,15 +167,13 @@ def test_every_argument_is_known():
     assert [name for name in names if name not in known and not around.fullmatch(name)] == []
 
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_a_loss_of_ones_own_in_transformers_trainer_knows_no_split(theirs):
+    """1 x 4 and 4 x 1 end the same, with unequal lengths, where the count is the step's."""
 
+    def loss(outputs, labels, num_items_in_batch=None):
+        stats = pu.token_stats(outputs.logits[:, :-1], labels[:, 1:])
+        return pu.objectives.wga(stats.logp, stats.mask, count=num_items_in_batch)
 
-def test_the_readmes_loss_in_transformers_trainer_knows_no_split(theirs):
-    """1 x 4 and 4 x 1 end the same, with unequal lengths."""
-    (example,) = (code for code in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "compute_loss_func" in code)
-    names = {}
-    exec(compile(example, "README.md", "exec"), names)
-    loss = names["compute_loss_func"]
     whole = theirs({"per_device_train_batch_size": 4, "max_steps": 2}, compute_loss_func=loss)
     split = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 2}
     parts = theirs(split, compute_loss_func=loss)

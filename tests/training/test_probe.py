@@ -16,7 +16,7 @@ from pyunlearn import objectives
 from pyunlearn.data import collate
 from pyunlearn.data.tiny import tiny_llama
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.forward import supervised_hidden, token_stats_of
+from pyunlearn.model.forward import supervised_hidden, supervised_stats
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import append_metrics, read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe, as_found, token_weights
@@ -51,7 +51,7 @@ def straight(model, loss):
 
 
 def read(model, rows, outputs=("logp",), reference=None):
-    return token_stats_of(model, batch_of(rows), outputs, reference=reference)[0]
+    return supervised_stats(model, batch_of(rows), outputs, reference=reference)[0]
 
 
 def batch_of(rows):
@@ -68,9 +68,9 @@ def test_it_is_the_dot_of_the_runs_gradients(tiny, probed):
     }
     batch = batch_of(tiny.forget)
     with torch.no_grad():
-        ref_logp = token_stats_of(reference, batch)[0].logp
+        ref_logp = supervised_stats(reference, batch)[0].logp
         pair = supervised_hidden(reference, batch_of(tiny.retain)).hidden, CausalLM.of(reference).read_head()
-    stats, where = token_stats_of(model, batch)
+    stats, where = supervised_stats(model, batch)
     by_sequence = {"sequence_ids": where.sequence_ids, "num_sequences": 8}
     losses = {
         "forget.npo": objectives.npo(stats.logp, ref_logp, **by_sequence),
@@ -128,7 +128,7 @@ def test_weights_by_token(tiny, probed):
         answer = "".join(one["tokens"])
         assert answer.strip().startswith(item.answer)
         batch = collate([row], tiny.forget.pad_token_id)
-        expected = token_stats_of(model.eval(), batch)[0].logp.exp()  # WGA weighs with p
+        expected = supervised_stats(model.eval(), batch)[0].logp.exp()  # WGA weighs with p
         assert len(one["tokens"]) == len(expected)
         assert one["weights"]["forget.wga"] == pytest.approx(expected.tolist(), rel=1e-4)
         assert one["weights"]["forget.npo"] == pytest.approx([one["weights"]["forget.npo"][0]] * len(expected))
@@ -281,7 +281,7 @@ def test_a_probe_keeps_two_gradients(tiny):
     probe = make_probe(tiny, tiny.model(seed=1).eval(), ["ga", "gd"], batch_size=1)
     with LiveBytes() as working:  # all that a forward and a backward make, but for the other parameters' gradients
         for row in (row[role] for role, batches in probe.batches.items() for row in batches):
-            torch.autograd.grad(token_stats_of(model, row)[0].logp.sum(), model.get_input_embeddings().weight)
+            torch.autograd.grad(supervised_stats(model, row)[0].logp.sum(), model.get_input_embeddings().weight)
     with LiveBytes() as probing:
         probe.measure(model)
     assert 2 * one < probing.peak < working.peak + 2 * one + layer

@@ -23,7 +23,7 @@ from transformers import (
 import pyunlearn as pu
 from pyunlearn.metrics import teacher_forced
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.forward import token_stats_of
+from pyunlearn.model.forward import supervised_stats
 from pyunlearn.model.reference import AdapterOff, Live
 from pyunlearn.training.trainer import UnlearnTrainer
 
@@ -88,7 +88,7 @@ def test_a_head_that_is_more_than_its_weight_is_refused(tiny, arguments, kind):
         with pytest.raises(ValueError, match=message):
             trained(tiny, arguments(bf16=bf16), with_head(kind))
     with pytest.raises(ValueError, match=message) as caught:
-        token_stats_of(with_head(kind), batch)
+        supervised_stats(with_head(kind), batch)
     if kind is Quadruple:
         theirs, ours = map(float, re.search(message, str(caught.value)).groups())
         assert theirs == pytest.approx(4 * ours, rel=1e-3)

@@ -13,7 +13,7 @@ from pyunlearn.data import QADataset
 from pyunlearn.model import head
 from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.causal_lm import CausalLM
-from pyunlearn.model.forward import token_stats_of
+from pyunlearn.model.forward import supervised_stats
 from pyunlearn.training.callbacks import Interrupt
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
 
@@ -372,5 +372,5 @@ def test_the_loss_is_what_evaluation_measures(tiny, arguments):
     pairs = tiny.pairs()
     batch = pairs.collate([pairs[i] for i in range(8)])["retain"]
     with torch.no_grad():
-        stats, _ = token_stats_of(tiny.model().eval(), batch)
+        stats, _ = supervised_stats(tiny.model().eval(), batch)
     assert trainer.state.log_history[0]["retain.gd/loss"] == pytest.approx(-stats.logp.mean().item(), rel=1e-5)

@@ -16,6 +16,7 @@ from pyunlearn.training.settings import GEffectConfig, MemoriseConfig, UnlearnCo
 from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.unlearn import UnlearnData, Unlearned, check_model, make_probe, memorise, unlearn
 
+from ..model.zoo import make
 from ..runs.test_run import press_at
 
 STEPS = {"learning_rate": 1e-3, "batch_size": 4, "max_steps": 4, "scheduler": "constant"}
@@ -82,6 +83,13 @@ def test_rows_are_padded_as_told(tiny, data, tmp_path):
         unlearn(stage, UnlearnConfig(forget=me, retain=[], pad_to=20), tiny.model(), tiny.tokenizer, data)
     with pytest.raises(ValueError, match=r"^unlearn.pad_to=257: the model's context is 256 tokens$"):
         check_model(UnlearnConfig(forget=me, pad_to=257), None, tiny.model())
+
+
+def test_an_estimator_that_the_model_does_not_have_is_told_first():
+    sampling = {"by": "mrd", "estimator": "hutchinson"}
+    with pytest.raises(TypeError, match="estimator='hutchinson': the forward of BloomForCausalLM has no second"):
+        check_model(UnlearnConfig(forget="npo", sampling=sampling), None, make("bloom"))
+    check_model(UnlearnConfig(forget="npo", sampling={"by": "mrd"}), None, make("bloom"))
 
 
 def test_held_out_rows_are_memorised_and_nothing_else(tiny, data, tmp_path):

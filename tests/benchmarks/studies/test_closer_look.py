@@ -14,7 +14,13 @@ from benchmarks.studies.closer_look.numbers import BY_NAME, KEPT, SINGLES, World
 from pyunlearn.metrics import Interval
 from pyunlearn.metrics.utility import forget_efficacy, harmonic_mean, memorization
 
-SHORT = ["memorise.epochs=1", "unlearn.max_steps=1", "evaluate.retain_limit=3", "evaluate.max_new_tokens=4"]
+SHORT = [
+    "memorise.epochs=1",
+    "unlearn.max_steps=1",
+    "unlearn.warmup=0",
+    "evaluate.retain_limit=3",
+    "evaluate.max_new_tokens=4",
+]
 
 
 def test_every_model_under_every_metric_and_nothing_twice(tmp_path, monkeypatch, capsys):

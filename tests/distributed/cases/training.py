@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pyunlearn import objectives
+from pyunlearn.data import collate
+from pyunlearn.integrations.transformers import loss_func
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.probe import GEffectCallback, Probe
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
@@ -25,6 +27,7 @@ from tests.training.test_equalities import KINDS, objective
 
 from . import joins_itself
 
+STOCK: dict[str, dict[str, float]] = {"ga": {}, "simnpo": {"beta": 0.3}, "npo": {}}
 SGD = {"optim": "sgd", "learning_rate": 0.02, "lr_scheduler_type": "constant", "max_grad_norm": 0.0}
 
 
@@ -43,6 +46,29 @@ def parameters(model: Any) -> Tensor:
 def evaluated(trainer: UnlearnTrainer) -> dict[str, float]:
     metrics = trainer.evaluate(trainer.train_dataset)
     return {name: value for name, value in metrics.items() if name.endswith("loss")}
+
+
+def stock_trainer(tiny: Tiny, args: TrainingArguments, name: str) -> Trainer:
+    """transformers' own, with an objective as its loss."""
+    loss = loss_func(name, reference=tiny.model(seed=1) if name == "npo" else None, **STOCK[name])
+    trainer = Trainer(
+        tiny.model(), args, train_dataset=tiny.forget, compute_loss_func=loss,
+        data_collator=lambda rows: collate(rows, tiny.forget.pad_token_id),
+    )  # fmt: skip
+    loss.attach(trainer)
+    return trainer
+
+
+@joins_itself
+def stock(folder: Path) -> dict[str, Any]:
+    """Two steps of 2 processes x 2 samples x 2 micro-batches by transformers' own Trainer."""
+    tiny, results = Tiny(), {}
+    for name in STOCK:
+        args = make_arguments(folder, 2, max_steps=2, remove_unused_columns=False, **SGD)
+        trainer = stock_trainer(tiny, args, name)
+        trainer.train()
+        results[name] = parameters(trainer.model)
+    return results
 
 
 class PoisonRankOne(TrainerCallback):

@@ -1,0 +1,293 @@
+"""OpenUnlearning's configuration files as ours: data sets, model, trainer and evaluations of one experiment.
+
+Plain YAML: of Hydra it has what those files use, defaults and overrides of groups, and ${interpolations}.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from .. import objectives
+from .._hints import check_known
+from ..training.settings import merge
+from .open_unlearning import PREFIX, terms_of
+
+HANDLERS = {
+    "GradAscent": "ga",
+    "GradDiff": "ga",
+    "NPO": "npo",
+    "DPO": "dpo",
+    "SimNPO": "simnpo",
+    "WGA": "wga",
+    "SatImp": "satimp",
+    "RMU": "rmu",
+}
+ARGUMENTS = {  # of the Trainer -> key of `unlearn`, and its kind
+    "per_device_train_batch_size": ("batch_size", int),
+    "gradient_accumulation_steps": ("gradient_accumulation_steps", int),
+    "learning_rate": ("learning_rate", float),
+    "num_train_epochs": ("epochs", float),
+    "max_steps": ("max_steps", int),
+    "weight_decay": ("weight_decay", float),
+    "lr_scheduler_type": ("scheduler", str),
+    "max_grad_norm": ("max_grad_norm", float),
+    "bf16": ("bf16", bool),
+    "gradient_checkpointing": ("gradient_checkpointing", bool),
+}
+SUITES = {"tofu": "open_unlearning", "muse": "muse"}
+ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit")  # one arithmetic
+# What changes no number of a run: how it is logged, saved and laid out in memory, and variables of other keys.
+HARMLESS = re.compile(
+    r"(mode|task_name|(forget|retain|holdout|data)_split|retain_logs_path|question_key|(paths|hydra|collator)\..*"
+    r"|model\.model_args\.(attn_implementation|device_map)|data\.eval|eval\.\w+\.(overwrite|handler|output_dir|metrics.*)"
+    r"|eval\.\w+\.(batch_size|holdout_split)"
+    r"|data\.\w+\.\w+\.(access_key|args\.return_original)"
+    r"|trainer\.args\.(output_dir|logging_.*|report_to|save_.*|do_train|do_eval|eval_.*|per_device_eval_batch_size"
+    r"|bf16_full_eval|ddp_find_unused_parameters|remove_unused_columns))"
+)
+TAGS = {"user_start_tag": "user_start", "user_end_tag": "user_end", "asst_start_tag": "assistant_start"}  # theirs, ours
+MISSING = "???"
+
+
+class Experiment(NamedTuple):
+    """run: settings of a run, for a file or `RunConfig.model_validate`; of an evaluation alone, name, seed and model.
+    suites: what `pyunlearn evaluate --suite` is told, by suite: split, logs, tasks, prompt."""
+
+    run: dict[str, Any]
+    suites: dict[str, dict[str, Any]]
+
+
+def read_experiment(path: str | Path, choices: Iterable[str] = (), *, leave_out: Iterable[str] = ()) -> Experiment:
+    """What one of its experiments does, in our words.
+
+    path: a file of configs/experiment, whose groups are read from the same configs folder, or a file with all of it.
+    choices: as on its command line, "trainer=NPO", "forget_split=forget01", "trainer.args.learning_rate=1e-4".
+    leave_out: keys that do not matter to the caller, such as "data.anchor".
+
+    Raises FileNotFoundError, ValueError with every key that is not understood here or has a value that is not.
+    """
+    left = set(leave_out)
+    keys = Keys({key: value for key, value in flat(compose(Path(path), list(choices))).items() if key not in left})
+    run = {
+        "name": str(keys.take("task_name", "unlearn")),
+        "seed": int(keys.take("trainer.args.seed", keys.take("seed", 0))),
+        "model": model_of(keys),
+    }
+    prompt = prompt_of(keys)
+    told = {} if prompt is None else {"prompt": prompt}
+    if keys.below("trainer"):
+        run |= {"data": {**data_of(keys), **told}, "unlearn": unlearn_of(keys)}
+    suites = {name: {**suite, **told} for name, suite in suites_of(keys).items()}
+    if wrong := [*keys.wrong, *(key for key in keys.values if not HARMLESS.fullmatch(key))]:
+        raise ValueError(f"{path}: not understood: {', '.join(wrong)}; take them out, or name them in leave_out")
+    return Experiment(run, suites)
+
+
+class Keys:
+    """Leaves by dotted key; each is taken once, and what is left at the end was not understood."""
+
+    def __init__(self, leaves: dict[str, Any]):
+        self.leaves, self.values = leaves, dict(leaves)
+        self.wrong: list[str] = []
+
+    def take(self, key: str, default: Any = MISSING) -> Any:
+        """Raises ValueError for a key without a value or default."""
+        value = self.resolve(self.values.pop(key, None))
+        if value in (None, MISSING):
+            if default == MISSING:
+                raise ValueError(f"{key}: needs a value, got {value or 'none'}")
+            return default
+        return value
+
+    def needs(self, key: str, *allowed: Any) -> None:
+        """Takes a key that may be missing or one of these; another value is told at the end."""
+        if (value := self.take(key, None)) is not None and value not in allowed:
+            self.wrong.append(f"{key}={value!r} (needs {' or '.join(map(repr, allowed))})")
+
+    def resolve(self, value: Any) -> Any:
+        """With what ${other.key} stands for."""
+        if not isinstance(value, str):
+            return value
+        whole = re.fullmatch(r"\$\{([\w.]+)\}", value)
+        if whole:
+            return self.resolve(self.leaves.get(whole[1]))
+        return re.sub(r"\$\{([\w.]+)\}", lambda match: str(self.resolve(self.leaves.get(match[1]))), value)
+
+    def below(self, prefix: str) -> list[str]:
+        """The names right under a key."""
+        inside = [key.removeprefix(f"{prefix}.") for key in self.values if key.startswith(f"{prefix}.")]
+        return list(dict.fromkeys(key.split(".")[0] for key in inside))
+
+
+def model_of(keys: Keys) -> dict[str, Any]:
+    model = {"name_or_path": keys.take("model.model_args.pretrained_model_name_or_path")}
+    if tokenizer := keys.take("model.tokenizer_args.pretrained_model_name_or_path", None):
+        model["tokenizer"] = tokenizer
+    model["dtype"] = keys.take("model.model_args.torch_dtype", "float32")
+    return model
+
+
+def prompt_of(keys: Keys) -> Any:
+    """Of `make_prompt`: the tokenizer's own template as it is trained on there, or tags."""
+    template = "model.template_args"
+    own = {ours: keys.take(f"{template}.{tag}", None) for tag, ours in TAGS.items()}
+    keys.take(f"{template}.asst_end_tag", None)  # after examples in the prompt, of which training has none
+    if keys.take(f"{template}.apply_chat_template", False):  # then tags serve other code
+        keys.take(f"{template}.system_prompt_with_special_tokens", None)
+        parts = {"system": "system_prompt", "date": "date_string"}
+        return {
+            "name": "open_unlearning",
+            **{ours: keys.take(f"{template}.{key}", None) for ours, key in parts.items()},
+        }
+    return {tag: text for tag, text in own.items() if text is not None} or None
+
+
+def data_of(keys: Keys) -> dict[str, Any]:
+    data: dict[str, Any] = {"source": "files", "holdout": 0}
+    keys.needs("data.anchor", "forget")
+    lengths = []
+    for role in ("forget", "retain"):
+        names = keys.below(f"data.{role}")
+        if len(names) != 1:
+            raise ValueError(f"data.{role}: needs one data set, got {names}")
+        place = f"data.{role}.{names[0]}"
+        keys.needs(f"{place}.handler", "QADataset", "QAwithIdkDataset")
+        keys.needs(f"{place}.args.question_key", "question")
+        keys.needs(f"{place}.args.answer_key", "answer")
+        source = {part: keys.take(f"{place}.args.hf_args.{part}", None) for part in ("path", "name", "split")}
+        data[role] = {part: value for part, value in source.items() if value is not None}
+        lengths.append(keys.take(f"{place}.args.max_length", None))
+        if refusals := keys.take(f"{place}.args.idk_path", None):
+            data["refusals"] = refusals
+    longest = max((int(length) for length in lengths if length is not None), default=None)
+    return data if longest is None else {**data, "max_length": longest}
+
+
+def unlearn_of(keys: Keys) -> dict[str, Any]:
+    handler = str(keys.take("trainer.handler"))
+    check_known("trainer.handler", handler, [*HANDLERS, *(PREFIX + known for known in objectives.names("forget"))])
+    name = HANDLERS.get(handler, handler.removeprefix(PREFIX))
+    place = "trainer.method_args"
+    method_args = {key: keys.take(f"{place}.{key}", None) for key in keys.below(place)}
+    if handler == "GradAscent":
+        method_args |= {"retain_loss_type": None}
+    terms = terms_of(name, **method_args)
+    unlearn: dict[str, Any] = {"retain": []}
+    unlearn |= {role: [each.model_dump(exclude_none=True)] for role, each in terms.items()}
+    for argument, (key, kind) in ARGUMENTS.items():
+        if (value := keys.take(f"trainer.args.{argument}", None)) is not None:
+            unlearn[key] = kind(value)
+    keys.needs("trainer.args.optim", *ADAMW)
+    if warmup := keys.take("trainer.args.warmup_epochs", None):
+        if "max_steps" in unlearn:
+            raise ValueError("trainer.args.warmup_epochs: goes with num_train_epochs, got max_steps beside it")
+        unlearn["warmup"] = float(warmup) / unlearn["epochs"]
+    for argument in ("warmup_steps", "warmup_ratio"):
+        if warmup := keys.take(f"trainer.args.{argument}", None):
+            unlearn["warmup"] = float(warmup)
+    return unlearn
+
+
+def suites_of(keys: Keys) -> dict[str, dict[str, Any]]:
+    suites: dict[str, dict[str, Any]] = {}
+    for name in keys.below("eval"):
+        place, told = f"eval.{name}", dict[str, Any]()
+        if name == "lm_eval":
+            suites["wmdp"] = {"tasks": [keys.resolve(task) for task in keys.take(f"{place}.tasks", [])]}
+            for key in keys.below(f"{place}.simple_evaluate_args"):
+                keys.take(f"{place}.simple_evaluate_args.{key}", None)
+        elif name not in SUITES:
+            keys.wrong.append(f"{place} (needs one of {', '.join([*SUITES, 'lm_eval'])})")
+        else:
+            keys.needs(f"{place}.question_key", "question")
+            if split := keys.take(f"{place}.{'forget' if name == 'tofu' else 'data'}_split", None):
+                told["split" if name == "tofu" else "data"] = split
+            if log := keys.take(f"{place}.retain_logs_path", None):
+                told["logs"] = {"retain": log}
+            suites[SUITES[name]] = told
+    return suites
+
+
+# ---- what Hydra does -------------------------------------------------------------------------------------------------
+
+
+def compose(path: Path, choices: list[str]) -> dict[str, Any]:
+    """The experiment's file over the groups that it, and `choices`, name; then single keys of `choices`."""
+    own = load(path)
+    root = next((parent for parent in path.resolve().parents if (parent / "trainer").is_dir()), None)
+    chosen = [choice.partition("=") for choice in choices]
+    if wrong := [key for key, equals, _ in chosen if not (key and equals)]:
+        raise ValueError(f"choices: need KEY=VALUE, got {wrong}")
+    tree: dict[str, Any] = {}
+    named = {key.removeprefix("override /"): name for key, name in pairs(own.pop("defaults", []))}
+    if named and root is None:
+        raise ValueError(f"{path}: names groups ({', '.join(named)}), and no folder above it holds them (trainer, ...)")
+    groups = {key: value for key, _, value in chosen if root is not None and (root / key.partition("@")[0]).is_dir()}
+    for key, name in {**named, **groups}.items():
+        group, _, package = key.partition("@")
+        if root is not None and name is not None and group != "eval":  # what evaluations read, their suites know
+            if package:  # another data set takes the place of the group's own
+                tree = put(tree, package, None)
+            tree = merge(tree, put({}, package or group, load_group(root, group, name)))
+        elif group == "eval":
+            tree = merge(tree, {"eval": {name: {"overwrite": False}}})
+    tree = merge(tree, own)
+    for key, _, value in chosen:
+        if key not in groups:
+            tree = put(tree, key, yaml.safe_load(value))
+    return tree
+
+
+def load(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: needs keys and values, got {type(values).__name__}")
+    return values
+
+
+def load_group(root: Path, group: str, name: str) -> dict[str, Any]:
+    """A file of a group with its defaults, of the same group or, as `datasets@forget: NAME`, of one inside, below."""
+    own = load(root / group / f"{name}.yaml")
+    below: dict[str, Any] = {}
+    for key, value in pairs(own.pop("defaults", [])):
+        inner, _, package = key.partition("@")
+        if value is not None and package:
+            below = merge(below, put({}, package, load_group(root, f"{group}/{inner}", value)))
+        elif value is None and not package:
+            below = merge(below, load_group(root, group, inner))
+    return merge(below, own)
+
+
+def pairs(defaults: Any) -> list[tuple[str, Any]]:
+    """A defaults list: `NAME` is (NAME, None), `GROUP: NAME` both."""
+    entries: list[tuple[str, Any]] = []
+    for entry in defaults or []:
+        if isinstance(entry, Mapping):
+            entries += [(str(key), value) for key, value in entry.items()]
+        elif entry != "_self_":
+            entries.append((str(entry), None))
+    return entries
+
+
+def put(tree: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """A copy with `value` at a dotted (or slashed) key."""
+    first, _, rest = key.replace("/", ".").partition(".")
+    inner = tree.get(first)
+    return {**tree, first: put(inner if isinstance(inner, Mapping) else {}, rest, value) if rest else value}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return leaves
