@@ -31,7 +31,7 @@ from pyunlearn.metrics import (
 )
 from pyunlearn.metrics.examine import Examinations
 from pyunlearn.metrics.suites import Outcome
-from pyunlearn.metrics.suites.tofu import TOFU_SUITES, UTILITY
+from pyunlearn.metrics.suites.tofu import TOFU_SUITES
 
 from .small_encoders import save_bert
 
@@ -253,17 +253,6 @@ def test_aggregates_are_their_definitions(results):
     assert alone["forget_quality"].note.startswith("no retain log")
     assert alone["privleak"].note == "against an AUC of 0.5, as no retain log has mia_min_k"
     assert alone["mia_reference"].note == "metric 'mia_reference': needs reference, which was not given"
-
-
-def test_what_brings_a_harmonic_mean_to_zero_is_named():
-    tofu = {each.name: each for each in get_suite("open_unlearning").aggregates}
-    values = dict.fromkeys(UTILITY, 0.5) | {"ra_Q_A_ROUGE": 0.0, "wf_Truth_Ratio": 0.0}
-    log = {name: Entry(value) for name, value in values.items()} | {"forget_fluency": Entry(0.5)}
-    utility = tofu["model_utility"].combine(log, {})
-    assert (utility.value, utility.note) == (0, "0, as ra_Q_A_ROUGE, wf_Truth_Ratio are")
-    both = tofu["utility"].combine({**log, "model_utility": Entry(0.0)}, {})
-    assert (both.value, both.note) == (0, "0, as model_utility is")
-    assert tofu["utility"].combine({**log, "model_utility": Entry(0.5)}, {}).note == ""
 
 
 def test_accuracy_is_that_of_the_nearest_answer(models, tokenizer, plain, tmp_path):

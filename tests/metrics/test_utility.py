@@ -10,6 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import hmean
 
+from pyunlearn.metrics import Entry, get_suite
+from pyunlearn.metrics.suites.tofu import UTILITY
 from pyunlearn.metrics.utility import (
     FEW,
     REDUCTIONS,
@@ -111,3 +113,14 @@ def test_forget_quality_says_when_it_says_little():
 def test_forget_quality_needs_numbers(ratios, retained, name):
     with pytest.raises(ValueError, match=f"{name}: needs one or more numbers"):
         forget_quality(ratios, retained)
+
+
+def test_what_brings_a_harmonic_mean_to_zero_is_named():
+    tofu = {each.name: each for each in get_suite("open_unlearning").aggregates}
+    values = dict.fromkeys(UTILITY, 0.5) | {"ra_Q_A_ROUGE": 0.0, "wf_Truth_Ratio": 0.0}
+    log = {name: Entry(value) for name, value in values.items()} | {"forget_fluency": Entry(0.5)}
+    utility = tofu["model_utility"].combine(log, {})
+    assert (utility.value, utility.note) == (0, "0, as ra_Q_A_ROUGE, wf_Truth_Ratio are")
+    both = tofu["utility"].combine({**log, "model_utility": Entry(0.0)}, {})
+    assert (both.value, both.note) == (0, "0, as model_utility is")
+    assert tofu["utility"].combine({**log, "model_utility": Entry(0.5)}, {}).note == ""
