@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class NoRule(Exception):
         self.names = names
 
 
-class Rule:
+class Rule(ABC):
     """Of one layer. `reads` makes of a forward what `parts` is to be given; None where the forward is not what the rule
     is for, which the first one tells. `parts` takes it by position, (B, T, I), and the gradient at the output."""
 
@@ -40,8 +41,8 @@ class Rule:
     def fits(self, x: Tensor, output: Tensor) -> bool:
         return True
 
-    def parts(self, a: Tensor, b: Tensor) -> Parts:
-        raise NotImplementedError
+    @abstractmethod
+    def parts(self, a: Tensor, b: Tensor) -> Parts: ...
 
 
 class LinearRule(Rule):
