@@ -106,7 +106,7 @@ def evaluate(
     """Measure how well a model knows a set of answers."""
     with clean_errors(debug):
         from ..runs.overrides import problems_told
-        from ..runs.request import check_pair, kind_of, of_source, prompt_of
+        from ..runs.request import check_pair, columns_of, kind_of, of_source, prompt_of
 
         console, command = make_console(), command_line()
         if source is not None and kind_of(source) == "configuration":
@@ -118,6 +118,9 @@ def evaluate(
         model, data = check_pair("evaluate", model, data)
         if prompt is None and (prompt := prompt_of(model)) is not None:
             console.print(f"prompt: {visible(prompt)}, as in its run", markup=False, highlight=False, soft_wrap=True)
+        if suite is None and columns is None and (own := columns_of(model, data)) is not None:
+            columns = ",".join(f"{field}={column}" for field, column in own.items())
+            console.print(f"columns: {visible(columns)}, as in its run", markup=False, highlight=False, soft_wrap=True)
         model_options: dict[str, Any] = {
             "gguf_file": gguf_file,
             "tokenizer": tokenizer,

@@ -82,7 +82,7 @@ def score(
         from ..runs import load_config
         from ..runs.config import FilesConfig
         from ..runs.overrides import problems_told
-        from ..runs.request import check_pair, of_source, prompt_of
+        from ..runs.request import check_pair, columns_of, of_source, prompt_of
         from ..runs.score import score as score_job
 
         job: dict[str, Any] = {
@@ -104,9 +104,11 @@ def score(
         if of_files and set_:
             raise ValueError(f"--set {set_[0]}: goes with a run's configuration, not with --model and --data")
         if of_files:
+            model, data = check_pair("score", model, data)
             options["prompt"] = prompt_of(model) if prompt is None else prompt
+            options["columns"] = columns_of(model, data) if columns is None else columns
             with problems_told():
-                files = FilesConfig.of(*check_pair("score", model, data), **options)
+                files = FilesConfig.of(model, data, **options)
             score_job(files, out=out, **job)
         elif given := [f"--{option.replace('_', '-')}" for option, value in options.items() if value is not None]:
             raise ValueError(f"{', '.join(given)}: of --model and --data, which are not given")

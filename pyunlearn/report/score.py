@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,7 @@ BANDS = {COLOURS["retain"]: "--", GREY: "-."}  # dashes of curves, solid the oth
 RATIO_TOLERANCE = 0.1  # of the expected ratio
 NOISE_LIMIT = 0.05  # rounding, of a draw's statistic
 FOLLOWS_LENGTH = 0.5  # rank correlation from which the lengths are most of the order
+NOISE_OF_ORDER = 0.1  # squared errors, of the scores' variance: from there on neighbours are not told apart
 EXTREMES = 6
 
 
@@ -62,10 +64,18 @@ def all_checks(records: Records, diagnostics: Mapping[str, Any]) -> list[dict[st
     """`self_checks`, and whether the scores are those of the samples' lengths, with the command for others if so."""
     rho = rank_correlation([record["num_tokens"] for record in records], [record["mrd"] for record in records])
     checks = self_checks(diagnostics)
+    if (noise := noise_of_order(records)) is not None:
+        met = noise <= NOISE_OF_ORDER
+        check: dict[str, Any] = {"text": f"noise is up to {noise:.1%} of how the scores differ", "met": met}
+        if not met:
+            draws = diagnostics["num_draws"] * math.ceil(noise / NOISE_OF_ORDER)
+            check["text"] += ": neighbours in the order are not told apart; with more draws:"
+            check["command"] = with_draws(diagnostics["made"]["command"], draws)
+        checks.append(check)
     if rho is not None:
         per_token, follows = diagnostics["normalize"] == "tokens", abs(rho) >= FOLLOWS_LENGTH
         what, told = "MRD a token" if per_token else "MRD", "follows" if follows else "does not follow"
-        check: dict[str, Any] = {
+        check = {
             "text": f"{what} {told} the number of scored tokens: ρ = {rho:.2f} (Spearman's)",
             "met": not follows,
         }
@@ -74,6 +84,26 @@ def all_checks(records: Records, diagnostics: Mapping[str, Any]) -> list[dict[st
             check["command"] = f"{diagnostics['made']['command']} --per-token"
         checks.append(check)
     return checks
+
+
+def noise_of_order(records: Records) -> float | None:
+    """The mean squared standard error over the variance of the scores, at most 1; None without errors or differences.
+
+    An upper bound for the order: samples share their draws, so that part of the error is all of theirs."""
+    values = torch.tensor([record["mrd"] for record in records], dtype=torch.float64)
+    errors = [record["standard_error"] for record in records]
+    if None in errors or not any(errors) or len(errors) < 2 or not (spread := float(values.var())) > 0:
+        return None
+    return min(float(torch.tensor(errors, dtype=torch.float64).square().mean()) / spread, 1.0)
+
+
+def with_draws(command: str, draws: int) -> str:
+    """
+    >>> with_draws("pyunlearn score x.yaml --num-draws 20", 80)
+    'pyunlearn score x.yaml --num-draws 80'
+    """
+    own = re.sub(r" --num-draws[ =]\S+", "", command)
+    return f"{own} --num-draws {draws}"
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:

@@ -43,6 +43,7 @@ RUN_FILES = BEGUN | {
 }  # fmt: skip
 SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
 LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`
+WAYS_OUT = "choose --out FOLDER or --overwrite"
 
 
 class RunFolder(TrainingFolder):
@@ -66,12 +67,13 @@ class RunFolder(TrainingFolder):
         resume: bool = False,
         overwrite: bool = False,
         reads: Mapping[str, str] | None = None,
+        ways: str = WAYS_OUT,
     ) -> None:
         """Makes the folder, or takes up an existing one of the same run.
 
         reads: `fingerprints` of what the run reads; what was computed from other data or another model is not taken up.
         overwrite: what is there is moved aside until the new run is known to begin: `settle` removes it, `recover`
-        puts it back.
+        puts it back. ways: out of a folder of another run, in the words of the command that asks.
 
         Raises ValueError for a place that is not a run's own, FileNotFoundError for no run to resume, FileExistsError
         if the folder holds something else, another configuration, results of other data or of another model, or this
@@ -86,7 +88,7 @@ class RunFolder(TrainingFolder):
                 self._check_overwrite(config)
                 self._move_aside()
             elif self.computed:
-                self._compare(config, reads, resume)
+                self._compare(config, reads, resume, ways)
         remove_orphans(self.path)
         write_json(self.path / MARK, {"folder": "a run of pyunlearn", "reads": None if reads is None else dict(reads)})
         write_text(self.config, config_text(config))
@@ -167,27 +169,27 @@ class RunFolder(TrainingFolder):
             if place in (path.resolve(), *path.resolve().parents):
                 raise FileExistsError(f"--overwrite: {key}={path} is in {self.path}; choose --out FOLDER")
 
-    def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool) -> None:
+    def _compare(self, config: RunConfig, reads: Mapping[str, str] | None, resume: bool, ways: str) -> None:
         written = self.read_config()
         changed = differences(compared(with_defaults(written)), compared(config.to_dict()))
         data = written.get("data")
         if changed and config.data.holdout and isinstance(data, Mapping) and "holdout" not in data:
             raise FileExistsError(
                 f"{self.path} holds a run from before there was data.holdout; go on with it by --set data.holdout=0, "
-                "or choose --out FOLDER or --overwrite"
+                f"or {ways}"
             )
         if changed:
             raise FileExistsError(
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
-                f"{'; ...' if len(changed) > 3 else ''}); choose --out FOLDER or --overwrite"
+                f"{'; ...' if len(changed) > 3 else ''}); {ways}"
             )
-        mark = read_json(self.path / MARK, f"delete {self.path}, or choose --out FOLDER")
+        mark = read_json(self.path / MARK, f"delete {self.path}, or {ways}")
         known = mark.get("reads") if isinstance(mark, dict) else None
         both = (known or {}).keys() & (reads or {}).keys()  # what one of them lacks is another configuration's
         if known and reads and (other := [key for key in reads if key in both and known[key] != reads[key]]):
             raise FileExistsError(
                 f"{self.path} holds results of other content: {', '.join(other)} changed since the run began; bring it "
-                "back, choose --out FOLDER or --overwrite"
+                f"back, {ways}"
             )
         if not resume:
             state = "a finished run" if self.report.is_file() else "an unfinished run"

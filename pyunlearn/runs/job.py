@@ -30,7 +30,7 @@ from ..training.unlearn import check_model, memorise, to_memorise
 from .config import FilesConfig, RunConfig
 from .data import RunData, load_data
 from .fingerprint import fingerprints
-from .folder import MARK, RunFolder
+from .folder import MARK, WAYS_OUT, RunFolder
 from .lock import held
 from .sections import ModelConfig
 
@@ -79,7 +79,7 @@ class Job(Generic[C]):
             raise Interrupted(f"{what}\nresume with: {self.command}{again}", signum) from None
 
     @contextmanager
-    def opened(self, *, resume: bool = False, overwrite: bool = False) -> Iterator[None]:
+    def opened(self, *, resume: bool = False, overwrite: bool = False, ways: str = WAYS_OUT) -> Iterator[None]:
         """The run folder, this job's alone and opened for the block (see `RunFolder.open`); one of files has none.
 
         What was to be overwritten is back if the block raises before `first_model` has loaded a model. A folder that is
@@ -100,7 +100,7 @@ class Job(Generic[C]):
                     with self.processes.first_first():
                         if self.processes.first:
                             reads = fingerprints(self.config, self.data)
-                            self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads)
+                            self.folder.open(self.config, resume=resume, overwrite=overwrite, reads=reads, ways=ways)
                     yield
                 except BaseException as error:
                     if self.processes.first:

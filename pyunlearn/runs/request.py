@@ -32,6 +32,7 @@ KEYS = {
     "prompt": "data.prompt",
     "out": "output",
 }
+SECTIONS = ("data", "evaluate")  # of a configuration, that name files
 Kind = Literal["configuration", "run", "recipe", "model", "data"]
 
 
@@ -190,6 +191,19 @@ def prompt_of(model: str | None) -> Any:
         return None
     data = run.read_config().get("data")
     return data.get("prompt") if isinstance(data, Mapping) else None
+
+
+def columns_of(model: str | None, data: str) -> dict[str, str] | None:
+    """The columns that the run a model on disk is of was told for this file; None for any other."""
+    run = None if model is None else run_of(model)
+    if run is None:
+        return None
+    written = run.read_config()
+    read, evaluated = (section if isinstance(section, Mapping) else {} for section in map(written.get, SECTIONS))
+    sources = [read.get("forget"), read.get("retain"), *(evaluated.get("sets") or {}).values()]
+    own = [each for each in sources if isinstance(each, Mapping) and each.get("path") is not None]
+    same = (each.get("columns") for each in own if Path(each["path"]).resolve() == Path(data).resolve())
+    return next(same, None)
 
 
 def check_pair(command: str, model: str | None, data: str | None) -> tuple[str, str]:

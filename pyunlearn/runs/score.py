@@ -65,7 +65,8 @@ def score(
         if job.processes.first:
             check_score_files(config, out)
     lock = out.with_name(f".{out.name}.lock")
-    with job.interruptible(), job.opened(resume=job.folder.marked), job.locked(lock, out):
+    ways = "choose another folder by --set output=FOLDER"
+    with job.interruptible(), job.opened(resume=job.folder.marked, ways=ways), job.locked(lock, out):
         model, tokenizer, stage = first_model(job)
         answers, drawn = stage.rows(job.data.forget, tokenizer), files["finished draws"]
         if overwrite and job.processes.first:

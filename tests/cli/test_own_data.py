@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
+from pyunlearn.runs.folder import MARK
 from pyunlearn.training.folder import write_model
 
 from .test_cli import call  # noqa: F401 (fixture)
@@ -81,3 +83,17 @@ def test_columns_are_of_one_set(own):
     assert (code, "--columns=question=q: goes without --suite only" in errors) == (2, True)
     code, _, errors = own(*suite, "--prompt", "lama2")
     assert (code, "prompt='lama2': did you mean llama2" in errors) == (2, True)
+
+
+def test_a_runs_own_file_has_the_columns_it_was_told(own):
+    run = Path("run")
+    shutil.copytree("model", run / "checkpoint")
+    (run / MARK).write_text("{}")
+    source = "{path: own.csv, columns: {question: prompt_text, answer: reply}}"
+    (run / "config.yaml").write_text(f"data:\n  forget: {source}\n  retain: usual.tsv\n")
+    code, told, _ = own("evaluate", "run", "--data", "own.csv", "--rouge-samples", "0")
+    assert (code, "columns: question=prompt_text,answer=reply, as in its run\n" in told) == (0, True)
+    code, told, _ = own("score", "run", "--data", "own.csv", "--estimator", "gradient")
+    assert (code, "own.csv: question = prompt_text, answer = reply\n" in told) == (0, True)
+    code, told, _ = own("evaluate", "run", "--data", "usual.tsv", "--rouge-samples", "0")
+    assert (code, "columns:" in told) == (0, False)

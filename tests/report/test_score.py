@@ -10,12 +10,13 @@ from .pages import score_page
 
 DIAGNOSTICS = {
     "estimator": "algorithm1", "sigma_ratio": None, "noise_share": None, "by_heart_share": None, "normalize": None,
+    "num_draws": 20,
     "made": {"command": "pyunlearn score --out 'my scores.jsonl'"},
 }  # fmt: skip
 
 
 def records(lengths):
-    return [{"mrd": float(i), "num_tokens": length} for i, length in enumerate(lengths)]
+    return [{"mrd": float(i), "standard_error": None, "num_tokens": length} for i, length in enumerate(lengths)]
 
 
 def test_scores_that_follow_length_come_with_the_command_for_others():
@@ -37,3 +38,21 @@ def test_scores_a_token_need_no_other(lengths, met):
 
 def test_lengths_that_do_not_vary_say_nothing():
     assert all_checks(records([4, 4, 4]), DIAGNOSTICS) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "share", "draws"),
+    [(0.5, "10.0%", None), (1.0, "40.0%", 80), (3.0, "100.0%", 200), (None, None, None), (0, None, None)],
+)
+def test_scores_that_noise_orders_come_with_the_command_for_more_draws(error, share, draws):
+    """Of five scores 0 .. 4, whose variance is 2.5; of none whose errors are not known, or that has none."""
+    scored = [{**record, "standard_error": error} for record in records([4, 4, 4, 4, 4])]
+    made = {"command": "pyunlearn score --num-draws 20 --out s.jsonl"}
+    checks = all_checks(scored, {**DIAGNOSTICS, "made": made})
+    if share is None:
+        assert checks == []
+        return
+    (check,) = checks
+    assert check["met"] == (draws is None)
+    assert f"noise is up to {share} of how the scores differ" in check["text"]
+    assert check.get("command") == (None if draws is None else f"pyunlearn score --out s.jsonl --num-draws {draws}")

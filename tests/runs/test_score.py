@@ -116,6 +116,12 @@ def test_stopped_and_called_again_it_ends_the_same(scored, tmp_path, monkeypatch
     assert score(config, seed=1, overwrite=True, **options).records != whole.records
 
 
+def test_another_configuration_is_told_a_way_that_score_has(scored):
+    config, _ = scored
+    with pytest.raises(FileExistsError, match="another configuration.*; choose another folder by --set output=FOLDER$"):
+        score(config.model_copy(update={"seed": config.seed + 1}), num_draws=DRAWS)
+
+
 @pytest.mark.parametrize("estimator", ["gradient", "definition"])
 def test_files_and_other_estimators(scored, tmp_path, estimator, capsys):
     config, whole = scored
