@@ -2,14 +2,16 @@
 
 `uwc` calibrates how much of the unlearning a model keeps (Wang et al., 2025), `cru` which of its layers (the tutorial's
 component-wise replacement). Both take the two models' tensors from files, one at a time (`tensors`): the one model in
-memory is what comes out.
+memory is what comes out. `reliability` tells by which metrics such models can be compared: attacks, and correlations.
 """
 
 from .cru import choose_count, components, influence_order
+from .reliability import Correlation, noised, pearson, prefixed, read_at
 from .tensors import Tensors, stored, write_tensors
 from .uwc import Search, blend, mix, scale_adapter, search
 
 __all__ = [
+    "Correlation",
     "Search",
     "Tensors",
     "blend",
@@ -17,6 +19,10 @@ __all__ = [
     "components",
     "influence_order",
     "mix",
+    "noised",
+    "pearson",
+    "prefixed",
+    "read_at",
     "scale_adapter",
     "search",
     "stored",

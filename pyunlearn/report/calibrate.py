@@ -9,7 +9,7 @@ import matplotlib
 from markupsafe import Markup
 
 from ..calibration import Search
-from .figures import COLOURS, DASHES, MARKERS, STYLE, new_figure, render, to_panels
+from .figures import COLOURS, DASHES, MARKERS, STYLE, in_words, new_figure, render, to_panels
 
 Points = Sequence[Mapping[str, Any]]
 Score = tuple[float, float]  # utility, forgetting
@@ -109,4 +109,48 @@ def render_cru(
         "cru.html",
         name=name, component=component, order=order, influence=influence, curve=curve, k=k, limit=limit,
         measures=measures, counts=counts, svg=svg, rows=rows, warnings=warnings, made=made,
+    )  # fmt: skip
+
+
+def reliability_figure(correlations: Points, points: Points) -> Markup:
+    """A panel an attack and metric: each model's mean before, to the right, and after, up; both sets."""
+    kinds = list(dict.fromkeys((row["attack"], row["metric"]) for row in correlations))
+    metrics = list(dict.fromkeys(metric for _, metric in kinds))
+    attacks = list(dict.fromkeys(attack for attack, _ in kinds))
+    figure = new_figure(len(attacks), len(metrics), height=2.8)
+    r_of = {(row["attack"], row["metric"], row["set"]): row["r"] for row in correlations}
+    for axes, (attack, metric) in zip(figure.axes, ((a, m) for a in attacks for m in metrics), strict=True):
+        axes.axline((0, 0), slope=1, color="#94a3b8", linewidth=0.8)
+        for name in ("forget", "retain"):
+            own = [
+                (row["before"], row["after"])
+                for row in points
+                if (row["attack"], row["metric"], row["set"]) == (attack, metric, name)
+                and None not in (row["before"], row["after"])
+            ]
+            if own:
+                r = r_of[attack, metric, name]
+                label = f"{name}, r = {'–' if r is None else format(r, '.2f')}"
+                axes.plot(*zip(*own, strict=True), label=label, **{**look(name), "linestyle": "none"})
+        axes.set(xlabel="before", ylabel="after")
+        axes.set_title(f"{in_words(metric)}, {attack}")
+        axes.legend(frameon=False, fontsize=8)
+    return to_panels(figure, "Metrics before and after attacks", points)
+
+
+def render_reliability(
+    correlations: Points,
+    points: Points,
+    attacks: Mapping[str, str],
+    count: int,
+    warnings: Sequence[str],
+    made: Mapping[str, str],
+) -> str:
+    """correlations: {"attack", "metric", "set", "r", "low", "high", "count", "reason"}; points: {"model", "attack",
+    "metric", "set", "before", "after"}; attacks: what each is; count: of models."""
+    with matplotlib.rc_context(STYLE):
+        svg = reliability_figure(correlations, points)
+    return render(
+        "reliability.html",
+        correlations=correlations, attacks=attacks, count=count, svg=svg, warnings=warnings, made=made,
     )  # fmt: skip

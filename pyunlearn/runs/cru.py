@@ -25,7 +25,7 @@ from ..metrics.utility import mean, true_better
 from ..report.calibrate import render_cru
 from ..store import digest_json
 from .evaluate import read_lines
-from .pair import Pair, few, opened, tell_next, tell_table, three_columns
+from .pair import Pair, examine, few, opened, tell_next, tell_table, three_columns
 from .provenance import describe
 
 METHOD = "cru"
@@ -104,7 +104,7 @@ class Measures:
         return wanted
 
     def of(self, model: Any, tokenizer: Any) -> Score:
-        found = self.pair.examine(model, tokenizer, self.sets, self.metrics)
+        found = examine(self.pair.job, model, tokenizer, self.sets, self.metrics)
         values = {
             (name, metric): [record[metric] for record in own.records if record.get(metric) is not None]
             for name, own in found.items()

@@ -148,23 +148,9 @@ class Pair:
     def sets(self) -> dict[str, list[QA]]:
         return self.job.data.evaluated(self.job.config.evaluate.retain_limit)
 
-    def examine(
-        self, model: Any, tokenizer: Any, sets: Mapping[str, Sequence[QA]], metrics: Mapping[str, Sequence[str]]
-    ) -> dict[str, EvaluationResult]:
-        """Of each set, its metrics, as the run's evaluation has them."""
-        job, found = self.job, {}
-        stage, kept = job.stage(model, tokenizer), Kept(None, model)
-        quiet = replace(stage, console=Console(quiet=True))
-        for name, items in sets.items():
-            options = {each: own for each, own in job.config.evaluate.options.items() if each in metrics[name]}
-            settings = job.config.evaluate.model_copy(update={"metrics": [*metrics[name]], "options": options})
-            tools = {"texts": tuple(job.data.texts)}
-            found[name] = evaluate_items(quiet, settings, items, model, tokenizer, tools, kept)
-        return found
-
     def means(self, model: Any, tokenizer: Any, sets: Mapping[str, Sequence[QA]]) -> Means:
         """Of each set, the means of METRICS."""
-        found = self.examine(model, tokenizer, sets, dict.fromkeys(sets, METRICS))
+        found = examine(self.job, model, tokenizer, sets, dict.fromkeys(sets, METRICS))
         return {
             name: {metric: v for metric, v in own.summary.items() if math.isfinite(v)} for name, own in found.items()
         }
@@ -250,6 +236,23 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
             yield pair
         finally:
             shutil.rmtree(pair.work, ignore_errors=True)
+
+
+def examine(
+    job: Job[RunConfig],
+    model: Any,
+    tokenizer: Any,
+    sets: Mapping[str, Sequence[QA]],
+    metrics: Mapping[str, Sequence[str]],
+) -> dict[str, EvaluationResult]:
+    """Of each set, its metrics, as the run's evaluation has them; nothing is kept, and no bar is shown."""
+    stage, kept, found = job.stage(model, tokenizer), Kept(None, model), {}
+    quiet = replace(stage, console=Console(quiet=True))
+    for name, items in sets.items():
+        options = {each: own for each, own in job.config.evaluate.options.items() if each in metrics[name]}
+        settings = job.config.evaluate.model_copy(update={"metrics": [*metrics[name]], "options": options})
+        found[name] = evaluate_items(quiet, settings, items, model, tokenizer, {"texts": tuple(job.data.texts)}, kept)
+    return found
 
 
 def means_of(records: Records, job: Job[RunConfig]) -> Means:

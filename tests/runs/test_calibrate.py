@@ -19,7 +19,7 @@ from pyunlearn.runs.compare import compare_runs
 from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.cru import Hybrids, Measures, calibrate_cru, choose_measures, retrained_ratios
 from pyunlearn.runs.export import export
-from pyunlearn.runs.pair import Pair, opened
+from pyunlearn.runs.pair import Pair, examine, opened
 from pyunlearn.runs.run import load_result, run
 from pyunlearn.runs.uwc import Mixtures, calibrate_uwc
 from pyunlearn.training.settings import merge
@@ -115,8 +115,10 @@ def test_every_point_is_one_reading_of_what_greedy_decoding_extracts(finished):
     with opened(finished("full"), "uwc", None, "") as pair:
         model, tokenizer = Mixtures(pair).at(0.6)
         sets = {"retain": pair.sets()["retain"]}
-        read = pair.examine(model, tokenizer, sets, {"retain": ["extraction_strength"]})["retain"].summary
-        written = pair.examine(model, tokenizer, sets, {"retain": ["written_extraction_strength"]})["retain"].summary
+        read = examine(pair.job, model, tokenizer, sets, {"retain": ["extraction_strength"]})["retain"].summary
+        written = examine(pair.job, model, tokenizer, sets, {"retain": ["written_extraction_strength"]})[
+            "retain"
+        ].summary
     assert read["extraction_strength"] == pytest.approx(written["written_extraction_strength"], abs=1e-12)
     assert 0 < read["extraction_strength"] < 1
 
