@@ -168,7 +168,8 @@ def calibrate_cru(
             return found[0], found[1]
 
         show = not job.console.quiet
-        original = score(())
+        original, whole = score(()), score([*hybrids.parts])
+        choose_count([original, whole], target)  # whether there is anything to choose by
         influence = {part: score((part,)) for part in track([*hybrids.parts], f"{component}s", show, size=lambda _: 1)}
         order = influence_order(influence)
         counts = range(1, len(order) + 1)

@@ -123,7 +123,7 @@ class Pair:
         if before is None:
             before = write_tensors(model, self.work / "before")
         after = Tensors(self.after.name_or_path)
-        if self.adapter is not None:
+        if self.adapter is not None or not after.hold(model):
             del model
             after = write_tensors(loaded(self.job, self.after)[0], self.work / "after")
             model, _ = self.load_before()

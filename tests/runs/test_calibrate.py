@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 from scipy.stats import ks_2samp
+from transformers import MixtralConfig, MixtralForCausalLM
 
+from pyunlearn.calibration import Tensors
 from pyunlearn.calibration.cru import KINDS
 from pyunlearn.model.fingerprint import model_fingerprint
 from pyunlearn.model.load import load_model
@@ -280,6 +283,30 @@ def test_bad_input_of_uwc(finished, tmp_path):
     shutil.rmtree(copy / "memorised")
     with pytest.raises(FileNotFoundError, match="memorised/, a model of the run, is gone"):
         calibrate_uwc(copy)
+
+
+def test_files_that_name_tensors_otherwise(tiny, tiny_config, tmp_path):
+    """Experts are one tensor in memory and many in files: read from copies, the same to the bit."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "num_local_experts": 3, "max_position_embeddings": 256}  # fmt: skip
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=len(tiny.tokenizer), **sizes))
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    assert not Tensors(tmp_path / "model").hold(model)
+    files = {}
+    for name, items in (("forget", tiny.world.forget), ("retain", tiny.world.retain)):
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps(item.to_json()) + "\n" for item in items))
+    run(RunConfig.model_validate({
+        "output": str(tmp_path / "run"), "model": {"name_or_path": str(tmp_path / "model")}, "data": files,
+        "unlearn": {"epochs": 1, "learning_rate": 1e-3}, "evaluate": {"metrics": ["probability"]},
+    }))  # fmt: skip
+    with opened(tmp_path / "run", "uwc", None, "") as pair:
+        mixtures = Mixtures(pair)
+        for a, source in ((0.5, None), (1.0, tmp_path / "run" / "checkpoint"), (0.0, tmp_path / "model")):
+            mixed = model_fingerprint(mixtures.at(a)[0])
+            assert source is None or mixed == weights(source)
+        assert set(Hybrids(pair, "layer").parts) >= {"layer 0", "layer 1"}
 
 
 def test_models_of_different_shapes(finished, tmp_path):
