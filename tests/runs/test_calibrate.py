@@ -251,6 +251,32 @@ def test_forget_quality_against_a_retrained_model(tiny_settings, tmp_path):
     assert quality == pytest.approx(math.log(p))
 
 
+def test_model_utility_of_tofus_sets(tiny, tiny_settings, tmp_path):
+    sets = {"real_authors": tiny.world.retain[:3], "world_facts": tiny.world.retain[4:8]}
+    for name, items in sets.items():
+        lines = (json.dumps(item.to_json()) + "\n" for item in items)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    metrics = ["probability", "probability_w_options", "rouge_l", "truth_ratio"]
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in sets}
+    own = {"output": str(tmp_path / "run"), "evaluate": {"metrics": metrics, "sets": files}}
+    run(RunConfig.model_validate(merge(merge(tiny_settings, KNOWS), own)))
+    with opened(tmp_path / "run", "cru", None, "") as pair:
+        assert choose_measures(pair, None, None) == ("model_utility", "forgotten")
+        measures = Measures(pair, "model_utility", "forgotten", pair.sets())
+        utility, forgotten = measures.of(*Hybrids(pair, "layer").become([]))
+    table = {(row["set"], row["metric"]): row["before"] for row in load_result(tmp_path / "run").table}
+    nine = []
+    for name in ("retain", *sets):
+        lines = (tmp_path / f"run/evaluation/before-{name}.jsonl").read_text().splitlines()
+        ratios = [max(0.0, 1 - json.loads(line)["truth_ratio"]) for line in lines]
+        probability = "probability" if name == "retain" else "probability_w_options"
+        nine += [table[name, probability], table[name, "rouge_l"], sum(ratios) / len(ratios)]
+    assert utility == pytest.approx(9 / sum(1 / value for value in nine))
+    assert forgotten == pytest.approx(1 - table["forget", "probability"])
+    result = calibrate_cru(tmp_path / "run", validation=0.4)
+    assert result.counts == {"forget": 2, "retain": 3, "real_authors": 1, "world_facts": 2}
+
+
 @pytest.mark.parametrize(
     ("options", "error"),
     [
