@@ -57,8 +57,9 @@ EARLIER: dict[str, Any] = {"data": {"holdout": 0, "num_unknown": 0}}
 
 
 def as_meant(written: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of a run folder's config.yaml, without its versions: what the run did, whatever is the default now."""
-    return merge(EARLIER, {key: value for key, value in written.items() if key != "versions"})
+    """The values of a run folder's config.yaml, without its versions and what was made of its models later: what the
+    run did, whatever is the default now."""
+    return merge(EARLIER, {key: value for key, value in written.items() if key not in ("versions", "calibration")})
 
 
 # What the embedded demo sets apart from the defaults; examples/demo.yaml writes all of it out.

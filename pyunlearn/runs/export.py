@@ -79,7 +79,9 @@ def model_card(folder: RunFolder, config: RunConfig, result: RunResult, name: st
     if not model.embedded and re.fullmatch(HUB_NAME, model.name_or_path) and not Path(model.name_or_path).exists():
         keys["base_model"] = model.name_or_path
     unlearning = read_json(folder.unlearning, "--resume of the run makes it again")
-    made = describe(config, read_attempts(folder), steps_taken(config, unlearning))
+    calibrated = folder.read_config().get("calibration") or {}
+    later = {"calibration": ", ".join(f"{key} = {value}" for key, value in calibrated.items())} if calibrated else {}
+    made = describe(config, read_attempts(folder), steps_taken(config, unlearning) | later)
     terms = " + ".join(f"{term.coefficient:g}·{term.name}" for term in (*config.unlearn.forget, *config.unlearn.retain))
     goals = [f"- {'met' if goal['met'] else 'missed'}: {goal['text']}" for goal in result.goals]
     told = [] if verdict is None else [f"**{verdict['name'].capitalize()}**: {verdict['reason']}.", ""]

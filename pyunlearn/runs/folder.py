@@ -8,6 +8,7 @@ unlearning.json    mean absolute change of a weight; with sampling also each sam
 retrained/         a model that was trained as memorised/ was, but without the forget set (with --retrain)
 checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
+uwc/, cru/         what `pyunlearn calibrate` makes of the models before and after, see `runs.pair`
 provenance.json    of each attempt that computed something: when, how long, on what, by which code
 table.json, table.md, report.html
 and what the trainings keep: see `pyunlearn.training.folder`
@@ -39,7 +40,7 @@ OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten
 BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
 RUN_FILES = BEGUN | {
     "memorised", "evaluation", "unlearning.json", "checkpoint", "geffect", "table.json", "table.md", "report.html",
-    "retrained", "training", "metrics.jsonl", "reference", "checkpoints", "trackers", "provenance.json",
+    "retrained", "training", "metrics.jsonl", "reference", "checkpoints", "trackers", "provenance.json", "uwc", "cru",
 }  # fmt: skip
 SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
 LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`
@@ -183,6 +184,13 @@ class RunFolder(TrainingFolder):
                 f"{self.path} holds a run with another configuration ({'; '.join(changed[:3])}"
                 f"{'; ...' if len(changed) > 3 else ''}); {ways}"
             )
+        self.check_reads(reads, ways)
+        if not resume:
+            state = "a finished run" if self.report.is_file() else "an unfinished run"
+            raise FileExistsError(f"{self.path} holds {state}; choose --resume, --overwrite or --out FOLDER")
+
+    def check_reads(self, reads: Mapping[str, str] | None, ways: str = WAYS_OUT) -> None:
+        """Raises FileExistsError if what the run reads (`fingerprints`) is not what it was when the run began."""
         mark = read_json(self.path / MARK, f"delete {self.path}, or {ways}")
         known = mark.get("reads") if isinstance(mark, dict) else None
         both = (known or {}).keys() & (reads or {}).keys()  # what one of them lacks is another configuration's
@@ -191,9 +199,6 @@ class RunFolder(TrainingFolder):
                 f"{self.path} holds results of other content: {', '.join(other)} changed since the run began; bring it "
                 f"back, {ways}"
             )
-        if not resume:
-            state = "a finished run" if self.report.is_file() else "an unfinished run"
-            raise FileExistsError(f"{self.path} holds {state}; choose --resume, --overwrite or --out FOLDER")
 
     def read_config(self) -> dict[str, Any]:
         why = "it holds no keys"

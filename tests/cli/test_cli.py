@@ -58,7 +58,7 @@ def test_version_and_help(call):
     code, text, _ = call("--help")
     assert code == 0
     for command in ("run", "init", "score", "geffect", "evaluate", "compare", "export", "bench", "metrics",
-                    "objectives", "doctor"):  # fmt: skip
+                    "objectives", "doctor", "calibrate", "reliability"):  # fmt: skip
         assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
     code, text, _ = call("run", "--help")
     assert code == 0
@@ -260,6 +260,9 @@ def test_as_a_module(module):
             "--judge and --judge-model go together",
         ),
         (["score", "--model", "./nowhere", "--data", "one.jsonl"], "no such folder: ./nowhere"),
+        (["calibrate", "uwc", "nowhere"], "RUN: no such folder: nowhere"),
+        (["calibrate", "cru", ".", "--component", "layers"], "did you mean layer"),
+        (["reliability", "nowhere"], "RUN: no such folder: nowhere"),
         (["geffect", "--run", "nowhere"], "--run nowhere: no such folder"),
         (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
         (["run", "--set", "geffect.every=0"], "geffect.every: needs 1 at least, got 0"),

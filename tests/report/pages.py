@@ -1,15 +1,18 @@
-"""The four kinds of page, of small results that are made up here."""
+"""Every kind of page, of small results that are made up here."""
 
 from __future__ import annotations
 
 import math
 import random
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pyunlearn.calibration import Search, influence_order, pearson
 from pyunlearn.mrd import MRDResult
+from pyunlearn.report.calibrate import render_cru, render_reliability, render_uwc
 from pyunlearn.report.compare import Comparison, Group, render_comparison
 from pyunlearn.report.geffect import render_geffect, section
 from pyunlearn.report.run import render_report
@@ -171,4 +174,65 @@ def compare_page() -> str:
     return render_comparison(comparison, {str(f): f"{f}/report.html" for g in groups for f in g.folders})
 
 
-PAGES = {"run": run_page, "score": score_page, "geffect": geffect_page, "compare": compare_page}
+ROWS = [
+    {
+        "set": name,
+        "metric": metric,
+        "before": "0.990 [0.980, 0.995]",
+        "unlearned": "0.02",
+        "calibrated": "0.31",
+        "samples": 6,
+    }
+    for name in ("forget", "holdout")
+    for metric in ("probability", "extraction_strength")
+]
+
+
+def uwc_page() -> str:
+    result = Search(0.4, 0.855, {i / 10: 0.9 - 0.1 * i / 10 for i in range(11)})
+    curve = [
+        {"a": a, "forget": {"extraction_strength": 0.9 * (1 - a)}, "holdout": {"extraction_strength": score}}
+        for a, score in result.scores.items()
+    ]
+    return render_uwc("made-up", result, 0.95, "holdout", curve, ROWS, ["few rows: too few", "of <two> kinds"], MADE)
+
+
+def cru_page() -> str:
+    influence = {**{f"layer {i}": (0.9 - 0.02 * i * (9 - i), 0.05 * i) for i in range(10)}, "rest": (0.9, 0.1)}
+    order = influence_order(influence)
+    curve = [(0.9 - 0.04 * k, 0.09 * k) for k in range(len(order) + 1)]
+    names = "mean probability of the retain answers", "1 - mean probability of the forget answers"
+    return render_cru(
+        "made-up", "layer", order, influence, curve, 9, 0.8, names, {"forget": 8, "retain": 65}, ROWS, [], MADE
+    )
+
+
+def reliability_page() -> str:
+    keys = [
+        (a, m, s) for a in ("jailbreak", "probing") for m in ("probability", "rouge_l") for s in ("forget", "retain")
+    ]
+    points = [
+        {
+            "model": f"run-{i}",
+            "attack": a,
+            "metric": m,
+            "set": s,
+            "before": i / 5,
+            "after": 1.0 if m == "rouge_l" else i / 6,
+        }
+        for i in range(5)
+        for a, m, s in keys
+    ]
+    rows = []
+    for a, m, s in keys:
+        own = [p for p in points if (p["attack"], p["metric"], p["set"]) == (a, m, s)]
+        found = pearson([p["before"] for p in own], [p["after"] for p in own])
+        rows.append({"attack": a, "metric": m, "set": s, **asdict(found)})
+    attacks = {"jailbreak": "a prefix to every question", "probing": "a middle layer read"}
+    return render_reliability(rows, points, attacks, 5, ["5 models: a correlation of so few says little"], MADE)
+
+
+PAGES = {
+    "run": run_page, "score": score_page, "geffect": geffect_page, "compare": compare_page, "uwc": uwc_page,
+    "cru": cru_page, "reliability": reliability_page,
+}  # fmt: skip

@@ -1,0 +1,347 @@
+"""pyunlearn calibrate: a finished run's models mixed or put together by layer; resumable, and read as a run again."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from scipy.stats import ks_2samp
+from transformers import MixtralConfig, MixtralForCausalLM
+
+from pyunlearn.calibration import Tensors
+from pyunlearn.calibration.cru import KINDS
+from pyunlearn.model.fingerprint import model_fingerprint
+from pyunlearn.model.load import load_model
+from pyunlearn.runs import uwc as uwc_module
+from pyunlearn.runs.compare import compare_runs
+from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.cru import Hybrids, Measures, calibrate_cru, choose_measures, retrained_ratios
+from pyunlearn.runs.export import export
+from pyunlearn.runs.pair import Pair, examine, opened
+from pyunlearn.runs.run import load_result, run
+from pyunlearn.runs.uwc import Mixtures, calibrate_uwc
+from pyunlearn.training.settings import merge
+from pyunlearn.training.stage import Interrupted
+
+KNOWS = {
+    "data": {"num_authors": 6},
+    "memorise": {"epochs": 40, "learning_rate": 1e-2},
+    "unlearn": {"forget": "npo", "retain": "gd", "epochs": 8, "learning_rate": 3e-3},
+    "evaluate": {"metrics": ["probability", "extraction_strength", "rouge_l", "truth_ratio"]},
+}
+LORA = {"model": {"lora": {"r": 2, "save": "adapter"}}, "unlearn": {"learning_rate": 3e-2}}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_settings):
+    """Runs that learnt their rows by heart and forgot two: of a whole model, and by an adapter."""
+
+    def make(changes):
+        output = tmp_path_factory.mktemp("runs") / "known"
+        run(RunConfig.model_validate(merge(merge(tiny_settings, KNOWS), {**changes, "output": str(output)})))
+        return output
+
+    runs = {"full": make({}), "adapter": make(LORA)}
+    return runs.__getitem__
+
+
+@pytest.fixture(params=["full", "adapter"])
+def folder(finished, request):
+    """One of them, as the run left it."""
+    path = finished(request.param)
+    for method in ("uwc", "cru"):
+        shutil.rmtree(path / method, ignore_errors=True)
+    return path
+
+
+def weights(path):
+    return model_fingerprint(load_model(str(path))[0])
+
+
+def test_uwc_keeps_what_was_asked_and_is_a_run_again(folder, tmp_path):
+    result = calibrate_uwc(folder, target=0.9, on="retain", tolerance=0.05)
+    assert {i / 10 for i in range(11)} <= result.search.scores.keys()
+    scores = result.search.scores
+    assert scores[result.a] >= 0.9 * scores[0.0] > scores[1.0]  # there was something to calibrate
+    assert 0 < result.a < 1
+    place = folder / "uwc"
+    # the model that is written is the one that was measured
+    table = {(row["set"], row["metric"]): row for row in load_result(place).table}
+    assert table["retain", "extraction_strength"]["after"] == pytest.approx(scores[result.a], abs=1e-12)
+    run_table = {(row["set"], row["metric"]): row for row in load_result(folder).table}
+    assert run_table["retain", "extraction_strength"]["after"] == pytest.approx(scores[1.0], abs=1e-12)
+    assert run_table["retain", "extraction_strength"]["before"] == pytest.approx(scores[0.0], abs=1e-12)
+    assert table.keys() == run_table.keys()
+    kept = json.loads((place / "uwc.json").read_text())
+    assert (kept["a"], kept["u"]) == (result.a, 1 - result.a)
+    assert [point["a"] for point in kept["curve"]] == sorted(scores)
+    assert not (place / "work").exists()
+    comparison = compare_runs([folder, place])
+    assert [group.name for group in comparison.groups] == ["tiny", "tiny-uwc"]
+    assert comparison.differences["calibration.a"] == [None, result.a]
+    export(place, tmp_path / "given")
+    assert weights(tmp_path / "given") == weights(place / "checkpoint")
+    assert f"calibration: method = uwc, a = {result.a}" in (tmp_path / "given" / "README.md").read_text()
+    page = (place / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert "(1 - a) before + a unlearned" in page
+
+
+def test_ends_are_the_runs_own_models(folder):
+    with opened(folder, "uwc", None, "") as pair:
+        mixtures = Mixtures(pair)
+        assert model_fingerprint(mixtures.at(0.4)[0]) not in (
+            weights(folder / "memorised"),
+            weights(folder / "checkpoint"),
+        )
+        assert model_fingerprint(mixtures.at(1.0)[0]) == weights(folder / "checkpoint")
+        assert model_fingerprint(mixtures.at(0.0)[0]) == weights(folder / "memorised")
+
+
+def test_mixtures_of_an_adapter_are_those_of_merged_models(finished):
+    with opened(finished("adapter"), "uwc", None, "") as pair:
+        mixtures = Mixtures(pair)
+        scaled = mixtures.at(0.4)[0]
+        mixtures.scaled = False
+        mixed = mixtures.at(0.4)[0]
+        for one, other in zip(scaled.parameters(), mixed.parameters(), strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_every_point_is_one_reading_of_what_greedy_decoding_extracts(finished):
+    """Methods' equivalence: the prefixes after which the model, writing greedily, says the rest."""
+    with opened(finished("full"), "uwc", None, "") as pair:
+        model, tokenizer = Mixtures(pair).at(0.6)
+        sets = {"retain": pair.sets()["retain"]}
+        read = examine(pair.job, model, tokenizer, sets, {"retain": ["extraction_strength"]})["retain"].summary
+        written = examine(pair.job, model, tokenizer, sets, {"retain": ["written_extraction_strength"]})[
+            "retain"
+        ].summary
+    assert read["extraction_strength"] == pytest.approx(written["written_extraction_strength"], abs=1e-12)
+    assert 0 < read["extraction_strength"] < 1
+
+
+def test_stopped_and_continued(folder, monkeypatch):
+    whole = calibrate_uwc(folder, target=0.9, on="retain")
+    model = weights(folder / "uwc" / "checkpoint")
+    shutil.rmtree(folder / "uwc")
+    means, measured = Pair.means, []
+
+    def counted(self, *args):
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return means(self, *args)
+
+    monkeypatch.setattr(Pair, "means", counted)
+    with pytest.raises(Interrupted, match="resume with: again"):
+        calibrate_uwc(folder, target=0.9, on="retain", command="again")
+    assert not (folder / "uwc" / "work").exists()
+    assert not (folder / "uwc" / "table.json").exists()
+    monkeypatch.setattr(Pair, "means", lambda self, *args: measured.append(1) or means(self, *args))
+    result = calibrate_uwc(folder, target=0.9, on="retain")
+    assert result.search == whole.search
+    assert len(measured) == len(result.search.scores)  # none twice
+    assert weights(folder / "uwc" / "checkpoint") == model
+    again = calibrate_uwc(folder, target=0.9, on="retain")
+    assert len(measured) == len(result.search.scores)
+    assert again.search == whole.search
+
+
+def test_what_may_mislead_is_told(finished):
+    out = Console(record=True, width=200)
+    result = calibrate_uwc(finished("full"), target=1.0, on="retain", points=2, tolerance=0.5, console=out)
+    assert any("rehearsed" in warning for warning in result.warnings)
+    assert any("retain rows: too few" in warning for warning in result.warnings)
+    assert "pyunlearn compare" in out.export_text()
+    known = uwc_module.warn(
+        uwc_module.Search(0.0, 0.04, {0.0: 0.05, 1.0: 0.0}), {0.0: {"forget": {"extraction_strength": 1.0},
+        "holdout": {"extraction_strength": 0.05}}}, "holdout", True, {"forget": 20},
+    )  # fmt: skip
+    assert ["knows little" in known[0], "nothing is forgotten" in known[1]] == [True, True]
+    assert len(known) == 2
+
+
+def test_cru_puts_together_what_forgets_at_little_cost(folder):
+    result = calibrate_cru(folder, validation=0.4, forgetting="forgotten", target=0.8)
+    place = folder / "cru"
+    names = {name for name, _ in result.order}
+    assert names <= {"layer 0", "layer 1", "rest"}
+    assert {"layer 0", "layer 1"} <= names
+    assert result.k == len(result.chosen) >= 1
+    before, after, hybrid = (
+        load_model(str(path))[0] for path in (folder / "memorised", folder / "checkpoint", place / "checkpoint")
+    )
+    for depth in range(2):
+        source = after if f"layer {depth}" in result.chosen else before
+        block = source.model.layers[depth].state_dict()
+        assert all(torch.equal(own, block[key]) for key, own in hybrid.model.layers[depth].state_dict().items())
+    limit = result.curve[0][1] + 0.8 * (result.curve[-1][1] - result.curve[0][1])
+    assert result.curve[result.k] == max(pair for pair in result.curve if pair[1] >= limit)
+    # validation rows are in no table
+    kept = json.loads((place / "cru.json").read_text())
+    rows = {name: len(own) for name, own in kept["rows"].items()}
+    assert rows == result.counts
+    whole = {row["set"]: row["samples"] for row in load_result(folder).table if row["metric"] == "probability"}
+    left = {row["set"]: row["samples"] for row in load_result(place).table if row["metric"] == "probability"}
+    assert left == {name: n - rows.get(name, 0) for name, n in whole.items()}
+    written = [json.loads(line) for line in (folder / "evaluation/before-retain.jsonl").read_text().splitlines()]
+    rest = [record["probability"] for record in written if record["index"] not in kept["rows"]["retain"]]
+    (row,) = [row for row in load_result(place).table if (row["set"], row["metric"]) == ("retain", "probability")]
+    assert row["before"] == pytest.approx(sum(rest) / len(rest))
+    assert (place / "report.html").read_text().count("<svg") == 4
+    assert [group.name for group in compare_runs([folder, place]).groups] == ["tiny", "tiny-cru"]
+
+
+def test_all_of_the_components_are_the_unlearned_model_and_none_the_original(folder):
+    with opened(folder, "cru", None, "") as pair:
+        adapted = pair.adapter is not None
+        if adapted:
+            with pytest.raises(ValueError, match="component=norm: unlearning has changed none of"):
+                Hybrids(pair, "norm")  # an adapter is on linear layers
+        for kind in KINDS[: 3 if adapted else 4]:
+            hybrids = Hybrids(pair, kind)
+            names = [*hybrids.parts]
+            assert model_fingerprint(hybrids.become(names)[0]) == weights(folder / "checkpoint")
+            assert model_fingerprint(hybrids.become([])[0]) == weights(folder / "memorised")
+            one = model_fingerprint(hybrids.become(names[:1])[0])
+            assert one not in (weights(folder / "memorised"), weights(folder / "checkpoint"))
+
+
+def test_cru_stopped_and_continued(folder, monkeypatch):
+    options = {"validation": 0.4, "forgetting": "forgotten"}
+    whole = calibrate_cru(folder, **options)
+    shutil.rmtree(folder / "cru")
+    of, measured = Measures.of, []
+
+    def counted(self, *args):
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return of(self, *args)
+
+    monkeypatch.setattr(Measures, "of", counted)
+    with pytest.raises(Interrupted):
+        calibrate_cru(folder, **options)
+    monkeypatch.setattr(Measures, "of", lambda self, *args: measured.append(1) or of(self, *args))
+    result = calibrate_cru(folder, **options)
+    assert (result.influence, result.curve, result.k) == (whole.influence, whole.curve, whole.k)
+    assert len(measured) == 1 + len(result.order) + len(result.order) - 1  # the first of the order is a hybrid, too
+
+
+def test_forget_quality_against_a_retrained_model(tiny_settings, tmp_path):
+    changes = {"output": str(tmp_path / "run"), "evaluate": {"anchors": ["retrained"]}}
+    run(RunConfig.model_validate(merge(merge(tiny_settings, KNOWS), changes)))
+    with opened(tmp_path / "run", "cru", None, "") as pair:
+        lines = (tmp_path / "run/evaluation/retrained-forget.jsonl").read_text().splitlines()
+        assert retrained_ratios(pair) == [json.loads(line)["truth_ratio"] for line in lines]
+        assert choose_measures(pair, None, None) == ("probability", "forget_quality")
+        model, tokenizer = Hybrids(pair, "layer").become([])
+        measures = Measures(pair, "probability", "forget_quality", pair.sets())
+        utility, quality = measures.of(model, tokenizer)
+    table = {(row["set"], row["metric"]): row for row in load_result(tmp_path / "run").table}
+    assert utility == pytest.approx(table["retain", "probability"]["before"])
+    before = (tmp_path / "run/evaluation/before-forget.jsonl").read_text().splitlines()
+    p = ks_2samp([json.loads(line)["truth_ratio"] for line in before], retrained_ratios(pair)).pvalue
+    assert quality == pytest.approx(math.log(p))
+
+
+def test_model_utility_of_tofus_sets(tiny, tiny_settings, tmp_path):
+    sets = {"real_authors": tiny.world.retain[:3], "world_facts": tiny.world.retain[4:8]}
+    for name, items in sets.items():
+        lines = (json.dumps(item.to_json()) + "\n" for item in items)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    metrics = ["probability", "probability_w_options", "rouge_l", "truth_ratio"]
+    files = {name: str(tmp_path / f"{name}.jsonl") for name in sets}
+    own = {"output": str(tmp_path / "run"), "evaluate": {"metrics": metrics, "sets": files}}
+    run(RunConfig.model_validate(merge(merge(tiny_settings, KNOWS), own)))
+    with opened(tmp_path / "run", "cru", None, "") as pair:
+        assert choose_measures(pair, None, None) == ("model_utility", "forgotten")
+        measures = Measures(pair, "model_utility", "forgotten", pair.sets())
+        utility, forgotten = measures.of(*Hybrids(pair, "layer").become([]))
+    table = {(row["set"], row["metric"]): row["before"] for row in load_result(tmp_path / "run").table}
+    nine = []
+    for name in ("retain", *sets):
+        lines = (tmp_path / f"run/evaluation/before-{name}.jsonl").read_text().splitlines()
+        ratios = [max(0.0, 1 - json.loads(line)["truth_ratio"]) for line in lines]
+        probability = "probability" if name == "retain" else "probability_w_options"
+        nine += [table[name, probability], table[name, "rouge_l"], sum(ratios) / len(ratios)]
+    assert utility == pytest.approx(9 / sum(1 / value for value in nine))
+    assert forgotten == pytest.approx(1 - table["forget", "probability"])
+    result = calibrate_cru(tmp_path / "run", validation=0.4)
+    assert result.counts == {"forget": 2, "retain": 3, "real_authors": 1, "world_facts": 2}
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"component": "layers"}, "component='layers': did you mean layer"),
+        ({"target": 0.0}, "target=0: needs a share"),
+        ({"validation": 1.0}, "validation=1: needs a share"),
+        ({"validation": 0.9}, "takes 4 of 4 forget rows; needs some that are left"),
+        ({"utility": "utility"}, "utility='utility': did you mean model_utility"),
+        ({"utility": "model_utility", "validation": 0.4}, "needs sets retain, real_authors and world_facts"),
+        ({"forgetting": "forget_quality", "validation": 0.4}, "needs truth ratios of a retrained model"),
+    ],
+)
+def test_bad_input_of_cru(finished, options, error):
+    with pytest.raises(ValueError, match=error):
+        calibrate_cru(finished("full"), **options)
+
+
+def test_bad_input_of_uwc(finished, tmp_path):
+    path = finished("full")
+    with pytest.raises(ValueError, match=r"target=1.2: needs a share"):
+        calibrate_uwc(path, target=1.2)
+    with pytest.raises(ValueError, match="--on=forget: the run has no such rows; needs one of holdout, retain"):
+        calibrate_uwc(path, on="forget")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        calibrate_uwc(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="no finished run"):
+        calibrate_uwc(tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    shutil.rmtree(copy / "memorised")
+    with pytest.raises(FileNotFoundError, match="memorised/, a model of the run, is gone"):
+        calibrate_uwc(copy)
+
+
+def test_files_that_name_tensors_otherwise(tiny, tiny_config, tmp_path):
+    """Experts are one tensor in memory and many in files: read from copies, the same to the bit."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "num_local_experts": 3, "max_position_embeddings": 256}  # fmt: skip
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=len(tiny.tokenizer), **sizes))
+    model.save_pretrained(tmp_path / "model")
+    tiny.tokenizer.save_pretrained(tmp_path / "model")
+    assert not Tensors(tmp_path / "model").hold(model)
+    files = {}
+    for name, items in (("forget", tiny.world.forget), ("retain", tiny.world.retain)):
+        files[name] = str(tmp_path / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps(item.to_json()) + "\n" for item in items))
+    run(RunConfig.model_validate({
+        "output": str(tmp_path / "run"), "model": {"name_or_path": str(tmp_path / "model")}, "data": files,
+        "unlearn": {"epochs": 1, "learning_rate": 1e-3}, "evaluate": {"metrics": ["probability"]},
+    }))  # fmt: skip
+    with opened(tmp_path / "run", "uwc", None, "") as pair:
+        mixtures = Mixtures(pair)
+        for a, source in ((0.5, None), (1.0, tmp_path / "run" / "checkpoint"), (0.0, tmp_path / "model")):
+            mixed = model_fingerprint(mixtures.at(a)[0])
+            assert source is None or mixed == weights(source)
+        assert set(Hybrids(pair, "layer").parts) >= {"layer 0", "layer 1"}
+
+
+def test_models_of_different_shapes(finished, tmp_path):
+    path = tmp_path / "copy"
+    shutil.copytree(finished("full"), path)
+    model, tokenizer = load_model(str(path / "checkpoint"))
+    model.model.layers[0].mlp.up_proj.weight = torch.nn.Parameter(torch.zeros(60, 32))
+    shutil.rmtree(path / "checkpoint")
+    model.save_pretrained(path / "checkpoint")
+    tokenizer.save_pretrained(path / "checkpoint")
+    with pytest.raises(ValueError, match=r"model.layers.0.mlp.up_proj.weight: has shape \(64, 32\) before"):
+        calibrate_uwc(path, on="retain")
