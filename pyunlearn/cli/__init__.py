@@ -1,5 +1,5 @@
-"""The command line, one file a command: `pyunlearn run`, `init`, `score`, `geffect`, `evaluate`, `compare`, `export`,
-`bench`, `metrics`, `objectives`, `doctor`.
+"""The command line, one file a command: `pyunlearn run`, `init`, `score`, `geffect`, `evaluate`, `compare`, `sweep`,
+`export`, `bench`, `metrics`, `objectives`, `recipes`, `doctor`.
 
 User errors end in one red line and exit code 2; `--debug` shows the traceback. Ctrl-C exits with 130.
 """
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import bench, compare, doctor, evaluate, export, geffect, init, metrics, objectives, run, score
+from . import bench, compare, doctor, evaluate, export, geffect, init, metrics, objectives, recipes, run, score, sweep
 
 app = typer.Typer(
     name="pyunlearn",
@@ -46,12 +46,14 @@ app.command(epilog=score.EXAMPLES)(score.score)
 app.command(epilog=geffect.EXAMPLES)(geffect.geffect)
 app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     bench.bench
 )
 app.command()(metrics.metrics)
 app.command()(objectives.objectives)
+app.command(epilog=recipes.EXAMPLES)(recipes.recipes)
 app.command()(doctor.doctor)
 
 
