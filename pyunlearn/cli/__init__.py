@@ -1,5 +1,5 @@
 """The command line, one file a command: `pyunlearn run`, `init`, `score`, `geffect`, `evaluate`, `calibrate`,
-`compare`, `reliability`, `export`, `bench`, `metrics`, `objectives`, `doctor`.
+`compare`, `reliability`, `sweep`, `export`, `bench`, `metrics`, `objectives`, `recipes`, `doctor`.
 
 User errors end in one red line and exit code 2; `--debug` shows the traceback. Ctrl-C exits with 130.
 """
@@ -22,9 +22,11 @@ from . import (
     init,
     metrics,
     objectives,
+    recipes,
     reliability,
     run,
     score,
+    sweep,
 )
 
 app = typer.Typer(
@@ -62,12 +64,14 @@ app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.add_typer(calibrate.app, name="calibrate")
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=reliability.EXAMPLES)(reliability.reliability)
+app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     bench.bench
 )
 app.command()(metrics.metrics)
 app.command()(objectives.objectives)
+app.command(epilog=recipes.EXAMPLES)(recipes.recipes)
 app.command()(doctor.doctor)
 
 

@@ -10,18 +10,10 @@ from .shared import Debug, clean_errors
 
 
 def objectives(debug: Debug = False) -> None:
-    """List the objectives (role, options with their defaults), their presets, and the recipes made of them."""
+    """List the objectives (role, options with their defaults) and their presets; pyunlearn recipes lists methods."""
     with clean_errors(debug):
         from ..objectives import table as objective_table
-        from ..recipes import names, read
 
-        recipes = Table("recipe", "forget", "retain", "samples drawn", title="--recipe NAME, or NAME+mrd")
-        for name in names():
-            settings = read(name).unlearn
-            terms = [", ".join(term["name"] for term in settings[role]) for role in ("forget", "retain")]
-            by = settings.get("sampling", {"by": "shuffle"})["by"]
-            recipes.add_row(name, *terms, by + (", one an update" if settings.get("batch_size") == 1 else ""))
-        print_table(make_console(), recipes)
         table = Table("name", "role", "what it does", "options and defaults")
         title = "unlearn.forget.preset=NAME; unlearn.forget.reduction=paper reduces as the paper's equation does"
         presets = Table("objective", "preset", "what it changes, and how it is reduced", title=title)

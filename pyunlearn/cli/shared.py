@@ -41,7 +41,7 @@ Data = Annotated[
 ]
 Forget = Annotated[str | None, typer.Option(help="What to forget: a file, or Hub id of a data set.")]
 Retain = Annotated[str | None, typer.Option(help="What to keep, in the same form; none: nothing keeps it in place.")]
-Recipe = Annotated[str | None, typer.Option(help="A method by name, see `pyunlearn objectives`; also npo+mrd.")]
+Recipe = Annotated[str | None, typer.Option(help="A method by name, see `pyunlearn recipes`; also npo+mrd.")]
 Name = Annotated[str | None, typer.Option(help="Configuration name of a Hub data set, or of a file in a folder.")]
 Columns = Annotated[
     str | None,

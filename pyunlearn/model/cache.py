@@ -23,9 +23,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .._files import write_file
+from .._files import one_at_a_time, write_file
 from .._progress import track
-from ..store import HEADER, UNREADABLE, Damaged, digest_tensors, header_of, read_header, tensor_bytes
+from ..store import HEADER, UNREADABLE, Damaged, digest_json, digest_tensors, header_of, read_header, tensor_bytes
 from .causal_lm import CausalLM, eval_mode
 from .fingerprint import dataset_fingerprint, model_fingerprint
 from .forward import (
@@ -121,14 +121,7 @@ class ReferenceCache:
             raise ValueError(f"positions={positions!r}: needs 'supervised' or 'real'")
         lengths, counts = _measure(dataset, positions)
         lm = CausalLM.of(model)
-        identity = {
-            "format": FORMAT,
-            "model": model_fingerprint(lm),
-            "dataset": dataset_fingerprint(dataset),
-            "kl": kl,
-            "layers": sorted({layer_number(lm, layer) for layer in layers}),
-            "positions": positions,
-        }
+        identity = _identity(lm, dataset, kl, layers, positions)
         if path.exists():
             cache = cls(path)
             differing = cache._differing(identity)
@@ -140,6 +133,29 @@ class ReferenceCache:
         lm.check_head()
         write_file(path, lambda new: _fill(new, lm, dataset, identity, lengths, counts, batch_size, progress))
         return cls(path)
+
+    @classmethod
+    def shared(
+        cls,
+        model: nn.Module | CausalLM,
+        dataset: Any,
+        folder: str | os.PathLike[str],
+        *,
+        kl: bool = False,
+        layers: Iterable[Layer] = (),
+        positions: Positions = "supervised",
+        batch_size: int = 8,
+        progress: bool = True,
+    ) -> ReferenceCache:
+        """`build` in a folder of caches named by what they are of, for trainings that share it: what several of them
+        need at once, one builds and the others wait for. Raises as `build`.
+        """
+        layers = tuple(layers)
+        identity = {**_identity(CausalLM.of(model), dataset, kl, layers, positions), "batch_size": batch_size}
+        path = Path(folder) / f"{digest_json(identity)}.safetensors"
+        with one_at_a_time(path):
+            options: Any = {"kl": kl, "layers": layers, "positions": positions, "batch_size": batch_size}
+            return cls.build(model, dataset, path, **options, progress=progress)
 
     @classmethod
     def open(
@@ -238,6 +254,18 @@ class ReferenceCache:
             spared |= {"kl"} if layers else {"kl", "positions"}
         differing = [key for key, value in identity.items() if key not in spared and self.metadata.get(key) != value]
         return differing + ["layers"] * (not layers <= set(self.metadata.get("layers", [])))
+
+
+def _identity(lm: CausalLM, dataset: Any, kl: bool, layers: Iterable[Layer], positions: str) -> dict[str, Any]:
+    """What a cache is of."""
+    return {
+        "format": FORMAT,
+        "model": model_fingerprint(lm),
+        "dataset": dataset_fingerprint(dataset),
+        "kl": kl,
+        "layers": sorted({layer_number(lm, layer) for layer in layers}),
+        "positions": positions,
+    }
 
 
 def _measure(dataset: Any, positions: str) -> tuple[list[int], dict[str, list[int]]]:

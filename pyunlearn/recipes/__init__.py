@@ -1,36 +1,49 @@
 """Unlearning methods by the names papers give them: a file NAME.yaml each, with a summary, its source, and settings of
 `unlearn` in the words of a run's configuration, which are laid under what the user sets.
 
-Any of them, followed by +mrd, draws its forget samples by Memory Removal Difficulty (arXiv:2504.06658, Section 3.4).
+NAME+mrd draws the forget samples by Memory Removal Difficulty (arXiv:2504.06658, Section 3.4). NAME@SETTINGS lays
+settings that were published for a model and a data set on the recipe's: learning rate, epochs, options. Where a batch
+is split into micro-batches there, the split is ours; what a source does not tell is left out.
+
+grids/ has the grids of `pyunlearn sweep` by name.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import yaml
 
-from .._hints import hint
+from .._hints import check_known, hint
 
-SUFFIX = "+mrd"
+SUFFIX, AT = "+mrd", "@"
 FILE = re.compile(r"([a-z0-9][a-z0-9_.-]*)\.yaml")
+NEEDED = ("summary", "source", "unlearn")
+SETTINGS = ("source", "unlearn")  # of what was published
 
 
 class Recipe(NamedTuple):
-    """One file."""
+    """One file. published: by model and data set, settings of `unlearn` and where they are told."""
 
     summary: str
     source: str
     unlearn: dict[str, Any]
+    published: dict[str, dict[str, Any]] = {}  # noqa: RUF012 (not written into)
 
 
 @cache
 def names() -> tuple[str, ...]:
     """Every recipe, in alphabetical order."""
-    return tuple(sorted(match[1] for file in files(__name__).iterdir() if (match := FILE.fullmatch(file.name))))
+    return names_in(files(__name__))
+
+
+def names_in(folder: Any) -> tuple[str, ...]:
+    return tuple(sorted(match[1] for file in folder.iterdir() if (match := FILE.fullmatch(file.name))))
 
 
 def read(name: str) -> Recipe:
@@ -40,19 +53,69 @@ def read(name: str) -> Recipe:
         keys = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{file}: not valid YAML: {error}") from None
-    if not isinstance(keys, dict) or keys.keys() != set(Recipe._fields) or not isinstance(keys["unlearn"], dict):
-        raise ValueError(f"{file}: needs the keys {', '.join(Recipe._fields)}, the last a section, got {keys!r}")
-    return Recipe(**keys)
+    if (
+        not isinstance(keys, dict)
+        or not set(NEEDED) <= keys.keys() <= set(Recipe._fields)
+        or not isinstance(keys["unlearn"], dict)
+    ):
+        raise ValueError(f"{file}: needs the keys {', '.join(NEEDED)}, the last a section, got {keys!r}")
+    for setting, own in (published := keys.get("published", {})).items():
+        if not isinstance(own, dict) or own.keys() != set(SETTINGS) or not isinstance(own["unlearn"], dict):
+            needed = f"published.{setting} needs {' and '.join(SETTINGS)}, the last a section"
+            raise ValueError(f"{file}: {needed}, got {own!r}")
+    return Recipe(keys["summary"], keys["source"], keys["unlearn"], published)
 
 
 def recipe(name: str) -> dict[str, Any]:
-    """Settings of `unlearn` by the name of a recipe, e.g. "cga" or "NPO+MRD"; case does not matter.
+    """Settings of `unlearn` by the name of a recipe, e.g. "cga", "NPO+MRD" or "wga_kl@phi-1.5-forget05"; case does not
+    matter.
 
-    Raises ValueError naming the nearest recipes.
+    Raises ValueError naming the nearest recipes, or the nearest of those for which settings were published.
     """
-    base = name.lower().removesuffix(SUFFIX)
+    chosen, at, setting = name.lower().partition(AT)
+    base = chosen.removesuffix(SUFFIX)
     if base not in names():
         known = [*names(), *(each + SUFFIX for each in names())]
-        raise ValueError(f"unlearn.recipe={name!r}: {hint(name, known)}")
-    settings = read(base).unlearn
-    return settings | {"sampling": {"by": "mrd"}} if name.lower().endswith(SUFFIX) else settings
+        raise ValueError(f"unlearn.recipe={name!r}: {hint(chosen, known)}")
+    file = read(base)
+    by_mrd = {"sampling": {"by": "mrd"}} if chosen != base else {}
+    if not at:
+        return file.unlearn | by_mrd
+    if setting not in file.published:
+        what = hint(setting, file.published) if file.published else "has no published settings"
+        raise ValueError(f"unlearn.recipe={name!r}: {what}")
+    return file.unlearn | by_mrd | file.published[setting]["unlearn"]
+
+
+def matching(patterns: Iterable[str]) -> list[str]:
+    """Recipes by name and, where there is a * in it, all of such names, methods of equal settings once; as written.
+
+    Raises ValueError for a pattern of no recipe.
+
+    >>> matching(["npo+mrd", "sg*"])
+    ['npo+mrd', 'sga']
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if "*" not in pattern:
+            found.append(pattern)
+            continue
+        base = pattern.removesuffix(SUFFIX)
+        those = [name for name in names() if fnmatchcase(name, base)]
+        if not those:
+            raise ValueError(f"recipe={pattern!r}: is like none of {', '.join(names())}")
+        settings = {name: read(name).unlearn for name in those}
+        first = [name for i, name in enumerate(those) if settings[name] not in [settings[each] for each in those[:i]]]
+        found += [name + pattern[len(base) :] for name in first if name + pattern[len(base) :] not in found]
+    return found
+
+
+def grids() -> tuple[str, ...]:
+    """Every grid that pyunlearn has, in alphabetical order."""
+    return names_in(files(__name__) / "grids")
+
+
+def read_grid(name: str) -> str:
+    """The file of a grid. Raises ValueError naming the nearest."""
+    check_known("grid", name, grids())
+    return (files(__name__) / "grids" / f"{name}.yaml").read_text(encoding="utf-8")

@@ -41,7 +41,7 @@ C = TypeVar("C", bound="RunConfig | FilesConfig")
 @dataclass(frozen=True)
 class Job(Generic[C]):
     """One command at work. command: the words that started it, without those that throw earlier work away. endpoints:
-    by what they are for, made once, so that a budget is the job's."""
+    by what they are for, made once, so that a budget is the job's. references: of `Stage`."""
 
     config: C
     folder: RunFolder
@@ -50,9 +50,10 @@ class Job(Generic[C]):
     processes: Processes
     command: str
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    references: Path | None = None
 
     @classmethod
-    def start(cls, config: C, console: Console | None, command: str) -> Job[C]:
+    def start(cls, config: C, console: Console | None, command: str, references: Path | None = None) -> Job[C]:
         """Joins the processes of torchrun and loads the data; writes nothing. console: None is silent.
 
         Raises what `load_data` raises.
@@ -66,7 +67,7 @@ class Job(Generic[C]):
         data = load_data(config)
         for path, found in data.recognised.items():
             console.print(visible(f"{path}: {found}"), highlight=False, soft_wrap=True, markup=False)
-        return cls(config, RunFolder(config.folder), data, console, processes, command)
+        return cls(config, RunFolder(config.folder), data, console, processes, command, references=references)
 
     @contextmanager
     def interruptible(self, again: str = "") -> Iterator[None]:
@@ -136,6 +137,7 @@ class Job(Generic[C]):
             self.processes,
             self.config.evaluate.batch_size,
             make_format(tokenizer, self.config.prompt),
+            self.references,
         )
 
 

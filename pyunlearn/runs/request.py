@@ -123,24 +123,27 @@ def check_words(given: Mapping[str, str], overrides: Sequence[str]) -> None:
                 raise ValueError(f"{option}={value} and --set {override}: both are {key}; needs one of them")
 
 
-def check_whole(given: Mapping[str, str], overrides: Sequence[str]) -> None:
-    """Raises ValueError for a model without anything to forget, and the reverse: there is no default for either."""
+def check_whole(given: Mapping[str, str], overrides: Sequence[str], command: str = "run") -> None:
+    """Raises ValueError for a model without anything to forget, and the reverse: there is no default for either.
+
+    command: that the error tells.
+    """
     has = {name for name in KEYS if name in given or any(each.startswith(KEYS[name]) for each in overrides)}
     if "forget" in given and not {"model", "gguf_file"} & has:
         raise ValueError(
-            f"{given['forget']}: is to be forgotten, and by which model?\n{command_for(given)}\n"
+            f"{given['forget']}: is to be forgotten, and by which model?\n{command_for(given, command)}\n"
             f"MODEL is a folder or a Hub id; {EMBEDDED} is a small one, made here, that learns the rows first"
         )
     alone = [name for name in ("model", "gguf_file", "retain") if name in given]
     if "forget" not in has and alone and given.get("model") != EMBEDDED:
         options = " and ".join(f"--{name.replace('_', '-')}" for name in alone)
-        raise ValueError(f"{options}: needs --forget, too: what is to be forgotten\n{command_for(given)}")
+        raise ValueError(f"{options}: needs --forget, too: what is to be forgotten\n{command_for(given, command)}")
 
 
-def command_for(given: Mapping[str, str]) -> str:
+def command_for(given: Mapping[str, str], command: str = "run") -> str:
     """The command with all that a run of one's own takes."""
     words = {"model": "MODEL", "forget": "FORGET.jsonl", "retain": "RETAIN.jsonl"} | dict(given)
-    return "  pyunlearn run " + " ".join(
+    return f"  pyunlearn {command} " + " ".join(
         f"--{name.replace('_', '-')} {shlex.quote(value)}" for name, value in words.items()
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +26,7 @@ from .advice import next_changes, next_command
 from .anchors import ANCHORS
 from .config import RunConfig
 from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
-from .folder import config_text
+from .folder import RunFolder, config_text
 from .job import Job, first_model, loaded, save
 from .provenance import Attempt, describe, keep_attempt, read_attempts
 from .sections import ModelConfig
@@ -57,12 +57,14 @@ def run(
     overwrite: bool = False,
     console: Console | None = None,
     command: str = "pyunlearn run",
+    references: Path | None = None,
 ) -> RunResult:
     """Runs `config` to its end and writes its folder (see `folder`).
 
     resume: take up the same run where it stopped. overwrite: begin anew; what the folder holds goes as soon as the new
-    run has loaded its model. console: None is silent. command:
-    what was typed, for the messages. Under torchrun every process trains, and the first one evaluates and writes.
+    run has loaded its model. console: None is silent. command: what was typed, for the messages. references: a folder
+    of reference caches that runs share; None keeps the run's own in its folder. Under torchrun every process trains,
+    and the first one evaluates and writes.
 
     Raises FileExistsError for a folder that is not this run's, FileNotFoundError for nothing to resume, ValueError for
     a folder that is no run's own, or for resume and overwrite together, InUse where another job works there,
@@ -70,27 +72,44 @@ def run(
     """
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite begins it anew: needs one of them")
-    job = Job.start(config, console, command)
+    job = Job.start(config, console, command, references)
     with job.interruptible(" --resume"), job.opened(resume=resume, overwrite=overwrite):
-        wanted = ("before", "after", *config.evaluate.anchors)
-        missing = [moment for moment in wanted if not job.folder.evaluation(f"{moment}.json").is_file()]
+        missing = unmeasured(job.folder, ("before", "after", *config.evaluate.anchors))
         job.processes.wait()  # all have looked before any writes
         if missing:
-            with job.processes.first_first():
-                if job.processes.first:
-                    check_cache(job.config.evaluate)
-            attempt = Attempt(job.command)
-            try:
-                compute(job, missing)
-            except BaseException:
-                with suppress(OSError, ValueError):  # what went wrong is told, not that it cannot be noted
-                    note_attempt(job, attempt)
-                raise
-            note_attempt(job, attempt)
+            attempt_to(job, missing)
         result = finish(job)
         job.processes.wait()
     tell(job, result)
     return result
+
+
+def prepare(config: RunConfig, *, command: str) -> None:
+    """What a run of `config` is before it unlearns, in its folder: memorised, evaluated, and the models that it is held
+    against; what is there of it is taken up. Raises as `run`."""
+    job = Job.start(config, None, command)
+    with job.interruptible(), job.opened(resume=job.folder.marked):
+        if missing := unmeasured(job.folder, ("before", *config.evaluate.anchors)):
+            attempt_to(job, missing)
+
+
+def unmeasured(folder: RunFolder, moments: Iterable[str]) -> list[str]:
+    return [moment for moment in moments if not folder.evaluation(f"{moment}.json").is_file()]
+
+
+def attempt_to(job: Job[RunConfig], missing: Sequence[str]) -> None:
+    """`compute`, and a note of what it took."""
+    with job.processes.first_first():
+        if job.processes.first:
+            check_cache(job.config.evaluate)
+    attempt = Attempt(job.command)
+    try:
+        compute(job, missing)
+    except BaseException:
+        with suppress(OSError, ValueError):  # what went wrong is told, not that it cannot be noted
+            note_attempt(job, attempt)
+        raise
+    note_attempt(job, attempt)
 
 
 def note_attempt(job: Job[RunConfig], attempt: Attempt) -> None:
@@ -251,7 +270,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
         "",
         "try next",
         *next_try,
-        "  pyunlearn objectives   # all of them, with their options, and recipes",
+        "  pyunlearn recipes   # other methods by name; pyunlearn objectives has their parts and options",
         *([] if told else [f"  {job.command} --retrain --resume   # beside a model that never saw the forget set"]),
         f"  pyunlearn evaluate {shlex.quote(str(folder))} --data FILE.jsonl   # what it says of other questions",
     ]

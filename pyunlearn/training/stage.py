@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ class Stage:
 
     folder: where it keeps what is finished; the same call goes on from there. max_length: tokens of a sample; None: the
     model's context. console: of the progress bars; quiet by default. reference_batch_size: of the forwards that fill
-    reference caches. prompt_format: how questions are put; None is `PromptFormat`.
+    reference caches. prompt_format: how questions are put; None is `PromptFormat`. references: a folder of reference
+    caches that trainings share (`ReferenceCache.shared`); None keeps them in `folder`.
     """
 
     folder: TrainingFolder
@@ -48,6 +50,7 @@ class Stage:
     processes: Processes = field(default_factory=Processes.start)
     reference_batch_size: int = 16
     prompt_format: PromptFormat | None = None
+    references: Path | None = None
 
     @property
     def progress(self) -> bool:

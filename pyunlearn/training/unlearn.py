@@ -235,10 +235,11 @@ def make_references(
             references[kind] = copy.deepcopy(model).requires_grad_(False).eval()
         elif need.reference:
             with stage.processes.first_first():  # the others find a file that fits
-                references[kind] = ReferenceCache.build(
+                build = ReferenceCache.build if stage.references is None else ReferenceCache.shared
+                references[kind] = build(
                     model,
                     rows_of(pairs, kind, tokenizer, stage.max_length),
-                    stage.folder.reference / f"{kind}.safetensors",
+                    stage.references or stage.folder.reference / f"{kind}.safetensors",
                     kl=need.kl_reference,
                     layers=need.reference_layers,
                     positions=need.widest if need.hidden_reference else "supervised",

@@ -57,8 +57,8 @@ def test_version_and_help(call):
     assert call("--version") == (0, f"pyunlearn {pyunlearn.__version__}\n", "")
     code, text, _ = call("--help")
     assert code == 0
-    for command in ("run", "init", "score", "geffect", "evaluate", "compare", "export", "bench", "metrics",
-                    "objectives", "doctor", "calibrate", "reliability"):  # fmt: skip
+    for command in ("run", "init", "score", "geffect", "evaluate", "calibrate", "compare", "reliability", "sweep",
+                    "export", "bench", "metrics", "objectives", "recipes", "doctor"):  # fmt: skip
         assert re.search(rf"^\W*{command} ", text, re.MULTILINE), command
     code, text, _ = call("run", "--help")
     assert code == 0
@@ -66,12 +66,57 @@ def test_version_and_help(call):
         assert word in text
 
 
-def test_objectives_lists_every_one_and_every_recipe(call):
+def test_recipes_lists_every_one_and_shows_one_whole(call):
+    code, text, _ = call("recipes")
+    assert code == 0
+    for name in recipes.names():
+        assert re.search(rf"\W{name}\W", text), name
+    assert re.search(r"\Wcga\W+ga\W+mrd, one an\W+", text)
+    code, text, _ = call("recipes", "wga_kl")
+    command, _, rest = text.partition("\n")
+    assert (code, command.partition(" --")[0]) == (0, "# pyunlearn run recipe:wga_kl")
+    assert yaml.safe_load(rest) == recipes.read("wga_kl")._asdict()
+    assert "*" not in rest  # every value is written out
+    code, text, _ = call("recipes", "wga_kl+mrd@phi-1.5-forget10")
+    shown = yaml.safe_load(text)
+    assert (shown["source"], shown["unlearn"]["sampling"]) == ("arXiv:2502.19301, Section 5", {"by": "mrd"})
+    assert shown["unlearn"] == recipes.recipe("wga_kl+mrd@phi-1.5-forget10")
+    code, _, error = call("recipes", "wga_lk")
+    assert (code, "did you mean wga_kl" in error) == (2, True)
+    code, _, error = call("run", "recipe:npo_lk")
+    assert (code, "'npo_lk': did you mean npo_kl" in error) == (2, True)
+
+
+def test_a_sweep_is_planned_run_and_compared(call, tmp_path):
+    grid = {"name": "small", "run": {**TINY, "num_threads": 1}, "axes": {"unlearn.recipe": ["ga", "npo_kl"]}}
+    Path("grid.yaml").write_text(yaml.safe_dump(grid))
+    code, text, _ = call("sweep", "grid.yaml", "--plan")
+    assert (code, Path("runs").exists()) == (0, False)
+    assert "small: 2 runs from 1 start; 2 to run; in runs/small" in text
+    code, text, _ = call("sweep", "grid.yaml")
+    assert code == 0
+    assert re.search(r"done npo_kl, seed 0: forget probability 0\.\d+ -> 0\.\d+, holdout probability", text)
+    assert re.search(r"\Wnpo_kl\W+1\W+0\.\d+", text)
+    assert "runs/small/compare.csv" in text
+    code, text, _ = call("sweep", "grid.yaml", "--plan")
+    assert "2 runs from 1 start; 2 finished" in text
+    for words, told in (
+        (["--set", "unlearn.epochs=-1"], "ga, seed 0 and 1 more: unlearn.epochs: needs a number above 0, got -1"),
+        (["--set", "unlearn.recipe=ga"], "unlearn.recipe is an axis of the grid"),
+        (["--set", "unlearn.epochs=9"], "was begun with other settings (unlearn.epochs: 4"),
+    ):
+        code, _, error = call("sweep", "grid.yaml", *words)
+        assert (code, told in error) == (2, True), error
+    assert call("sweep", "grid:uwcc")[0] == 2
+    code, text, _ = call("sweep", "grid.yaml", "--out", "another", "--set", "unlearn.train_only=nothing")
+    assert (code, "failed ga, seed 0: ValueError: " in text) == (1, True)
+
+
+def test_objectives_lists_every_one(call):
     code, text, _ = call("objectives")
     assert code == 0
-    for name in (*objectives.names(), *recipes.names()):
+    for name in objectives.names():
         assert re.search(rf"\W{name}\W", text), name
-    assert re.search(r"\Wcga\W+ga\W+mrd, one an update\W", text)
     assert re.search(r"\Wwtnpo\W+g_effect_code\W+beta = 4.0, epsilon = 1e-05; reduction =\W+token_mean\W", text)
     assert re.search(r"\Wap\W+paper\W+reduction = sequence_mean\W", text)
 

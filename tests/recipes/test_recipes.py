@@ -27,6 +27,27 @@ def terms(config):
         ("npo+mrd", ["npo"], ["gd"], "mrd"),
         ("PO+MRD", ["idk"], ["gd"], "mrd"),
         ("refuse", ["idk", "dpo"], ["gd"], "shuffle"),
+        ("ga_kl", ["ga"], ["kl"], "shuffle"),
+        ("npo_gd", ["npo"], ["gd"], "shuffle"),
+        ("npo_kl+mrd", ["npo"], ["kl"], "mrd"),
+        ("dpo_gd", ["dpo"], ["gd"], "shuffle"),
+        ("dpo_kl", ["dpo"], ["kl"], "shuffle"),
+        ("dpo_ap", ["dpo"], ["ap"], "shuffle"),
+        ("idk_gd", ["idk"], ["gd"], "shuffle"),
+        ("idk_ap", ["idk"], ["ap"], "shuffle"),
+        ("me_gd", ["me"], ["gd"], "shuffle"),
+        ("me_kl", ["me"], ["kl"], "shuffle"),
+        ("wga", ["wga"], [], "shuffle"),
+        ("wga_gd", ["wga"], ["gd"], "shuffle"),
+        ("wga_kl", ["wga"], ["kl"], "shuffle"),
+        ("tnpo", ["tnpo"], [], "shuffle"),
+        ("tnpo_kl", ["tnpo"], ["kl"], "shuffle"),
+        ("wtnpo", ["wtnpo"], [], "shuffle"),
+        ("wtnpo_kl", ["wtnpo"], ["kl"], "shuffle"),
+        ("rmu", ["rmu"], [], "shuffle"),
+        ("rmu_rr", ["rmu"], ["rr"], "shuffle"),
+        ("simnpo", ["simnpo"], ["gd"], "shuffle"),
+        ("satimp", ["satimp"], ["gd"], "shuffle"),
     ],
 )
 def test_a_recipe_is_its_terms_and_its_sampling(name, forget, retain, by):
@@ -52,8 +73,61 @@ def test_every_file_is_a_configuration(name):
             ]
 
 
-def test_names():
-    assert names() == ("cga", "ga", "graddiff", "npo", "po", "refuse", "sga")
+FILES = ("model.name_or_path=M", "data.forget=F", "data.retain=R")
+# What papers and code bases tell, by recipe and setting: learning rate, epochs, samples of a step, and the forget term.
+PUBLISHED = [
+    ("wga_kl@phi-1.5-forget05", 2e-5, 5, 16, {"alpha": 5.0}, 1.0),
+    ("wga_kl@phi-1.5-forget10", 2e-5, 5, 16, {"alpha": 7.0}, 1.0),
+    ("wga_kl@llama-2-7b-forget01", 1e-5, 5, 16, {"alpha": 5.0}, 1.0),
+    ("wga_kl@llama-2-7b-forget10", 1e-5, 5, 16, {"alpha": 7.0}, 1.0),
+    ("npo_kl@phi-1.5-forget01", 2e-5, 5, 16, {"beta": 0.5}, 1.0),
+    ("npo_kl@llama-2-7b-forget10", 1e-5, 5, 16, {"beta": 0.5}, 1.0),
+    ("npo_kl@llama-2-7b-chat-forget10", 1e-5, 5, 32, {}, 1.0),
+    ("tnpo_kl@phi-1.5-forget05", 2e-5, 5, 16, {"beta": 4.0}, 1.0),
+    ("tnpo_kl@llama-2-7b-forget10", 1e-5, 5, 16, {"beta": 5.0}, 1.0),
+    ("wtnpo_kl@llama-2-7b-forget05", 1e-5, 5, 16, {"alpha": 1.5, "beta": 5.0}, 1.0),
+    ("wtnpo_kl@phi-1.5-forget10", 2e-5, 5, 16, {"alpha": 1.5, "beta": 7.0}, 1.0),
+    ("ga_kl@phi-1.5-forget05", 2e-5, 5, 16, {}, 1.0),
+    ("ga_kl@iclm-7b-muse-books", 1e-5, 4, 32, {}, 1.0),
+    ("rmu@phi-1.5-forget01", 2e-5, 5, 16, {"layer": 9, "c": 4.0}, 1.0),
+    ("rmu@llama-2-7b-forget10", 1e-5, 5, 16, {"layer": 21, "c": 2.0}, 1.0),
+    ("rmu_rr@zephyr-7b-beta-wmdp", 5e-5, 5, 4, {"c": 6.5}, 1.0),
+    ("me_gd@llama-2-7b-chat-forget05", 1e-5, 5, 32, {}, 0.1),
+    ("me_gd@llama-2-7b-chat-continual", 1e-5, 5, 32, {}, 1.0),
+    ("me_gd@llama-3-8b-instruct-real_world", 5e-6, 5, 32, {}, 0.5),
+    ("idk_ap@llama-3-8b-instruct-real_world", 1e-5, 5, 32, {}, 1.0),
+    ("npo@llama-2-7b-chat-forget10", 5e-5, 4, 8, {}, 1.0),
+    ("po@llama-2-7b-chat-forget10", 5e-5, 5, 8, {}, 1.0),
+    ("graddiff@llama-2-7b-chat-forget10-mrd", 5e-5, 5, 8, {}, 1.0),
+    ("simnpo@open_unlearning", 1e-5, 10, 32, {}, 0.125),
+    ("satimp@open_unlearning", 1e-5, 10, 32, {}, 0.1),
+]
+
+
+@pytest.mark.parametrize(("name", "rate", "epochs", "batch", "options", "coefficient"), PUBLISHED)
+def test_what_was_published(name, rate, epochs, batch, options, coefficient):
+    own = load_config(None, [*FILES, f"unlearn.recipe={name}"]).unlearn
+    assert (own.learning_rate, own.epochs, own.batch_size * own.gradient_accumulation_steps) == (rate, epochs, batch)
+    assert (own.forget[0].options, own.forget[0].coefficient) == (options, coefficient)
+    assert own.recipe == name
+
+
+def test_a_published_rate_is_taken_where_it_is_asked_for_alone():
+    assert load_config(None, [*FILES, "unlearn.recipe=wga_kl"]).unlearn.learning_rate is None
+    asked = load_config(None, ["unlearn.recipe=WGA_KL@Phi-1.5-forget05", "unlearn.learning_rate=3e-4"]).unlearn
+    assert (asked.learning_rate, asked.warmup) == (3e-4, "epoch")  # what is set beside it wins
+    both = recipe("cga@llama-2-7b-chat-forget10")
+    assert both["sampling"] == {"by": "mrd", "estimator": "algorithm1", "num_draws": 200, "sigma": 1e-5}
+    assert recipe("po+mrd@llama-2-7b-chat-forget10")["sampling"] == {"by": "mrd"}
+    assert [term["name"] for term in recipe("po@phi-1.5-forget05")["retain"]] == ["kl"]
+
+
+@pytest.mark.parametrize("name", [f"{name}@{own}" for name in names() for own in read(name).published])
+def test_every_published_setting_is_a_configuration_with_its_source(name):
+    file = read(name.partition("@")[0])
+    assert file.published[name.partition("@")[2]]["source"]
+    terms_of = [term.name for term in load_config(None, [*FILES, f"unlearn.recipe={name}"]).unlearn.forget]
+    assert terms_of == [term["name"] for term in file.unlearn["forget"]]
 
 
 def test_what_the_user_sets_wins_in_any_order():
@@ -89,9 +163,11 @@ def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("unlearn.recipe=npoo", r"unlearn.recipe='npoo': did you mean npo or po"),
+        ("unlearn.recipe=npoo", r"unlearn.recipe='npoo': did you mean npo or"),
         ("unlearn.recipe=npo+mrdd", r"unlearn.recipe='npo\+mrdd': did you mean npo\+mrd or"),
-        ("unlearn.recipe=+mrd", r"needs one of cga, ga, graddiff, npo, po, refuse, sga, cga\+mrd, ga\+mrd"),
+        ("unlearn.recipe=npo_kl@phi-1.5-forget5", r"'npo_kl@phi-1.5-forget5': did you mean phi-1.5-forget05 or"),
+        ("unlearn.recipe=me_kl@phi", "unlearn.recipe='me_kl@phi': has no published settings"),
+        ("unlearn.recipe=+mrd", r"needs one of cga, .* cga\+mrd, "),
         ("unlearn.recipe=3", "unlearn.recipe: needs text, got 3"),
         ("unlearn.sampling=mdr", r"unlearn.sampling.by='mdr': did you mean mrd\? needs one of shuffle, uniform, mrd$"),
         ("unlearn.sampling.refresh_steps=0", "unlearn.sampling.refresh_steps: needs 1 at least, got 0"),
@@ -116,7 +192,9 @@ def test_mistakes_are_named(override, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [("summary: [", "not valid YAML"), ("", "needs the keys summary, source, unlearn"),
-     ("summary: a\nsource: b\nunlearn: npo\n", "the last a section"), ("summary: a\nunlearn: {}\n", "needs the keys")],
+     ("summary: a\nsource: b\nunlearn: npo\n", "the last a section"), ("summary: a\nunlearn: {}\n", "needs the keys"),
+     ("summary: a\nsource: b\nunlearn: {}\nmore: 1\n", "needs the keys"),
+     ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {unlearn: {}}}\n", "published.x needs source and unlearn")],
 )  # fmt: skip
 def test_a_bad_file_is_named(text, message, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(text)

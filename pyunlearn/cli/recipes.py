@@ -1,0 +1,63 @@
+"""`pyunlearn recipes`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+from rich.table import Table
+
+from .._terminal import make_console, print_table
+from .shared import Debug, clean_errors
+
+EXAMPLES = """[bold]Examples[/bold]
+
+  pyunlearn recipes                                        all of them
+
+  pyunlearn recipes npo_kl                                 one, with its sources and what was published
+
+  pyunlearn recipes npo_kl@phi-1.5-forget05                what a run of it with published settings takes
+"""
+
+
+class Plain(yaml.SafeDumper):
+    """Every value written out."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="One of them, also NAME+mrd or NAME@SETTINGS.", show_default=False)
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """List the methods by name: their terms, sources, and the models and data that settings were published for."""
+    with clean_errors(debug):
+        from ..recipes import AT, SUFFIX, names, read, recipe
+
+        console = make_console()
+        if name is not None:
+            settings = recipe(name)  # which tells unknown names
+            chosen, _, published = name.lower().partition(AT)
+            file = read(chosen.removesuffix(SUFFIX))
+            source = file.published[published]["source"] if published else file.source
+            whole: dict[str, Any] = {"summary": file.summary, "source": source, "unlearn": settings}
+            if file.published and not published:
+                whole["published"] = file.published
+            text = yaml.dump(whole, Dumper=Plain, sort_keys=False, allow_unicode=True, width=110)
+            command = f"# pyunlearn run recipe:{name} --model MODEL --forget FORGET.jsonl --retain RETAIN.jsonl"
+            console.print(f"{command}\n{text}", markup=False, highlight=False, soft_wrap=True, end="")
+            return
+        title = "pyunlearn run recipe:NAME; NAME+mrd; NAME@SETTINGS for what was published"
+        table = Table("recipe", "forget", "retain", "samples drawn", "summary", "published settings for", title=title)
+        for each in names():
+            file = read(each)
+            terms = [", ".join(term["name"] for term in file.unlearn.get(role, [])) for role in ("forget", "retain")]
+            by = file.unlearn.get("sampling", {"by": "shuffle"})["by"]
+            drawn = by + (", one an update" if file.unlearn.get("batch_size") == 1 else "")
+            table.add_row(each, *terms, drawn, escape(file.summary), ", ".join(file.published))
+        print_table(console, table)

@@ -1,0 +1,131 @@
+"""Grids: what they say, and what is wrong in them is told before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from pyunlearn.recipes import grids, matching, names, read
+from pyunlearn.runs import ConfigError
+from pyunlearn.runs.grid import load_grid, make_cells, make_grid
+
+
+def cells_of(values, overrides=(), **words):
+    return make_cells(make_grid(values), "out", overrides, words)
+
+
+def test_every_combination_is_a_run_with_every_seed(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "run: {unlearn: {epochs: 3, retain: gd}}\n"
+        "axes:\n"
+        "- {unlearn.recipe: [npo_kl, sga+mrd], unlearn.learning_rate: [1e-4, 0.001]}\n"
+        "- {unlearn.forget: me, unlearn.retain: [[gd, kl], []], unlearn.batch_size: 2}\n"
+        "seeds: [4, 7]\n"
+    )
+    grid = load_grid(str(file))
+    assert grid.name == "mine"
+    cells = make_cells(grid, tmp_path / "out")
+    assert [cell.name for cell in cells[::2]] == [
+        "npo_kl-learning_rate-1e-4", "npo_kl-learning_rate-0.001", "sga_mrd-learning_rate-1e-4",
+        "sga_mrd-learning_rate-0.001", "retain-gd-kl", "retain-none",
+    ]  # fmt: skip
+    assert [cell.seed for cell in cells] == [4, 7] * 6
+    first, mrd, me = cells[0].config, cells[5].config, cells[8].config
+    assert (first.name, first.seed) == ("npo_kl-learning_rate-1e-4", 4)
+    assert first.folder == tmp_path / "out/runs/npo_kl-learning_rate-1e-4/seed4"
+    assert (first.unlearn.learning_rate, first.unlearn.epochs) == (1e-4, 3)
+    assert [term.name for term in first.unlearn.retain] == ["kl"]  # the recipe's, in the place of what all have
+    assert (mrd.unlearn.sampling.by, mrd.unlearn.batch_size, mrd.seed) == ("mrd", 1, 7)
+    assert [term.name for term in me.unlearn.retain] == ["gd", "kl"]
+    assert me.unlearn.batch_size == 2
+
+
+def test_one_setting_alone_and_what_all_runs_are_told():
+    (cell,) = cells_of({"name": "one", "axes": {"unlearn.epochs": 2}}, ["unlearn.batch_size=3"], model="M", forget="F")
+    assert cell.name == "one"
+    assert (cell.config.model.name_or_path, cell.config.data.forget.path) == ("M", "F")
+    assert (cell.config.unlearn.epochs, cell.config.unlearn.batch_size) == (2, 3)
+    same = {"axes": {"unlearn.epochs": [1, 2], "memorise.epochs": [3]}}
+    assert [cell.name for cell in cells_of(same)] == [
+        "unlearn.epochs-1-memorise.epochs-3", "unlearn.epochs-2-memorise.epochs-3",
+    ]  # fmt: skip
+
+
+def test_a_star_is_all_recipes_of_such_names_each_method_once():
+    assert matching(["npo*"]) == ["npo", "npo_kl"]  # npo_gd has npo's terms
+    assert matching(["npo_gd", "?ga", "*_ap+mrd"][::2]) == ["npo_gd", "dpo_ap+mrd", "idk_ap+mrd"]
+    found = matching(["*"])
+    assert all(any(read(name).unlearn == read(other).unlearn for other in found) for name in names())
+    assert len(found) == len({str(read(name).unlearn) for name in names()})
+    assert [cell.name for cell in cells_of({"axes": {"unlearn.recipe": "wga*"}})] == ["wga", "wga_gd", "wga_kl"]
+
+
+@pytest.mark.parametrize("name", grids())
+def test_the_grids_that_are_here_have_runs(name):
+    grid = load_grid(f"grid:{name}")
+    cells = make_cells(grid, "out", [], {"model": "M", "forget": "F", "retain": "R"} if name == "uwc" else {})
+    assert grid.name == name
+    assert grid.summary
+    if name == "uwc":
+        assert len(cells) == 10 + 10 + 10 + 30 + 30
+        one = next(cell.config.unlearn for cell in cells if cell.name == "wtnpo_kl-alpha-1.5-beta-7.0")
+        assert one.forget[0].options == {"alpha": 1.5, "beta": 7.0}
+        assert [term.name for term in one.retain] == ["kl"]
+        assert (one.epochs, one.batch_size * one.gradient_accumulation_steps, one.warmup) == (5, 16, "epoch")
+        assert one.learning_rate is None  # by the model's size, unless it is told
+        deep = next(cell.config.unlearn for cell in cells if cell.name == "rmu-layer-deep-c-0.05")
+        assert (deep.forget[0].options, deep.retain[0].name) == ({"layer": "deep", "c": 0.05}, "kl")
+    else:
+        assert {cell.name for cell in cells} == {name.replace("+", "_") for name in matching(["*"])}
+        assert {cell.seed for cell in cells} == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("[1]", "grid: needs sections run, axes and seeds, got list"),
+        ("{axis: {}}", "grid: axis: unknown key; did you mean axes"),
+        ("{unlearn.epochs: [1]}", r"unlearn.epochs: unknown key; .* did you mean axes: \{unlearn.epochs: ...\}\?"),
+        ("{axes: {}}", r"grid: axes: needs keys of settings with lists of values, or a list of these, got \{\}"),
+        ("{axes: {unlearn.retain: []}}", r"axes: unlearn.retain: has no value; .* is \[\[\]\]"),
+        ("{axes: {seed: [1]}}", "axes: seed: is told by seeds"),
+        ("{run: {output: x}, axes: {unlearn.epochs: 1}}", "run.output: is told by --out"),
+        ("{run: 3, axes: {unlearn.epochs: 1}}", "run: needs sections of a run's configuration, got 3"),
+        ("{name: a/b, axes: {unlearn.epochs: 1}}", "name: needs letters, digits, _, . and - alone, got 'a/b'"),
+        ("{seeds: 0, axes: {unlearn.epochs: 1}}", "seeds: needs how many, 1 at least, or a list .*, got 0"),
+        ("{seeds: [1, 1], axes: {unlearn.epochs: 1}}", r"seeds: needs .* without any twice, got \[1, 1\]"),
+        ("{axes: {unlearn.recipe: [npo_kll, ga]}}", "^npo_kll, seed 0: unlearn.recipe='npo_kll': did you mean npo_kl"),
+        ("{axes: {unlearn.recipe: x*}}", r"axes: unlearn.recipe: recipe='x\*': is like none of"),
+        ("{seeds: 2, axes: {unlearn.lerning_rate: [1, 2]}}",
+         r"^lerning_rate-1, seed 0 and 3 more: unlearn.lerning_rate: unknown key; did you mean learning_rate\?"),
+        ("{axes: {unlearn.recipe: wga, unlearn.forget.options.beta: [1]}}", 
+         "^wga-beta-1, seed 0: .*wga: option='beta': needs one of alpha"),
+        ("{axes: {unlearn.epochs: [1, -1, -2]}}",
+         "^epochs--1, seed 0: unlearn.epochs: needs a number above 0, got -1\nepochs--2, seed 0: .*got -2$"),
+        ("{axes: {unlearn.epochs: [5, 5.0]}}", "axes: epochs-5, seed 0 and epochs-5.0, seed 0 are the same run"),
+        ("{axes: [{unlearn.epochs: [5]}, {unlearn.epochs: [5]}]}", "are the same run; leave one out"),
+        ("{axes: {unlearn.recipe: [npo+mrd, npo_mrd]}}", "npo_mrd, seed 0: unlearn.recipe='npo_mrd'"),
+        ("{axes: {model.name_or_path: [a b, a_b]}}", "name_or_path-a_b, seed 0 have one name"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_told_with_their_run_and_near_names(values, message):
+    with pytest.raises(ConfigError, match=message):
+        cells_of(yaml.safe_load(values))
+
+
+def test_files_words_and_overrides_that_do_not_fit(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing.yaml: no such file; needs a grid, .* or grid:NAME"):
+        load_grid("nothing.yaml")
+    with pytest.raises(ValueError, match="grid='uwcc': did you mean uwc"):
+        load_grid("grid:uwcc")
+    (tmp_path / "bad.yaml").write_text("axes: [")
+    with pytest.raises(ConfigError, match=r"bad\.yaml: not valid YAML"):
+        load_grid(str(tmp_path / "bad.yaml"))
+    axes = {"axes": {"unlearn.epochs": [1, 2]}}
+    with pytest.raises(ConfigError, match=r"--set unlearn.epochs=3: unlearn.epochs is an axis of the grid"):
+        cells_of(axes, ["unlearn.epochs=3"])
+    with pytest.raises(ValueError, match=r"(?s)by which model.*\n  pyunlearn sweep GRID --model MODEL --forget F "):
+        cells_of(axes, forget="F")
+    with pytest.raises(ValueError, match=r"--model=M and --set model.name_or_path=N: both are"):
+        cells_of(axes, ["model.name_or_path=N"], model="M")
