@@ -53,7 +53,8 @@ def test_every_file_is_a_configuration(name):
 
 
 def test_names():
-    assert names() == ("cga", "ga", "graddiff", "npo", "po", "refuse", "sga")
+    known = ("bst", "ce_u", "cga", "flat", "ga", "graddiff", "npo", "pdu", "po", "refuse", "sga", "undial")
+    assert names() == known
 
 
 def test_what_the_user_sets_wins_in_any_order():
@@ -91,7 +92,10 @@ def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
     [
         ("unlearn.recipe=npoo", r"unlearn.recipe='npoo': did you mean npo or po"),
         ("unlearn.recipe=npo+mrdd", r"unlearn.recipe='npo\+mrdd': did you mean npo\+mrd or"),
-        ("unlearn.recipe=+mrd", r"needs one of cga, ga, graddiff, npo, po, refuse, sga, cga\+mrd, ga\+mrd"),
+        (
+            "unlearn.recipe=+mrd",
+            r"needs one of bst, ce_u, cga, flat, ga, graddiff, npo, pdu, po, refuse, sga, undial, bst\+mrd, ce_u\+mrd",
+        ),
         ("unlearn.recipe=3", "unlearn.recipe: needs text, got 3"),
         ("unlearn.sampling=mdr", r"unlearn.sampling.by='mdr': did you mean mrd\? needs one of shuffle, uniform, mrd$"),
         ("unlearn.sampling.refresh_steps=0", "unlearn.sampling.refresh_steps: needs 1 at least, got 0"),
