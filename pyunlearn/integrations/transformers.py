@@ -17,6 +17,7 @@ from ..model.fingerprint import dataset_fingerprint
 from ..model.forward import IGNORE_INDEX, select_positions
 from ..model.reference import Cached, Source, as_reference, check_apart
 from ..objectives import Objective, TokenInputs
+from ..objectives.reduction import Selection
 from ..ops import token_stats
 
 ELSE = "use pyunlearn.UnlearnTrainer"
@@ -46,6 +47,11 @@ def loss_func(objective: str | Objective, *, reference: Source | None = None, **
         raise ValueError(
             f"{objective.name}: positions={objective.positions!r}, labels show the supervised ones alone; take a "
             f"preset or an option with 'supervised', or {ELSE}"
+        )
+    if objective.selection != Selection():
+        raise ValueError(
+            f"{objective.name}: needs keep=1 and skip=0, got keep={objective.keep:g} and "
+            f"skip={objective.selection.skip}: Trainer counts all tokens; {ELSE}"
         )
     if (reference is None) != (objective.reference is None):
         needs = f"a frozen model or a ReferenceCache for {objective.name}" if reference is None else "None"
@@ -96,21 +102,23 @@ class LossFunc:
     def statistics(self, logits: Tensor, labels: Tensor) -> TokenInputs:
         """Of the supervised tokens: (B, T - 1), or flat where a reference has flat ones."""
         outputs, vocab_size = self.objective.outputs, logits.size(-1)
+        how: dict[str, Any] = {"temperature": self.objective.temperature}
+        how |= {} if self.objective.k is None else {"k": self.objective.k}
         if self.reference is None:
-            stats = token_stats(logits[:, :-1], labels[:, 1:], outputs)
+            stats = token_stats(logits[:, :-1], labels[:, 1:], outputs, **how)
             return TokenInputs(stats.as_dict(), mask=stats.mask, vocab_size=vocab_size)
         batch = {**(self.inputs or {}), "labels": labels}
         rows, targets, sequence_ids = select_positions(batch, "supervised")
         own = logits.flatten(0, 1).index_select(0, rows)
-        other = ref_logp = None
+        other, scalars = None, dict[str, Tensor]()
         if self.objective.reference == "kl":
             hidden = self.reference.hidden(batch, "supervised").to(logits.device)
             other = self.reference.head(hidden).logits(hidden)
-        else:
-            ref_logp = self.reference.logp(batch).to(logits.device)
+        if names := self.objective.reference_outputs:
+            scalars = self.reference.scalars(batch, names, temperature=self.objective.temperature)
         return TokenInputs(
-            token_stats(own, targets, outputs, reference=other).as_dict(),
-            ref_logp=ref_logp,
+            token_stats(own, targets, outputs, reference=other, **how).as_dict(),
+            **{f"ref_{name}": value.to(logits.device) for name, value in scalars.items()},  # type: ignore[arg-type]
             sequence_ids=sequence_ids,
             num_sequences=len(labels),
             vocab_size=vocab_size,

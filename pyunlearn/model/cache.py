@@ -1,10 +1,10 @@
 """What a frozen reference model says about a data set, computed once and kept in a file instead of in memory.
 
 The file is plain safetensors, readable by anything: per row of the data set the log-probabilities of its
-supervised tokens and, for KL, the last hidden states (H numbers a token instead of V) with the head that
-turns them into logits, or hidden states of other layers. It is filled batch by batch without ever being held
-in memory, and read through a memory map. Its header holds a digest of the tensors, which is checked when it is
-opened: what is not as it was written is never used.
+supervised tokens, other numbers of theirs (entropy, or both at a temperature) and, for KL, the last hidden states
+(H numbers a token instead of V) with the head that turns them into logits, or hidden states of other layers. It is
+filled batch by batch without ever being held in memory, and read through a memory map. Its header holds a digest of
+the tensors, which is checked when it is opened: what is not as it was written is never used.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from .._files import one_at_a_time, write_file
+from .._hints import check_known
 from .._progress import track
 from ..store import HEADER, UNREADABLE, Damaged, digest_json, digest_tensors, header_of, read_header, tensor_bytes
 from .causal_lm import CausalLM, eval_mode
@@ -52,6 +53,8 @@ SAFETENSORS_DTYPES = {
     torch.float16: "F16",
 }
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Scalar = tuple[str, float]  # output of `token_stats`, temperature
+SCALARS = ("logp", "entropy")
 logger = logging.getLogger(__name__)
 
 
@@ -62,8 +65,8 @@ class ReferenceCache:
     length (`pyunlearn.data.QADataset`, or a list of such rows).
 
     `len(cache)` is the number of rows, `cache.metadata` what the file says about itself: model and dataset
-    (fingerprints), positions, kl, layers, depth, dtype, num_rows, num_tokens (of logp), num_hidden. Tensors come on
-    the device of `indices` (the CPU for a list).
+    (fingerprints), positions, kl, layers, scalars, depth, dtype, num_rows, num_tokens (of logp), num_hidden. Tensors
+    come on the device of `indices` (the CPU for a list).
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -94,6 +97,7 @@ class ReferenceCache:
         *,
         kl: bool = False,
         layers: Iterable[Layer] = (),
+        scalars: Iterable[Scalar] = (),
         positions: Positions = "supervised",
         batch_size: int = 8,
         progress: bool = True,
@@ -103,6 +107,7 @@ class ReferenceCache:
         kl: keep last hidden states and the head too. layers: whose hidden states to keep too, as in
         `pyunlearn.model.forward.layer_number`. positions: of the hidden states, "supervised" (predicting a supervised
         token) or "real" (predicting any token of the row; prompts too). log-probabilities: of supervised tokens.
+        scalars: what else to keep of these: pairs of "logp" or "entropy" and a temperature that divides the logits.
 
         A cache of another model, data set or kind is rebuilt, with a warning in the log that says why. The
         file appears under its name only when complete: an interrupted build leaves nothing. With several
@@ -121,7 +126,7 @@ class ReferenceCache:
             raise ValueError(f"positions={positions!r}: needs 'supervised' or 'real'")
         lengths, counts = _measure(dataset, positions)
         lm = CausalLM.of(model)
-        identity = _identity(lm, dataset, kl, layers, positions)
+        identity = _identity(lm, dataset, kl, layers, positions, scalars)
         if path.exists():
             cache = cls(path)
             differing = cache._differing(identity)
@@ -143,6 +148,7 @@ class ReferenceCache:
         *,
         kl: bool = False,
         layers: Iterable[Layer] = (),
+        scalars: Iterable[Scalar] = (),
         positions: Positions = "supervised",
         batch_size: int = 8,
         progress: bool = True,
@@ -150,11 +156,12 @@ class ReferenceCache:
         """`build` in a folder of caches named by what they are of, for trainings that share it: what several of them
         need at once, one builds and the others wait for. Raises as `build`.
         """
-        layers = tuple(layers)
-        identity = {**_identity(CausalLM.of(model), dataset, kl, layers, positions), "batch_size": batch_size}
-        path = Path(folder) / f"{digest_json(identity)}.safetensors"
+        layers, scalars = tuple(layers), tuple(scalars)
+        identity = _identity(CausalLM.of(model), dataset, kl, layers, positions, scalars)
+        path = Path(folder) / f"{digest_json({**identity, 'batch_size': batch_size})}.safetensors"
         with one_at_a_time(path):
-            options: Any = {"kl": kl, "layers": layers, "positions": positions, "batch_size": batch_size}
+            options: Any = {"kl": kl, "layers": layers, "scalars": scalars, "positions": positions}
+            options["batch_size"] = batch_size
             return cls.build(model, dataset, path, **options, progress=progress)
 
     @classmethod
@@ -185,6 +192,17 @@ class ReferenceCache:
         not in the cache.
         """
         return self._rows("logp", indices)
+
+    def scalar(self, output: str, indices: Tensor | Sequence[int], temperature: float = 1.0) -> Tensor:
+        """As `logp`: that, or "entropy", of logits / temperature. Raises ValueError if it was built without."""
+        self.check_scalars([(output, temperature)])
+        return self._rows(scalar_name(output, temperature), indices)
+
+    def check_scalars(self, scalars: Iterable[Scalar]) -> None:
+        """Raises ValueError that names those of `scalars` which it was built without."""
+        has = {"logp", *self.metadata.get("scalars", ())}  # older files have no others
+        if absent := sorted(each for each in scalars if scalar_name(*each) not in has):
+            raise ValueError(f"{self.path} has {', '.join(sorted(has))} per token; build it with scalars={absent}")
 
     def hidden(self, indices: Tensor | Sequence[int], layer: Layer | None = None) -> Tensor:
         """(N, H) in the reference's dtype: hidden states at `metadata["positions"]`, in the same order.
@@ -225,7 +243,7 @@ class ReferenceCache:
 
     def __repr__(self) -> str:
         layers = [f"layer {number}" for number in self.metadata["layers"]]
-        contents = ", ".join(["logp"] + ["hidden"] * self.metadata["kl"] + layers)
+        contents = ", ".join(["logp", *self.metadata.get("scalars", ())] + ["hidden"] * self.metadata["kl"] + layers)
         tokens = self.metadata["num_tokens"]
         return f"ReferenceCache({str(self.path)!r}, rows={len(self)}, tokens={tokens}, {contents})"
 
@@ -235,7 +253,7 @@ class ReferenceCache:
         bad = rows[(rows < 0) | (rows >= len(self))]
         if bad.numel():
             raise IndexError(f"indices: row {int(bad[0])} is not in the cache, which has rows 0 to {len(self) - 1}")
-        offsets = self._file.get_tensor(f"{name.partition('.')[0]}.offsets")  # those of all hidden states are the same
+        offsets = self._file.get_tensor(f"{kind_of(name)}.offsets")
         starts, counts = offsets[rows], offsets[rows + 1] - offsets[rows]
         shift = starts - (counts.cumsum(0) - counts)
         places = torch.repeat_interleave(shift, counts) + torch.arange(int(counts.sum()))
@@ -249,14 +267,31 @@ class ReferenceCache:
     def _differing(self, identity: Mapping[str, Any]) -> list[str]:
         """Names of what does not fit. A cache with hidden states also serves those who want none."""
         layers = set(identity.get("layers", ()))
-        spared = {"layers"}
+        spared = {"layers", "scalars"}
         if identity.get("kl") is False:
             spared |= {"kl"} if layers else {"kl", "positions"}
         differing = [key for key, value in identity.items() if key not in spared and self.metadata.get(key) != value]
-        return differing + ["layers"] * (not layers <= set(self.metadata.get("layers", [])))
+        return differing + [
+            key for key in ("layers", "scalars") if not {*identity.get(key, ())} <= {*self.metadata.get(key, ())}
+        ]
 
 
-def _identity(lm: CausalLM, dataset: Any, kl: bool, layers: Iterable[Layer], positions: str) -> dict[str, Any]:
+def scalar_name(output: str, temperature: float) -> str:
+    """Of its tensor. Raises ValueError for another output, or a temperature that is not above 0."""
+    check_known("scalars", output, SCALARS)
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"scalars: temperature={temperature!r}: needs a finite number > 0")
+    return output if temperature == 1 else f"{output}@{float(temperature)!r}"
+
+
+def kind_of(name: str) -> str:
+    """Whose offsets a tensor has: those of hidden states are all the same, and so are those of numbers per token."""
+    return "hidden" if name.startswith("hidden") else "logp"
+
+
+def _identity(
+    lm: CausalLM, dataset: Any, kl: bool, layers: Iterable[Layer], positions: str, scalars: Iterable[Scalar]
+) -> dict[str, Any]:
     """What a cache is of."""
     return {
         "format": FORMAT,
@@ -264,6 +299,7 @@ def _identity(lm: CausalLM, dataset: Any, kl: bool, layers: Iterable[Layer], pos
         "dataset": dataset_fingerprint(dataset),
         "kl": kl,
         "layers": sorted({layer_number(lm, layer) for layer in layers}),
+        "scalars": sorted({scalar_name(*each) for each in scalars} - {"logp"}),
         "positions": positions,
     }
 
@@ -308,7 +344,8 @@ def _fill(
     offsets = {name: torch.tensor([0, *counts[name]]).cumsum(0) for name in counts}
     head, layers = lm.read_head().merged(), identity["layers"]
     tensors = {"logp.offsets": offsets["logp"]}
-    layout: Layout = {"logp": (torch.float32, (int(offsets["logp"][-1]),))}
+    per_token = (torch.float32, (int(offsets["logp"][-1]),))
+    layout: Layout = dict.fromkeys(["logp", *identity["scalars"]], per_token)
     wide = bool(identity["kl"] or layers)
     if wide:
         tensors["hidden.offsets"] = offsets["hidden"]
@@ -344,11 +381,11 @@ def _fill(
         for name, tensor in tensors.items():
             write(name, tensor)
         for batch in track(length_batches(lengths, batch_size), "reference", progress):
-            values = _read_batch(lm, head, [dataset[i] for i in batch], positions, layers)
+            values = _read_batch(lm, head, [dataset[i] for i in batch], positions, layers, identity["scalars"])
             owners = torch.arange(len(batch)).repeat_interleave(torch.tensor([counts["logp"][i] for i in batch]))
             check_finite(values["logp"], owners.to(values["logp"].device), batch)
             for name in [name for name in values if name in layout]:
-                kind = name.partition(".")[0]  # row after row, as many of each kind as were counted
+                kind = kind_of(name)  # row after row, as many of each kind as were counted
                 for i, part in zip(batch, values[name].split([counts[kind][i] for i in batch]), strict=True):
                     write(name, part, int(offsets[kind][i]))
     with safe_open(str(path), framework="pt") as filled:
@@ -358,7 +395,12 @@ def _fill(
 
 
 def _read_batch(
-    lm: CausalLM, head: Head, rows: Sequence[Mapping[str, Tensor]], positions: Positions, layers: Sequence[int]
+    lm: CausalLM,
+    head: Head,
+    rows: Sequence[Mapping[str, Tensor]],
+    positions: Positions,
+    layers: Sequence[int],
+    scalars: Sequence[str],
 ) -> dict[str, Tensor]:
     """What the model says of some rows, by tensor of the file."""
     inputs = _pad(rows)
@@ -367,8 +409,16 @@ def _read_batch(
     moved = {name: value.to(lm.device) for name, value in inputs.items()}
     states = supervised_hidden(lm, moved, positions, layers=layers)
     hidden = states.hidden
-    logp = head_stats(head, hidden[among.to(hidden.device)], targets.to(hidden.device)).logp
-    return {"logp": logp, "hidden": hidden} | {f"hidden.{layer}": states.layers[layer] for layer in layers}
+    at_labels, targets = hidden[among.to(hidden.device)], targets.to(hidden.device)
+    values = {"hidden": hidden} | {f"hidden.{layer}": states.layers[layer] for layer in layers}
+    wanted: dict[float, list[str]] = {1.0: ["logp"]}  # by temperature
+    for name in scalars:
+        output, _, given = name.partition("@")
+        wanted.setdefault(float(given or 1), []).append(output)
+    for temperature, outputs in wanted.items():
+        stats = head_stats(head, at_labels, targets, outputs, temperature=temperature).as_dict()
+        values |= {scalar_name(output, temperature): stats[output] for output in outputs}
+    return values
 
 
 def _make_header(layout: Layout, metadata: Mapping[str, Any], digest: str) -> tuple[bytes, dict[str, int]]:

@@ -171,7 +171,7 @@ def supervised_stats(
 
     reference: (hidden (N, H'), head) of the frozen reference at the same positions: from `supervised_hidden`
     and `CausalLM.read_head` of a live model, or from a `ReferenceCache`. options: budget_bytes, k, backend of
-    `linear_token_stats`.
+    `linear_token_stats`; temperature, which divides the logits that the models make.
 
     Returns statistics of shape (N,) and the positions they belong to. Raises what those functions and
     `CausalLM.check_head` raise, and ValueError if the reference's rows or its head's softcap or temperature do not fit.

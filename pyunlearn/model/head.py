@@ -92,11 +92,13 @@ def head_stats(
     outputs: str | Sequence[str] = ("logp",),
     *,
     reference: tuple[Tensor, Head] | None = None,
+    temperature: float = 1.0,
     **options: Any,
 ) -> TokenStats:
     """`linear_token_stats` of hidden states (N, H) under a head with its bias, softcap and temperature.
 
-    Arguments, result and errors as in `supervised_stats`.
+    temperature: divides the model's logits, and the reference's. Other arguments, result and errors as in
+    `supervised_stats`.
     """
     hidden = hidden.to(head.weight.dtype)
     return linear_token_stats(
@@ -106,7 +108,7 @@ def head_stats(
         bias=head.bias,
         outputs=outputs,
         reference=None if reference is None else _reference(reference, head, hidden),
-        temperature=head.temperature,
+        temperature=head.temperature * temperature,
         softcap=head.softcap,
         ignore_index=None,
         adapter=head.adapter(hidden),

@@ -10,7 +10,7 @@ gradients.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -39,8 +39,14 @@ class Reference(Protocol):
     def to(self, device: torch.device) -> None:
         """Where the batches will be."""
 
-    def logp(self, batch: Batch) -> Tensor:
-        """(N,) float32: log-probabilities of the supervised tokens."""
+    def scalars(
+        self,
+        batch: Batch,
+        outputs: Sequence[str] = ("logp",),
+        positions: Positions = "supervised",
+        temperature: float = 1.0,
+    ) -> dict[str, Tensor]:
+        """Numbers of each token, (N,) float32, by output of `token_stats`, of logits / temperature."""
 
     def hidden(self, batch: Batch, positions: Positions, layer: Layer | None = None) -> Tensor:
         """(N, H): hidden states of a layer, None: those that the head gets, at `positions`."""
@@ -78,8 +84,16 @@ class Cached:
     def to(self, device: torch.device) -> None:
         pass  # its numbers go where a batch's index is
 
-    def logp(self, batch: Batch) -> Tensor:
-        return self.cache.logp(batch["index"])
+    def scalars(
+        self,
+        batch: Batch,
+        outputs: Sequence[str] = ("logp",),
+        positions: Positions = "supervised",
+        temperature: float = 1.0,
+    ) -> dict[str, Tensor]:
+        if positions != "supervised":
+            raise ValueError(f"{self.cache.path} has numbers of supervised tokens, not of {positions!r} positions")
+        return {name: self.cache.scalar(name, batch["index"], temperature) for name in outputs}
 
     def hidden(self, batch: Batch, positions: Positions, layer: Layer | None = None) -> Tensor:
         hidden, stored = self.cache.hidden(batch["index"], layer), self.cache.metadata["positions"]
@@ -116,9 +130,16 @@ class Live:
     def to(self, device: torch.device) -> None:
         self.lm.given.to(device)
 
-    def logp(self, batch: Batch) -> Tensor:
+    def scalars(
+        self,
+        batch: Batch,
+        outputs: Sequence[str] = ("logp",),
+        positions: Positions = "supervised",
+        temperature: float = 1.0,
+    ) -> dict[str, Tensor]:
         with self.frozen():
-            return supervised_stats(self.lm, batch)[0].logp
+            stats, _ = supervised_stats(self.lm, batch, outputs, positions=positions, temperature=temperature)
+            return stats.as_dict()
 
     def hidden(self, batch: Batch, positions: Positions, layer: Layer | None = None) -> Tensor:
         with self.frozen():

@@ -18,7 +18,7 @@ from .head import Head
 from .reference import Source, as_reference
 
 FUSED = "fused head"
-OPTIONS = ("budget_bytes", "k", "backend")
+OPTIONS = ("budget_bytes", "k", "backend", "temperature")
 
 
 def token_stats_of(
@@ -46,7 +46,8 @@ def token_stats_of(
         reference: of kl_pq and kl_qp: a frozen model, a `ReferenceCache` with kl=True, or a `Reference`.
         positions: "supervised": those before a label; "real": before any token that is no padding, the prompt's too;
             "followed": padding too.
-        options: budget_bytes, k and backend of `linear_token_stats`.
+        options: budget_bytes, k and backend of `linear_token_stats`; temperature, which divides the logits that the
+            models make.
 
     Returns:
         TokenStats of shape (B, T - 1): entry t is of token t + 1. `.mask`: the positions that count; 0 elsewhere.
@@ -68,7 +69,7 @@ def token_stats_of(
     if isinstance(model, ReferenceCache):
         if names != ("logp",) or reference is not None or positions != "supervised" or options:
             raise ValueError(f"outputs={names!r}: a ReferenceCache has 'logp' of supervised tokens and nothing else")
-        return padded({"logp": as_reference(model).logp(batch)}, batch, positions)
+        return padded(as_reference(model).scalars(batch), batch, positions)
     wanted = bool({"kl_pq", "kl_qp"} & {*names})
     if wanted != (reference is not None):
         needs = "kl_pq or kl_qp in outputs" if reference is not None else "reference=, a frozen model or ReferenceCache"

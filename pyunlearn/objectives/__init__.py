@@ -14,7 +14,8 @@ has to be given; in transformers' `compute_loss_func`, `loss_func` of `pyunlearn
 `preset=` chooses between a paper and the code bases that differ from it; `table()` lists formula, defaults, presets and
 source of each objective. Token means are the default, as in the code bases (theirs of each micro-batch, here of the
 whole step). Most papers sum a sequence's tokens, as `npo` does, so that against a token mean it weighs about n times
-more than in its paper: `reduction="paper"` has each as in its equation.
+more than in its paper: `reduction="paper"` has each as in its equation. Of any objective,
+`get(..., temperature=2.0)` works on logits / 2, and `keep=0.8` on the likeliest tokens of each sequence alone.
 
 One of your own takes three lines. Positional parameters are named after the statistics it needs, keywords are
 its options, and it returns the loss of each token:
@@ -40,14 +41,16 @@ Where d(loss of a token)/d(statistic) is a constant, or a constant times a `pyun
     TokenRule(alpha=0.0, gamma=2.0, beta=0.0)
 """
 
+from .bootstrapping import bst
 from .definition import Layer, NonNegative, Positive, Seed
+from .distribution import ce_u, pdu, undial
 from .forget import ga, me, npo, satimp, simnpo, tnpo, wga, wtnpo
 from .one_pass import one_pass
 from .reduction import REDUCTIONS, TokenInputs
 from .registry import Objective, Row, get, names, register, register_preset, table
 from .representation import rmu, rr
 from .retain import ap, gd, kl
-from .targeted import dpo, idk
+from .targeted import dpo, flat, idk
 
 __all__ = [
     "REDUCTIONS",
@@ -59,7 +62,10 @@ __all__ = [
     "Seed",
     "TokenInputs",
     "ap",
+    "bst",
+    "ce_u",
     "dpo",
+    "flat",
     "ga",
     "gd",
     "get",
@@ -69,6 +75,7 @@ __all__ = [
     "names",
     "npo",
     "one_pass",
+    "pdu",
     "register",
     "register_preset",
     "rmu",
@@ -77,6 +84,7 @@ __all__ = [
     "simnpo",
     "table",
     "tnpo",
+    "undial",
     "wga",
     "wtnpo",
 ]

@@ -96,9 +96,16 @@ def loss_of(name: str, preset: str, variant: Variant, options: Options, values: 
         for each in variant.statistics
         for tensor in [ref_logp if each.name in REFERENCE else values]
     ]
-    context = {"vocab_size": 50, "num_tokens": torch.arange(1, 1 + len(LOGP)), "inverse_length": torch.tensor(0.3)}
+    context = {
+        "vocab_size": 50,
+        "num_tokens": torch.arange(1, 1 + len(LOGP)),
+        "num_positions": 9,
+        "inverse_length": torch.tensor(0.3),
+        "labelled": torch.ones(len(LOGP), dtype=torch.bool),
+    }
     try:
-        return variant.function(*tensors, **options, **{key: context[key] for key in variant.context})
+        told = {variant.prefix(batch) + key: context[key] for batch, key in variant.context}
+        return variant.function(*tensors, **options, **told)
     except Exception as error:
         raise ValueError(f"{name}, preset={preset!r}: fails on four tokens for {dict(options)}: {error!r}") from error
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 from torch import Tensor
 
 from .._hints import check_known
-from ..ops.contract import TokenRule
+from ..ops.contract import MAX_K, TokenRule
 from .reduction import REDUCTIONS, Count
 
 
@@ -43,7 +43,8 @@ def is_whole(value: Any) -> bool:
 FINITE = Domain("a finite number", is_finite)
 POSITIVE = Domain("a finite number > 0", lambda value: is_finite(value) and value > 0)
 NON_NEGATIVE = Domain("a finite number >= 0", lambda value: is_finite(value) and value >= 0)
-NUMBERS = (FINITE, POSITIVE, NON_NEGATIVE)  # stored as float
+SHARE = Domain("a number from 0 to 1", lambda value: is_finite(value) and 0 <= value <= 1)
+NUMBERS = (FINITE, POSITIVE, NON_NEGATIVE, SHARE)  # stored as float
 DEPTHS = ("shallow", "middle", "deep")
 
 Positive = Annotated[float, POSITIVE]
@@ -56,12 +57,24 @@ Layer = Annotated[
     ),
 ]
 Masked = Annotated[str, Domain('"real" or "supervised"', lambda value: value in ("real", "supervised"))]
+Share = Annotated[float, SHARE]
+Whole = Annotated[int, Domain("a whole number >= 0", lambda value: is_whole(value) and value >= 0)]
+TopK = Annotated[
+    int, Domain(f"a whole number from 1 to {MAX_K}", lambda value: is_whole(value) and 1 <= value <= MAX_K)
+]
 Seed = Annotated[
     int, Domain("a whole number from 0 to 2**63 - 1", lambda value: is_whole(value) and 0 <= value < 2**63)
 ]
 
+KEPT = ("smallest", "largest")
 BATCHES = ("refusal", "answer")
-CONTEXT = ("vocab_size", "num_tokens", "inverse_length")
+OF_A_BATCH = ("num_tokens", "num_positions")  # of pairs, one each: answer_num_tokens
+CONTEXT = ("vocab_size", "labelled", "inverse_length", *OF_A_BATCH)
+GIVEN: dict[str, tuple[Any, str]] = {  # arguments that are neither statistics nor options
+    "vocab_size": (int, "V, the number of tokens of the vocabulary"),
+    "labelled": (Tensor, "bool, (B, T) or (N,): which of the positions are supervised"),
+    "num_positions": (int, "what a row is padded to, less the last: T - 1 of input_ids (B, T)"),
+}
 STATISTICS = {
     "logp": "log-probability of each target under the model",
     "ref_logp": "the same of the frozen reference; never differentiated",
@@ -72,12 +85,15 @@ STATISTICS = {
     "kl_qp": "KL(reference || model) at each position, in nats",
     "uniform_ce": "cross-entropy of the uniform distribution to the model's at each position, in nats",
     "lse": "log of the sum of e^z over the vocabulary at each position",
-    "topk": "the token-level bootstrapping term",
+    "topk": "the mean of the log-probabilities of the k likeliest tokens, by their own shares of what these k have",
+    "max_logp": "largest log-probability at each position: token_stats' topk with k = 1",
     "hidden": "hidden states of one layer",
     "ref_hidden": "the same of the frozen reference; never differentiated",
+    "ref_entropy": "entropy in nats of the frozen reference's distribution at each position",
 }
 WIDE = ("hidden", "ref_hidden")  # H numbers a token instead of one
-REFERENCE = ("ref_logp", "ref_hidden")
+OUTPUT_OF = {"max_logp": "topk"}  # where it has another name
+REFERENCE = ("ref_logp", "ref_hidden", "ref_entropy")
 
 
 class Statistic(NamedTuple):
@@ -125,13 +141,14 @@ class Variant:
     function: Callable[..., Tensor]
     statistics: tuple[Statistic, ...]
     options: Mapping[str, Option]
-    context: tuple[str, ...]
+    context: tuple[tuple[str | None, str], ...]  # batch, where it is of one of several, and name
     formula: str
     positions: str
     reduction: str
     changes: str = ""
     slope: float | None = None
     rule: Callable[[Options], TokenRule] | None = None
+    each: Callable[[Tensor], Tensor] | None = None
 
     @property
     def batches(self) -> tuple[str, ...]:
@@ -141,7 +158,9 @@ class Variant:
     def told(self) -> str:
         """What the preset changes and divides by, and whether a step's split into batches matters to it."""
         split = "depends on how a step is split into batches"
-        matters = self.positions in ("followed", "all") or "inverse_length" in self.context
+        matters = self.positions in ("followed", "all") or {"inverse_length", "num_positions"} & {
+            name for _, name in self.context
+        }
         return "; ".join([self.changes, f"reduction = {self.reduction}", *([split] if matters else [])])
 
     @property
@@ -172,8 +191,11 @@ class Variant:
 
     @property
     def sizes(self) -> tuple[str, ...]:
-        """Arguments that are needed besides tensors."""
-        return tuple(name for name in self.context if name == "vocab_size")
+        """Arguments that are needed besides statistics: those of `GIVEN`."""
+        return tuple(self.prefix(batch) + name for batch, name in self.context if name in GIVEN)
+
+    def prefix(self, batch: str | None) -> str:
+        return "" if batch is None else self.prefixes[batch]
 
 
 @dataclass(frozen=True)
@@ -206,15 +228,17 @@ def read_variant(
     changes: str,
     slope: float | None,
     rule: Callable[[Options], TokenRule] | None,
+    each: Callable[[Tensor], Tensor] | None = None,
 ) -> Variant:
     """Reads a signature. Raises ValueError on a parameter that is neither statistic nor option."""
-    statistics, options, context = [], {}, []
+    statistics, options = [], {}
+    context: list[tuple[str | None, str]] = []
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
         if parameter.kind is parameter.POSITIONAL_OR_KEYWORD and parameter.default is parameter.empty:
             statistics.append(read_statistic(name, batch))
-        elif parameter.kind is parameter.KEYWORD_ONLY and name in CONTEXT:
-            context.append(name)
+        elif parameter.kind is parameter.KEYWORD_ONLY and (known := context_of(name)) is not None:
+            context.append(known)
         elif parameter.kind is parameter.KEYWORD_ONLY and parameter.default is not parameter.empty:
             options[name] = Option.of(name, parameter.default, hints.get(name))
         else:
@@ -231,8 +255,17 @@ def read_variant(
     if rule is not None and slope is None:
         raise ValueError(f"{function.__name__}: rule needs a slope, d(loss of a token)/d(statistic) apart from it")
     return Variant(
-        function, tuple(statistics), options, tuple(context), formula, positions, reduction, changes, slope, rule
+        function, tuple(statistics), options, tuple(context), formula, positions, reduction, changes, slope, rule, each
     )
+
+
+def context_of(name: str) -> tuple[str | None, str] | None:
+    """(batch or None, name) of what an objective is told besides statistics and options; None for anything else."""
+    if name in CONTEXT:
+        return None, name
+    batch = next((known for known in BATCHES if name.startswith(known + "_")), None)
+    rest = name.removeprefix(f"{batch}_")
+    return (batch, rest) if batch is not None and rest in OF_A_BATCH else None
 
 
 def read_statistic(name: str, batch: str) -> Statistic:
@@ -247,10 +280,14 @@ def signature(variant: Variant, preset: str) -> inspect.Signature:
     either, keyword = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     keywords: list[Any] = [(option.name, option.default, option.kind) for option in variant.options.values()]
     keywords += [("preset", preset, str), ("reduction", variant.reduction, str), ("count", None, Count | None)]
+    keywords += [("keep", 1.0, float), ("kept", KEPT[0], str)]
     keywords += [*((name, None, Tensor | None) for name in variant.sequence_ids), ("num_sequences", None, int | None)]
     parameters = [inspect.Parameter(name, either, annotation=Tensor) for name in variant.tensors]
     parameters += [inspect.Parameter(name, either, default=None, annotation=Tensor | None) for name in variant.masks]
-    parameters += [inspect.Parameter(name, keyword, annotation=int) for name in variant.sizes]
+    parameters += [
+        inspect.Parameter(name, keyword, annotation=GIVEN[context_of(name)[1]][0])  # type: ignore[index]
+        for name in variant.sizes
+    ]
     parameters += [inspect.Parameter(name, keyword, default=value, annotation=kind) for name, value, kind in keywords]
     return inspect.Signature(parameters, return_annotation=Tensor)
 
@@ -263,13 +300,16 @@ def docstring(definition: Definition) -> str:
         shape = "(B, T, H) or flat (N, H)" if statistic in WIDE else "(B, T) or flat (N,)"
         arguments[name] = f"{shape}, float32 or float64: {STATISTICS[statistic]}"
     arguments |= dict.fromkeys(variant.masks, "bool, (B, T) or (N,): the tokens that count; None: all")
-    arguments |= dict.fromkeys(variant.sizes, "V, the number of tokens of the vocabulary")
+    arguments |= {variant.prefix(batch) + name: GIVEN[name][1] for batch, name in variant.context if name in GIVEN}
     arguments |= {name: option.domain.text for name, option in variant.options.items()}
     arguments |= {
         "preset": "which formula and defaults, see below",
         "reduction": " or ".join(variant.reductions) + f'; "paper": as in the equation, {definition.paper_reduction}',
         "count": "denominator in place of the batch's own number of supervised tokens (token_mean) or of "
         "sequences that hold one (sequence_*); a number or 0-d tensor, say of the whole optimiser step",
+        "keep": "likelihood selection: the share of a sequence's tokens that count, int(keep n) and at least one; "
+        "below 1 it needs logp",
+        "kept": 'the tokens with the "smallest" loss -logp, or with the "largest"',
     }
     arguments |= dict.fromkeys(variant.sequence_ids, "(N,) int64, the sequence of each flat token")
     arguments["num_sequences"] = "how many sequences the flat form has; None waits for the device to find out"

@@ -166,8 +166,8 @@ def simnpo_open_unlearning(logp: Tensor, *, num_tokens: Tensor, beta: Positive =
 def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) -> Tensor:
     """Saturation and importance: tokens that are well known, but not certain, count most.
 
-    beta2 = 0 is `wga` with alpha = beta1. The paper weighs the retain loss 0.1 beside it; OpenUnlearning's settings
-    weigh this one 0.1 beside a retain loss of weight 1.
+    beta2 = 0 is `wga` with alpha = beta1: SimSat, saturation alone; beta1 = 0 is SimImp, importance alone. The paper
+    weighs the retain loss 0.1 beside it; OpenUnlearning's settings weigh this one 0.1 beside a retain loss of weight 1.
 
     >>> satimp(torch.tensor([[0.5]]).log(), beta1=1.0, beta2=1.0)
     tensor(-0.1733)

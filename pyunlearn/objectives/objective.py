@@ -9,16 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .definition import REFERENCE, WIDE, Definition, Statistic, Variant
-from .reduction import UNITS, Count, Layout, TokenInputs, check_matches, common_size, reduce_sequences, reduce_tokens
+from .definition import OUTPUT_OF, REFERENCE, WIDE, Definition, Statistic, Variant
+from .reduction import (
+    UNITS,
+    Count,
+    Layout,
+    Selection,
+    TokenInputs,
+    check_matches,
+    common_size,
+    reduce_sequences,
+    reduce_tokens,
+)
 
 DEFINITIONS: dict[str, Definition] = {}
 HAD = {  # how the caller comes by a statistic, where it is not by asking token_stats for it
     "ref_logp": "token_stats_of(frozen, batch).logp of the frozen model, under torch.no_grad(), or of a ReferenceCache",
+    "max_logp": "asked for by outputs=('topk',), with k=1",
     "kl_pq": "asked for by outputs=('kl_pq',), with reference= the frozen model's",
     "kl_qp": "asked for by outputs=('kl_qp',), with reference= the frozen model's",
     "hidden": "in the model's output_hidden_states, or in pyunlearn.model.forward.supervised_hidden",
     "ref_hidden": "in the frozen model's output_hidden_states, under torch.no_grad(), or in a ReferenceCache",
+    "ref_entropy": "token_stats_of(frozen, batch, 'entropy').entropy of the frozen model, under torch.no_grad()",
 }
 
 
@@ -29,12 +41,18 @@ class Objective:
     Attributes:
         name, preset, reduction: as registered and chosen.
         options: every option with its value.
+        temperature: of the statistics, the model's and the reference's: those of logits / temperature.
+        keep, kept: likelihood selection: int(keep n) of a sequence's n tokens count, at least one, those with the
+            "smallest" loss -logp or with the "largest".
     """
 
     name: str
     preset: str
     reduction: str
     options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    temperature: float = 1.0
+    keep: float = 1.0
+    kept: str = "smallest"
 
     @property
     def definition(self) -> Definition:
@@ -64,8 +82,21 @@ class Objective:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """Outputs to ask of `token_stats`, for each batch."""
-        return tuple(dict.fromkeys(s.name for s in self.variant.statistics if s.name not in (*REFERENCE, *WIDE)))
+        """Outputs to ask of `token_stats`, for each batch, with this `k` and `temperature`."""
+        used = [s.name for s in self.variant.statistics if s.name not in (*REFERENCE, *WIDE)]
+        names = [OUTPUT_OF.get(name, name) for name in used]
+        return tuple(dict.fromkeys([*names, "logp"] if self.keep < 1 else names))
+
+    @property
+    def k(self) -> int | None:
+        """Of `topk`, where it needs that."""
+        used = {statistic.name for statistic in self.variant.statistics}
+        return 1 if "max_logp" in used else self.options["k"] if "topk" in used else None
+
+    @property
+    def selection(self) -> Selection:
+        """Which tokens of a sequence count."""
+        return Selection(self.options.get("skip", 0), self.keep, self.kept == "largest")
 
     @property
     def layer(self) -> int | str | None:
@@ -74,13 +105,19 @@ class Objective:
 
     @property
     def reference(self) -> str | None:
-        """What it needs of the reference: "logp" per token, "kl" (its logits, or last hidden states and head),
-        "hidden" (hidden states of `layer`), or None.
+        """What it needs of the reference: "kl" (its logits, or last hidden states and head; maybe `reference_outputs`
+        too), "logp" per token, "hidden" (hidden states of `layer`), or None.
         """
         used = {statistic.name for statistic in self.variant.statistics}
         if used & {"kl_pq", "kl_qp"}:
             return "kl"
         return "logp" if "ref_logp" in used else "hidden" if "ref_hidden" in used else None
+
+    @property
+    def reference_outputs(self) -> tuple[str, ...]:
+        """What it needs of the reference per token, of "logp" and "entropy"."""
+        used = {statistic.name for statistic in self.variant.statistics}
+        return tuple(name for name in ("logp", "entropy") if f"ref_{name}" in used)
 
     @property
     def batches(self) -> tuple[str, ...]:
@@ -110,25 +147,52 @@ class Objective:
         variant = self.variant
         layouts: dict[str, Layout] = {}
         tensors = [self._masked(stats, statistic, layouts) for statistic in variant.statistics]
-        keywords: dict[str, Any] = dict(self.options)
-        if "vocab_size" in variant.context:
-            keywords["vocab_size"] = self._vocab_size(stats[variant.batches[0]].vocab_size)
+        layouts = {batch: self._selected(stats[batch], layout) for batch, layout in layouts.items()}
+        keywords = {**self.options, **self._told(stats, layouts)}
         if self.definition.level == "token":
             (layout,) = layouts.values()
-            if "inverse_length" in variant.context:
-                keywords["inverse_length"] = layout.inverse_length()
             return reduce_tokens(variant.function(*tensors, **keywords), layout, self.reduction, count)
 
         size = common_size(list(layouts.values()))
         layouts = {batch: layout.with_size(size) for batch, layout in layouts.items()}
-        tokens = [layout.tokens_by_sequence() for layout in layouts.values()]
-        if "num_tokens" in variant.context:
-            keywords["num_tokens"] = tokens[0].clamp_min(1)
+        each = variant.each or (lambda values: values)
         sums = [
-            layouts[statistic.batch].sum_by_sequence(tensor)
+            layouts[statistic.batch].sum_by_sequence(layouts[statistic.batch].fill(each(tensor)))
             for statistic, tensor in zip(variant.statistics, tensors, strict=True)
         ]
+        tokens = [layout.tokens_by_sequence() for layout in layouts.values()]
         return reduce_sequences(variant.function(*sums, **keywords), tokens, self.reduction, count)
+
+    def _selected(self, inputs: TokenInputs, layout: Layout) -> Layout:
+        """The tokens of one batch that count."""
+        logp = inputs.values.get("logp")
+        if self.keep < 1:
+            if not isinstance(logp, Tensor):
+                raise ValueError(
+                    f"{self.name}: keep={self.keep} goes by the likelihood of each token: needs logp among the values, "
+                    f"got {type(logp).__name__}; ask token_stats for outputs={self.outputs}"
+                )
+            check_matches("logp", logp, layout.name, layout.like, (logp.dtype,))
+        return layout.select(self.selection, logp)
+
+    def _told(self, stats: Mapping[str, TokenInputs], layouts: Mapping[str, Layout]) -> dict[str, Any]:
+        """What the function is told of the batches besides statistics."""
+        told: dict[str, Any] = {}
+        for batch, name in self.variant.context:
+            key, whose = self.variant.prefix(batch) + name, batch or self.variant.batches[0]
+            if name == "vocab_size":
+                told[key] = self._size(key, stats[whose].vocab_size, "V")
+            elif name == "inverse_length":
+                told[key] = layouts[whose].inverse_length()
+            elif name == "num_tokens":
+                told[key] = layouts[whose].tokens_by_sequence().clamp_min(1)
+            elif name == "num_positions":
+                told[key] = self._size(key, stats[whose].num_positions, "T - 1 of rows padded to T")
+            else:
+                labelled: Any = stats[whose].labelled
+                check_matches(key, labelled, layouts[whose].name, layouts[whose].like, (torch.bool,))
+                told[key] = labelled
+        return told
 
     def _masked(self, stats: Mapping[str, TokenInputs], wanted: Statistic, layouts: dict[str, Layout]) -> Tensor:
         """One statistic, at least float32, 0 where not supervised. A batch's first sets its layout."""
@@ -142,7 +206,10 @@ class Objective:
             raise TypeError(f"{self.name}: stats[{wanted.batch!r}]: needs TokenInputs, got {type(inputs).__name__}")
         reference = wanted.name in REFERENCE
         had = HAD.get(wanted.name, f"asked for by outputs=({wanted.name!r},)")
-        tensor = getattr(inputs, wanted.name) if reference else inputs.values.get(wanted.name)
+        known = inputs.values
+        tensor = getattr(inputs, wanted.name) if reference else known.get(wanted.name)
+        if tensor is None and wanted.name in OUTPUT_OF:
+            tensor = known.get(OUTPUT_OF[wanted.name])
         if tensor is None:
             what = "hidden states of one layer" if wide else f"token_stats' {wanted.name!r}"
             if reference:
@@ -175,7 +242,7 @@ class Objective:
             layouts[wanted.batch] = layout
         return layout.fill(tensor)
 
-    def _vocab_size(self, size: Any) -> int:
+    def _size(self, name: str, size: Any, what: str) -> int:
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{self.name}: vocab_size={size!r}: needs V, a whole number >= 1")
+            raise ValueError(f"{self.name}: {name}={size!r}: needs {what}, a whole number >= 1")
         return size

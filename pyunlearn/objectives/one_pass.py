@@ -17,7 +17,7 @@ from ..ops.contract import DTYPES
 from .closed_form import check_gradient, sigmoid_floor
 from .definition import Variant
 from .objective import DEFINITIONS, HAD, Objective
-from .reduction import Count, Layout, TokenInputs, check_matches, reduce_tokens
+from .reduction import Count, Layout, Selection, TokenInputs, check_matches, reduce_tokens
 
 
 def one_pass(
@@ -28,7 +28,8 @@ def one_pass(
     num_sequences: int | None = None,
     count: Count | None = None,
 ) -> dict[str, Any]:
-    """weights, rule and floor for `pyunlearn.value_and_grad`: its d(logits) is then that of the objective's loss.
+    """weights, rule and floor (and a temperature other than 1) for `pyunlearn.value_and_grad`: its d(logits) is then
+    that of the objective's loss.
 
     Args:
         objective: as `get` gives it, one that is registered with a slope (and a rule).
@@ -36,8 +37,8 @@ def one_pass(
         ref_logp: the same shape, the frozen reference's logp, for `tnpo` and `wtnpo`.
         sequence_ids, num_sequences, count: as in the objective itself.
 
-    Raises: ValueError or TypeError naming what does not fit, that the objective (or its preset) has no slope, or that
-        slope and rule are not its gradient for these options.
+    Raises: ValueError or TypeError naming what does not fit, that tokens are selected, that the objective (or its
+        preset) has no slope, or that slope and rule are not its gradient for these options.
 
     >>> from pyunlearn import objectives, value_and_grad
     >>> logits, targets = torch.zeros(1, 2, 4), torch.tensor([[1, 2]])
@@ -55,6 +56,8 @@ def one_pass(
             f"{objective.name}, preset={objective.preset!r}: needs a token-separable objective such as {able}; one of "
             "your own becomes one by slope=, d(loss of a token)/d(statistic), and rule= where it is registered"
         )
+    if objective.selection != Selection():
+        raise ValueError(f"{objective.name}: needs keep=1 and skip=0: which tokens count is known after a first pass")
     check_options(objective, variant)
     (name,) = objective.outputs
     needs_reference = objective.reference == "logp"
@@ -76,7 +79,8 @@ def one_pass(
     if needs_reference and ref_logp is not None:
         check_matches("ref_logp", ref_logp, "mask", share, DTYPES)
         floor = sigmoid_floor(layout.fill(ref_logp.detach().float()), rule.beta, objective.options.get("epsilon", 0.0))
-    return {"weights": {name: variant.slope * weights}, "rule": rule, "floor": floor}
+    scaled = {} if objective.temperature == 1 else {"temperature": objective.temperature}
+    return {"weights": {name: variant.slope * weights}, "rule": rule, "floor": floor, **scaled}
 
 
 @lru_cache(maxsize=256)

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from numbers import Real
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +36,20 @@ UNITS = {
 Count = int | float | Tensor
 
 
+class Selection(NamedTuple):
+    """Which of a sequence's tokens count: not the first `skip`; of the n left, int(keep n), at least one, with the
+    smallest loss -logp, or with the largest; of equals the first. How many depends on their number alone."""
+
+    skip: int = 0
+    keep: float = 1.0
+    largest: bool = False
+
+    def num_kept(self, tokens: Tensor) -> Tensor:
+        """(S,) numbers of tokens -> how many of them count, (S,) int64."""
+        left = (tokens.long() - self.skip).clamp_min(0)
+        return torch.where(left > 0, (self.keep * left.double()).long().clamp_min(1), left)
+
+
 @dataclass(frozen=True)
 class TokenInputs:
     """The statistics of one batch of sequences, flat (N,) over its supervised tokens or (B, T) with a `mask`.
@@ -42,11 +57,13 @@ class TokenInputs:
     Attributes:
         values: output name of `pyunlearn.token_stats` -> tensor, for example {"logp": (N,) float32}; "hidden",
             (B, T, H) or (N, H), for `rmu` and `rr`.
-        ref_logp, ref_hidden: the frozen reference's at the same tokens, or None.
+        ref_logp, ref_hidden, ref_entropy: the frozen reference's at the same tokens, or None.
         sequence_ids: (N,) int64 in [0, num_sequences), the sequence of each flat token; None for (B, T).
         num_sequences: number of sequences of the flat form. None: largest id + 1, which waits for the device.
         vocab_size: V, for `me`.
         mask: bool, the supervised tokens; None: all of them.
+        labelled: bool, which of the positions are supervised, for presets that count others too.
+        num_positions: T - 1 of rows padded to T, for presets that divide by it.
     """
 
     values: Mapping[str, Tensor]
@@ -56,6 +73,9 @@ class TokenInputs:
     vocab_size: int | None = None
     mask: Tensor | None = None
     ref_hidden: Tensor | None = None
+    ref_entropy: Tensor | None = None
+    labelled: Tensor | None = None
+    num_positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +118,35 @@ class Layout:
 
     def with_size(self, num_sequences: int) -> Layout:
         return replace(self, num_sequences=num_sequences)
+
+    def select(self, selection: Selection, logp: Tensor | None) -> Layout:
+        """The layout of the tokens that count still. logp: as `like`, where some are kept by it."""
+        if selection == Selection():
+            return self
+        size = common_size([self])
+        rows = self.like.size(-1) if self.like.dim() == 2 else None
+        ids = self.needed_ids().long() if rows is None else torch.arange(size, device=self.like.device)[:, None]
+        ids = ids.expand(self.like.shape).flatten()
+        if self.mask is not None:
+            ids = torch.where(self.mask.flatten(), ids, size)  # what does not count is a sequence behind all others
+        tokens = torch.zeros(size + 1, dtype=torch.int64, device=ids.device).index_add_(0, ids, torch.ones_like(ids))
+        starts = tokens.cumsum(0) - tokens
+        order = torch.argsort(ids, stable=True)
+
+        def place_in_sequence(order: Tensor) -> Tensor:
+            place = torch.arange(len(order), device=order.device) - starts[ids[order]]
+            return torch.empty_like(place).scatter_(0, order, place)
+
+        skipped = place_in_sequence(order) < selection.skip
+        if selection.keep < 1 and logp is not None:
+            loss = logp.detach().flatten() * (1 if selection.largest else -1)
+            by_loss = torch.argsort(loss, stable=True)
+            by_loss = by_loss[torch.argsort(skipped[by_loss].to(torch.uint8), stable=True)]
+            order = by_loss[torch.argsort(ids[by_loss], stable=True)]
+            kept = place_in_sequence(order) < selection.num_kept(tokens)[ids]
+        else:
+            kept = ~skipped
+        return replace(self, mask=(kept & (ids < size)).view(self.like.shape))
 
     def largest_id(self) -> int:
         """Number of sequences that the ids speak of. Waits for the device."""

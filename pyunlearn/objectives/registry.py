@@ -12,21 +12,49 @@ from torch import Tensor
 from .._hints import check_known
 from ..ops.contract import TokenRule
 from .closed_form import check_definition
-from .definition import BATCHES, REFERENCE, WIDE, Definition, Options, Variant, docstring, read_variant, signature
+from .definition import (
+    BATCHES,
+    GIVEN,
+    KEPT,
+    OF_A_BATCH,
+    REFERENCE,
+    WIDE,
+    Definition,
+    Options,
+    Variant,
+    context_of,
+    docstring,
+    is_finite,
+    read_variant,
+    signature,
+)
 from .objective import DEFINITIONS, Objective
 from .reduction import TokenInputs
 
 ROLES = ("forget", "retain")
 LEVELS = ("token", "sequence")
 POSITIONS = ("supervised", "real", "followed", "all")  # as in pyunlearn.model.forward
-SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences")
+SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences", "keep", "kept")
 
 Function = Callable[..., Tensor]
 _PUBLIC: dict[str, Function] = {}
 
 
-def get(name: str, *, preset: str | None = None, reduction: str | None = None, **options: Any) -> Objective:
+def get(
+    name: str,
+    *,
+    preset: str | None = None,
+    reduction: str | None = None,
+    temperature: float = 1.0,
+    keep: float = 1.0,
+    kept: str = "smallest",
+    **options: Any,
+) -> Objective:
     """A configured objective. reduction: None for the preset's, "paper" for that of the paper's equation.
+
+    temperature, keep, kept: for any objective, see `Objective`: temperature scaling (2 is typical) and likelihood
+    selection (0.8) of Wang et al., Towards Effective Evaluations and Comparisons for LLM Unlearning Methods, ICLR 2025,
+    whose code keeps the tokens with the smallest loss and whose tutorial names the largest.
 
     >>> get("wga", alpha=5.0).options
     {'alpha': 5.0}
@@ -40,12 +68,23 @@ def get(name: str, *, preset: str | None = None, reduction: str | None = None, *
     definition = DEFINITIONS[name]
     preset, variant = definition.variant(preset)
     for option in options:
-        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction"))
+        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction", "temperature", "keep"))
+    if not is_finite(temperature) or temperature <= 0:
+        raise ValueError(f"{name}: temperature={temperature!r}: needs a finite number > 0")
+    if not is_finite(keep) or not 0 < keep <= 1:
+        raise ValueError(f"{name}: keep={keep!r}: needs a number above 0, up to 1")
+    check_known(f"{name}: kept", kept, KEPT)
     reduction = variant.reduction if reduction is None else reduction
     check_known(f"{name}: reduction", reduction, (*variant.reductions, "paper"))
     reduction = definition.paper_reduction if reduction == "paper" else reduction
     values = {key: option.check(name, options.get(key, option.default)) for key, option in variant.options.items()}
-    return Objective(name, preset, reduction, values)
+    chosen = Objective(name, preset, reduction, values, float(temperature), float(keep), kept)
+    if keep < 1 and chosen.positions in ("followed", "all"):
+        raise ValueError(
+            f"{name}: keep={keep} and preset={preset!r}, which counts padding too: of that nothing is likely; needs "
+            "keep=1, or a preset of real tokens"
+        )
+    return chosen
 
 
 def names(role: str | None = None) -> tuple[str, ...]:
@@ -94,6 +133,7 @@ def register(
     presets: Mapping[str, Mapping[str, Any]] | None = None,
     slope: float | None = None,
     rule: Callable[[Options], TokenRule] | None = None,
+    each: Callable[[Tensor], Tensor] | None = None,
 ) -> Callable[[Function], Function]:
     """Decorator: makes an objective of a function of per-token statistics.
 
@@ -108,6 +148,7 @@ def register(
         role: "forget" or "retain".
         level: "token" or "sequence".
         batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
+        each: with level="sequence": of every token's statistic, what is summed; None: it itself.
         positions: "supervised", "real" (the prompt's tokens too), "followed" (padding too, but the last one) or "all".
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.
         paper_reduction: what `reduction="paper"` is, that of the paper's equation; None: the default one.
@@ -134,7 +175,7 @@ def register(
         check_known(f"{name}: level", level, LEVELS)
         check_known(f"{name}: batch", batch, BATCHES)
         check_known(f"{name}: positions", positions, POSITIONS)
-        variant = read_variant(function, batch, formula, positions, usual, "as above", slope, rule)
+        variant = read_variant(function, batch, formula, positions, usual, "as above", slope, rule, each)
         check_level(name, level, variant)
         check_known(f"{name}: reduction", usual, variant.reductions)
         equation = paper_reduction or usual
@@ -147,8 +188,8 @@ def register(
                 options[key] = replace(options[key], default=options[key].check(name, value))
             changes = ", ".join(f"{key} = {value}" for key, value in changed.items()) or f"as {preset}"
             variants[other] = replace(variant, options=options, changes=changes)
-        for each, formulated in variants.items():
-            check_definition(name, each, level, formulated)
+        for called, formulated in variants.items():
+            check_definition(name, called, level, formulated)
         summary, _, body = inspect.cleandoc(function.__doc__ or name).partition("\n")
         DEFINITIONS[name] = Definition(name, role, level, equation, source, summary, body.strip(), preset, variants)
 
@@ -186,7 +227,7 @@ def register_preset(
         definition = DEFINITIONS[name]
         usual = definition.variant(None)[1]
         where, by = positions or usual.positions, reduction or usual.reduction
-        variant = read_variant(function, usual.batches[0], formula, where, by, "", slope, rule)
+        variant = read_variant(function, usual.batches[0], formula, where, by, "", slope, rule, usual.each)
         defaults = {key: option.default for key, option in usual.options.items()}
         changed = [str(option) for key, option in variant.options.items() if option.default != defaults.get(key)]
         positioned = [f"positions = {positions}"] if positions else []
@@ -206,10 +247,19 @@ def check_level(name: str, level: str, variant: Variant) -> None:
     that token's statistic alone."""
     if level == "token" and len(variant.batches) > 1:
         raise ValueError(f"{name}: statistics of {variant.batches} together need level='sequence'")
-    if "num_tokens" in variant.context and (level == "token" or len(variant.batches) > 1):
-        raise ValueError(f"{name}: num_tokens needs level='sequence' and a single batch")
-    if "inverse_length" in variant.context and (level == "sequence" or variant.slope is not None):
-        raise ValueError(f"{name}: inverse_length needs level='token' and no slope")
+    if variant.each is not None and level == "token":
+        raise ValueError(f"{name}: each, of what a sequence's sum is made, needs level='sequence'")
+    for batch, told in variant.context:
+        if told == "num_tokens" and level == "token":
+            raise ValueError(f"{name}: num_tokens needs level='sequence'")
+        fitting = [prefix + told for prefix in variant.prefixes.values()] if told in OF_A_BATCH else [told]
+        if (called := f"{batch}_{told}" if batch else told) not in fitting:
+            raise ValueError(f"{name}: {called} needs to be named {' or '.join(fitting)}: each batch has its own")
+        if told in ("inverse_length", "labelled") and (level == "sequence" or variant.slope is not None):
+            raise ValueError(f"{name}: {told} needs level='token' and no slope")
+    used = {statistic.name for statistic in variant.statistics}
+    if "topk" in used and ("k" not in variant.options or "max_logp" in used):
+        raise ValueError(f"{name}: topk needs an option k, whose it is, and no max_logp beside it")
     statistics = [statistic.name for statistic in variant.statistics if statistic.name not in REFERENCE]
     if variant.slope is not None and (level != "token" or len(statistics) != 1 or statistics[0] in WIDE):
         raise ValueError(f"{name}: slope needs level='token' and one statistic a token, got {level}, {statistics}")
@@ -238,16 +288,18 @@ def _call(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
         tensors[key] = value
     for key in tensors.keys() & named.keys():
         tensors[key] = named.pop(key)
-    count, size, vocabulary = (named.pop(key, None) for key in ("count", "num_sequences", "vocab_size"))
+    count, size = (named.pop(key, None) for key in ("count", "num_sequences"))
+    told = {context_of(key): named.pop(key, None) for key in variant.sizes}
     stats = {
         batch: TokenInputs(
             values={s.name: tensors[prefix + s.name] for s in variant.statistics if s.batch == batch},
             ref_logp=tensors.get(prefix + "ref_logp"),
             ref_hidden=tensors.get(prefix + "ref_hidden"),
+            ref_entropy=tensors.get(prefix + "ref_entropy"),
             sequence_ids=tensors[prefix + "sequence_ids"],
             num_sequences=size,
-            vocab_size=vocabulary,
             mask=tensors[prefix + "mask"],
+            **{name: told.get((batch if prefix else None, name)) for name in GIVEN},
         )
         for batch, prefix in variant.prefixes.items()
     }

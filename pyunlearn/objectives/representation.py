@@ -47,10 +47,10 @@ def rmu(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "middle", seed: 
 
     c and `layer` matter much; the G-effect paper has c = 4 at layer 9 of Phi-1.5 and c = 2 at layer 21 of Llama-2-7B.
     u depends on `seed` and H alone, so that a resumed run has the same one. `wmdp` and `open_unlearning` make it a unit
-    vector, and take what `model.layers[7]` gives, layer 8 here. OpenUnlearning's loss is meant as the mean over
-    sequences of their token mean; its broadcasting multiplies the mean of sums by the mean of 1/n instead, which is 4/3
-    of that for equal losses at 2 and 6 tokens, and depends on how a step is split. It reads the supervised tokens' own
-    states, here as everywhere those that predict them.
+    vector (as `wmdp_paper` does, on the plain scale), and take what `model.layers[7]` gives, layer 8 here.
+    OpenUnlearning's loss is meant as the mean over sequences of their token mean; its broadcasting multiplies the mean
+    of sums by the mean of 1/n instead, which is 4/3 of that for equal losses at 2 and 6 tokens, and depends on how a
+    step is split. It reads the supervised tokens' own states, here as everywhere those that predict them.
 
     >>> rmu(torch.zeros(1, 3, 8), c=0.0)
     tensor(0.)
@@ -61,6 +61,15 @@ def rmu(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "middle", seed: 
 @register_preset("rmu", "g_effect_code", "uwc_code", formula="mean of ||h_t - c u||^2 / H")
 def rmu_g_effect_code(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "middle", seed: Seed = 0) -> Tensor:
     return (hidden - target(hidden, c, seed)).square().mean(-1)
+
+
+@register_preset(
+    "rmu",
+    "wmdp_paper",
+    formula="mean of ||h_t - c u / ||u|| ||^2",
+)
+def rmu_wmdp_paper(hidden: Tensor, *, c: NonNegative = 6.5, layer: Layer = EIGHTH, seed: Seed = 0) -> Tensor:
+    return (hidden - target(hidden, c, seed, norm=True)).square().sum(-1)
 
 
 @register_preset(

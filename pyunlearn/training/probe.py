@@ -22,10 +22,11 @@ from ..geffect import GEffect, g_effect, gradient_of, pointwise_g_effect
 from ..model.causal_lm import CausalLM
 from ..model.forward import IGNORE_INDEX, length_batches, supervised_stats
 from ..objectives import TokenInputs
+from ..objectives.reduction import Selection
 from ..ops import token_stats
 from .callbacks import append_metrics, read_metrics
 from .settings import GEffectConfig
-from .terms import Term, TermLosses, count_items
+from .terms import Count, Term, TermLosses, count_items
 
 ROLES = {"unlearn": "forget", "retain": "retain"}  # G-effect -> the samples of its negative log-likelihood
 HEAT_SAMPLES = 2  # forget samples whose weights are kept token by token
@@ -60,7 +61,7 @@ class Probe:
                 {kind: collate([rows[kind][i] for i in batch], rows[kind].pad_token_id, pad_to) for kind in kinds}
                 for batch in length_batches(lengths, settings.batch_size)
             ]
-        self.tokens = {role: self._count(role, ((role,), "supervised", "tokens")) for role in self.batches}
+        self.tokens = {role: self._count(role, ((role,), "supervised", "tokens", Selection())) for role in self.batches}
         self.texts = [text_of(rows["forget"], i) for i in range(min(HEAT_SAMPLES, len(rows["forget"])))]
 
     @property
@@ -126,7 +127,7 @@ class Probe:
             row["pointwise"] = {**self._pointwise(model, gradients), "weights": of_samples}
         return row
 
-    def _count(self, role: str, key: tuple[tuple[str, ...], str, str]) -> int:
+    def _count(self, role: str, key: Count) -> int:
         return sum(count_items(batch, *key) for batch in self.batches[role])
 
     def _nll(self, model: torch.nn.Module, role: str, seen: _Seen) -> Iterator[Tensor]:
@@ -164,12 +165,14 @@ class Probe:
         objective = term.objective
         if objective.role != "forget" or objective.outputs != ("logp",) or objective.batches != ("answer",):
             return None
+        if objective.temperature != 1:  # `seen` is not what it reads
+            return None
         of_tokens, of_samples, order, heat = [], [], [], {}
         for batch, logp, ids in zip(self.batches["forget"], seen.logp, seen.sequence_ids, strict=True):
             index = batch["forget"]["index"]
             reference = None
             if objective.reference == "logp":
-                reference = self.losses.references["forget"].logp(on_device(batch["forget"], logp))
+                reference = self.losses.references["forget"].scalars(on_device(batch["forget"], logp))["logp"]
             weights = token_weights(objective, logp, reference, ids, len(index))
             of_tokens.append(weights)
             of_samples.append(mean_by(ids, weights, len(index)))

@@ -43,11 +43,16 @@ class TermConfig(Section):
     coefficient: float = Field(default=1.0, allow_inf_nan=False)
     preset: str | None = None
     reduction: str | None = None
+    temperature: float | None = Field(default=None, description="divides the logits, as 2 does in UWC's scaling")
+    keep: float | None = Field(
+        default=None, description="share of a sequence's tokens that count, by their likelihood; 0.8 in UWC's selection"
+    )
+    kept: str | None = Field(default=None, description="those with the smallest loss, or the largest")
     options: dict[str, Any] = Field(default_factory=dict)
 
     def objective(self) -> objectives.Objective:
         """The registered objective with these options. Raises ValueError naming the nearest names."""
-        chosen = {"preset": self.preset, "reduction": self.reduction}
+        chosen = {key: getattr(self, key) for key in ("preset", "reduction", "temperature", "keep", "kept")}
         return objectives.get(self.name, **{key: v for key, v in chosen.items() if v is not None}, **self.options)
 
     @model_validator(mode="after")
@@ -67,6 +72,10 @@ Terms = Annotated[list[TermConfig], BeforeValidator(as_terms)]
 
 def as_sampling(value: Any) -> Any:
     return {"by": value} if isinstance(value, str) else value
+
+
+def as_dual(value: Any) -> Any:
+    return {"preset": value} if isinstance(value, str) else value
 
 
 def as_list(value: Any) -> Any:
@@ -195,6 +204,52 @@ class EarlyStopConfig(Section):
     every_steps: int = Field(default=5, ge=1)
 
 
+DUALS = {  # OpenUnlearning's; of 13B models on MUSE its eps is .8 (News) and .6 (Books)
+    "open_unlearning_tofu": {"start": 100.0, "eps": 0.3, "step": 5.0, "warmup_epochs": 5.0},
+    "open_unlearning_muse_news": {"start": 50.0, "eps": 1.5, "warmup_epochs": 3.0},
+    "open_unlearning_muse_books": {"start": 50.0, "eps": 0.1, "warmup_epochs": 3.0},
+}
+
+
+class DualConfig(Section):
+    """The retain objective's coefficient as a dual variable: lam <- max(0, lam + step (retain loss - eps))."""
+
+    preset: str | None = Field(default=None, description="below what is given beside it")
+    eps: float | None = Field(default=None, allow_inf_nan=False, description="the retain loss that is aimed at")
+    above_reference: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="in place of eps: (1 + this) times that before unlearning"
+    )
+    start: float | None = Field(
+        default=None, ge=0, allow_inf_nan=False, description="None: the retain objective's coefficient"
+    )
+    step: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    every: Literal["step", "epoch"] = "step"
+    warmup_epochs: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="it stays as it is meanwhile")
+
+    @model_validator(mode="before")
+    @classmethod
+    def preset_below(cls, settings: Any) -> Any:
+        if not isinstance(settings, Mapping) or settings.get("preset") is None:
+            return settings
+        check_known("dual.preset", settings["preset"], DUALS)
+        below = DUALS[settings["preset"]]
+        given = {key: value for key, value in settings.items() if value is not None}
+        return {
+            **{key: value for key, value in below.items() if key != "eps" or "above_reference" not in given},
+            **given,
+        }
+
+    @model_validator(mode="after")
+    def has_one_bound(self) -> DualConfig:
+        if (self.eps is None) == (self.above_reference is None):
+            raise ValueError(f"eps={self.eps}, above_reference={self.above_reference}: needs one of them")
+        return self
+
+    def arguments(self) -> dict[str, Any]:
+        """Of `pyunlearn.training.dual.Dual`."""
+        return self.model_dump(exclude={"preset"})
+
+
 class UnlearnConfig(TrainingConfig):
     section: ClassVar[str] = "unlearn"
 
@@ -218,6 +273,7 @@ class UnlearnConfig(TrainingConfig):
     retain: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["retain"])])
     sampling: Annotated[SamplingConfig, BeforeValidator(as_sampling)] = Field(default_factory=SamplingConfig)
     early_stop: EarlyStopConfig | None = None
+    dual: Annotated[DualConfig | None, BeforeValidator(as_dual)] = None
 
     @model_validator(mode="before")
     @classmethod
@@ -246,6 +302,12 @@ class UnlearnConfig(TrainingConfig):
     def stops_what_it_draws(self) -> UnlearnConfig:
         if self.early_stop is not None and self.sampling.by == "shuffle":
             raise ValueError("early_stop leaves samples out of the draw: set unlearn.sampling to uniform or mrd")
+        return self
+
+    @model_validator(mode="after")
+    def moves_one(self) -> UnlearnConfig:
+        if self.dual is not None and len(self.retain) != 1:
+            raise ValueError(f"dual moves the coefficient of one retain objective, got {len(self.retain)}")
         return self
 
     def weighted_objectives(self) -> list[tuple[objectives.Objective, float]]:

@@ -18,6 +18,7 @@ from ..data import QA, PromptFormat, QADataset
 from ..distributed import Processes
 from .arguments import check_arguments, check_library
 from .callbacks import Interrupt, MetricsWriter, ProgressBar, SealCheckpoints
+from .dual import Dual
 from .folder import TrainingFolder, named_failures
 from .sampling import ForgetSampler
 from .settings import TrainingConfig
@@ -79,6 +80,7 @@ def train(
     reference: Mapping[str, Any] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     sampler: ForgetSampler | None = None,
+    dual: Dual | None = None,
 ) -> int:
     """The stage `name` to its end, from its last checkpoint if there is one: how many optimiser steps it has.
 
@@ -100,6 +102,7 @@ def train(
             objectives=objectives,
             reference=reference,
             sampler=sampler,
+            dual=dual,
             callbacks=[
                 MetricsWriter(folder.metrics, name),
                 *callbacks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,24 @@ from ..model.forward import POSITIONS, Layer, Supervised, select_positions, supe
 from ..model.head import head_stats
 from ..model.reference import Cached, Reference, Source, as_references
 from ..objectives import Objective, TokenInputs
+from ..objectives.reduction import Selection
+from ..ops.contract import NEEDS_REFERENCE
 
-Count = tuple[tuple[str, ...], str, str]  # kinds of sequence, positions, "tokens" | "sequences"
-Place = tuple[str, Layer | None]  # positions, and layer where hidden states are meant
+# kinds of sequence, positions, "tokens" | "sequences", which of a sequence's tokens count
+Count = tuple[tuple[str, ...], str, str, Selection]
+Read = tuple[str, float, int | None]  # an output of the head, the temperature of its logits, the k of top k
+
+
+class Place(NamedTuple):
+    """Where and how an objective reads the model: positions, layer where hidden states are meant, temperature and k."""
+
+    positions: str
+    layer: Layer | None
+    temperature: float
+    k: int | None
+
+    def read(self, output: str) -> Read:
+        return output, self.temperature, self.k if output == "topk" else None
 
 
 @dataclass(frozen=True)
@@ -36,7 +51,7 @@ class Term:
         """What its mean divides by: tokens of its first kind, or sequences that have tokens in all of its kinds."""
         kinds = tuple(self.kinds[batch] for batch in self.objective.batches)
         unit = self.objective.unit
-        return kinds if unit == "sequences" else kinds[:1], self.positions, unit
+        return kinds if unit == "sequences" else kinds[:1], self.positions, unit, self.objective.selection
 
     @property
     def positions(self) -> str:
@@ -46,24 +61,46 @@ class Term:
     def layer(self) -> Layer | None:
         return self.objective.layer
 
+    @property
+    def place(self) -> Place:
+        return Place(self.positions, self.layer, self.objective.temperature, self.objective.k)
+
 
 @dataclass
 class Need:
     """What all terms together want of one kind of sequence."""
 
-    outputs: set[str] = field(default_factory=set)
+    reads: set[Read] = field(default_factory=set)
     places: set[Place] = field(default_factory=set)
-    logp_reference: bool = False
+    reference_scalars: dict[tuple[str, float], set[str]] = field(default_factory=dict)  # by positions and temperature
     kl_reference: bool = False
     reference_layers: set[Layer] = field(default_factory=set)
 
     @property
     def positions(self) -> set[str]:
-        return {positions for positions, _ in self.places}
+        return {place.positions for place in self.places}
 
     @property
     def layers(self) -> set[Layer]:
-        return {layer for _, layer in self.places if layer is not None}
+        return {place.layer for place in self.places if place.layer is not None}
+
+    @property
+    def calls(self) -> dict[tuple[float, int | None], list[str]]:
+        """Outputs by the temperature and the k of one call: one a temperature, and one more for every other k."""
+        calls: dict[tuple[float, int | None], list[str]] = {}
+        for _, temperature, k in sorted(self.reads, key=str):
+            if k is not None:
+                calls[temperature, k] = ["topk"]
+        for output, temperature, k in sorted(self.reads, key=str):
+            if k is None:
+                first = next((call for call in calls if call[0] == temperature), (temperature, None))
+                calls.setdefault(first, []).append(output)
+        return calls
+
+    @property
+    def scalars(self) -> set[tuple[str, float]]:
+        """Numbers of the reference per token, by output and temperature."""
+        return {(name, temperature) for (_, temperature), names in self.reference_scalars.items() for name in names}
 
     @property
     def hidden_reference(self) -> bool:
@@ -72,7 +109,7 @@ class Need:
 
     @property
     def reference(self) -> bool:
-        return self.logp_reference or self.hidden_reference
+        return bool(self.reference_scalars) or self.hidden_reference
 
     @property
     def widest(self) -> Any:
@@ -112,9 +149,10 @@ def collect_needs(terms: Sequence[Term]) -> dict[str, Need]:
     for term in terms:
         for kind in term.kinds.values():
             need = needs.setdefault(kind, Need())
-            need.outputs.update(term.objective.outputs)
-            need.places.add((term.positions, term.layer))
-            need.logp_reference |= term.objective.reference == "logp"
+            need.reads.update(map(term.place.read, term.objective.outputs))
+            need.places.add(term.place)
+            if names := term.objective.reference_outputs:
+                need.reference_scalars.setdefault((term.positions, term.objective.temperature), set()).update(names)
             need.kl_reference |= term.objective.reference == "kl"
             if term.layer is not None and term.objective.reference == "hidden":
                 need.reference_layers.add(term.layer)
@@ -148,6 +186,16 @@ def check_rows(references: Mapping[str, Reference], dataset: Any, name: str) -> 
             )
 
 
+def check_top(need: Need, model: Any) -> None:
+    """Raises ValueError for a top k of more tokens than the model's vocabulary has."""
+    size = CausalLM.of(model).vocab_size
+    for _, _, k in need.reads:
+        if k is not None and k > size:
+            raise ValueError(
+                f"k={k}: the model's vocabulary has {size} tokens; of all of them the belief has no gradient"
+            )
+
+
 def assign_references(needs: Mapping[str, Need], sources: Source | Mapping[str, Source] | None) -> dict[str, Reference]:
     """Raises ValueError unless every kind that needs a reference has one that serves."""
     needy = {kind: need for kind, need in needs.items() if need.reference}
@@ -160,15 +208,27 @@ def assign_references(needs: Mapping[str, Need], sources: Source | Mapping[str, 
     for kind, need in needy.items():
         if need.hidden_reference:
             references[kind].check(f"reference[{kind!r}]", need.widest, need.kl_reference, need.reference_layers)
+        reference = references[kind]
+        if isinstance(reference, Cached):
+            reference.cache.check_scalars(need.scalars)
     return references
 
 
-def count_items(batch: Mapping[str, Mapping[str, Tensor]], kinds: tuple[str, ...], positions: Any, unit: str) -> int:
+def count_items(
+    batch: Mapping[str, Mapping[str, Tensor]],
+    kinds: tuple[str, ...],
+    positions: Any,
+    unit: str,
+    selection: Selection = Selection(),  # noqa: B008 (immutable)
+) -> int:
     """Tokens that count, or sequences with such a token in every one of `kinds`."""
-    selected = [select_positions(batch[kind], positions) for kind in kinds]
-    if unit == "tokens":
-        return selected[0][0].numel()
-    return len(set.intersection(*(set(sequence_ids.tolist()) for _, _, sequence_ids in selected)))
+    counts = [
+        selection.num_kept(
+            torch.bincount(select_positions(batch[kind], positions)[2], minlength=len(batch[kind]["input_ids"]))
+        )
+        for kind in kinds
+    ]
+    return int(counts[0].sum()) if unit == "tokens" else int((torch.stack(counts) > 0).all(0).sum())
 
 
 class TermLosses:
@@ -204,7 +264,7 @@ class TermLosses:
                 stats[kind, place] = values
         return [
             term.objective(
-                {batch: stats[kind, (term.positions, term.layer)] for batch, kind in term.kinds.items()},
+                {batch: stats[kind, term.place] for batch, kind in term.kinds.items()},
                 count=counts[term.count],
             )
             for term in (self.terms if terms is None else terms)
@@ -213,38 +273,50 @@ class TermLosses:
     def statistics(self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor]) -> dict[Place, TokenInputs]:
         """Per-token statistics of one batch, by positions and layer: one run of the model, one `linear_token_stats`."""
         widest = need.widest
-        if need.outputs:
+        if need.reads:
             lm.check_head()
-        supervised = supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.outputs))
-        outputs, vocab_size = self.head_outputs(lm, kind, need, batch, supervised) if need.outputs else ({}, None)
+        supervised = supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.reads))
+        outputs, vocab_size = self.head_outputs(lm, kind, need, batch, supervised) if need.reads else ({}, None)
         ref_states = {layer: self.references[kind].hidden(batch, widest, layer) for layer in need.reference_layers}
-        ref_logp = self.references[kind].logp(batch) if need.logp_reference else None
+        scalars: dict[tuple[str, float], dict[str, Tensor]] = {}
+        for (where, temperature), names in need.reference_scalars.items():
+            told = self.references[kind].scalars(batch, sorted(names), where, temperature)  # type: ignore[arg-type]
+            scalars[where, temperature] = told
         rows = select_positions(batch, widest)[0]
         results = {}
-        positions: Any
-        for positions, layer in need.places:
-            values: dict[str, Tensor] = outputs if layer is None else {"hidden": supervised.layers[layer]}
-            ref_hidden = None if layer is None else ref_states.get(layer)
-            sequence_ids = supervised.sequence_ids
+        for place in need.places:
+            positions: Any = place.positions
+            values = {read[0]: value for read, value in outputs.items() if read == place.read(read[0])}
+            told, ref_hidden = scalars.get((positions, place.temperature), {}), None
+            if place.layer is not None:
+                values["hidden"] = supervised.layers[place.layer]
+                ref_hidden = ref_states.get(place.layer)
+            chosen, sequence_ids = rows, supervised.sequence_ids
             if positions != widest:
                 chosen, _, sequence_ids = select_positions(batch, positions)
                 at = torch.searchsorted(rows, chosen)
                 values = {name: value.index_select(0, at) for name, value in values.items()}
                 ref_hidden = None if ref_hidden is None else ref_hidden.index_select(0, at)
-            results[positions, layer] = TokenInputs(
+            labelled = torch.ones_like(chosen, dtype=torch.bool)
+            if positions != "supervised":
+                labelled = torch.isin(chosen, select_positions(batch, "supervised")[0])
+            results[place] = TokenInputs(
                 values=values,
-                ref_logp=ref_logp if positions == "supervised" else None,
+                ref_logp=told.get("logp"),
                 ref_hidden=ref_hidden,
+                ref_entropy=told.get("entropy"),
                 sequence_ids=sequence_ids,
                 num_sequences=supervised.num_sequences,
                 vocab_size=vocab_size,
+                labelled=labelled.to(sequence_ids.device),
+                num_positions=batch["input_ids"].size(1) - 1,
             )
         return results
 
     def head_outputs(
         self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor], supervised: Supervised
-    ) -> tuple[dict[str, Tensor], int]:
-        """What `linear_token_stats` says of the last hidden states, by output, and V."""
+    ) -> tuple[dict[Read, Tensor], int]:
+        """What `linear_token_stats` says of the last hidden states, and V: one call for what it can give at once."""
         # After the forward: sharded models have gathered the head by then. In its dtype: under autocast the head
         # computes in half precision like the rest.
         head = lm.read_head().to(supervised.hidden)
@@ -253,6 +325,10 @@ class TermLosses:
             source = self.references[kind]
             hidden = source.hidden(batch, need.widest)
             reference = hidden, source.head(head.weight)
-        outputs = tuple(need.outputs)
-        stats = head_stats(head, supervised.hidden, supervised.targets, outputs, reference=reference)
-        return stats.as_dict(), head.weight.size(0)
+        outputs: dict[Read, Tensor] = {}
+        for (temperature, k), names in need.calls.items():
+            frozen = reference if NEEDS_REFERENCE & {*names} else None
+            how: dict[str, Any] = {"temperature": temperature} | ({} if k is None else {"k": k})
+            stats = head_stats(head, supervised.hidden, supervised.targets, names, reference=frozen, **how).as_dict()
+            outputs |= {(name, temperature, k if name == "topk" else None): stats[name] for name in names}
+        return outputs, head.weight.size(0)

@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..model.forward import layer_number
+from ..data import collate
+from ..model.causal_lm import eval_mode
+from ..model.forward import layer_number, length_batches
 from ..model.reference import Source, check_apart
 from .arguments import check_arguments, check_router
 from .as_found import left_as_found
+from .dual import Dual
 from .sampling import ForgetSampler
-from .terms import Count, TermLosses, check_kinds, check_rows, collect_needs, count_items, make_terms
+from .terms import Count, TermLosses, check_kinds, check_rows, check_top, collect_needs, count_items, make_terms
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -49,7 +52,8 @@ class UnlearnTrainer(TermLosses, Trainer):
     objectives: see `make_terms`. reference: what stands for the frozen reference: a ReferenceCache, {kind:
     ReferenceCache} when several kinds of sequence need one, a live model, or, for a model under peft,
     `pyunlearn.model.reference.AdapterOff(model)`. sampler: draws the forget rows of every step (in full batches, with
-    replacement) in place of one shuffled pass an epoch; the train_dataset must be a ForgetRetainDataset.
+    replacement) in place of one shuffled pass an epoch; the train_dataset must be a ForgetRetainDataset. dual: moves
+    the coefficient of the retain objective, of which there is then one.
 
     Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
     that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
@@ -74,12 +78,16 @@ class UnlearnTrainer(TermLosses, Trainer):
         reference: Source | Mapping[str, Source] | None = None,
         data_collator: Any = None,
         sampler: ForgetSampler | None = None,
+        dual: Dual | None = None,
         **options: Any,
     ):
         if sampler is not None and getattr(train_dataset, "forget", None) is not sampler.rows:
             raise ValueError("sampler: needs the forget rows of a ForgetRetainDataset that is the train_dataset")
         check_kinds(collect_needs(make_terms(objectives)), train_dataset)
         TermLosses.__init__(self, objectives, reference)
+        retained = [term for term in self.terms if term.objective.role == "retain"]
+        if dual is not None and len(retained) != 1:
+            raise ValueError(f"dual: needs one retain objective, got {[term.label for term in retained]}")
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         check_arguments(args, options)
         args.remove_unused_columns = False
@@ -96,8 +104,10 @@ class UnlearnTrainer(TermLosses, Trainer):
         check_apart(self.references, started)
         check_rows(self.references, train_dataset, "train_dataset")
         check_router(started)
-        for layer in {layer for need in self.needs.values() for layer in need.layers}:
-            layer_number(started, layer)  # raises for one that the model does not have
+        for need in self.needs.values():
+            for layer in need.layers:
+                layer_number(started, layer)  # raises for one that the model does not have
+            check_top(need, started)
         for reference in self.references.values():
             reference.to(self.args.device)
         if hasattr(train_dataset, "set_epoch"):
@@ -105,6 +115,10 @@ class UnlearnTrainer(TermLosses, Trainer):
         self.sampler = sampler
         if sampler is not None:
             self.add_callback(sampler)
+        self.dual, self.bound = dual, retained[0] if dual is not None else None  # the term whose coefficient it is
+        if dual is not None:
+            dual.begin(retained[0].coefficient, self._retain_loss)
+            self.add_callback(dual)
         self._micro: list[tuple[Tensor, dict[str, Tensor]]] = []  # this step: term losses, sample indices
         self._logged: list[dict[str, float]] = []  # the steps since the last log line
         self._evaluated: list[Tensor] = []  # this evaluation: (terms, 2) a batch, sum and count
@@ -132,10 +146,10 @@ class UnlearnTrainer(TermLosses, Trainer):
         if self.accelerator.num_processes > 1:
             total = self.accelerator.gather(total[None]).sum(0)
         loss = 0.0
-        for term, (value, count) in zip(self.terms, total.tolist(), strict=True):
+        for term, weight, (value, count) in zip(self.terms, self.coefficients(), total.tolist(), strict=True):
             mean = value if term.objective.reduction == "sum" else value / max(count, 1)
             output.metrics[f"{metric_key_prefix}_{term.label}/loss"] = mean
-            loss += term.coefficient * mean
+            loss += weight * mean
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         return output
 
@@ -153,6 +167,32 @@ class UnlearnTrainer(TermLosses, Trainer):
         counts = sums.new_tensor([count_items(batch, *term.count) for term in self.terms])
         self._evaluated.append(torch.stack([sums, counts], 1) * bool(own))
         return None, None, None
+
+    def coefficients(self) -> list[float]:
+        """Of every term as it is now: that of a dual variable moves."""
+        moving = 0.0 if self.dual is None else self.dual.memory.value
+        return [moving if term is self.bound else term.coefficient for term in self.terms]
+
+    @torch.no_grad()
+    def _retain_loss(self, model: torch.nn.Module) -> float:
+        """The retain term's loss over all retain rows. Raises ValueError where term or data set has no such rows."""
+        term, rows = self.bound, getattr(self.train_dataset, "retain", None)
+        if term is None or rows is None or set(term.kinds.values()) != {"retain"}:
+            raise ValueError(
+                "dual: above_reference measures the retain loss on the retain rows of a ForgetRetainDataset, by an "
+                "objective that needs no others; give eps, a number"
+            )
+        lengths, size = [len(rows[i]["input_ids"]) for i in range(len(rows))], self.args.per_device_eval_batch_size
+        batches: list[dict[str, Any]] = [
+            {"retain": collate([rows[i] for i in batch], rows.pad_token_id)} for batch in length_batches(lengths, size)
+        ]
+        counts = {term.count: sum(count_items(batch, *term.count) for batch in batches)}
+        with left_as_found(model), eval_mode(model):
+            parts = [
+                self.term_losses(model, dict[str, Any](self._prepare_inputs(batch)), counts, [term])[0].double()
+                for batch in batches
+            ]
+        return float(torch.stack(parts).sum())
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return sum(super(UnlearnTrainer, self).floating_point_ops(inputs[kind]) for kind in self.needs)
@@ -215,7 +255,7 @@ class UnlearnTrainer(TermLosses, Trainer):
         losses = torch.stack(self.term_losses(model, inputs, counts))
         if model.training:
             self._micro.append((losses.detach(), {kind: inputs[kind]["index"] for kind in self.needs}))
-        coefficients = losses.new_tensor([term.coefficient for term in self.terms])
+        coefficients = losses.new_tensor(self.coefficients())
         # Gradients are averaged over ranks, the counts are sums over ranks.
         loss = (coefficients * losses).sum() * self.accelerator.num_processes
         return (loss, {"term_losses": losses.detach()}) if return_outputs else loss
@@ -249,6 +289,8 @@ class UnlearnTrainer(TermLosses, Trainer):
         for term, value in zip(self.terms, values, strict=True):
             step[f"{term.label}/loss"] = value
             step[f"{term.label}/count"] = int(counts[term.count])
+            if self.dual is not None and term is self.bound:
+                self.dual.observe(value)
         if not all(map(math.isfinite, values)):
             where = [f"{kind} samples {index.tolist()}" for losses, indices in micro if not losses.isfinite().all()
                      for kind, index in indices.items()]  # fmt: skip
@@ -267,6 +309,8 @@ class UnlearnTrainer(TermLosses, Trainer):
                 total = sum(step[key] for step in steps)
                 logs[key] = total if key.endswith("/count") else total / len(steps)
             logs.update({f"{term.label}/coefficient": term.coefficient for term in self.terms})
+            if self.dual is not None and self.bound is not None:
+                logs.update({f"{self.bound.label}/coefficient": self.dual.used, **self.dual.summary()})
             if self.sampler is not None:
                 logs.update(self.sampler.summary())
         super().log(logs, start_time)

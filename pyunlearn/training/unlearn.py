@@ -24,6 +24,7 @@ from ..model.reference import AdapterOff, Source
 from ..mrd import check_estimator
 from ..ops.parameters import canonical
 from .callbacks import KeepCheckpoints
+from .dual import Dual
 from .folder import TrainingFolder
 from .probe import GEffectCallback, Probe
 from .rate import rate_for
@@ -31,7 +32,7 @@ from .sampling import ForgetSampler, Forgotten
 from .selection import selected
 from .settings import GEffectConfig, MemoriseConfig, UnlearnConfig
 from .stage import Stage, train
-from .terms import Need, TermLosses, collect_needs, make_terms
+from .terms import Need, TermLosses, check_top, collect_needs, make_terms
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,8 @@ def unlearn_selected(
     sampler = make_sampler(settings, forget, stage.seed)
     before = {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(model)}
     trained, parameters = count_parameters(model)
-    steps = train(stage, "unlearn", settings, model, pairs, objectives, references, callbacks, sampler)
+    dual = None if settings.dual is None else Dual(**settings.dual.arguments())
+    steps = train(stage, "unlearn", settings, model, pairs, objectives, references, callbacks, sampler, dual)
     return Unlearned(
         steps=steps,
         learning_rate=settings.learning_rate or 0.0,
@@ -180,6 +182,7 @@ def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: A
     for need in collect_needs(make_terms(settings.weighted_objectives())).values():
         for layer in need.layers:
             layer_number(model, layer)
+        check_top(need, model)
     if settings.sampling.by == "mrd":
         check_estimator(settings.sampling.estimator, model)
     with selected(model, settings):
@@ -242,6 +245,7 @@ def make_references(
                     stage.references or stage.folder.reference / f"{kind}.safetensors",
                     kl=need.kl_reference,
                     layers=need.reference_layers,
+                    scalars=need.scalars,
                     positions=need.widest if need.hidden_reference else "supervised",
                     batch_size=stage.reference_batch_size,
                     progress=stage.progress,

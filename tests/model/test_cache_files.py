@@ -76,11 +76,11 @@ def test_an_interrupted_build_leaves_what_was_there(model, rows, path, monkeypat
     before = build(make(5), rows, path).logp([0]) if existing else None
     calls, head_stats = [], caches.head_stats
 
-    def stop_at_the_second_batch(*args):
+    def stop_at_the_second_batch(*args, **options):
         calls.append(1)
         if len(calls) == 2:
             raise error
-        return head_stats(*args)
+        return head_stats(*args, **options)
 
     monkeypatch.setattr(caches, "head_stats", stop_at_the_second_batch)
     model.train()

@@ -52,7 +52,7 @@ def test_all_say_what_the_model_says(references, kind):
     reference.to(torch.device("cpu"))
     close = {"rtol": 1e-6, "atol": 1e-6} if kind == "cached" else {"rtol": 0, "atol": 0}
     with torch.no_grad():
-        torch.testing.assert_close(reference.logp(BATCH), supervised_stats(model, BATCH)[0].logp, **close)
+        torch.testing.assert_close(reference.scalars(BATCH)["logp"], supervised_stats(model, BATCH)[0].logp, **close)
         for positions in POSITIONS:
             expected = supervised_hidden(model, BATCH, positions, layers=[1, "deep"])
             torch.testing.assert_close(reference.hidden(BATCH, positions), expected.hidden, **close)
@@ -84,7 +84,7 @@ def test_switching_adapters_off_leaves_them_as_they_were(options):
     flags = [p.requires_grad for p in model.parameters()], [m.training for m in model.modules()]
     reference = AdapterOff(model)
     logp = supervised_stats(model, BATCH)[0].logp
-    assert torch.equal(reference.logp(BATCH), supervised_stats(make(), BATCH)[0].logp)
+    assert torch.equal(reference.scalars(BATCH)["logp"], supervised_stats(make(), BATCH)[0].logp)
     logp.sum().backward()  # a graph of before
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.grad is not None for p in trained)
@@ -93,7 +93,7 @@ def test_switching_adapters_off_leaves_them_as_they_were(options):
         assert torch.equal(tensor, before[name]), name
 
     with pytest.raises(ValueError, match="needs a tensor"):
-        reference.logp({})
+        reference.scalars({})
     assert flags == ([p.requires_grad for p in model.parameters()], [m.training for m in model.modules()])
     assert CausalLM.of(model).read_head().weight is not None
 

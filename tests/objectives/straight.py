@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +14,14 @@ NAMES = objectives.names()
 PRESETS = [(row.name, preset) for row in objectives.table() for preset in row.presets]
 CASES = [(name, preset, reduction) for name, preset in PRESETS for reduction in objectives.get(name).variant.reductions]
 STOPPED = ("wga", "tnpo", "wtnpo", "satimp")
-PAIRED = ("dpo", "ap")
+CONSTANT = (*STOPPED, "ce_u", "bst")  # part of what they say has no gradient
+K = 3  # of the beliefs that `Raw.statistics` has
+PAIRED = ("dpo", "ap", "flat")
+PADDED = ("flat", "flat_code")
 BROADCAST = (("rmu", "open_unlearning"), ("rr", "open_unlearning"))
+
+
+LENGTHS: dict[str, int] = {}  # of the rows of each batch, padded
 
 
 @dataclass
@@ -40,6 +47,10 @@ class Raw:
             "kl_pq": (log_p.exp() * (log_p - log_q)).sum(-1),
             "kl_qp": (log_q.exp() * (log_q - log_p)).sum(-1),
             "uniform_ce": -log_p.mean(-1),
+            "log_nll": (-log_p.gather(-1, at)[..., 0]).log(),
+            "topk": beliefs(log_p),
+            "max_logp": log_p.max(-1).values,
+            "ref_entropy": -(log_q.exp() * log_q).sum(-1),
             "hidden": log_p.exp()[..., :4],
             "ref_hidden": log_q.exp()[..., :4],
         }
@@ -53,12 +64,20 @@ class Raw:
         if flat:
             values = {name: value[self.mask] for name, value in values.items()}
             layout = {"sequence_ids": self.mask.nonzero()[:, 0]}
-        reference = {name: values.pop(name) for name in ("ref_logp", "ref_hidden")}
+        reference = {name: values.pop(name) for name in ("ref_logp", "ref_hidden", "ref_entropy")}
         layout |= {"vocab_size": self.logits.size(-1), "num_sequences": len(self.targets)}
+        layout |= {"num_positions": self.targets.size(-1), "labelled": torch.ones_like(self.mask)}
+        layout["labelled"] = layout["labelled"][self.mask] if flat else layout["labelled"]
         return objectives.TokenInputs(values, **reference, **layout)
 
     def part(self, rows: slice) -> Raw:
         return Raw(self.logits[rows], self.reference[rows], self.targets[rows])
+
+
+def beliefs(log_p: Tensor) -> Tensor:
+    """(...) sum over the K likeliest of their own renormalised probability, which is constant, times log p."""
+    top = log_p.topk(K).values
+    return (top.detach().softmax(-1) * top).sum(-1)
 
 
 def make(batch=5, length=7, vocabulary=11, seed=0, dtype=torch.float64, empty: int | None = None) -> Raw:
@@ -95,7 +114,7 @@ def from_logp(objective, logp: Tensor, reference: Tensor, **layout) -> objective
         return torch.stack([tensor, 2 * tensor], -1)
 
     values = dict.fromkeys(objective.outputs, logp) | {"hidden": wide(logp)}
-    return objectives.TokenInputs(values, reference, ref_hidden=wide(reference), **layout)
+    return objectives.TokenInputs(values, reference, ref_hidden=wide(reference), ref_entropy=-reference, **layout)
 
 
 def equation(name: str, raw: dict[str, Raw]) -> Tensor:
@@ -111,10 +130,13 @@ def equation(name: str, raw: dict[str, Raw]) -> Tensor:
 
 def straight_loss(name: str, preset: str, reduction: str, raw: dict[str, Raw], **options: float) -> Tensor:
     """The loss of spec and papers by loops, with `options` in place of the defaults written here."""
+    LENGTHS.update({batch: each.targets.size(-1) for batch, each in raw.items()})
     values: list[Tensor] = []  # per sequence: the sum over its tokens, or its own value
     lengths: list[int] = []
     for row in range(len(raw["answer"].targets)):
         tokens = {batch: list(tokens_of(each, row)) for batch, each in raw.items()}
+        if (name, preset) == ("ce_u", "open_unlearning"):
+            tokens["answer"] = tokens["answer"][options.get("skip", 1) :]
         used = ("refusal", "answer") if name in PAIRED else ("refusal",) if name == "idk" else ("answer",)
         if all(tokens[batch] for batch in used):
             values.append(SEQUENCE[name](tokens, preset, options))
@@ -206,11 +228,11 @@ def me(tokens, preset, options):
 
 
 def rmu(tokens, preset, options):
-    c, size = options.get("c", 20.0 if preset == "wmdp" else 2.0), 4
+    c, size = options.get("c", {"wmdp": 20.0, "wmdp_paper": 6.5}.get(preset, 2.0)), 4
     u = torch.rand(size, generator=torch.Generator().manual_seed(options.get("seed", 0))).double()
-    u = c * (u / sum(x**2 for x in u) ** 0.5 if preset in ("wmdp", "open_unlearning") else u)
+    u = c * (u / sum(x**2 for x in u) ** 0.5 if preset in ("wmdp", "wmdp_paper", "open_unlearning") else u)
     total = sum((p[j] - u[j]) ** 2 for p, _, _ in tokens["answer"] for j in range(size))
-    return total if preset == "paper" else total / size
+    return total if preset in ("paper", "wmdp_paper") else total / size
 
 
 def rr(tokens, preset, options):
@@ -223,7 +245,76 @@ def kl(tokens, preset, options):
     return divergence(p, q) if preset == "paper" else divergence(q, p)
 
 
+def bst(tokens, preset, options):
+    lam, beta = options.get("lam", 0.2), options.get("beta", 0.1)
+    total = 0.0
+    for p, _, y in tokens["answer"]:
+        with torch.no_grad():
+            likeliest = p.argsort(descending=True)[:K]
+            target = torch.zeros_like(p)
+            target[likeliest] = lam * p[likeliest] / sum(p[likeliest])
+            target[y] += 1 - lam
+        total = total + (target * torch.log(p)).sum()
+    weight = 1.0
+    if preset == "bstw":
+        with torch.no_grad():
+            now, before = torch.exp(-nll(tokens["answer"])) ** beta, torch.exp(-ref_nll(tokens["answer"])) ** beta
+            weight = 2 * now / (now + before)
+    return weight * total
+
+
+def cross_entropies(target):
+    """Summed over the answer's tokens, to a target (p, q, y, options) without gradient."""
+
+    def value(tokens, preset, options):
+        total = 0.0
+        for p, q, y in tokens["answer"]:
+            with torch.no_grad():
+                goal = target(p, q, y, options)
+            total = total - (goal * torch.log(p)).sum()
+        return total
+
+    return value
+
+
+def adjusted(p, q, y, options):
+    raised = q.clone()
+    raised[y] = q[y] * math.exp(-options.get("b", 10.0))
+    return raised / raised.sum()
+
+
+def without(p, q, y, options):
+    others = p.clone()
+    others[y] = 0
+    return others / others.sum()
+
+
+def pdu(tokens, preset, options):
+    return sum((torch.log(p).max() - torch.log(p).mean()) ** 2 for p, _, _ in tokens["answer"])
+
+
+def flat(tokens, preset, options):
+    sums = [sum(p[y] for p, _, y in tokens[batch]) for batch in ("refusal", "answer")]
+    sizes = [LENGTHS[batch] if preset == "flat_code" else len(tokens[batch]) for batch in ("refusal", "answer")]
+    e, f = (total / size for total, size in zip(sums, sizes, strict=True))
+    return {
+        "tv": -torch.tanh(e) / 2 + torch.tanh(f) / 2,
+        "kl": -e + torch.exp(f - 1),
+        "pearson": -e + f**2 / 4 + f,
+        "jeffrey": -e + f + f**2 / 4 + f**3 / 16,
+        "js": torch.log(1 + torch.exp(-e)) - math.log(2) + f + torch.log(1 + torch.exp(-f)) - math.log(2),
+        "reverse_kl": torch.exp(e) - 1 - f,
+        "hellinger": -(1 - torch.exp(e)) + (1 - torch.exp(f)) / torch.exp(f),
+        "neyman": -(1 - torch.exp(e)) + 2 - 2 * torch.sqrt(1 - f),
+    }[options.get("divergence", "tv")]
+
+
 SEQUENCE = {
+    "bst": bst,
+    "undial": cross_entropies(adjusted),
+    "ce_u": cross_entropies(without),
+    "pdu": pdu,
+    "flat": flat,
     "ga": lambda tokens, preset, options: -nll(tokens["answer"]),
     "gd": lambda tokens, preset, options: nll(tokens["answer"]),
     "idk": lambda tokens, preset, options: nll(tokens["refusal"]),

@@ -19,7 +19,7 @@ from pyunlearn.objectives import TokenInputs
 from pyunlearn.objectives.stub import stub
 from pyunlearn.ops import TokenRule, token_stats
 
-from .straight import BROADCAST, NAMES, PRESETS
+from .straight import BROADCAST, NAMES, PADDED, PRESETS
 
 LOGP = -torch.rand(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -29,7 +29,8 @@ IDS = torch.tensor([0, 0, 0, 1, 1, 1])
 
 def test_names():
     assert o.names() == (*o.names("forget"), *o.names("retain"))
-    assert o.names("forget") == ("ga", "wga", "npo", "tnpo", "wtnpo", "simnpo", "satimp", "me", "rmu", "idk", "dpo")
+    first = ("ga", "wga", "npo", "tnpo", "wtnpo", "simnpo", "satimp", "me", "bst", "undial", "ce_u", "pdu", "rmu")
+    assert o.names("forget") == (*first, "idk", "dpo", "flat")
     assert o.names("retain") == ("rr", "gd", "kl", "ap")
     assert all(getattr(o, name).__name__ == name for name in o.names())
 
@@ -61,6 +62,11 @@ DEFAULTS = {
     "ap": {"beta": 0.1},
     "rmu": {"c": 2.0, "layer": "middle", "seed": 0},
     "rr": {"layer": "middle"},
+    "bst": {"lam": 0.2, "k": 20},
+    "undial": {"b": 10.0},
+    "ce_u": {"skip": 0},
+    "pdu": {},
+    "flat": {"divergence": "tv"},
 }
 
 
@@ -79,6 +85,12 @@ def test_defaults(name):
         ("satimp", "open_unlearning", {"beta2": 1.0}),
         ("dpo", "standard", {"factor": 1.0}),
         ("rmu", "wmdp", {"c": 20.0, "layer": 8}),
+        ("rmu", "wmdp_paper", {"c": 6.5, "layer": 8}),
+        ("bst", "bs_code", {}),
+        ("bst", "bstw", {"beta": 0.1}),
+        ("undial", "open_unlearning", {}),
+        ("ce_u", "open_unlearning", {"skip": 1}),
+        ("flat", "flat_code", {}),
         ("rmu", "open_unlearning", {"layer": 8}),
         ("rr", "wmdp", {"layer": 8}),
         ("rr", "open_unlearning", {"layer": 8}),
@@ -88,7 +100,7 @@ def test_defaults(name):
 def test_presets_change_defaults_that_are_not_given(name, preset, changed):
     assert o.get(name, preset=preset).options == {**DEFAULTS[name], **changed}
     for option in changed:
-        other = 3 if option == "layer" else 0.25
+        other = 3 if option in ("layer", "skip") else 0.25
         assert o.get(name, preset=preset, **{option: other}).options[option] == other
 
 
@@ -112,6 +124,13 @@ class TestNeeds:
         ("rmu", "wmdp"): ((), None, ("answer",), "all", "tokens"),
         ("rmu", "open_unlearning"): ((), None, ("answer",), "supervised", "sequences"),
         ("rr", "paper"): ((), "hidden", ("answer",), "supervised", "tokens"),
+        ("bst", "paper"): (("logp", "topk"), None, ("answer",), "supervised", "sequences"),
+        ("bst", "bstw"): (("logp", "topk"), "logp", ("answer",), "supervised", "sequences"),
+        ("undial", "paper"): (("kl_qp", "logp"), "kl", ("answer",), "supervised", "tokens"),
+        ("undial", "open_unlearning"): (("kl_qp", "logp"), "kl", ("answer",), "followed", "tokens"),
+        ("ce_u", "paper"): (("log_nll", "entropy"), None, ("answer",), "supervised", "tokens"),
+        ("pdu", "paper"): (("topk", "uniform_ce"), None, ("answer",), "supervised", "tokens"),
+        ("flat", "paper"): (("logp",), None, ("refusal", "answer"), "supervised", "sequences"),
     }
 
     @pytest.mark.parametrize(("name", "preset"), EXPECTED)
@@ -127,6 +146,22 @@ class TestNeeds:
             "rr": "middle",
         }
         assert [o.get("rr", layer=layer).layer for layer in (3, -1, "deep")] == [3, -1, "deep"]
+
+    def test_the_k_and_the_reference_per_token(self):
+        assert [o.get("bst").k, o.get("bst", k=3).k, o.get("pdu").k, o.get("ga").k] == [20, 3, 1, None]
+        outputs = [o.get(name).reference_outputs for name in ("ga", "kl", "npo", "rr", "undial")]
+        assert outputs == [(), (), ("logp",), (), ("logp", "entropy")]
+        assert o.get("bst", preset="bstw").reference_outputs == ("logp",)
+
+    def test_any_objective_has_temperature_and_likelihood_selection(self):
+        for name in o.names():
+            usual = o.get(name)
+            assert (usual.temperature, usual.keep, usual.kept) == (1.0, 1.0, "smallest")
+            chosen = o.get(name, temperature=2, keep=0.8, kept="largest")
+            assert (chosen.temperature, chosen.selection.keep, chosen.selection.largest) == (2.0, 0.8, True)
+            assert set(chosen.outputs) == {*usual.outputs, "logp"}  # which the selection goes by
+            assert chosen != usual
+        assert o.get("ce_u", skip=2).selection == (2, 1.0, False)
 
     def test_an_option_may_choose_the_positions(self):
         assert [o.get("me", positions=each).positions for each in ("real", "supervised")] == ["real", "supervised"]
@@ -157,7 +192,7 @@ class TestDocumentation:
             for preset, changes in row.presets.items():
                 chosen = o.get(row.name, preset=preset)
                 assert f"; reduction = {chosen.reduction}" in changes
-                uneven = chosen.positions in ("all", "followed") or (row.name, preset) in BROADCAST
+                uneven = chosen.positions in ("all", "followed") or (row.name, preset) in (*BROADCAST, PADDED)
                 assert uneven == ("depends on how a step is split" in changes)
             assert "\n" not in row.summary
         presets = {row.name: row.presets for row in rows}
@@ -216,7 +251,10 @@ class TestDocumentation:
         (lambda: o.get(["wga"]), "objective=['wga']: did you mean wga"),
         (lambda: o.names("both"), "role='both': needs one of forget, retain, None"),
         (lambda: o.get("wga", alhpa=1), "wga: option='alhpa': did you mean alpha?"),
-        (lambda: o.get("wga", beta=1), "wga: option='beta': needs one of alpha, preset, reduction"),
+        (
+            lambda: o.get("wga", beta=1),
+            "wga: option='beta': needs one of alpha, preset, reduction, temperature, keep",
+        ),
         (
             lambda: o.get("wga", preset="g_effect"),
             "wga: preset='g_effect': did you mean g_effect_code",
@@ -267,6 +305,27 @@ class TestDocumentation:
         (lambda: o.wga(LOGP, vocab_size=5), "wga: argument='vocab_size': "),
         (lambda: o.me(LOGP), "me: vocab_size=None: needs V, a whole number >= 1"),
         (lambda: o.me(LOGP, vocab_size=0), "me: vocab_size=0: needs V"),
+        (lambda: o.get("bst", k=0), "bst: k=0: needs a whole number from 1 to 256"),
+        (lambda: o.get("bst", k=257), "bst: k=257: needs a whole number from 1 to 256"),
+        (lambda: o.get("bst", lam=1.5), "bst: lam=1.5: needs a number from 0 to 1"),
+        (lambda: o.get("undial", b=0), "undial: b=0: needs a finite number > 0"),
+        (lambda: o.get("ce_u", skip=-1), "ce_u: skip=-1: needs a whole number >= 0"),
+        (lambda: o.get("flat", divergence="neyman"), "flat: divergence='neyman': needs one of ('tv', 'kl', "),
+        (lambda: o.get("ga", temperature=0), "ga: temperature=0: needs a finite number > 0"),
+        (lambda: o.get("ga", keep=0), "ga: keep=0: needs a number above 0, up to 1"),
+        (lambda: o.get("ga", keep=True), "ga: keep=True: needs a number above 0, up to 1"),
+        (lambda: o.get("ga", kept="small"), "ga: kept='small': did you mean smallest"),
+        (lambda: o.get("kl", preset="open_unlearning", keep=0.5), "which counts padding too"),
+        (lambda: o.kl(LOGP, keep=0.5), "kl: keep=0.5 goes by the likelihood of each token: needs logp"),
+        (lambda: o.undial(LOGP, LOGP, LOGP), "undial (preset paper) needs ref_entropy, the frozen reference's entropy"),
+        (
+            lambda: o.flat(LOGP, LOGP, preset="flat_code", refusal_num_positions=2),
+            "flat: answer_num_positions=None: needs T - 1 of rows padded to T, a whole number >= 1",
+        ),
+        (
+            lambda: o.pdu(uniform_ce=LOGP),
+            "needs max_logp, token_stats' 'max_logp'; got None; it is asked for by outputs=",
+        ),
         (lambda: o.get("me", positions="all"), 'me: positions=\'all\': needs "real" or "supervised"'),
         (lambda: o.ga(LOGP, count=-1), "count=-1: needs a finite number >= 0"),
         (lambda: o.ga(LOGP, count=math.nan), "count=nan: needs a finite number >= 0"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pyunlearn import objectives, token_stats
-from pyunlearn.objectives.definition import STATISTICS, WIDE
+from pyunlearn.objectives.definition import OUTPUT_OF, REFERENCE, STATISTICS, WIDE
 from pyunlearn.ops import OUTPUTS
 
 from .straight import CASES, NAMES, PRESETS, SEQUENCE, batches, equation, inputs, make, straight_loss
@@ -21,6 +21,8 @@ OTHER_OPTIONS = {
     "dpo": {"beta": 0.4, "factor": 3.0},
     "ap": {"beta": 0.8},
     "rmu": {"c": 0.7, "seed": 3},
+    "bst": {"lam": 0.7},
+    "undial": {"b": 0.8},
 }
 
 
@@ -111,5 +113,6 @@ def test_on_token_stats():
 
 
 def test_statistics_are_those_of_the_kernels():
-    assert set(STATISTICS) - {"ref_logp", *WIDE} <= set(OUTPUTS)
+    assert set(STATISTICS) - {*REFERENCE, *WIDE, *OUTPUT_OF} <= set(OUTPUTS)
+    assert set(OUTPUT_OF.values()) <= set(OUTPUTS)
     assert {output for name in NAMES for output in objectives.get(name).outputs} <= set(OUTPUTS)
