@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..model.forward import layer_number
-from ..model.reference import Source, check_apart
+from ..model.reference import Live, Source, check_apart
+from ..model.tree import Packing
 from .arguments import check_arguments, check_router
 from .as_found import left_as_found
 from .sampling import ForgetSampler
@@ -49,7 +50,10 @@ class UnlearnTrainer(TermLosses, Trainer):
     objectives: see `make_terms`. reference: what stands for the frozen reference: a ReferenceCache, {kind:
     ReferenceCache} when several kinds of sequence need one, a live model, or, for a model under peft,
     `pyunlearn.model.reference.AdapterOff(model)`. sampler: draws the forget rows of every step (in full batches, with
-    replacement) in place of one shuffled pass an epoch; the train_dataset must be a ForgetRetainDataset.
+    replacement) in place of one shuffled pass an epoch; the train_dataset must be a ForgetRetainDataset. packing: the
+    batches of a step go through the model together, without padding, what their rows begin with once
+    (`pyunlearn.model.tree`), where a trial in the first step shows that the model says the same of them;
+    `trainer.packing.declined` says why it does not.
 
     Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
     that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
@@ -74,12 +78,16 @@ class UnlearnTrainer(TermLosses, Trainer):
         reference: Source | Mapping[str, Source] | None = None,
         data_collator: Any = None,
         sampler: ForgetSampler | None = None,
+        packing: bool = True,
         **options: Any,
     ):
         if sampler is not None and getattr(train_dataset, "forget", None) is not sampler.rows:
             raise ValueError("sampler: needs the forget rows of a ForgetRetainDataset that is the train_dataset")
         check_kinds(collect_needs(make_terms(objectives)), train_dataset)
         TermLosses.__init__(self, objectives, reference)
+        self.packing = Packing() if packing else None
+        for live in {each for each in self.references.values() if isinstance(each, Live)}:
+            live.packing = Packing() if packing else None
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         check_arguments(args, options)
         args.remove_unused_columns = False
@@ -169,7 +177,7 @@ class UnlearnTrainer(TermLosses, Trainer):
             return
         model: Any = self.model
         try:
-            with left_as_found(model):
+            with left_as_found(model), self.packing or nullcontext():
                 yield
         finally:
             model = self.model  # another one where train() has called model_init
