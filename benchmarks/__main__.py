@@ -2,8 +2,9 @@
 
 Parts: cpu (pytest-benchmark), logits, linear, weights, step (GPU; on a CPU only to try them), report (tables and
 figures of what is stored), evidence (what is known of the GPU kernels without one), evaluation (the TOFU suite against
-a plain loop; needs a model and data, see benchmarks/scale/evaluation.py). Default: all parts of kernels that this
-machine has.
+a plain loop; needs a model and data, see benchmarks/scale/evaluation.py), tofu_step (training steps on TOFU's rows,
+lever by lever, against plain ones; the same, see benchmarks/scale/tofu_step.py). Default: all parts of kernels that
+this machine has.
 Results go to benchmarks/results/<device>/: a JSON file a part (one record a measurement, raw samples included), ops.md
 and figures. A part that ends early goes on where it ended when it is run again.
 """
@@ -25,7 +26,7 @@ from .measure import machine
 from .results import RESULTS
 
 GPU_PARTS = (*PLANS, "step")
-PARTS = ("cpu", *GPU_PARTS, "report", "evidence", "evaluation")
+PARTS = ("cpu", *GPU_PARTS, "report", "evidence", "evaluation", "tofu_step")
 
 
 def main(words: Sequence[str] | None = None, command: str = "python -m benchmarks") -> int:
@@ -59,11 +60,12 @@ def main(words: Sequence[str] | None = None, command: str = "python -m benchmark
         if part == "evidence":
             evidence.write(args.out or RESULTS)
             continue
-        if part == "evaluation":
-            from .scale import evaluation  # needs transformers
+        if part in ("evaluation", "tofu_step"):
+            from .scale import evaluation, tofu_step  # need transformers
 
             where = [] if args.out is None else ["--out", str(args.out)]
-            evaluation.main(["--device", args.device, *where, *(["--toy"] if args.small else [])])
+            main_of = evaluation.main if part == "evaluation" else tofu_step.main
+            main_of(["--device", args.device, *where, *(["--toy"] if args.small else [])])
             continue
         device = "cpu" if part == "cpu" else args.device
         out = args.out or RESULTS / machine(device)["folder"]

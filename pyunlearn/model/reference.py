@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from ..distributed import local
 from .cache import ReferenceCache
 from .causal_lm import CausalLM, eval_mode
-from .forward import PADDED, POSITIONS, Layer, Positions, select_positions, supervised_hidden, supervised_stats
-from .head import Head
+from .forward import PADDED, POSITIONS, Layer, Positions, Supervised, select_positions, supervised_hidden
+from .head import Head, head_stats
+from .tree import Packing
 
 Batch: TypeAlias = Mapping[str, Tensor]
 
@@ -112,7 +113,12 @@ class Cached:
 
 
 class Live:
-    """A frozen model, in evaluation mode from here on."""
+    """A frozen model, in evaluation mode from here on.
+
+    packing: with one, a batch goes through it without padding, and what its rows begin with once.
+    """
+
+    packing: Packing | None = None
 
     def __init__(self, model: nn.Module | CausalLM):
         self.lm = CausalLM.of(model)
@@ -138,15 +144,17 @@ class Live:
         temperature: float = 1.0,
     ) -> dict[str, Tensor]:
         with self.frozen():
-            stats, _ = supervised_stats(self.lm, batch, outputs, positions=positions, temperature=temperature)
-            return stats.as_dict()
+            self.lm.check_head()
+            states = self._states(batch, positions)
+            head = self.lm.read_head()
+            return head_stats(head, states.hidden, states.targets, outputs, temperature=temperature).as_dict()
 
     def hidden(self, batch: Batch, positions: Positions, layer: Layer | None = None) -> Tensor:
         with self.frozen():
             if layer is None:
                 self.lm.check_head()
-                return supervised_hidden(self.lm, batch, positions).hidden
-            return supervised_hidden(self.lm, batch, positions, layers=[layer], through_head=False).layers[layer]
+                return self._states(batch, positions).hidden
+            return self._states(batch, positions, [layer], through_head=False).layers[layer]
 
     def head(self, like: Tensor) -> Head:
         with self.frozen():
@@ -154,6 +162,16 @@ class Live:
 
     def release(self) -> None:
         pass
+
+    def _states(
+        self, batch: Batch, positions: Positions, layers: Collection[Layer] = (), through_head: bool = True
+    ) -> Supervised:
+        if self.packing is not None:
+            with self.packing as packing:
+                found = packing.hidden(self.lm, {"": batch}, {"": positions}, {"": layers}, through_head)
+            if found:
+                return found[""]
+        return supervised_hidden(self.lm, batch, positions, layers=layers, through_head=through_head)
 
 
 class AdapterOff(Live):

@@ -126,6 +126,11 @@ class TrainingConfig(Section):
     max_grad_norm: float = Field(default=1.0, ge=0, allow_inf_nan=False, description="0 does not clip")
     gradient_checkpointing: bool = False
     bf16: bool = Field(default=False, description="autocast to bfloat16 around float32 weights")
+    packing: bool = Field(
+        default=True,
+        description="a step's rows go through the model together, without padding, what they begin with once; where a "
+        "trial shows that the model says the same of them so",
+    )
     train_only: Patterns = Field(
         default=None, description="regular expressions of parameters' whole names: those alone are trained"
     )

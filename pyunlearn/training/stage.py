@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -62,6 +62,13 @@ class Stage:
         return QADataset(items, tokenizer, self.max_length, prompt_format=self.prompt_format)
 
 
+class Trained(NamedTuple):
+    """steps: of the optimiser. packing: `Packing.as_dict`; None: switched off."""
+
+    steps: int
+    packing: dict[str, Any] | None
+
+
 class SkipLastSave(TrainerCallback):
     """No resumable checkpoint of the last step: the stage's own model is written next, without the optimiser."""
 
@@ -81,8 +88,8 @@ def train(
     callbacks: Sequence[TrainerCallback] = (),
     sampler: ForgetSampler | None = None,
     dual: Dual | None = None,
-) -> int:
-    """The stage `name` to its end, from its last checkpoint if there is one: how many optimiser steps it has.
+) -> Trained:
+    """The stage `name` to its end, from its last checkpoint if there is one.
 
     Raises Interrupted after Ctrl-C, with a checkpoint saved, NonFiniteLossError naming the last good checkpoint,
     ValueError naming a file of the last checkpoint that is missing or damaged, OSError naming the folder where no
@@ -103,6 +110,7 @@ def train(
             reference=reference,
             sampler=sampler,
             dual=dual,
+            packing=settings.packing,
             callbacks=[
                 MetricsWriter(folder.metrics, name),
                 *callbacks,
@@ -125,7 +133,7 @@ def train(
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if interrupt.signum is not None and step < steps:
         raise Interrupted(f"stopped in {name} at step {step} of {steps}, checkpoint saved", interrupt.signum)
-    return step
+    return Trained(step, None if trainer.packing is None else trainer.packing.as_dict())
 
 
 def training_arguments(stage: Stage, name: str, settings: TrainingConfig, rows: int) -> TrainingArguments:

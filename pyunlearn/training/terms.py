@@ -16,6 +16,7 @@ from ..model.fingerprint import dataset_fingerprint
 from ..model.forward import POSITIONS, Layer, Supervised, select_positions, supervised_hidden
 from ..model.head import head_stats
 from ..model.reference import Cached, Reference, Source, as_references
+from ..model.tree import Packing
 from ..objectives import Objective, TokenInputs
 from ..objectives.reduction import Selection
 from ..ops.contract import NEEDS_REFERENCE
@@ -242,6 +243,7 @@ class TermLosses:
         self.terms = make_terms(objectives)
         self.needs = collect_needs(self.terms)
         self.references = assign_references(self.needs, reference)
+        self.packing: Packing | None = None  # where it has been entered, batches go through the model together
 
     def release(self) -> None:
         """Lets go of the references' heads on the device; they come back when needed."""
@@ -259,8 +261,9 @@ class TermLosses:
         needs = self.needs if terms is None else collect_needs(terms)
         lm = CausalLM.of(model)
         stats: dict[tuple[str, Place], TokenInputs] = {}
+        packed = self.packed_states(lm, needs, inputs)
         for kind, need in needs.items():
-            for place, values in self.statistics(lm, kind, need, inputs[kind]).items():
+            for place, values in self.statistics(lm, kind, need, inputs[kind], packed.get(kind)).items():
                 stats[kind, place] = values
         return [
             term.objective(
@@ -270,12 +273,27 @@ class TermLosses:
             for term in (self.terms if terms is None else terms)
         ]
 
-    def statistics(self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor]) -> dict[Place, TokenInputs]:
-        """Per-token statistics of one batch, by positions and layer: one run of the model, one `linear_token_stats`."""
-        widest = need.widest
-        if need.reads:
+    def packed_states(
+        self, lm: CausalLM, needs: Mapping[str, Need], inputs: Mapping[str, Mapping[str, Tensor]]
+    ) -> dict[str, Supervised]:
+        """Hidden states of the kinds of sequence that go through the model together, out of one run of it."""
+        through_head = any(need.reads for need in needs.values())
+        if through_head:
             lm.check_head()
-        supervised = supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.reads))
+        if self.packing is None or not self.packing.entered:
+            return {}
+        positions = {kind: need.widest for kind, need in needs.items()}
+        layers = {kind: need.layers for kind, need in needs.items()}
+        batches = {kind: inputs[kind] for kind in needs}
+        return self.packing.hidden(lm, batches, positions, layers, through_head)
+
+    def statistics(
+        self, lm: CausalLM, kind: str, need: Need, batch: Mapping[str, Tensor], packed: Supervised | None = None
+    ) -> dict[Place, TokenInputs]:
+        """Per-token statistics of one batch, by positions and layer: one run of the model, unless it was `packed`
+        with others, and one `linear_token_stats`."""
+        widest = need.widest
+        supervised = packed or supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.reads))
         outputs, vocab_size = self.head_outputs(lm, kind, need, batch, supervised) if need.reads else ({}, None)
         ref_states = {layer: self.references[kind].hidden(batch, widest, layer) for layer in need.reference_layers}
         scalars: dict[tuple[str, float], dict[str, Tensor]] = {}

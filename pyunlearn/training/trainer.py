@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from ..data import collate
 from ..model.causal_lm import eval_mode
 from ..model.forward import layer_number, length_batches
-from ..model.reference import Source, check_apart
+from ..model.reference import Live, Source, check_apart
+from ..model.tree import Packing
 from .arguments import check_arguments, check_router
 from .as_found import left_as_found
 from .dual import Dual
@@ -53,7 +54,9 @@ class UnlearnTrainer(TermLosses, Trainer):
     ReferenceCache} when several kinds of sequence need one, a live model, or, for a model under peft,
     `pyunlearn.model.reference.AdapterOff(model)`. sampler: draws the forget rows of every step (in full batches, with
     replacement) in place of one shuffled pass an epoch; the train_dataset must be a ForgetRetainDataset. dual: moves
-    the coefficient of the retain objective, of which there is then one.
+    the coefficient of the retain objective, of which there is then one. packing: the batches of a step go through the
+    model together, without padding, what their rows begin with once (`pyunlearn.model.tree`), where a trial in the
+    first step shows that the model says the same of them; `trainer.packing.declined` says why it does not.
 
     Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
     that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
@@ -79,6 +82,7 @@ class UnlearnTrainer(TermLosses, Trainer):
         data_collator: Any = None,
         sampler: ForgetSampler | None = None,
         dual: Dual | None = None,
+        packing: bool = True,
         **options: Any,
     ):
         if sampler is not None and getattr(train_dataset, "forget", None) is not sampler.rows:
@@ -88,6 +92,9 @@ class UnlearnTrainer(TermLosses, Trainer):
         retained = [term for term in self.terms if term.objective.role == "retain"]
         if dual is not None and len(retained) != 1:
             raise ValueError(f"dual: needs one retain objective, got {[term.label for term in retained]}")
+        self.packing = Packing() if packing else None
+        for live in {each for each in self.references.values() if isinstance(each, Live)}:
+            live.packing = Packing() if packing else None
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         check_arguments(args, options)
         args.remove_unused_columns = False
@@ -209,7 +216,7 @@ class UnlearnTrainer(TermLosses, Trainer):
             return
         model: Any = self.model
         try:
-            with left_as_found(model):
+            with left_as_found(model), self.packing or nullcontext():
                 yield
         finally:
             model = self.model  # another one where train() has called model_init

@@ -54,13 +54,16 @@ class UnlearnData:
 class Unlearned:
     """How an unlearning went.
 
-    steps: optimiser steps. learning_rate: at its highest. mean_absolute_change: of a trained weight (Figure 3 of
-    arXiv:2504.06658). trained: how many weights were, of how many `parameters` (those of adapters too). With a sampler:
+    steps: optimiser steps. packing: whether the rows of a step went through the model together, and why not, or not
+    wholly (`pyunlearn.model.tree.Packing.as_dict`); None: it was switched off. learning_rate: at its highest.
+    mean_absolute_change: of a trained weight (Figure 3 of arXiv:2504.06658). trained: how many weights were, of how
+    many `parameters` (those of adapters too). With a sampler:
     limits, what EL and MA had to fall below; refreshed_at, the steps at which MRD was computed; samples, one record a
     forget sample (`ForgetSampler.records`).
     """
 
     steps: int
+    packing: dict[str, Any] | None
     learning_rate: float
     mean_absolute_change: float
     trained: int
@@ -159,9 +162,10 @@ def unlearn_selected(
     before = {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(model)}
     trained, parameters = count_parameters(model)
     dual = None if settings.dual is None else Dual(**settings.dual.arguments())
-    steps = train(stage, "unlearn", settings, model, pairs, objectives, references, callbacks, sampler, dual)
+    done = train(stage, "unlearn", settings, model, pairs, objectives, references, callbacks, sampler, dual)
     return Unlearned(
-        steps=steps,
+        steps=done.steps,
+        packing=done.packing,
         learning_rate=settings.learning_rate or 0.0,
         mean_absolute_change=mean_absolute_change(before, model),  # by all ranks: sharded weights are gathered
         trained=trained,

@@ -14,6 +14,7 @@ from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden, supervised_stats
 from pyunlearn.model.reference import AdapterOff, Cached, Live, Reference, as_reference, as_references
+from pyunlearn.model.tree import Packing
 from pyunlearn.training.terms import TermLosses
 
 from .test_cache import make, make_rows
@@ -66,6 +67,24 @@ def test_all_say_what_the_model_says(references, kind):
     assert torch.equal(half.weight, model.lm_head.weight.bfloat16())
     reference.release()
     assert torch.equal(reference.head(torch.zeros(1)).weight, head.weight)
+
+
+@pytest.mark.parametrize("kind", ["live", "adapter off"])
+def test_what_rows_begin_with_goes_through_once(kind):
+    """Whatever it says, and however the model is left."""
+    model = make() if kind == "live" else adapted()
+    reference = Live(model) if kind == "live" else AdapterOff(model)
+    batch = {name: value.clone() for name, value in BATCH.items()}
+    batch["input_ids"][:, :3] = batch["input_ids"][0, :3]
+    plain = [reference.logp(batch), reference.hidden(batch, "real"), reference.hidden(batch, "supervised", 1)]
+    reference.packing = Packing()
+    packed = [reference.logp(batch), reference.hidden(batch, "real"), reference.hidden(batch, "supervised", 1)]
+    for one, other in zip(packed, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert reference.packing.as_dict() == {"used": True, "declined": {}}
+    assert reference.packing.tokens < 0.8 * reference.packing.padded
+    assert reference.lm.config._attn_implementation == "sdpa"
+    assert model.training == (kind == "adapter off")
 
 
 def test_a_cached_head_moves_once(references):

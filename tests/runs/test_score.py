@@ -118,7 +118,9 @@ def test_stopped_and_called_again_it_ends_the_same(scored, tmp_path, monkeypatch
 
 def test_another_configuration_is_told_a_way_that_score_has(scored):
     config, _ = scored
-    with pytest.raises(FileExistsError, match=r"another configuration.*; choose another folder by --set output=FOLDER$"):
+    with pytest.raises(
+        FileExistsError, match=r"another configuration.*; choose another folder by --set output=FOLDER$"
+    ):
         score(config.model_copy(update={"seed": config.seed + 1}), num_draws=DRAWS)
 
 

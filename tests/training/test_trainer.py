@@ -241,7 +241,10 @@ def test_each_kind_of_sequence_meets_model_and_head_once(tiny, arguments, caches
     assert sorted(calls) == sorted(
         [(log["forget.wga/count"], {"logp"}), (log["retain.kl/count"], {"logp", "kl_pq"})]
     )  # supervised tokens only: no prompt, no padding
-    assert len(forwards) == 2
+    assert len(forwards) == 1 + 2 + 1  # both ways are tried, then they go together
+    forwards.clear()
+    train(tiny, arguments(max_steps=2), ["wga", "kl"], reference=caches, model=model, packing=False)
+    assert len(forwards) == 2 * 2
 
 
 class Poison(TrainerCallback):
