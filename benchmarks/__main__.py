@@ -21,7 +21,7 @@ import torch
 from pyunlearn._hints import hint
 
 from .kernels import cpu, evidence, report
-from .kernels.run import PLANS, Session, run
+from .kernels.run import PLANS, Chosen, Session, run
 from .measure import machine
 from .results import RESULTS
 
@@ -45,7 +45,13 @@ def main(words: Sequence[str] | None = None, command: str = "python -m benchmark
     parser.add_argument(
         "--keep-memory", action="store_true", help="cpu: without the first touch of fresh memory in any time"
     )
-    parser.add_argument("--impl", default="", help="GPU parts: only these implementations, comma-separated")
+    for name, what in (
+        ("impl", 'implementations, in full or by the first word: "cuda,triton,liger"'),
+        ("case", 'cases, by a part of the name: "entropy,at once"'),
+        ("shape", 'shapes, N x V or N x V x H: "8192x128256,4096x131072x4096"'),
+        ("dtype", 'dtypes: "bfloat16"'),
+    ):
+        parser.add_argument(f"--{name}", default="", help=f"GPU parts: only these {what}")
     parser.add_argument("--seconds", type=float, default=420, help="GPU parts: time each may take (default 420)")
     parser.add_argument("--fresh", action="store_true", help="GPU parts: measure again what is stored")
     parser.add_argument("--device", default="cuda" if gpu else "cpu", help="of the GPU parts")
@@ -75,12 +81,14 @@ def main(words: Sequence[str] | None = None, command: str = "python -m benchmark
             status = 0
         else:
             session = Session(part, device, out, args.seconds, args.small, args.fresh)
+            asked = (args.impl, args.case, args.shape, args.dtype)
+            chosen = Chosen(*([*filter(None, given.split(","))] for given in asked))
             if part == "step":
                 from .scale import step  # needs transformers
 
-                status = step.run(session)
+                status = step.run(session, chosen)
             else:
-                status = run(part, session, [name for name in args.impl.split(",") if name])
+                status = run(part, session, chosen)
         if status != 0:
             return status
         report.write(out)

@@ -27,9 +27,10 @@ T = TypeVar("T")
 def timed(prepare: Callable[[int], T], run: Callable[[T], object], device: str, seconds: float = 0.2) -> list[float]:
     """Milliseconds of each of 5 to 30 runs, as many as fit in `seconds`, after warm-up; `prepare` is not counted.
 
-    On a GPU: CUDA events around the run, all caches overwritten before it. Work is queued while those 2 GiB are
-    written, so launching costs nothing where it takes less than about half a millisecond; a run that waits for the GPU
-    in between pays for that.
+    On a GPU: CUDA events around the run, 2 GiB read before it that nothing has written since: the caches hold none of
+    the run's data, and no line of another's that would be written back while it is timed. Work is queued meanwhile, so
+    launching costs nothing where it takes less than about half a millisecond; a run that waits for the GPU in between
+    pays for that.
     """
     samples: list[float] = []
     for i in range(-3, 30):
@@ -42,7 +43,7 @@ def timed(prepare: Callable[[int], T], run: Callable[[T], object], device: str, 
             elapsed = 1e3 * (time.perf_counter() - start)
         else:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            flush_buffer().zero_()
+            flush_buffer().sum()
             begin.record()
             output = run(inputs)
             end.record()
@@ -76,7 +77,7 @@ def release() -> None:
 
 @cache
 def flush_buffer() -> torch.Tensor:
-    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return torch.zeros(FLUSH_BYTES // 4, device="cuda")
 
 
 def spread(samples: list[float]) -> dict[str, Any]:
@@ -119,6 +120,20 @@ def copy_gbps(device: str = "cpu", megabytes: int = 256) -> float:
     return 2 * source.numel() * 4 / statistics.median(times) / 1e6
 
 
+def read_gbps(device: str = "cpu", megabytes: int = 256) -> float:
+    """Bytes read per second by the sum of a large array."""
+    source = torch.rand(megabytes << 18, device=device)
+    times = timed(lambda i: source, torch.sum, device)
+    return source.numel() * 4 / statistics.median(times) / 1e6
+
+
+def product_tflops(device: str = "cpu", size: int = 8192) -> float:
+    """Of a product of two random bfloat16 matrices: the ceiling of what is bound by products."""
+    a, b = torch.randn(2, size, size, device=device).bfloat16()
+    times = timed(lambda i: a, b.matmul, device)
+    return 2 * size**3 / statistics.median(times) / 1e9
+
+
 def machine(device: str = "cpu") -> dict[str, str]:
     """Device name, and the folder its results go to."""
     if device != "cpu":
@@ -148,10 +163,12 @@ def versions(device: str = "cpu", libraries: tuple[str, ...] = LIBRARIES) -> dic
 
 
 def commit() -> str:
-    """The commit measured, with "+" when the tree has changes; the variable COMMIT says it where git cannot."""
+    """The commit measured: what the variable COMMIT says, else git's, with "+" when the tree has changes."""
+    if given := os.environ.get("COMMIT"):
+        return given[:12]
     head = output_of("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if not head:
-        return os.environ.get("COMMIT", "unknown")[:12]
+        return "unknown"
     return head + ("+" if output_of("git", "-C", str(ROOT), "status", "--porcelain", "-uno") else "")
 
 

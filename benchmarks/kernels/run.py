@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -42,14 +43,34 @@ class Session:
         }  # fmt: skip
 
 
-def run(part: str, session: Session, only: list[str]) -> int:
-    """Measures what of `part` is not in the file yet; `only`: these implementations. Returns an exit status."""
+class Chosen(NamedTuple):
+    """What of a plan is run; nothing given: all of it."""
+
+    impls: Sequence[str] = ()  # in full, or the first word: "cuda" and "cuda in place"
+    cases: Sequence[str] = ()  # parts of their names
+    shapes: Sequence[str] = ()  # "8192x128256" (N x V) or "4096x131072x4096" (N x V x H)
+    dtypes: Sequence[str] = ()
+
+    def case(self, case: Any) -> bool:
+        shape = "x".join(str(size) for size in (case.n, case.v, case.h) if size)
+        return (
+            (not self.cases or any(part in case.name for part in self.cases))
+            and (not self.shapes or shape in self.shapes)
+            and (not self.dtypes or str(case.dtype)[6:] in self.dtypes)
+        )
+
+    def impl(self, name: str) -> bool:
+        return not self.impls or name in self.impls or name.split()[0] in self.impls
+
+
+def run(part: str, session: Session, chosen: Chosen = Chosen()) -> int:  # noqa: B008
+    """Measures what of `part` is chosen and not in the file yet. Returns an exit status."""
     left = measured = 0
-    for case, compiled in PLANS[part](session.device, session.small):
+    for case, compiled in filter(lambda pair: chosen.case(pair[0]), PLANS[part](session.device, session.small)):
         torch.cuda.empty_cache()  # the default budget of linear_token_stats is a share of what is free
         for name, impl in implementations(case).items():
             record = session.blank(case, name)
-            if (name == "compile") != compiled or (only and name not in only) or session.records.has(record):
+            if (name == "compile") != compiled or not chosen.impl(name) or session.records.has(record):
                 continue
             if session.late():
                 left += 1

@@ -28,7 +28,7 @@ from pyunlearn.model.head import head_stats
 from pyunlearn.objectives import TokenInputs
 from pyunlearn.ops import backends
 
-from ..kernels.run import Session, line
+from ..kernels.run import Chosen, Session, line
 from ..measure import flush_buffer, peak_bytes, release, spread, timed
 from ..results import Record
 from ..shapes import SHAPES, random_llama
@@ -86,13 +86,15 @@ class Step:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids, "index": index}
 
 
-def run(session: Session) -> int:
-    """Measures every step that is not in the file yet. Returns an exit status."""
+def run(session: Session, chosen: Chosen = Chosen()) -> int:  # noqa: B008
+    """Measures every step that is chosen and not in the file yet. Returns an exit status."""
     for shape in ("toy",) if session.small else SIZES:
         for objective in FORGET:
             step = Step(shape, objective, session.device, *((2, 16) if session.small else ()))
             order = backends.ORDER.get(torch.device(session.device).type, ())
             names = [name for name in order if name == "eager" or not backends.unavailable(name)]
+            if not chosen.case(step):
+                continue
             if session.late() or all(session.records.has(session.blank(step, name)) for name in names):
                 continue
             for record in measure(session, step, sorted(names, key=lambda name: name != "eager")):

@@ -25,7 +25,8 @@ template <class A> struct Curve {
       : scale(A(1 / t.temperature)), softcap(A(t.softcap)), per_softcap(A(t.softcap > 0 ? 1 / t.softcap : 0)),
         temperature(A(t.temperature)) {}
   template <bool kSoftcap, class F> PU_FN F z(F x) const {
-    return kSoftcap ? softcap * tanh_lanes(x * per_softcap) * scale : x * scale;
+    return product(kSoftcap ? softcap * tanh_lanes(x * per_softcap) : x,
+                   scale);  // less the maximum it is exactly 0 there
   }
   // scale * dz -> dx
   template <bool kSoftcap, class F> PU_FN F dx(F dz, F z) const {

@@ -20,15 +20,6 @@ struct Nothing {};
 template <class T> struct alignas(16) Pack { T lane[kGroup]; };
 template <> struct Pack<Nothing> {};
 
-template <class F> __device__ F product(F a, F b) {  // never fused into the sum that follows
-#if defined(__CUDA_ARCH__)
-  if constexpr (std::is_same_v<F, double>) return __dmul_rn(a, b);
-  else return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
 // The words of elements i .. i + 7, i a multiple of 8.
 __device__ __forceinline__ void words_of(const Perturb& p, const Noise& noise, uint32_t id, int64_t i,
                                          uint32_t (&words)[2][4]) {

@@ -47,7 +47,8 @@ struct Arguments {
     return wide_targets ? *targets.row<int64_t>(row) : *targets.row<int32_t>(row);
   }
   template <bool kSoftcap> __device__ float z(float x) const {
-    return (kSoftcap ? softcap * tanh_lanes(x * per_softcap) : x) * scale;
+    return product(kSoftcap ? softcap * tanh_lanes(x * per_softcap) : x,
+                   scale);  // less the maximum it is exactly 0 there
   }
   template <bool kSoftcap> __device__ float dx(float dz, float z) const {
     const float y = z * slope;
@@ -132,16 +133,17 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
   static constexpr int P = Pack<T>::count;
   static constexpr bool kReference = kWants & kReferenceSums;
   const Arguments& a;
+  const T *const x, *const r;
   const int64_t target;  // a column of these logits, or outside of them
   RowState<float> s = RowState<float>::empty(0.0f);
 
-  __device__ Reader(const Arguments& arguments, const T* x, const T* r, Span span, int64_t column)
-      : a(arguments), target(column) {
-    const float first = a.template z<kSoftcap>(value_of(x[span.begin]));
-    const float gap = kReference ? first - a.template z<kSoftcap>(value_of(r[span.begin])) : 0.0f;
+  __device__ Reader(const Arguments& arguments, const T* logits, const T* reference, Span span, int64_t column)
+      : a(arguments), x(logits), r(reference), target(column) {
+    const float first = z(x[span.begin]), gap = kReference ? first - z(r[span.begin]) : 0.0f;
     s.origin = first - first == 0 ? first : 0.0f;
     s.offset = gap - gap == 0 ? gap : 0.0f;
   }
+  __device__ float z(T v) const { return a.template z<kSoftcap>(value_of(v)); }
 
   template <int N> __device__ void take(float (&z)[N], float (&q)[N], int32_t i) {
     const bool around = target >= i && target < i + N;  // one lane is the target's: it goes in as -inf
@@ -149,8 +151,7 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
     if (around) {
 #pragma unroll
       for (int l = 0; l < N; ++l) {
-        if (i + l == target)
-          s.target = z[l], s.ref_target = q[l], z[l] = q[l] = -std::numeric_limits<float>::infinity();
+        if (i + l == target) z[l] = q[l] = -std::numeric_limits<float>::infinity();
         else if (kWants & kTotal) total += z[l] - s.origin;
         if (i + l < target) s.before = max_lanes(z[l], s.before);
       }
@@ -160,25 +161,18 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
     if ((kWants & kTotal) && around) s.total = total;
   }
   __device__ void pack(const Pack<T>& px, const Pack<T>& pr, int32_t i) {
-    float z[P], q[P];
+    float zs[P], qs[P];
 #pragma unroll
-    for (int l = 0; l < P; ++l) {
-      z[l] = a.template z<kSoftcap>(value_of(px.lane[l]));
-      q[l] = kReference ? a.template z<kSoftcap>(value_of(pr.lane[l])) : 0.0f;
-    }
-    take(z, q, i);
+    for (int l = 0; l < P; ++l) zs[l] = z(px.lane[l]), qs[l] = kReference ? z(pr.lane[l]) : 0.0f;
+    take(zs, qs, i);
   }
   __device__ void single(T xv, T rv, int32_t i) {
-    float z[1] = {a.template z<kSoftcap>(value_of(xv))},
-          q[1] = {kReference ? a.template z<kSoftcap>(value_of(rv)) : 0.0f};
-    take(z, q, i);
+    float zs[1] = {z(xv)}, qs[1] = {kReference ? z(rv) : 0.0f};
+    take(zs, qs, i);
   }
 
-  // The state of the block's whole span, in every thread. `room` is kWarps + 2 floats of shared memory.
+  // The state of the block's whole span, in every thread. `room` is kWarps floats of shared memory.
   __device__ RowState<float> joined(Span span, float* room) {
-    if (threadIdx.x == 0) room[kWarps] = s.target, room[kWarps + 1] = s.ref_target;  // NaN, or its own
-    __syncthreads();
-    if (s.target == s.target) room[kWarps] = s.target, room[kWarps + 1] = s.ref_target;
     const float max = max_over_block(s.max, room);
     raise_max<kWants>(s, max);
     s.ones = sum_over_block(s.ones, room);
@@ -195,8 +189,8 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
       s.ref_gap = sum_over_block(s.ref_gap, room);
     }
     const bool here = target >= span.begin && target < span.end;
+    if (here) s.target = z(x[target]), s.ref_target = kReference ? z(r[target]) : 0.0f;
     s.count = float(span.end - span.begin - here);
-    if (here) s.target = room[kWarps], s.ref_target = room[kWarps + 1];
     return s;
   }
 };

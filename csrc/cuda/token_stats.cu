@@ -12,7 +12,7 @@ namespace {
 template <class T, unsigned kWants, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, blocks_of(kWants& kReferenceSums))
     accumulate_kernel(Arguments a, RowState<float>* state, bool fresh) {
-  __shared__ float room[kWarps + 2];
+  __shared__ float room[kWarps];
   const int64_t row = blockIdx.x, column = a.target(row);
   const int part = blockIdx.y, parts = gridDim.y;
   RowState<float>& out = state[row * parts + part];

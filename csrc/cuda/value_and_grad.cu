@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   PU_DYNAMIC_SHARED(memory);
-  __shared__ float room[kWarps + 2];
+  __shared__ float room[kWarps];
   __shared__ RowState<float> mine;
   __shared__ RowCoefficients<float> coefficients;
   T* onchip = reinterpret_cast<T*>(memory);  // column i of the span is onchip[i - span.begin + phase]

@@ -159,6 +159,26 @@ template <class F> PU_FN F max_lanes(F a, F b) { return select(a > b, a, b); }  
 template <> PU_FN float max_lanes(float a, float b) { return fmaxf(a, b); }
 #endif
 
+// a * b, rounded: no compiler makes one operation of it and the sum or difference that follows.
+template <class F, class S> PU_FN F product(F a, S b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(F) == 8) return __dmul_rn(a, b);
+  else return __fmul_rn(a, b);
+#else
+  F ab = a * b;
+#if defined(__AVX512F__)
+  asm("" : "+v"(ab));
+#elif defined(__x86_64__)
+  asm("" : "+x"(ab));
+#elif defined(__aarch64__)
+  asm("" : "+w"(ab));
+#else
+  asm("" : "+m"(ab));
+#endif
+  return ab;
+#endif
+}
+
 // Nothing of anything is nothing, even of infinity.
 template <class A> PU_FN A times(A weight, A value) { return weight == 0 ? A(0) : weight * value; }
 

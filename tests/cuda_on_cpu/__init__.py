@@ -5,10 +5,10 @@ from __future__ import annotations
 import fcntl
 import importlib.util
 import os
+import re
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -39,15 +39,30 @@ def load() -> ModuleType:
 
 def build(target: Path) -> None:
     sources = [ROOT / "csrc/bindings.cpp", *(ROOT / "csrc/cpu").glob("*.cpp"), *(ROOT / "csrc/cuda").glob("*.cu")]
-    newest = max(p.stat().st_mtime for p in [*ROOT.glob("csrc/**/*"), *HERE.glob("**/*.h")])
+    newest = max(p.stat().st_mtime for p in [*ROOT.glob("csrc/**/*"), *HERE.glob("**/*.h"), Path(__file__)])
     if target.exists() and target.stat().st_mtime > newest:
         return
-    includes = [f"-I{HERE}/include", f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
-    if os.uname().machine == "x86_64":
-        includes.append("-mf16c")
-    objects = [str(BUILD / f"{source.stem}{source.suffix}.o") for source in sources]
-    compiler = ["g++", *FLAGS, *(f"-D{name}" for name in NAMES), *includes, "-x", "c++"]
-    commands = [[*compiler, "-c", str(source), "-o", target] for source, target in zip(sources, objects, strict=True)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        list(pool.map(partial(subprocess.run, check=True), commands))
+        objects = list(pool.map(compiled, sources))
     subprocess.run(["g++", "-shared", "-fopenmp", *objects, "-o", str(target)], check=True)
+
+
+def compiled(source: Path) -> str:
+    """The object file of one source."""
+    includes = [f"-I{HERE}/include", f"-I{source.parent}", f"-I{sysconfig.get_paths()['include']}"]
+    includes += [f"-I{pybind11.get_include()}", *(["-mf16c"] if os.uname().machine == "x86_64" else [])]
+    target = str(BUILD / f"{source.name}.o")
+    command = ["g++", *FLAGS, *(f"-D{name}" for name in NAMES), *includes, "-x", "c++", "-c", "-", "-o", target]
+    text = f'#line 1 "{source}"\n{poisoned(source.read_text())}'
+    subprocess.run(command, input=text, text=True, check=True)
+    return target
+
+
+def poisoned(source: str) -> str:
+    """Every declaration of shared memory followed by what fills it with NaN when a block begins."""
+
+    def followed(match: re.Match[str]) -> str:
+        names = re.findall(r"(\w+)\s*(?:\[[^\]]*\]\s*)*(?=[,;])", match[1])
+        return match[0] + "".join(f" cuda_on_cpu::poison({name});" for name in names)
+
+    return re.sub(r"__shared__ ([^;()]*;)", followed, source)

@@ -37,7 +37,7 @@ class Model(nn.Module):
         self.layers[2].requires_grad_(False)
 
     def forward(self, ids):
-        x = self.embedding(ids) + self.position + self.offset
+        x = self.embedding(ids.to(self.position.device)) + self.position + self.offset
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
@@ -78,5 +78,5 @@ def assert_restored(model, before):
 
 def perturbed_weight(name, w, sigma, seed, draw, sign=1):
     wide = torch.promote_types(w.dtype, torch.float32)
-    z = pu.gaussian_noise(w.numel(), seed=seed, draw=draw, name=name).view(w.shape).to(wide)
+    z = pu.gaussian_noise(w.numel(), seed=seed, draw=draw, name=name, device=w.device).view(w.shape).to(wide)
     return w.detach().to(wide) + z * (sign * sigma)

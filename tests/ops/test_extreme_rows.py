@@ -7,9 +7,10 @@ from itertools import combinations
 import pytest
 import torch
 
+import pyunlearn as pu
 from pyunlearn.ops import OUTPUTS
 
-from .rows import DIFFERENTIABLE, assert_within_budget, interpreted, run, skip_unless_taken
+from .rows import DIFFERENTIABLE, assert_within_budget, device_of, interpreted, run, skip_unless_taken
 
 MARGINS = (-300.0, -100.0, -30.0, 0.0, 14.0, 16.0, 29.0, 31.0, 60.0, 86.0, 90.0, 110.0, 300.0)
 V = 11
@@ -108,6 +109,83 @@ def test_what_has_no_softmax_is_nan(value, where, fused):
             assert d_ours[::2].isnan().all()
             assert all(ours[output][::2].isnan().all() for output in outputs if output != "greedy")
         assert d_ours[1::2].isfinite().all()
+
+
+# Places of a row that begins 2 elements into 16 bytes: head and tail are what whole packs leave of it.
+WIDE, PHASE = 8200, 2
+PLACES = {
+    "target": lambda t: t, "first": lambda t: 0, "last": lambda t: -1, "head": lambda t: 3, "body": lambda t: 2055,
+    "beside the target": lambda t: t + 1 if t < WIDE - 1 else t - 1, "tail": lambda t: -3, "all": lambda t: slice(None),
+}  # fmt: skip
+
+
+def spoilt_rows(value, dtype):
+    """A row for each place and each target there, every other row well: (logits, reference, targets)."""
+    g = torch.Generator().manual_seed(0)
+    targets = torch.tensor([0, 3, 4100, WIDE - 3, WIDE - 1]).repeat_interleave(2 * len(PLACES))
+    pitch = WIDE + 8  # every row begins as the first does: 16-byte loads are possible in all of them
+    logits, reference = (torch.randn(len(targets), pitch, generator=g).to(dtype) for _ in range(2))
+    logits = logits[:, PHASE : WIDE + PHASE]
+    for i in range(0, len(targets), 2):
+        logits[i, list(PLACES.values())[i // 2 % len(PLACES)](int(targets[i]))] = value
+    return logits, reference[:, PHASE : WIDE + PHASE], targets
+
+
+@pytest.mark.parametrize("with_reference", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), NOWHERE], ids=str)
+def test_what_has_no_softmax_is_nan_wherever_it_is(value, dtype, with_reference, fused):
+    """NaN and +inf anywhere in a row leave nothing of it; -inf is a token that cannot be, the row's only hope the rest.
+    Statistics and gradient, in two passes and at once, as eager in float64 has them."""
+    logits, reference, targets = spoilt_rows(value, dtype)
+    spoilt = torch.arange(len(targets)) % 2 == 0
+    if interpreted(fused):  # a place for each target
+        keep = torch.arange(len(targets)) % (2 * len(PLACES) + 2) < 2
+        logits, reference, targets, spoilt = logits[keep], reference[keep], targets[keep], spoilt[keep]
+    outputs = ("logp", "entropy", "lse", "greedy", *(("kl_pq", "kl_qp") if with_reference else ()))
+    upstream = {"logp": torch.linspace(-1, 2, len(targets)).double()}
+    if not with_reference:
+        upstream["entropy"] = torch.ones(len(targets)).double()
+    args = targets, reference if with_reference else None, upstream, outputs
+    ours, d_ours = run(logits, *args, backend=fused)
+    wide = (None if args[1] is None else reference.double(), *args[2:])
+    oracle, d_oracle = run(logits.double(), targets, *wide, backend="eager")
+    rounding = 1e-5 if dtype == torch.float32 else 2**-7 if interpreted(fused) else 2**-8  # triton's cuts the bits off
+    close = dict(atol=2e-5, rtol=rounding, equal_nan=True)
+    for output in outputs:
+        torch.testing.assert_close(ours[output], oracle[output], msg=lambda m, o=output: f"{o}: {m}", **close)
+    torch.testing.assert_close(d_ours, d_oracle, msg=lambda m: f"gradient: {m}", **close)
+    if value != NOWHERE:
+        assert d_ours[spoilt].isnan().all()
+        assert all(ours[output][spoilt].isnan().all() for output in outputs if output != "greedy")
+    if not with_reference:
+        device = device_of(fused)
+        weights = {name: up.float().to(device) for name, up in upstream.items()}
+        stats, d_logits = pu.value_and_grad(logits.to(device), targets.to(device), weights, backend=fused)
+        torch.testing.assert_close(stats.logp.double().cpu(), oracle["logp"], **close)
+        torch.testing.assert_close(d_logits.double().cpu(), d_oracle, msg=lambda m: f"at once: {m}", **close)
+
+
+@pytest.mark.parametrize("offset", [0.0, 300.0, 3000.0])
+@pytest.mark.parametrize("softcap", [None, 30.0])
+def test_a_peak_is_exact_at_any_temperature(offset, softcap, fused):
+    """z - max is 0 at the maximum, whatever z was rounded by: its p is 1, and a row's gradient sums to 0. (One
+    operation made of the product in z and the difference leaves the rounding there: 2e-6, or 4e-4 about 3000.)"""
+    n, v = 8, 64
+    logits = torch.randn(n, v) + torch.rand(n, 1) * 7 + (offset if softcap is None else 0.0)
+    targets, lane = torch.randint(0, v, (n,)), torch.arange(n)
+    logits[lane, (targets + 1) % v] += 22 if softcap is None else 300
+    reference, options = logits + torch.randn(n, v) * 0.3, dict(temperature=0.7, softcap=softcap)
+    for name in ("logp", "entropy", "kl_pq"):
+        upstream = {name: torch.ones(n).double()}
+        args = targets, reference, upstream, ("logp", "entropy", "kl_pq")
+        _, grad = run(logits, *args, backend=fused, **options)
+        _, d_eager = run(logits, *args, backend="eager", **options)
+        wide = (targets, reference.double(), *args[2:])
+        _, d_oracle = run(logits.double(), *wide, backend="eager", **options)
+        assert_within_budget(grad, d_eager, d_oracle, 1e-6 if softcap is None else 1e-5, f"gradient of {name}")
+        if softcap is None:
+            assert bool((grad.sum(-1).abs() <= 1e-6).all()), grad.sum(-1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

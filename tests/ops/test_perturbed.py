@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,11 +12,20 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pyunlearn as pu
+from benchmarks.kernels.cases import fused
 from pyunlearn.ops import noise, parameters, perturbation
 
 from .perturbed_model import EVERY, IDS, IN_MEMORY, assert_restored, bits, make, perturbed_weight, state
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True, params=DEVICES)
+def device(request):
+    """Where models and tensors are made."""
+    with nullcontext() if request.param == "cpu" else torch.device(request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize(
@@ -41,18 +51,22 @@ def test_weights_are_w_plus_sigma_z(mode, dtype):
     assert_restored(model, before)
 
 
-def test_eager_backend_agrees():
+def test_eager_backend_agrees(device):
     model = make(bfloat16_numbers=True)
     for mode in EVERY:
         outputs = []
-        for backend in ("cpu", "eager"):
+        for backend in (*fused(device), "eager"):
             with torch.no_grad(), pu.perturbed(model, sigma=1e-2, mode=mode, backend=backend) as it:
                 it.to(3)
                 outputs.append(model(IDS))
-        torch.testing.assert_close(*outputs, atol=2e-6, rtol=2e-6)
+        assert len(outputs) >= 2
+        for output in outputs:
+            torch.testing.assert_close(output, outputs[-1], atol=2e-6, rtol=2e-6)
 
 
-def test_wrappers_change_nothing():
+def test_wrappers_change_nothing(device):
+    if device == "cpu" and torch.cuda.is_available():
+        pytest.skip("DataParallel takes no model on the CPU where there is a GPU")
     model = make()
     with torch.no_grad(), pu.perturbed(model, sigma=1e-2):
         expected = model(IDS)
@@ -224,6 +238,7 @@ def test_use_outside_of_the_block():
 
 def test_docstring_example():
     names = {"torch": torch, "nn": nn, "gaussian_noise": pu.gaussian_noise}
-    result = doctest.testmod(perturbation, extraglobs=names)
+    with torch.device("cpu"):
+        result = doctest.testmod(perturbation, extraglobs=names)
     assert result.attempted > 0
     assert result.failed == 0

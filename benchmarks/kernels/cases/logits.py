@@ -40,7 +40,10 @@ KINDS = {
 
 @dataclass
 class Logits(Base):
-    """Statistics of given logits, weighted per token and summed; d(logits) where `kind.backward`."""
+    """Statistics of given logits, weighted per token and summed; d(logits) where `kind.backward`.
+
+    first: the column of a wider matrix at which the rows begin; other than 0, they lie at odd addresses.
+    """
 
     op = "token_stats"
     h = 0
@@ -49,6 +52,7 @@ class Logits(Base):
     n: int
     v: int
     device: str = "cpu"
+    first: int = 0
 
     @property
     def kind(self) -> Kind:
@@ -67,9 +71,8 @@ class Logits(Base):
     @cached_property
     def tensors(self) -> dict[str, Any]:
         g = torch.Generator(self.device).manual_seed(0)
-        like: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        logits = torch.empty(self.windows, self.n, self.v, **like).normal_(0, 3, generator=g)
-        reference = torch.empty_like(logits).normal_(generator=g).add_(logits) if self.kind.reference else None
+        logits = self.room().normal_(0, 3, generator=g)
+        reference = self.room().normal_(generator=g).add_(logits) if self.kind.reference else None
         return {
             "logits": logits,
             "reference": reference,
@@ -77,9 +80,13 @@ class Logits(Base):
             "weights": torch.rand(self.windows, self.n, generator=g, device=self.device),
         }
 
+    def room(self) -> Tensor:
+        whole = torch.empty(self.windows, self.n, self.first + self.v, device=self.device, dtype=self.dtype)
+        return whole[..., self.first :]
+
     @cached_property
     def scratch(self) -> Tensor:
-        return torch.empty_like(self.tensors["logits"])
+        return self.room()
 
     def window(self, i: int) -> dict[str, Any]:
         return {name: None if x is None else x[i % self.windows] for name, x in self.tensors.items()}

@@ -45,13 +45,13 @@ def test_cpu_part_writes_records_and_table(tmp_path):
 
 def test_gpu_parts_run_and_resume(tmp_path, session):
     """The code of the GPU parts, on the CPU: records, report, and nothing measured twice."""
-    ours = ["cpu", "torch"]
+    ours = run.Chosen(["cpu", "torch"])
     assert run.run("logits", session("logits"), ours) == 0
     assert run.run("linear", session("linear"), ours) == 0
     logits, linear = (read(tmp_path / f"{part}.json") for part in ("logits", "linear"))
     assert {r["case"] for r in logits} == set(cases.KINDS)
     assert {r["case"] for r in linear} == {*cases.LINEAR_KINDS, cases.Product.name}
-    assert run.run("weights", session("weights"), []) == 0
+    assert run.run("weights", session("weights")) == 0
     weights = read(tmp_path / "weights.json")
     pairs_and_noise = {cases.ONE_TENSOR, cases.MANY_TENSORS, cases.ONE_PAIR, cases.MANY_PAIRS}
     assert {r["case"] for r in weights} == pairs_and_noise | {next(iter(cases.NORMS))}
@@ -77,7 +77,7 @@ def test_gpu_parts_run_and_resume(tmp_path, session):
 
 
 def test_late_run_leaves_the_rest(tmp_path, session, capsys):
-    assert run.run("linear", session("linear", seconds=-1.0), ["cpu"]) == 0
+    assert run.run("linear", session("linear", seconds=-1.0), run.Chosen(["cpu"])) == 0
     assert re.search(r"linear: 0 measured, [1-9]\d* left", capsys.readouterr().out)
     assert not (tmp_path / "linear.json").exists()
 
@@ -93,7 +93,7 @@ def test_failing_peer_is_recorded_and_stops_nothing(tmp_path, session, monkeypat
     one = cases.Logits(cases.NLL, torch.bfloat16, 4, 50)
     monkeypatch.setattr(run, "implementations", lambda case: offered)
     monkeypatch.setitem(run.PLANS, "logits", lambda device, small: iter([(one, False)]))
-    assert run.run("logits", session("logits"), []) == 0
+    assert run.run("logits", session("logits")) == 0
     first, second = records = read(tmp_path / "logits.json")
     assert first["failed"] == "RuntimeError: no kernel image | is available"
     assert second["time_ms"]["median"] > 0
