@@ -41,7 +41,7 @@ from .folder import RunFolder, versions
 from .job import Job, loaded, starting_model
 from .overrides import load_config
 from .provenance import Attempt
-from .run import RunResult, load_result
+from .run import load_result
 from .sections import ModelConfig
 from .table import make_table, table_markdown, with_interval
 from .tools import load_tools
@@ -49,27 +49,25 @@ from .verdict import FEW, check_goals, reach_verdict
 
 METRICS = ("probability", "memorization_accuracy", "extraction_strength")  # of one teacher-forced pass
 COLUMNS = ("before", "unlearned", "calibrated")
+READING = {"variant", "options", "rouge_samples", "max_new_tokens"}  # of an evaluation's settings: what decides numbers
 Records = Mapping[str, Sequence[Mapping[str, Any]]]
 Means = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A finished run at work again. place: where its results go. work: for what is needed meanwhile, and removed."""
+    """A finished run at work again. place: where its results go."""
 
     job: Job[RunConfig]
-    result: RunResult
     place: RunFolder
     attempt: Attempt
 
     @property
     def before(self) -> ModelConfig:
         config, memorised = self.job.config, self.job.folder.memorised
-        return (
-            config.model
-            if config.memorise is None
-            else ModelConfig(name_or_path=str(memorised), dtype=config.model.dtype)
-        )
+        if config.memorise is None:
+            return config.model
+        return ModelConfig(name_or_path=str(memorised), dtype=config.model.dtype)
 
     @property
     def after(self) -> ModelConfig:
@@ -81,6 +79,7 @@ class Pair:
 
     @property
     def work(self) -> Path:
+        """What is needed meanwhile, and removed."""
         return self.place.path / "work"
 
     @property
@@ -98,7 +97,8 @@ class Pair:
             "before": {**model_fingerprints(self.before), "seed": config.seed, "options": config.model.options},
             "after": model_fingerprints(self.after),
             "rows": {name: digest_pairs(items) for name, items in sets.items()},
-            "reading": config.evaluate.model_dump(mode="json", include={"variant", "options"}),
+            "reading": config.evaluate.model_dump(mode="json", include=READING),
+            "dtype": config.model.dtype,
             "prompt": config.to_dict()["data"]["prompt"],
             "max_length": config.max_length,
         }
@@ -220,12 +220,16 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
     Raises FileNotFoundError for no finished run, or one whose models are gone; ValueError for a damaged one, one whose
     data or model are others than when it ran, or several processes; InUse; Interrupted after Ctrl-C.
     """
-    path, result = Path(path), load_result(path)
+    path = load_result(path).folder
+    if not RunFolder(path).marked:
+        raise ValueError(
+            f"RUN={str(path)!r}: is no run folder, or what a run was calibrated to; needs a run's own folder"
+        )
     config = load_config(RunFolder(path).config).model_copy(update={"output": str(path)})
     job = Job.start(config, console, command)
     if job.processes.count > 1:
         raise ValueError(f"{method} works in one process, got {job.processes.count}; start it without torchrun")
-    pair = Pair(job, result, RunFolder(path / method), Attempt(command))
+    pair = Pair(job, RunFolder(path / method), Attempt(command))
     job.folder.check_reads(fingerprints(config, job.data))
     for folder in (job.folder.checkpoint, *([job.folder.memorised] if config.memorise is not None else [])):
         if not folder.is_dir():

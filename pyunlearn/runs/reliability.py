@@ -34,7 +34,7 @@ from .fingerprint import digest_pairs, model_fingerprints
 from .folder import RunFolder
 from .job import Job, loaded
 from .overrides import load_config
-from .pair import examine
+from .pair import READING, examine
 from .provenance import Attempt, Record, describe
 from .run import load_result, rate_of
 from .sections import ModelConfig
@@ -127,9 +127,8 @@ class Subject:
             "model": model_fingerprints(model),
             "rows": {name: digest_pairs(items) for name, items in self.sets.items()},
             "metrics": self.metrics,
-            "reading": config.evaluate.model_dump(
-                mode="json", include={"variant", "options", "rouge_samples", "max_new_tokens"}
-            ),
+            "reading": config.evaluate.model_dump(mode="json", include=READING),
+            "dtype": config.model.dtype,
             "prompt": config.to_dict()["data"]["prompt"],
             "max_length": config.max_length,
             "seed": config.seed,

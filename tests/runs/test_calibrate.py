@@ -83,6 +83,8 @@ def test_uwc_keeps_what_was_asked_and_is_a_run_again(folder, tmp_path):
     assert not (place / "work").exists()
     comparison = compare_runs([folder, place])
     assert [group.name for group in comparison.groups] == ["tiny", "tiny-uwc"]
+    with pytest.raises(ValueError, match="or what a run was calibrated to; needs a run's own folder"):
+        calibrate_uwc(place)
     assert comparison.differences["calibration.a"] == [None, result.a]
     export(place, tmp_path / "given")
     assert weights(tmp_path / "given") == weights(place / "checkpoint")
