@@ -45,7 +45,7 @@ def load_config(
     anchors: further ones of evaluate.anchors. given: values by dotted key, laid on the file's before the overrides are;
     under: sections that these are laid on.
     A recipe among the overrides comes before the others, and takes the place of what the file has for its keys; before
-    it come the model and the data, whose kind decides on the defaults.
+    it come the model and the data, whose kind decides on the defaults, and the whole section, which would undo it.
 
     Raises FileNotFoundError when `path` is missing, and ConfigError with one line per problem, or for an override that
     would undo an earlier one of a key below it.
@@ -96,8 +96,11 @@ def problems_told() -> Iterator[None]:
         raise ConfigError("\n".join(explain(problem) for problem in error.errors())) from None
 
 
+FIRST = ("model", "data", "unlearn=", "unlearn.recipe=")
+
+
 def rank(override: str) -> int:
-    return next((i for i, key in enumerate(("model", "data", "unlearn.recipe=")) if override.startswith(key)), 3)
+    return next((i for i, key in enumerate(FIRST) if override.startswith(key)), len(FIRST))
 
 
 def recipe_by(name: str) -> dict[str, Any]:

@@ -27,11 +27,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .._files import read_json, write_folder, write_json, write_text
+from .._files import read_json, write_file, write_folder, write_json, write_text
 from .._terminal import print_table, shown, visible
+from ..model.load import EMBEDDED
 from ..report.compare import Comparison
 from ..store import differences, digest_json, own
 from ..training.stage import Interrupted
+from .anchors import ANCHORS
 from .compare import AGGREGATE, FILES, compare
 from .config import RunConfig
 from .folder import LOCK, MARK, RunFolder, compared, config_text, with_defaults
@@ -85,10 +87,8 @@ class Sweep:
     def start(self, cell: Cell) -> RunConfig:
         """What the cell begins with, as a run of its own."""
         config = start_of(cell.config)
-        about = compared(config.to_dict()) | {"anchors": config.evaluate.anchors}
-        return config.model_copy(
-            update={"output": str(self.folder / "starts" / f"seed{config.seed}-{digest_json(about)[:12]}")}
-        )
+        name = f"seed{config.seed}-{digest_json(compared(config.to_dict()))[:12]}"
+        return config.model_copy(update={"output": str(self.folder / "starts" / name)})
 
     def task(self, cell: Cell, start: Path, place: Path) -> Task:
         return Task(str(cell), partial(finish_cell, cell, start, self.references), place)
@@ -114,11 +114,13 @@ class Sweep:
 
 
 def start_of(config: RunConfig) -> RunConfig:
-    """As far as runs are alike before they unlearn: no adapter, no objectives; refusals where they are read."""
+    """As far as runs are alike before they unlearn: no adapter, no objectives; but for those that read refusals of our
+    own, as the embedded model's tokenizer is made of all texts."""
     values = config.to_dict()
     values["model"]["lora"] = values["model"]["lora"] if config.model.quantize else None
     values["evaluate"] |= {"every": None, "goal": None}
-    unlearn: dict[str, Any] = {"forget": "idk" if config.needs_refusals else "ga", "retain": []}
+    refusals = config.needs_refusals and config.data.source != EMBEDDED and config.data.refusals is None
+    unlearn: dict[str, Any] = {"forget": "idk" if refusals else "ga", "retain": []}
     return RunConfig.model_validate({**values, "name": "start", "unlearn": unlearn, "geffect": None})
 
 
@@ -153,13 +155,25 @@ def link(path: Path, place: Path) -> None:
         with suppress(OSError):  # not every file system has links
             os.link(path, place)
             return
-    shutil.copy2(path, place)
+    write_file(place, lambda temporary: shutil.copyfile(path, temporary))
+
+
+def catch_up(start: RunFolder, folder: RunFolder) -> None:
+    """What models say that the run is held against since it was begun."""
+    for name in unmeasured(folder, ANCHORS):
+        own = start.path.glob(f"evaluation/{name}*")
+        for path in sorted(own, key=lambda path: path.suffix == ".json"):  # the means, which say that it is whole, last
+            place = folder.evaluation(path.name)
+            place.unlink(missing_ok=True)
+            link(path, place)
 
 
 def finish_cell(cell: Cell, start: Path, references: Path) -> list[dict[str, Any]]:
     """The run to its end, from where it is; its table."""
     folder = RunFolder(cell.config.folder)
-    if not folder.marked:
+    if folder.marked:
+        catch_up(RunFolder(start), folder)
+    else:
         begin(RunFolder(start), cell.config)
     command = f"pyunlearn run {shlex.quote(str(folder.path))}"
     return run(cell.config, resume=True, command=command, references=references).table

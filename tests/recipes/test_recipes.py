@@ -141,6 +141,8 @@ def test_what_the_user_sets_wins_in_any_order():
     assert (config.unlearn.sampling.by, config.unlearn.sampling.weighting) == ("mrd", "inverse")
     assert config.unlearn.batch_size == 2
     assert recipe("npo")["forget"] == [{"name": "npo"}]  # it was not written into
+    whole = load_config(None, ["unlearn={epochs: 3, forget: me}", "unlearn.recipe=npo_kl"])  # of a whole section, too
+    assert (terms(whole), whole.unlearn.epochs) == ((["npo"], ["kl"]), 3)
     plain = load_config(
         None, ["unlearn.sampling=mrd", "unlearn.sampling.refresh_steps=3", "unlearn.early_stop.share=0.5"]
     )

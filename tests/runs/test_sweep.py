@@ -130,6 +130,11 @@ def test_what_is_finished_stays_and_a_grid_may_grow(tmp_path, counted):
     assert "4 runs, 1 of them finished, 2 starts" in told.export_text()
     assert [group.seeds for group in result.comparison.groups] == [[0, 3], [0, 3]]
     counted.clear()
+    more = go(grid_of(("ga", "npo_kl"), seeds=[0, 3], run={"evaluate": {"anchors": ["retrained"]}}), out)
+    assert counted == {"made retrained": 2, "retrained": 2}  # one of each start, for the runs that are there
+    assert ("forget", "probability") in more.comparison.columns
+    assert all(group.mean(("forget", "probability"), "retrained") for group in more.comparison.groups)
+    counted.clear()
     smaller = go(grid_of(("ga",), seeds=[3]), out)
     assert not counted  # nothing was left to do
     assert [group.seeds for group in smaller.comparison.groups] == [[3]]
@@ -308,3 +313,19 @@ def test_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="sweep: is one process that starts others; needs no torchrun"):
         go(grid_of(("ga",)), tmp_path / "out")
+
+
+def test_which_runs_begin_alike(tmp_path):
+    def starts(grid, **words):
+        job = Sweep(grid, make_cells(grid, tmp_path, (), words), tmp_path)
+        return len({job.start(cell).folder for cell in job.cells})
+
+    assert starts(grid_of(("ga", "idk_gd", "rmu"), seeds=2)) == 2  # the embedded world has its refusals for all
+    own = make_grid(
+        {"run": {"evaluate": ALIKE["evaluate"]}, "axes": {"unlearn.recipe": ["ga", "idk_gd", "po", "npo_kl"]}}
+    )
+    assert starts(own, forget="F", retain="R", model="M") == 2  # refusals of our own are texts of the tokenizer's
+    assert starts(own, forget="F", retain="R", model="M", refusals="mine.txt") == 1
+    assert starts(grid_of(**{"memorise.epochs": [1, 2]})) == 2
+    assert starts(grid_of(**{"evaluate.max_new_tokens": [4, 5]})) == 2
+    assert starts(grid_of(**{"unlearn.epochs": [1, 2], "evaluate.every": [1, 2], "evaluate.goal": [None]})) == 1

@@ -1,0 +1,1 @@
+"""Every method on one world, as papers compare them (`python -m benchmarks.studies.methods`)."""

@@ -1,0 +1,94 @@
+"""Every method on one world, beside a model that never saw what they forget, on rows that they never rehearsed.
+
+    python -m benchmarks.studies.methods embedded         every recipe, a world and a model a seed (grid:embedded)
+    python -m benchmarks.studies.methods smollm2_tofu     the main ones on SmolLM2-135M and TOFU (make model)
+    python -m benchmarks.studies.methods --small          a few, on a world that takes seconds, to see the form
+
+Each writes methods/<world>.md and .json into --out. It is a sweep in --work: finished runs stay, and the same
+command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pyunlearn._files import write_json, write_text
+from pyunlearn._hints import hint
+from pyunlearn._terminal import make_console
+from pyunlearn.runs.grid import Grid, load_grid, make_cells
+from pyunlearn.runs.sweep import sweep
+from pyunlearn.training.stage import Interrupted
+
+from ...measure import machine
+from ...results import RESULTS
+from ..closer_look.__main__ import TOY
+from .numbers import Study, as_dict, read_study
+from .page import page
+
+WORLDS = {"embedded": "grid:embedded", "smollm2_tofu": str(Path(__file__).parent / "smollm2_tofu.yaml")}
+FEW = ("ga", "graddiff", "me_gd", "idk_gd", "idk_ap", "wga_kl")
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.studies.methods",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("worlds", nargs="*", metavar="WORLD", help=f"of {', '.join(WORLDS)} (default: embedded)")
+    parser.add_argument("--seeds", type=int, help="of the grid's (default: all of them)")
+    parser.add_argument("--tofu", type=Path, default=Path("tofu"), help="folder with TOFU's JSON lines (default tofu)")
+    parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the GGUF file (default models)")
+    parser.add_argument("--workers", type=int, default=1, help="runs at once")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes every run")
+    parser.add_argument("--small", action="store_true", help="a few methods on a tiny embedded world")
+    parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/<device>)")
+    parser.add_argument("--work", type=Path, default=Path("runs/methods"), help="where runs are kept")
+    args = parser.parse_args(words)
+    if unknown := [name for name in args.worlds if name not in WORLDS]:
+        parser.error(f"world={unknown[0]!r}: {hint(unknown[0], WORLDS)}")
+    out = (args.out or RESULTS / machine()["folder"]) / "methods"
+    out.mkdir(parents=True, exist_ok=True)
+    for name in args.worlds or ["embedded"]:
+        study = measure(name, args)
+        write_json(out / f"{name}.json", as_dict(study))
+        write_text(out / f"{name}.md", page(study, name))
+
+
+def measure(name: str, args: argparse.Namespace) -> Study:
+    """Raises SystemExit after Ctrl-C, and where a run failed: a page is of all of them."""
+    grid, changes = load_grid(WORLDS[name]), list(args.set)
+    if args.small:
+        grid = replace(grid, axes=[{"unlearn.recipe": list(FEW)}], seeds=[0, 1])
+        changes = [*(f"{key}={value}" for key, value in TOY.items()), *changes]
+    grid = replace(grid, seeds=grid.seeds[: args.seeds])
+    work = args.work / (f"{name}-small" if args.small else name)
+    cells = make_cells(placed(grid, args) if name == "smollm2_tofu" else grid, work, changes)
+    try:
+        command = f"python -m benchmarks.studies.methods {name}"
+        result = sweep(grid, cells, work, workers=args.workers, console=make_console(), command=command)
+    except Interrupted as interrupt:
+        print(interrupt)
+        raise SystemExit(interrupt.exit_code) from None
+    if result.failed:
+        raise SystemExit(1)
+    return read_study(result.cells)
+
+
+def placed(grid: Grid, args: argparse.Namespace) -> Grid:
+    """With the folders of this machine."""
+    run = copy.deepcopy(grid.run)
+    run["model"]["name_or_path"] = str(args.models)
+    for role in ("forget", "retain"):
+        run["data"][role]["path"] = os.path.join(args.tofu, Path(run["data"][role]["path"]).name)
+    run["data"]["refusals"] = os.path.join(args.tofu, Path(run["data"]["refusals"]).name)
+    return replace(grid, run=run)
+
+
+if __name__ == "__main__":
+    main()

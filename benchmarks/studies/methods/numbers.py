@@ -1,0 +1,144 @@
+"""From a sweep's folders to numbers: of each model and seed, then over the seeds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from scipy.stats import t as student
+
+from pyunlearn.metrics import Interval
+from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.data import load_data
+from pyunlearn.runs.evaluate import read_records
+from pyunlearn.runs.folder import RunFolder
+from pyunlearn.runs.grid import Cell as Run
+
+from ..closer_look.cells import Cell
+from ..closer_look.numbers import LEVEL, World
+
+BEFORE, RETRAINED = "before", "retrained"
+SETS = ("forget", "retain", "holdout")
+SHOWN = 2  # questions whose answers are kept
+
+
+@dataclass(frozen=True)
+class Study:
+    """runs: of every method, by its name, one a seed. worlds: one a seed, of `closer_look`. refused: of every method,
+    the share of held-out questions that it answers by one of the refusals, word for word, one a seed."""
+
+    runs: dict[str, list[RunConfig]]
+    worlds: list[World]
+    refused: dict[str, list[float]]
+
+    @property
+    def methods(self) -> list[str]:
+        return list(self.runs)
+
+    @property
+    def models(self) -> list[str]:
+        return [BEFORE, RETRAINED, *self.methods]
+
+    @property
+    def config(self) -> RunConfig:
+        return self.runs[self.methods[0]][0]
+
+    def over_seeds(self, own: Sequence[Interval | float]) -> Interval:
+        """Of one number a seed: the mean and its 95 % interval over seeds (Student's t); of one seed its own interval,
+        over samples, where it has one."""
+        values = [each.mean if isinstance(each, Interval) else each for each in own]
+        if len(own) == 1:
+            return own[0] if isinstance(own[0], Interval) else Interval(own[0], None, None, 1)
+        half = student.ppf((1 + LEVEL) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        mean = statistics.fmean(values)
+        return Interval(mean, mean - float(half), mean + float(half), len(values))
+
+
+@dataclass(frozen=True)
+class Number:
+    """better: +1 where higher is, -1 where lower is."""
+
+    name: str
+    better: int
+    of: Callable[[World, str], Interval | float]
+
+    def get(self, study: Study, model: str) -> Interval:
+        return study.over_seeds([self.of(world, model) for world in study.worlds])
+
+    def order(self, study: Study, methods: Sequence[str]) -> list[str]:
+        """The best first."""
+        return sorted(methods, key=lambda method: -self.better * self.get(study, method).mean)
+
+
+def mean_of(name: str, metric: str) -> Callable[[World, str], Interval]:
+    return lambda world, model: world.mean(model, name, metric)
+
+
+def average(world: World, model: str) -> float:
+    return (world.efficacy(model).mean + world.utility(model).mean) / 2
+
+
+NUMBERS = (
+    Number("forget probability", -1, mean_of("forget", "probability")),
+    Number("forget ROUGE-L", -1, mean_of("forget", "rouge_l")),
+    Number("forget extraction strength", -1, mean_of("forget", "extraction_strength")),
+    Number("forget paraphrase probability", -1, mean_of("forget", "paraphrase_probability")),
+    Number("forget fluency", 1, mean_of("forget", "fluency")),
+    Number("forget quality, ln p", 1, World.quality),
+    Number("held-out probability", 1, mean_of("holdout", "probability")),
+    Number("held-out ROUGE-L", 1, mean_of("holdout", "rouge_l")),
+    Number("held-out extraction strength", 1, mean_of("holdout", "extraction_strength")),
+    Number("retain probability", 1, mean_of("retain", "probability")),
+    Number("forget efficacy", 1, lambda world, model: world.efficacy(model)),
+    Number("model utility", 1, lambda world, model: world.utility(model)),
+    Number("mean of both", 1, average),
+)
+BY_NAME = {number.name: number for number in NUMBERS}
+
+
+def read_study(cells: Sequence[Run]) -> Study:
+    """Of finished runs. Raises what `read_records` and `load_data` raise."""
+    runs: dict[str, list[RunConfig]] = {}
+    for cell in cells:
+        runs.setdefault(cell.name, []).append(cell.config)
+    refused: dict[str, list[float]] = {}
+    worlds = []
+    for place, first in enumerate(next(iter(runs.values()))):
+        own = {BEFORE: read_cell(first, "before"), RETRAINED: read_cell(first, "retrained")}
+        own |= {name: read_cell(configs[place], "after") for name, configs in runs.items()}
+        known = {name: RunFolder(configs[place].folder) for name, configs in runs.items()}
+        refusals = set().union(*(load_data(configs[place]).refusals for configs in runs.values()))
+        for name, folder in known.items():
+            written = [row["generated"] for row in read_records(folder, "after", ["holdout"])["holdout"]]
+            refused.setdefault(name, []).append(statistics.fmean(text in refusals for text in written))
+        asked = [row["question"] for row in read_records(known[next(iter(known))], "before", ["forget"])["forget"]]
+        worlds.append(World(first.name, {name: [cell] for name, cell in own.items()}, asked[:SHOWN]))
+    return Study(runs, worlds, refused)
+
+
+def read_cell(config: RunConfig, moment: str) -> Cell:
+    records = read_records(RunFolder(config.folder), moment, SETS)
+    values: dict[str, dict[str, list[Any]]] = {
+        name: {metric: [row.get(metric) for row in rows] for metric in config.evaluate.metrics}
+        for name, rows in records.items()
+    }
+    return Cell(values, [row["generated"] for row in records["forget"][:SHOWN]], {})
+
+
+def as_dict(study: Study) -> dict[str, Any]:
+    """All numbers, as JSON: over the seeds, and of each."""
+
+    def told(number: Number, model: str) -> dict[str, Any]:
+        found = number.get(study, model)
+        own = [number.of(world, model) for world in study.worlds]
+        values = [each.mean if isinstance(each, Interval) else each for each in own]
+        return {"mean": found.mean, "low": found.low, "high": found.high, "seeds": values}
+
+    return {
+        "numbers": {model: {each.name: told(each, model) for each in NUMBERS} for model in study.models},
+        "held-out questions refused": study.refused,
+        "said": {model: [world.cells[model][0].said for world in study.worlds] for model in study.models},
+    }

@@ -1,0 +1,164 @@
+"""The page of one world: a table of all methods, and which of the papers' conclusions hold here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyunlearn.metrics import Interval
+
+from ...measure import machine
+from ..closer_look.page import ABOUT, table, told_training
+from .numbers import BEFORE, BY_NAME, NUMBERS, RETRAINED, Study
+
+KEPT, OVER_REFUSED, BABBLE, GONE = 0.9, 0.05, 0.2, 0.5
+PAGE = """# Every method: {name}
+
+{about}
+
+`before` has learnt all rows; `retrained` was trained in the same way without the forget set. Methods are recipes
+(`pyunlearn recipes`), all else is alike: {training}. The held-out rows were memorised, and no unlearning has seen them.
+{intervals}
+
+*Forget efficacy*: 1 - mean of probability, ROUGE-L and truth ratio on the forget set. *Model utility*: harmonic mean of
+these and token entropy on retain and held-out rows. *Forget quality*: ln p of the KS test of truth ratios against the
+retrained model's. *Fluency*: the share of texts that are language by counting alone (`pyunlearn.metrics.fluency`).
+
+    python -m benchmarks.studies.methods {name}
+
+{machine}
+
+## What the papers conclude, here
+
+{claims}
+
+Which share of the held-out questions is refused, word for word: {refused}.
+
+## All numbers
+
+{numbers}
+
+## What is said to the first forgotten questions{of_seed}
+
+{answers}
+"""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What a paper concludes. of: the recipes it is about; holds: whether it does here, and by which numbers."""
+
+    text: str
+    of: tuple[str, ...]
+    holds: Callable[..., tuple[bool, str]]  # of the study and the methods of these recipes
+
+
+def value(study: Study, name: str, model: str) -> float:
+    return BY_NAME[name].get(study, model).mean
+
+
+def told(study: Study, name: str, *models: str) -> str:
+    return f"{name}: " + ", ".join(f"{model} {text(BY_NAME[name].get(study, model))}" for model in models)
+
+
+def keeps_utility(study: Study, me: str) -> tuple[bool, str]:
+    kept = value(study, "model utility", me) >= KEPT * value(study, "model utility", BEFORE)
+    forgets = value(study, "forget efficacy", me) > value(study, "forget efficacy", BEFORE)
+    both = (told(study, name, BEFORE, me, RETRAINED) for name in ("model utility", "forget efficacy"))
+    return kept and forgets, "; ".join(both)
+
+
+def refuses_little(study: Study, ap: str, gd: str) -> tuple[bool, str]:
+    share = {name: study.over_seeds(study.refused[name]) for name in (ap, gd)}
+    numbers = ", ".join(f"{name} {text(own)}" for name, own in share.items())
+    return share[ap].mean <= OVER_REFUSED, f"held-out questions refused: {numbers}"
+
+
+def collapses(study: Study, ga: str) -> tuple[bool, str]:
+    lost = value(study, "held-out probability", ga) < (1 - KEPT) * value(study, "held-out probability", BEFORE)
+    both = (told(study, name, BEFORE, ga) for name in ("forget fluency", "held-out probability"))
+    return value(study, "forget fluency", ga) < BABBLE and lost, "; ".join(both)
+
+
+def weights_win(study: Study, *methods: str) -> tuple[bool, str]:
+    order = BY_NAME["mean of both"].order(study, methods)
+    newer = max(order.index(name) for name in methods[:3])
+    return newer < min(order.index(name) for name in methods[3:]), told(study, "mean of both", *order)
+
+
+def does_not_remove(study: Study, po: str) -> tuple[bool, str]:
+    name = "forget extraction strength"
+    left = value(study, name, po) >= GONE * value(study, name, BEFORE)
+    return left, told(study, name, BEFORE, po, RETRAINED)
+
+
+CLAIMS = (
+    Claim("ME+GD forgets, and keeps 90 % of utility (Yuan et al., Section 5)", ("me_gd",), keeps_utility),
+    Claim("IDK+AP refuses at most 5 % of held-out questions (Yuan et al., Section 4)", ("idk_ap", "idk_gd"),
+          refuses_little),
+    Claim("GA collapses: neither language nor knowledge is left (both papers)", ("ga",), collapses),
+    Claim("WGA, TNPO and WTNPO are above GA and NPO, all with KL (Wang et al., Table 1)",
+          ("wga_kl", "tnpo_kl", "wtnpo_kl", "ga_kl", "npo_kl"), weights_win),
+    Claim("PO does not remove: half of the extraction strength is left (Wang et al., Table 1)", ("idk_gd",),
+          does_not_remove),
+)  # fmt: skip
+
+
+def page(study: Study, name: str) -> str:
+    seeds = len(study.worlds)
+    over = (
+        f"In brackets: 95 % intervals of the mean over {seeds} seeds (Student's t), a world and a model each."
+        if seeds > 1
+        else "In brackets: 95 % bootstrap intervals over such samples, where a number has one. One seed: they do not "
+        "hold the chance of another training."
+    )
+    refused = {method: study.over_seeds(own) for method, own in study.refused.items()}
+    return PAGE.format(
+        name=name,
+        about=ABOUT[name],
+        training=told_training(study.config),
+        intervals=over,
+        machine=machine()["name"],
+        claims="\n".join(f"- {each}" for each in claims(study)),
+        refused=", ".join(f"{method} {text(own)}" for method, own in refused.items() if own.mean > 0) or "none by any",
+        numbers=numbers(study),
+        of_seed=f", seed {study.config.seed}" if seeds > 1 else "",
+        answers=answers(study),
+    )
+
+
+def claims(study: Study) -> list[str]:
+    lines = []
+    for claim in CLAIMS:
+        found = [method_of(study, name) for name in claim.of]
+        if None not in found:
+            holds, why = claim.holds(study, *found)
+            lines.append(f"**{'Holds' if holds else 'Does not hold'}.** {claim.text}. {why}.")
+    return lines or ["None of the methods that they are about is here."]
+
+
+def method_of(study: Study, recipe: str) -> str | None:
+    """The first of a recipe, as it is or with options."""
+    return next((name for name in study.methods if name == recipe or name.startswith(f"{recipe}-")), None)
+
+
+def text(interval: Interval) -> str:
+    bounds = "" if interval.low is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
+    return f"{interval.mean:.3f}{bounds}"
+
+
+def numbers(study: Study) -> str:
+    arrows = {1: "↑", -1: "↓"}
+    head = ["", *(f"{number.name} {arrows[number.better]}" for number in NUMBERS)]
+    rows = [[model, *(text(number.get(study, model)) for number in NUMBERS)] for model in study.models]
+    return table(head, rows)
+
+
+def answers(study: Study) -> str:
+    def shortened(said: str, longest: int = 90) -> str:
+        plain = " ".join(said.replace("|", "\\|").split())
+        return plain if len(plain) <= longest else f"{plain[:longest]}..."
+
+    first = study.worlds[0]
+    rows = [[model, *map(shortened, first.cells[model][0].said)] for model in study.models]
+    return table(["", *first.asked], rows, align="---")

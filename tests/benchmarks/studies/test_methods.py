@@ -1,0 +1,95 @@
+"""The study at a tiny size, and its sentences on cells of known numbers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.studies.closer_look.cells import METRICS, Cell
+from benchmarks.studies.closer_look.numbers import World
+from benchmarks.studies.methods import __main__ as command
+from benchmarks.studies.methods.numbers import BY_NAME, NUMBERS, Study
+from benchmarks.studies.methods.page import claims, page
+from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.grid import load_grid, make_cells
+
+SHORT = ["memorise.epochs=1", "unlearn.max_steps=1", "unlearn.warmup=0", "evaluate.retain_limit=3",
+         "evaluate.max_new_tokens=4"]  # fmt: skip
+
+
+def test_every_method_of_a_sweep_is_on_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "FEW", ("ga", "idk_ap"))
+    words = ["--small", "--seeds", "2", "--out", str(tmp_path / "out"), "--work", str(tmp_path / "work")]
+    words += [word for each in SHORT for word in ("--set", each)]
+    command.main(words)
+    told = json.loads((tmp_path / "out/methods/embedded.json").read_text())
+    assert list(told["numbers"]) == ["before", "retrained", "ga", "idk_ap"]
+    for own in told["numbers"].values():
+        assert list(own) == [number.name for number in NUMBERS]
+        assert all(len(number["seeds"]) == 2 for number in own.values())
+    text = (tmp_path / "out/methods/embedded.md").read_text()
+    assert "over 2 seeds (Student's t)" in text
+    assert text.count("| ga |") == 2  # numbers, answers
+    assert "hold.** GA collapses" in text or "**Holds.** GA collapses" in text
+    assert (tmp_path / "work/embedded-small/compare.csv").is_file()
+    with pytest.raises(SystemExit):
+        command.main(["embeded"])
+    assert "world='embeded': did you mean embedded" in capsys.readouterr().err
+
+
+def test_the_main_methods_on_smollm2_are_runs():
+    cells = make_cells(load_grid(command.WORLDS["smollm2_tofu"]), "out")
+    own = {cell.name: cell.config.unlearn for cell in cells}
+    assert len(cells) == len(own) == 17
+    assert own["wga_kl"].forget[0].options == {"alpha": 5.0}
+    assert own["wtnpo_kl"].forget[0].options == {"alpha": 1.5, "beta": 5.0}
+    for name in ("po-retain-kl", "rmu-retain-kl"):
+        assert [term.name for term in own[name].retain] == ["kl"]
+    assert [own[f"me_gd-coefficient-{alpha}"].forget[0].coefficient for alpha in (0.1, 1.0)] == [0.1, 1.0]
+
+
+def study_of(left, refused=()):
+    """left: method -> (of the forget set, of what is kept, fluency, extraction strength)."""
+
+    def cell(forget, kept, fluent, strength):
+        def values(level):
+            own = dict.fromkeys(METRICS, [level] * 10) | {"truth_ratio": [0.5] * 10}
+            return own | {"fluency": [fluent] * 10, "extraction_strength": [strength] * 10, "token_entropy": [0.9] * 10}
+
+        return Cell({"forget": values(forget), "retain": values(kept), "holdout": values(kept)}, ["said"] * 2, {})
+
+    left = {"before": (0.9, 0.9, 1.0, 0.8), "retrained": (0.2, 0.9, 1.0, 0.1), **left}
+    world = World("known", {name: [cell(*own)] for name, own in left.items()}, ["one?", "two?"])
+    methods = [name for name in left if name not in ("before", "retrained")]
+    config = RunConfig.model_validate({})
+    shares = {name: [dict(refused).get(name, 0.0)] for name in methods}
+    return Study({name: [config] for name in methods}, [world], shares)
+
+
+def test_conclusions_are_said_either_way():
+    good, gone = (0.2, 0.88, 1.0, 0.1), (0.0, 0.01, 0.0, 0.0)
+    middle, known = (0.4, 0.7, 0.9, 0.3), (0.85, 0.89, 1.0, 0.7)
+    as_in_papers = {"me_gd": good, "ga": gone, "idk_gd": known, "idk_ap": known, "wga_kl": good, "tnpo_kl": good,
+                    "wtnpo_kl": good, "ga_kl": gone, "npo_kl": middle}  # fmt: skip
+    lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items()))
+    assert [line.startswith("**Holds.**") for line in lines] == [True] * 5
+    assert "idk_ap 0.040, idk_gd 0.800" in lines[1]
+    otherwise = {"me_gd": middle, "ga": good, "idk_gd": good, "idk_ap": good, "wga_kl": middle, "tnpo_kl": good,
+                 "wtnpo_kl": good, "ga_kl": gone, "npo_kl": good}  # fmt: skip
+    lines = claims(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items()))
+    assert [line.startswith("**Does not hold.**") for line in lines] == [True] * 5
+    assert claims(study_of({"sga": good})) == ["None of the methods that they are about is here."]
+    assert len(claims(study_of({"me_gd-coefficient-0.1": good}))) == 1  # of a recipe with options
+    text = page(study_of({"ga": gone}), "embedded")
+    assert "bootstrap intervals" in text
+    assert "none by any" in text
+
+
+def test_over_seeds_students_interval():
+    study = study_of({"ga": (0.1, 0.5, 1.0, 0.1)})
+    one = BY_NAME["forget probability"].get(study, "ga")
+    assert (one.mean, one.num_samples) == (pytest.approx(0.1), 10)  # of one seed, over its samples
+    several = study.over_seeds([0.1, 0.2, 0.3])
+    assert several.mean == pytest.approx(0.2)
+    assert several.high - several.mean == pytest.approx(4.30265 * 0.1 / 3**0.5, rel=1e-5)
