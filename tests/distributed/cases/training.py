@@ -17,6 +17,7 @@ from pyunlearn import objectives
 from pyunlearn.data import collate
 from pyunlearn.integrations.transformers import loss_func
 from pyunlearn.training.callbacks import read_metrics
+from pyunlearn.training.dual import Dual
 from pyunlearn.training.probe import GEffectCallback, Probe
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
 from pyunlearn.training.settings import GEffectConfig
@@ -59,6 +60,13 @@ def stock_trainer(tiny: Tiny, args: TrainingArguments, name: str) -> Trainer:
     return trainer
 
 
+def moving_trainer(tiny: Tiny, args: TrainingArguments) -> UnlearnTrainer:
+    """Half of each sequence's tokens count, and the retain term's coefficient moves."""
+    terms = [objectives.get("ga", keep=0.5), objectives.get("gd", keep=0.5, kept="largest", temperature=2.0)]
+    dual = Dual(above_reference=0.01, step=5.0)
+    return UnlearnTrainer(model=tiny.model(), args=args, train_dataset=tiny.pairs(), objectives=terms, dual=dual)
+
+
 @joins_itself
 def stock(folder: Path) -> dict[str, Any]:
     """Two steps of 2 processes x 2 samples x 2 micro-batches by transformers' own Trainer."""
@@ -93,6 +101,8 @@ def ddp(folder: Path) -> dict[str, Any]:
     good.train()
     hidden = trainer(("rmu", "rr"))  # the blocks above the layer get no gradient
     hidden.train()
+    moving = moving_trainer(tiny, make_arguments(folder, 2, max_steps=2, **SGD))
+    moving.train()
     error = ""
     try:
         trainer(callbacks=[PoisonRankOne()]).train()
@@ -100,7 +110,13 @@ def ddp(folder: Path) -> dict[str, Any]:
         error = str(caught)
     log = [row for row in good.state.log_history if "loss" in row]
     after, misdirected = parameters(good.model), parameters(hidden.model)
-    return {"parameters": after, "misdirected": misdirected, "log": log, "error": error}
+    return {
+        "moving": (parameters(moving.model), moving.dual.memory.value),
+        "parameters": after,
+        "misdirected": misdirected,
+        "log": log,
+        "error": error,
+    }
 
 
 @joins_itself
