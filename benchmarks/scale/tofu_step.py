@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 def load(args: argparse.Namespace) -> tuple[Any, ForgetRetainDataset, str]:
     """Model on its device, rows, and what the model is called."""
     model: Any
+    tokenizer: Any
     if args.toy:
         sets = [[QA(f"Where does {name} {i} live?", f"By the sea, in house {i}.") for i in range(args.batch_size)]
                 for name in ("Ann", "Bob")]  # fmt: skip
@@ -203,7 +205,7 @@ def measure(
         optimizer.zero_grad(set_to_none=True)
         release()
         before = 0 if packing is None else packing.tokens
-        results[way]["step_bytes"] = peak_bytes(lambda way=way: step(way, batches[0]), args.device)
+        results[way]["step_bytes"] = peak_bytes(partial(step, way, batches[0]), args.device)
         results[way]["tokens"] = sum(rows["input_ids"].numel() for rows in batches[0].values())
         if packing is not None and packing.as_dict()["used"]:
             results[way]["tokens"] = packing.tokens - before

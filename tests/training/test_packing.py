@@ -62,11 +62,12 @@ def test_adapters_train_the_same(tiny, arguments):
         torch.manual_seed(0)
         return peft.get_peft_model(tiny.model(), peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
 
-    args = arguments(per_device_train_batch_size=4, max_steps=3, learning_rate=1.0)
+    args = arguments(per_device_train_batch_size=4, max_steps=3)
     together, found = trained(tiny, args, ["npo", "kl"], True, adapted())
     expected = trained(tiny, args, ["npo", "kl"], False, adapted())[1]
     assert together.packing.as_dict() == {"used": True, "declined": {}}
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    start = torch.cat([parameter.detach().flatten() for parameter in adapted().parameters()])
+    assert (found - expected).norm() < 1e-4 * (expected - start).norm() > 0
 
 
 def test_an_evaluation_is_the_same(tiny, arguments):

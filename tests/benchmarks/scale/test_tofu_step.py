@@ -14,7 +14,7 @@ def test_a_study(tmp_path):
     tofu_step.main(["--toy", "--batch-size", "3", "--rounds", "1", "--out", str(tmp_path)])
     record = json.loads((tmp_path / "tofu_step.json").read_text())
     ways = record["ways"]
-    assert [*ways][0] == tofu_step.FIRST
+    assert next(iter(ways)) == tofu_step.FIRST
     assert record["positions"] >= record["real"] > record["supervised"] > 0
     for own in ways.values():
         assert own["loss_error"] < 1e-6
