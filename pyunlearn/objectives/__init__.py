@@ -42,6 +42,8 @@ Where d(loss of a token)/d(statistic) is a constant, or a constant times a `pyun
 
 from .definition import Layer, NonNegative, Positive, Seed
 from .forget import ga, me, npo, satimp, simnpo, tnpo, wga, wtnpo
+from .generated import MIXTURES, altpo, bss, weighted, whp
+from .objective import Samples
 from .one_pass import one_pass
 from .reduction import REDUCTIONS, TokenInputs
 from .registry import Objective, Row, get, names, register, register_preset, table
@@ -50,15 +52,19 @@ from .retain import ap, gd, kl
 from .targeted import dpo, idk
 
 __all__ = [
+    "MIXTURES",
     "REDUCTIONS",
     "Layer",
     "NonNegative",
     "Objective",
     "Positive",
     "Row",
+    "Samples",
     "Seed",
     "TokenInputs",
+    "altpo",
     "ap",
+    "bss",
     "dpo",
     "ga",
     "gd",
@@ -77,6 +83,8 @@ __all__ = [
     "simnpo",
     "table",
     "tnpo",
+    "weighted",
     "wga",
+    "whp",
     "wtnpo",
 ]

@@ -4,20 +4,26 @@ from typing import Literal, overload
 from torch import Tensor
 
 from .definition import Layer, NonNegative, Positive, Seed
+from .generated import MIXTURES, bss, weighted
+from .objective import Samples
 from .one_pass import one_pass
 from .reduction import REDUCTIONS, TokenInputs
 from .registry import Objective, Row, get, names, register, register_preset, table
 
 __all__ = [
+    "MIXTURES",
     "REDUCTIONS",
     "Layer",
     "NonNegative",
     "Objective",
     "Positive",
     "Row",
+    "Samples",
     "Seed",
     "TokenInputs",
+    "altpo",
     "ap",
+    "bss",
     "dpo",
     "ga",
     "gd",
@@ -36,7 +42,9 @@ __all__ = [
     "simnpo",
     "table",
     "tnpo",
+    "weighted",
     "wga",
+    "whp",
     "wtnpo",
 ]
 
@@ -143,6 +151,36 @@ def me(
     *,
     vocab_size: int,
     positions: str = "real",
+    preset: str = "paper",
+    reduction: str = "token_mean",
+    count: int | float | Tensor | None = None,
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor: ...
+def altpo(
+    alternate_logp: Tensor,
+    answer_logp: Tensor,
+    alternate_ref_logp: Tensor,
+    answer_ref_logp: Tensor,
+    alternate_mask: Tensor | None = None,
+    answer_mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    factor: float = 2.0,
+    alternates: int = 5,
+    temperature: float = 1.0,
+    max_new_tokens: int = 200,
+    preset: str = "paper",
+    reduction: str = "sequence_mean",
+    count: int | float | Tensor | None = None,
+    alternate_sequence_ids: Tensor | None = None,
+    answer_sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor: ...
+def whp(
+    logp: Tensor,
+    mask: Tensor | None = None,
+    *,
     preset: str = "paper",
     reduction: str = "token_mean",
     count: int | float | Tensor | None = None,

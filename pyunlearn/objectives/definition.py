@@ -60,7 +60,7 @@ Seed = Annotated[
     int, Domain("a whole number from 0 to 2**63 - 1", lambda value: is_whole(value) and 0 <= value < 2**63)
 ]
 
-BATCHES = ("refusal", "answer")
+BATCHES = ("refusal", "alternate", "generic", "answer")
 CONTEXT = ("vocab_size", "num_tokens", "inverse_length")
 STATISTICS = {
     "logp": "log-probability of each target under the model",

@@ -107,7 +107,7 @@ def register(
         name: under which `get` finds it.
         role: "forget" or "retain".
         level: "token" or "sequence".
-        batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
+        batch: which sequences an unprefixed statistic belongs to: "answer", "refusal", "alternate" or "generic".
         positions: "supervised", "real" (the prompt's tokens too), "followed" (padding too, but the last one) or "all".
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.
         paper_reduction: what `reduction="paper"` is, that of the paper's equation; None: the default one.
