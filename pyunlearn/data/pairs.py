@@ -15,6 +15,7 @@ from pyunlearn.data.rows import brief
 from pyunlearn.data.tokenise import IGNORE_INDEX, QADataset, collate
 
 ROLES = ("forget", "retain")
+Row = Mapping[str, Any]
 
 
 class ForgetRetainDataset(Dataset):
@@ -30,6 +31,10 @@ class ForgetRetainDataset(Dataset):
     refuse: any of "forget", "retain".
     pad_to: pads every row to this many tokens, as code bases do whose losses count padding; None: to the longest of its
         kind in the batch.
+    together: by kind, further rows of the forget questions, as many of each, those of question i from i * N on: an item
+        has all N of its question in a list, and so has the batch.
+    apart: the same, of which an item has one. The data set is then N times as long: item i is forget row
+        i % len(forget) with the i // len(forget)-th of its rows.
 
     Everything is a function of (seed, epoch, i), whatever the number of dataloader workers; the epoch is in shared
     memory, so that set_epoch reaches workers that are already running.
@@ -48,6 +53,8 @@ class ForgetRetainDataset(Dataset):
         fixed_refusals: bool = False,
         seed: int = 0,
         pad_to: int | None = None,
+        together: Mapping[str, Sequence[Row]] | None = None,
+        apart: Mapping[str, Sequence[Row]] | None = None,
     ):
         unknown = sorted(set(refuse) - set(ROLES))
         if unknown:
@@ -62,6 +69,16 @@ class ForgetRetainDataset(Dataset):
         self.fixed_refusals = fixed_refusals
         self.seed = seed
         self.pad_to = pad_to
+        self.together, self.apart = dict(together or {}), dict(apart or {})
+        for kind, own in {**self.together, **self.apart}.items():
+            if not own or len(own) % len(forget):
+                raise ValueError(
+                    f"{kind}: has {len(own)} rows, needs as many of each of {len(forget)} forget questions"
+                )
+        copies = {kind: len(rows) // len(forget) for kind, rows in self.apart.items()}
+        if len(set(copies.values())) > 1:
+            raise ValueError(f"apart: needs as many rows of every kind, got of a question {copies}")
+        self.copies = next(iter(copies.values()), 1)
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         if pad_to is not None:
             for rows in filter(None, (forget, retain)):
@@ -82,22 +99,27 @@ class ForgetRetainDataset(Dataset):
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
-        return len(self.forget)
+        return len(self.forget) * self.copies
 
-    def __getitem__(self, index: int) -> dict[str, dict[str, Any]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
         index = int(index) % len(self)
-        return self.pair(index, self.epoch * len(self) + index)
+        return self.pair(index % len(self.forget), self.epoch * len(self) + index)
 
-    def pair(self, index: int, place: int) -> dict[str, dict[str, Any]]:
+    def pair(self, index: int, place: int) -> dict[str, Any]:
         """Forget row `index` as `[index]` gives it, beside the retain row at `place` of the stream (0, 1, ...)."""
-        item = {"forget": self.forget[index]}
+        item: dict[str, Any] = {"forget": self.forget[index]}
         if self.retain is not None:
-            block, place = divmod(place, len(self.retain))
-            item["retain"] = self.retain[_shuffled(len(self.retain), self.seed, block)[place]]
+            block, at = divmod(place, len(self.retain))
+            item["retain"] = self.retain[_shuffled(len(self.retain), self.seed, block)[at]]
         for role in self.refuse:
             item[f"{role}_refusal"] = self._refusal_row(role, item[role]["index"])
+        for kind, rows in self.together.items():
+            count = len(rows) // len(self.forget)
+            item[kind] = list(rows[index * count : (index + 1) * count])
+        for kind, rows in self.apart.items():
+            item[kind] = rows[index * self.copies + place // len(self.forget) % self.copies]
         return item
 
     def refusal(self, role: str, index: int) -> str:
@@ -111,12 +133,12 @@ class ForgetRetainDataset(Dataset):
         epoch = 0 if self.fixed_refusals else self.epoch
         return random.Random(f"{self.seed}/{epoch}/{role}/{index}").choice(self.refusals)
 
-    def collate(self, items: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, dict[str, Tensor]]:
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         """Batch each kind of row: the items' keys, each with what `pyunlearn.data.collate` gives."""
         if not items:
             raise ValueError("items is empty: nothing to collate")
         pad = self.forget.pad_token_id
-        return {kind: collate([item[kind] for item in items], pad, self.pad_to) for kind in items[0]}
+        return {kind: collate(flat([item[kind] for item in items]), pad, self.pad_to) for kind in items[0]}
 
     def _rows(self, role: str) -> QADataset:
         rows = self.forget if role == "forget" else self.retain
@@ -148,6 +170,11 @@ class ForgetRetainDataset(Dataset):
                 f"refusal {brief(self.refusals[longest])} to {brief(question)} has {length} tokens, more than the "
                 f"limit of {min(limits)}; raise max_length (or pad_to) or leave the refusal out"
             )
+
+
+def flat(rows: Sequence[Any]) -> list[Row]:
+    """Rows, and those of lists of rows, in their order."""
+    return [each for row in rows for each in (row if isinstance(row, list) else [row])]
 
 
 @functools.lru_cache(maxsize=8)

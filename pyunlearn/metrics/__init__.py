@@ -21,6 +21,7 @@ from .metric import METRICS, CannotMeasure, Metric, Told, get_metric, metric
 from .perplexity import perplexity, text_perplexity
 from .privacy import auc, privacy, privleak
 from .reading import Kept, Reading, cache_folder, read_rows
+from .sampled import sample_tokens
 from .semantics import clean, cosine_similarity, entailment_score, nearest_answer, toxicity
 from .suites import SUITES, Aggregate, Form, Measure, Suite, get_suite
 from .teacher_forced import Variant, extraction_strength, memorization_accuracy, probability, teacher_forced
@@ -88,6 +89,7 @@ __all__ = [
     "readings_by",
     "rouge_l_recall",
     "rouge_scores",
+    "sample_tokens",
     "similarity",
     "teacher_forced",
     "text_perplexity",

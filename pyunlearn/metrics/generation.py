@@ -158,21 +158,14 @@ def greedy_tokens(
     Raises ValueError for an empty prompt, one that fills the context, max_new_tokens < 1, or prompts after which the
     model gives NaN or infinite logits, naming them.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: needs a whole number >= 1")
     lm, pad = CausalLM.of(model), padding_id(tokenizer)
-    lengths, context = [len(prompt) for prompt in prompts], lm.context_length
-    for i, length in enumerate(lengths):
-        if not 0 < length < (context or length + 1):
-            raise ValueError(f"prompts[{i}]: has {length} tokens, needs 1 or more, fewer than the context, {context}")
+    lengths, context = check_prompts(lm, prompts, max_new_tokens), lm.context_length
     written: list[list[int]] = [[] for _ in prompts]
     with eval_mode(lm.alone), torch.no_grad(), greedy_settings(lm, tokenizer) as ends:
 
         def write_batch(batch: Sequence[int]) -> list[list[int]]:
-            longest = lengths[batch[0]]
-            ids = torch.tensor([[pad] * (longest - lengths[i]) + list(prompts[i]) for i in batch])
-            mask = torch.tensor([[0] * (longest - lengths[i]) + [1] * lengths[i] for i in batch])
-            room = max_new_tokens if context is None else min(max_new_tokens, context - longest)
+            ids, mask = left_padded([prompts[i] for i in batch], pad)
+            room = max_new_tokens if context is None else min(max_new_tokens, context - ids.size(1))
             return [up_to(tokens, ends) for tokens in write(lm, ids, mask, room, batch).tolist()]
 
         def identity(batch: Sequence[int]) -> dict[str, Any]:
@@ -184,6 +177,24 @@ def greedy_tokens(
             for i, text in zip(batch, texts, strict=True):
                 written[i] = text
     return written
+
+
+def check_prompts(lm: CausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[int]:
+    """Their lengths. Raises ValueError for an empty prompt, one that fills the context, or max_new_tokens < 1."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: needs a whole number >= 1")
+    lengths, context = [len(prompt) for prompt in prompts], lm.context_length
+    for i, length in enumerate(lengths):
+        if not 0 < length < (context or length + 1):
+            raise ValueError(f"prompts[{i}]: has {length} tokens, needs 1 or more, fewer than the context, {context}")
+    return lengths
+
+
+def left_padded(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and mask (B, T), int64."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    return ids, torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
 
 
 def up_to(tokens: list[int], ends: set[int]) -> list[int]:
@@ -209,8 +220,16 @@ def prompt_batches(
     return batches
 
 
-def write(lm: CausalLM, ids: Tensor, mask: Tensor, max_new_tokens: int, prompts: Sequence[int]) -> Tensor:
-    """(B, N) int64: the greedy tokens after prompts (B, T); prompts: what an error calls them."""
+def write(
+    lm: CausalLM,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    prompts: Sequence[int],
+    choose: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> Tensor:
+    """(B, N) int64: the greedy tokens after prompts (B, T); prompts: what an error calls them. choose: made of the
+    tokens so far and the logits (B, V), what the greedy token is taken of."""
 
     def check(_: Tensor, logits: Tensor) -> Tensor:
         bad = ~logits.amax(-1).isfinite()
@@ -220,7 +239,7 @@ def write(lm: CausalLM, ids: Tensor, mask: Tensor, max_new_tokens: int, prompts:
         return logits
 
     inputs = {"input_ids": ids.to(lm.device), "attention_mask": mask.to(lm.device)}
-    processors = LogitsProcessorList([check])
+    processors = LogitsProcessorList([check, *choose])
     return lm.alone.generate(**inputs, max_new_tokens=max_new_tokens, logits_processor=processors)[:, ids.size(1) :]
 
 

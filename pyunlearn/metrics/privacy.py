@@ -18,6 +18,7 @@ from .._hints import check_known
 from ..data import QA, collate
 from ..gradients.per_sample import PerSample, SquaredNormsByParameter
 from ..model.causal_lm import CausalLM, eval_mode
+from ..model.combined import parts_of
 from ..model.fingerprint import dataset_fingerprint
 from ..model.forward import IGNORE_INDEX, length_batches, supervised_logits
 from ..ops import token_stats
@@ -143,6 +144,8 @@ def gradient_norms(examination: Examination, items: Sequence[QA], variant: Varia
     of one token that is left out.
     """
     lm, rows = examination.reader(), [dict(row) for row in examination.rows(items)]
+    if parts_of(lm) is not None:
+        raise CannotMeasure(f"gradient norms: the logits of {lm.name} are of two models, none of which is trained")
     for i, row in enumerate(rows):
         if variant == "open_unlearning":
             row["labels"] = row["labels"].clone()

@@ -8,15 +8,16 @@ hidden states are cut down to the positions that count, and only those meet the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import TokenStats
+from ..ops import TokenStats, token_stats
 from .causal_lm import CausalLM
+from .combined import combine, parts_of
 from .head import Head, head_stats
 from .tap import Tap
 
@@ -27,6 +28,7 @@ Positions = Literal["supervised", "real", "followed", "all"]
 POSITIONS = ("supervised", "real", "followed", "all")  # each holds those before it
 PADDED = ("followed", "all")  # hold padding, of which a model says what the batch makes it say
 NOT_MODEL_INPUTS = ("labels", "index")
+PIECE = 1 << 24  # logits of two models that are in memory at once
 
 
 @dataclass(frozen=True)
@@ -177,11 +179,58 @@ def supervised_stats(
     `CausalLM.check_head` raise, and ValueError if the reference's rows or its head's softcap or temperature do not fit.
     """
     lm = CausalLM.of(model)
+    if (parts := parts_of(lm)) is not None:
+        if reference is not None:
+            raise ValueError(f"{lm.name}: its logits are of two models, which take no reference beside them")
+        options.pop("budget_bytes", None)
+        return combined_stats(*parts, batch, outputs, positions, options)
     lm.check_head()
     supervised = supervised_hidden(lm, batch, positions)
     head = lm.read_head()  # after the forward: sharded models have gathered it by then
     hidden, targets = supervised.hidden, supervised.targets
     return head_stats(head, hidden, targets, outputs, reference=reference, **options), supervised
+
+
+def combined_stats(
+    base: CausalLM,
+    reinforced: CausalLM,
+    strength: float,
+    batch: Mapping[str, Tensor],
+    outputs: str | Sequence[str],
+    positions: Positions,
+    options: Mapping[str, Any],
+) -> tuple[TokenStats, Supervised]:
+    """`supervised_stats` of the logits that two models make together: of PIECE of them at a time."""
+    supervised = supervised_hidden(base, batch, positions)
+    pieces = [
+        token_stats(logits, targets, outputs, ignore_index=-1, **options)
+        for logits, targets in combined_logits(base, reinforced, strength, supervised, batch, positions)
+    ]
+    names = pieces[0].as_dict()
+    values = {name: torch.cat([piece.as_dict()[name] for piece in pieces]) for name in names}
+    return TokenStats(values, torch.cat([piece.mask for piece in pieces]), pieces[0].declined), supervised
+
+
+def combined_logits(
+    base: CausalLM,
+    reinforced: CausalLM,
+    strength: float,
+    supervised: Supervised,
+    batch: Mapping[str, Tensor],
+    positions: Positions = "supervised",
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits (n, V), targets (n,)) of the positions that count, PIECE numbers of logits at a time, one piece at least.
+
+    supervised: what the base makes of the batch."""
+    states = supervised.hidden, supervised_hidden(reinforced, batch, positions).hidden
+    heads = []
+    for lm, hidden in zip((base, reinforced), states, strict=True):
+        lm.check_head()
+        heads.append(lm.read_head().merged().to(hidden))
+    rows = max(1, PIECE // heads[0].weight.size(0))
+    for at in range(0, max(1, len(supervised.targets)), rows):
+        one, other = (head.logits(hidden[at : at + rows]) for head, hidden in zip(heads, states, strict=True))
+        yield combine(one, other, strength), supervised.targets[at : at + rows]
 
 
 def length_batches(lengths: Sequence[int], batch_size: int, counts: Sequence[int] | None = None) -> list[list[int]]:

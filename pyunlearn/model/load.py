@@ -16,6 +16,7 @@ from .._hints import path_hint
 from .._hub import here_or_asked, not_there
 from ..data import padding_id
 from .causal_lm import CausalLM, check_causal
+from .combined import FILE, PARTS, find_combined, make_combined, strength_of
 from .lora import WEIGHTS, base_of, find_adapter, merge, read_adapter
 from .quantize import check_quantize, quantize_options
 
@@ -40,9 +41,10 @@ def load_model(
     """The model (evaluation mode, on the CPU) and its tokenizer.
 
     name_or_path: a folder, a Hub id, or "embedded" for the tiny Llama built here; of a LoRA adapter too, which is
-    merged into the base that it names. quantize: "nf4" or "int8", on bitsandbytes' own device, of a model that is not
-    built here; adapters stay on top of it then. gguf_file: a path, or a name inside
-    name_or_path. tokenizer: folder or Hub id, where it is not the model's. dtype: "float32", "bfloat16" or "float16".
+    merged into the base that it names; a folder of two models whose logits are combined (`model.combined`).
+    quantize: "nf4" or "int8", on bitsandbytes' own device, of a model that is not built here; adapters stay on top of
+    it then. gguf_file: a path, or a name inside name_or_path. tokenizer: folder or Hub id, where it is not the model's.
+    dtype: "float32", "bfloat16" or "float16".
     options: sizes of the embedded model. texts: what its tokenizer is trained on. seed: of its weights.
 
     Weights that the files have and the model has not are told in the log.
@@ -103,6 +105,8 @@ def load_pretrained(
     source, gguf = locate(name_or_path, gguf_file)
     if gguf is None and (adapter := find_adapter(source)) is not None:
         return load_adapted(adapter, tokenizer, dtype, quantize)
+    if gguf is None and (combined := find_combined(source)) is not None:
+        return load_combined(combined, tokenizer, dtype, quantize)
     options = {} if gguf is None else gguf_options(gguf)
     if gguf is None:
         check_kind(source)
@@ -129,6 +133,16 @@ def load_adapted(folder: Path, tokenizer: str | None, dtype: str, quantize: str 
         raise FileNotFoundError(f"{folder}: is an adapter on {base!r}, which is not to be had: {error}") from None
     adapted = read_adapter(model, folder)
     return adapted if quantize is not None else merge(adapted), its_tokenizer
+
+
+def load_combined(folder: Path, tokenizer: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any]:
+    """The two models of the folder as one (`model.combined`). Raises ValueError for a part that is missing."""
+    strength = strength_of(folder)
+    for name in PARTS:
+        if not (folder / name / "config.json").is_file():
+            raise ValueError(f"{folder}: is a combined model ({FILE}) without {name}/; get the model's files again")
+    base, reinforced = (load_pretrained(str(folder / name), None, str(folder), dtype, quantize)[0] for name in PARTS)
+    return make_combined(base, reinforced, strength), load_tokenizer(tokenizer or str(folder))
 
 
 def check_kind(source: str) -> None:
@@ -259,12 +273,12 @@ def locate(source: str, gguf: str | None, what: str = "model.name_or_path") -> t
             raise FileNotFoundError(f"model.gguf_file: no such file: {path}{path_hint(path)}")
     folder = Path(source)
     if gguf is None and folder.is_dir():
-        adapter = find_adapter(source) is not None
-        if not adapter and not (folder / "config.json").is_file():
+        adapter, combined = find_adapter(source) is not None, find_combined(source) is not None
+        if not adapter and not combined and not (folder / "config.json").is_file():
             raise FileNotFoundError(
                 f"{what}={source!r}: no config.json there; for a GGUF file in it set model.gguf_file"
             )
-        if not any(folder.glob(WEIGHTS if adapter else "*.safetensors")):
+        if not combined and not any(folder.glob(WEIGHTS if adapter else "*.safetensors")):
             raise ValueError(
                 f"{what}={source!r}: the folder has no .safetensors weights; no other kind is loaded "
                 "(pickle can run code): convert them where you trust them, by from_pretrained(...).save_pretrained(...)"

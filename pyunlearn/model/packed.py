@@ -18,6 +18,7 @@ from torch import Tensor
 from ..data import collate
 from ..ops import TokenStats
 from .causal_lm import CausalLM, rotary_limits
+from .combined import parts_of
 from .forward import IGNORE_INDEX, supervised_stats
 from .head import head_stats
 from .prefix import WORTH
@@ -80,6 +81,8 @@ def packed_length(rows: Sequence[Row]) -> int:
 
 def reason_not_to_pack(lm: CausalLM, rows: Sequence[Row], groups: Sequence[Sequence[int]]) -> str | None:
     """Why the prompts of `groups` are not shared, as far as that can be told without a forward; None: they may be."""
+    if parts_of(lm) is not None:
+        return f"the logits of {lm.name} are of two models"
     longest = max(len(row["input_ids"]) for row in rows)
     total = sum(map(scored_length, rows))
     spared = total - sum(packed_length([rows[i] for i in group]) for group in groups)

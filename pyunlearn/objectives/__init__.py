@@ -45,6 +45,8 @@ from .bootstrapping import bst
 from .definition import Layer, NonNegative, Positive, Seed
 from .distribution import ce_u, pdu, undial
 from .forget import ga, me, npo, satimp, simnpo, tnpo, wga, wtnpo
+from .generated import MIXTURES, altpo, bss, weighted, whp
+from .objective import Samples
 from .one_pass import one_pass
 from .reduction import REDUCTIONS, TokenInputs
 from .registry import Objective, Row, get, names, register, register_preset, table
@@ -53,15 +55,19 @@ from .retain import ap, gd, kl
 from .targeted import dpo, flat, idk
 
 __all__ = [
+    "MIXTURES",
     "REDUCTIONS",
     "Layer",
     "NonNegative",
     "Objective",
     "Positive",
     "Row",
+    "Samples",
     "Seed",
     "TokenInputs",
+    "altpo",
     "ap",
+    "bss",
     "bst",
     "ce_u",
     "dpo",
@@ -85,6 +91,8 @@ __all__ = [
     "table",
     "tnpo",
     "undial",
+    "weighted",
     "wga",
+    "whp",
     "wtnpo",
 ]

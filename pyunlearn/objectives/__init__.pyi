@@ -4,20 +4,26 @@ from typing import Literal, overload
 from torch import Tensor
 
 from .definition import Layer, NonNegative, Positive, Seed
+from .generated import MIXTURES, bss, weighted
+from .objective import Samples
 from .one_pass import one_pass
 from .reduction import REDUCTIONS, TokenInputs
 from .registry import Objective, Row, get, names, register, register_preset, table
 
 __all__ = [
+    "MIXTURES",
     "REDUCTIONS",
     "Layer",
     "NonNegative",
     "Objective",
     "Positive",
     "Row",
+    "Samples",
     "Seed",
     "TokenInputs",
+    "altpo",
     "ap",
+    "bss",
     "bst",
     "ce_u",
     "dpo",
@@ -41,7 +47,9 @@ __all__ = [
     "table",
     "tnpo",
     "undial",
+    "weighted",
     "wga",
+    "whp",
     "wtnpo",
 ]
 
@@ -258,6 +266,40 @@ def ce_u(
 def pdu(
     max_logp: Tensor,
     uniform_ce: Tensor,
+    mask: Tensor | None = None,
+    *,
+    preset: str = "paper",
+    reduction: str = "token_mean",
+    count: int | float | Tensor | None = None,
+    keep: float = 1.0,
+    kept: str = "smallest",
+    sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor: ...
+def altpo(
+    alternate_logp: Tensor,
+    answer_logp: Tensor,
+    alternate_ref_logp: Tensor,
+    answer_ref_logp: Tensor,
+    alternate_mask: Tensor | None = None,
+    answer_mask: Tensor | None = None,
+    *,
+    beta: float = 0.1,
+    factor: float = 2.0,
+    alternates: int = 5,
+    sampling_temperature: float = 1.0,
+    max_new_tokens: int = 200,
+    preset: str = "paper",
+    reduction: str = "sequence_mean",
+    count: int | float | Tensor | None = None,
+    keep: float = 1.0,
+    kept: str = "smallest",
+    alternate_sequence_ids: Tensor | None = None,
+    answer_sequence_ids: Tensor | None = None,
+    num_sequences: int | None = None,
+) -> Tensor: ...
+def whp(
+    logp: Tensor,
     mask: Tensor | None = None,
     *,
     preset: str = "paper",

@@ -67,7 +67,7 @@ Seed = Annotated[
 ]
 
 KEPT = ("smallest", "largest")
-BATCHES = ("refusal", "answer")
+BATCHES = ("refusal", "alternate", "generic", "answer")
 OF_A_BATCH = ("num_tokens", "num_positions")  # of pairs, one each: answer_num_tokens
 CONTEXT = ("vocab_size", "labelled", "inverse_length", *OF_A_BATCH)
 GIVEN: dict[str, tuple[Any, str]] = {  # arguments that are neither statistics nor options

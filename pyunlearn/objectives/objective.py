@@ -35,6 +35,17 @@ HAD = {  # how the caller comes by a statistic, where it is not by asking token_
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Text that a model draws for every prompt: how many, at which temperature, of how many tokens at most, and after
+    how many epochs anew (0: once, before training)."""
+
+    count: int
+    temperature: float = 1.0
+    max_new_tokens: int = 200
+    refresh_epochs: int = 0
+
+
+@dataclass(frozen=True)
 class Objective:
     """A configured objective: `get("wga", alpha=5.0)`. Calling it with the statistics gives the 0-d loss.
 
@@ -44,6 +55,7 @@ class Objective:
         temperature: of the statistics, the model's and the reference's: those of logits / temperature.
         keep, kept: likelihood selection: int(keep n) of a sequence's n tokens count, at least one, those with the
             "smallest" loss -logp or with the "largest".
+        samples: where it is not of the answers, but of the model's own samples for the same prompts.
     """
 
     name: str
@@ -53,6 +65,7 @@ class Objective:
     temperature: float = 1.0
     keep: float = 1.0
     kept: str = "smallest"
+    samples: Samples | None = None
 
     @property
     def definition(self) -> Definition:
@@ -121,8 +134,22 @@ class Objective:
 
     @property
     def batches(self) -> tuple[str, ...]:
-        """Which sequences go through the model: "answer", "refusal", in the order of the statistics."""
+        """Which sequences go through the model, e.g. "answer", "refusal", in the order of the statistics."""
         return self.variant.batches
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """What follows the role, "forget" or "retain", in the name of each batch's kind of sequence in a data set."""
+        own = "" if self.samples is None else "_sample"
+        return {batch: own if batch == "answer" else f"_{batch}" for batch in self.batches}
+
+    @property
+    def written(self) -> dict[str, Samples]:
+        """By the end of its kind's name, the text that a model has to write for it."""
+        if "alternate" in self.batches:
+            names = ("alternates", "sampling_temperature", "max_new_tokens")
+            return {"_alternate": Samples(*(self.options[name] for name in names))}
+        return {} if self.samples is None else {"_sample": self.samples}
 
     @property
     def positions(self) -> str:

@@ -147,7 +147,7 @@ def register(
         name: under which `get` finds it.
         role: "forget" or "retain".
         level: "token" or "sequence".
-        batch: which sequences an unprefixed statistic belongs to: "answer" or "refusal".
+        batch: which sequences an unprefixed statistic belongs to: "answer", "refusal", "alternate" or "generic".
         each: with level="sequence": of every token's statistic, what is summed; None: it itself.
         positions: "supervised", "real" (the prompt's tokens too), "followed" (padding too, but the last one) or "all".
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.

@@ -23,6 +23,11 @@ def next_changes(verdict: str, config: RunConfig, rate: float, kept: float | Non
         else f"unlearn.max_steps={LONGER * unlearn.max_steps}"
     )
     slower = f"unlearn.learning_rate={rate / FASTER:.3g}"
+    if not unlearn.trains and unlearn.reinforce is not None:  # there is but its strength
+        stronger, weaker = (f"unlearn.reinforce.strength={unlearn.reinforce.strength * by:.3g}" for by in (2, 0.5))
+        known = {KNOWS: [stronger], REWORDS: [stronger], COLLAPSED: [weaker], LOST: [weaker]}
+        if verdict in known:
+            return known[verdict]
     if verdict == NOTHING:
         learnt = config.memorise
         return (

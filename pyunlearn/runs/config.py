@@ -161,6 +161,27 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def reinforced_fits(self) -> RunConfig:
+        made, model = self.unlearn.reinforce, self.model
+        if made is None:
+            return self
+        if made.into != "weights" and model.quantize is not None:
+            raise ValueError(
+                f"unlearn.reinforce.into={made.into}: needs the reinforced model whole, and model.quantize="
+                f"{model.quantize} leaves its adapter on packed weights; set model.quantize=null"
+            )
+        others = {} if model.lora is None else model.lora.model_extra or {}
+        if made.into == "weights" and (own := [key for key in ("use_dora", "modules_to_save") if others.get(key)]):
+            raise ValueError(
+                f"unlearn.reinforce.into=weights: scales what plain LoRA adds; leave out model.lora.{own[0]}"
+            )
+        if made.into != "labels" and self.evaluate.every is not None:
+            raise ValueError(
+                f"evaluate.every={self.evaluate.every}: unlearn.reinforce.into={made.into} has no steps; set it to null"
+            )
+        return self
+
+    @model_validator(mode="after")
     def retraining_is_told_how(self) -> RunConfig:
         if "retrained" in self.evaluate.anchors and self.memorise is None:
             raise ValueError(
@@ -190,7 +211,7 @@ class RunConfig(Section):
     def needs_refusals(self) -> bool:
         """Whether an objective answers with them."""
         terms = (*self.unlearn.forget, *self.unlearn.retain)
-        return any("refusal" in batch for term in terms for batch in term.objective().batches)
+        return any("refusal" in part.batches for term in terms for part, _ in term.weighted())
 
     @property
     def has_retain(self) -> bool:
@@ -214,7 +235,9 @@ class RunConfig(Section):
         sources = {"data.forget": self.data.forget, "data.retain": self.data.retain}
         sources |= {f"evaluate.sets.{name}": source for name, source in self.evaluate.sets.items()}
         named = {key: source.path for key, source in sources.items() if source is not None}
-        yield from existing({"data.refusals": self.data.refusals, **named, **self.model.named_paths()})
+        anchors = None if self.unlearn.reinforce is None else self.unlearn.reinforce.anchors
+        own = {"data.refusals": self.data.refusals, "unlearn.reinforce.anchors": anchors}
+        yield from existing({**own, **named, **self.model.named_paths()})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, every default written out: loading it gives this configuration again."""

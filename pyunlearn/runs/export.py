@@ -18,6 +18,7 @@ from ..training.folder import write_model
 from .config import RunConfig, as_meant
 from .folder import RunFolder, versions
 from .provenance import describe, read_attempts
+from .reinforce import told
 from .run import RunResult, load_result, steps_taken
 from .table import table_markdown
 
@@ -82,14 +83,20 @@ def model_card(folder: RunFolder, config: RunConfig, result: RunResult, name: st
     calibrated = folder.read_config().get("calibration") or {}
     later = {"calibration": ", ".join(f"{key} = {value}" for key, value in calibrated.items())} if calibrated else {}
     made = describe(config, read_attempts(folder), steps_taken(config, unlearning) | later)
-    terms = " + ".join(f"{term.coefficient:g}·{term.name}" for term in (*config.unlearn.forget, *config.unlearn.retain))
+    combined = config.unlearn.reinforce is not None and config.unlearn.reinforce.into == "logits"
+    loading = [
+        "It is two models, base/ and reinforced/, whose logits are combined whenever it is asked:",
+        "`pyunlearn.model.load.load_model(FOLDER)` has it as one; base/ alone knows what was to be forgotten.",
+        "",
+    ]
     goals = [f"- {'met' if goal['met'] else 'missed'}: {goal['text']}" for goal in result.goals]
-    told = [] if verdict is None else [f"**{verdict['name'].capitalize()}**: {verdict['reason']}.", ""]
+    reached = [] if verdict is None else [f"**{verdict['name'].capitalize()}**: {verdict['reason']}.", ""]
     lines = [
         "---", yaml.safe_dump(keys, sort_keys=False).strip(), "---", "",
         f"# {name}", "",
-        f"{MADE_BY} {versions()['pyunlearn']}, with `{terms}`.", "",
-        "## Verdict", "", *told, *goals, "",
+        f"{MADE_BY} {versions()['pyunlearn']}, with `{told(config.unlearn)}`.", "",
+        *(loading if combined else []),
+        "## Verdict", "", *reached, *goals, "",
         "## Before and after", "", table_markdown(result.table).strip(), "",
         "In brackets: 95 % intervals over such samples (bootstrap). What a model no longer says it may still know: "
         "probing, paraphrases or further training can bring it back.", "",

@@ -7,15 +7,19 @@ from pathlib import Path
 
 from .._files import digest_file
 from ..data import QA
+from ..model.combined import FILE as COMBINED
+from ..model.combined import PARTS
 from ..model.load import EMBEDDED
 from ..store import digest_json
+from ..training.generic import read_anchors
 from ..training.unlearn import UnlearnData
 from .config import RunConfig
 from .data import RunData
 from .sections import ModelConfig
 
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-MODEL = ("*.safetensors", "config.json", "adapter_config.json", *TOKENIZER)
+MODEL = ("*.safetensors", "config.json", "adapter_config.json", COMBINED, *TOKENIZER)
+MODEL_FILES = MODEL + tuple(f"{part}/{name}" for part in PARTS for name in ("*.safetensors", "config.json"))
 
 
 def fingerprints(config: RunConfig, data: RunData) -> dict[str, str]:
@@ -23,6 +27,9 @@ def fingerprints(config: RunConfig, data: RunData) -> dict[str, str]:
     more = {"data.holdout": data.holdout, "data.unknown": data.unknown}
     more |= {f"evaluate.sets.{name}": items for name, items in data.sets.items()}
     digests = {key: digest_pairs(items) for key, items in more.items()}
+    made = config.unlearn.reinforce
+    if made is not None and made.anchors is not None:
+        digests["unlearn.reinforce.anchors"] = digest_json(read_anchors(made.anchors))
     return {**data_fingerprints(data), **digests, **model_fingerprints(config.model)}
 
 
@@ -43,12 +50,14 @@ def digest_pairs(items: Sequence[QA]) -> str:
 def model_fingerprints(source: ModelConfig) -> dict[str, str]:
     """Of a model's and its tokenizer's files; the name of what is none here (embedded, or on the Hub)."""
     name, gguf = source.name_or_path, source.gguf_file
-    files = matching(Path(name), MODEL) if gguf is None else [Path(gguf) if name == EMBEDDED else Path(name) / gguf]
-    fingerprints = {"model": digest_files(files) or f"{name} {gguf}"}
+    folder = Path(name)
+    files = matching(folder, MODEL_FILES) if gguf is None else [Path(gguf) if name == EMBEDDED else folder / gguf]
+    fingerprints = {"model": digest_files(files, folder) or f"{name} {gguf}"}
     if (base := source.adapters_base) is not None:
         fingerprints |= {"model's base": model_fingerprints(ModelConfig(name_or_path=base))["model"]}
     if source.tokenizer is not None:
-        fingerprints["model.tokenizer"] = digest_files(matching(Path(source.tokenizer), TOKENIZER)) or source.tokenizer
+        folder = Path(source.tokenizer)
+        fingerprints["model.tokenizer"] = digest_files(matching(folder, TOKENIZER), folder) or source.tokenizer
     return fingerprints
 
 
@@ -56,7 +65,8 @@ def matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern)})
 
 
-def digest_files(files: Iterable[Path]) -> str | None:
-    """Over names and content of those that are there; None where there is none."""
-    digests = {file.name: digest_file(file) for file in files if file.is_file()}
+def digest_files(files: Iterable[Path], folder: Path) -> str | None:
+    """Over names, in the folder, and content of those that are there; None where there is none."""
+    names = {file: file.relative_to(folder).as_posix() if folder in file.parents else file.name for file in files}
+    digests = {name: digest_file(file) for file, name in names.items() if file.is_file()}
     return digest_json(digests) if digests else None

@@ -5,6 +5,7 @@ memorised/         model and tokenizer after memorising (if the run does)
 evaluation/        {before,after}-{forget,retain,holdout}.jsonl, one line a sample; {before,after}.json, the means;
                    the same of step-N on the way, and of the models it is held against (retrained, random)
 unlearning.json    mean absolute change of a weight; with sampling also each sample's updates, MRD, and when forgotten
+reinforced/        a model that was trained further on the forget set (with unlearn.reinforce)
 retrained/         a model that was trained as memorised/ was, but without the forget set (with --retrain)
 checkpoint/        the unlearned model and tokenizer
 geffect/           what `pyunlearn geffect` measures, beside the reference of its samples
@@ -40,7 +41,8 @@ OLD, MOVING = ".pyunlearn-old", ".pyunlearn-moving"  # what is being overwritten
 BEGUN = {MARK, LOCK, "config.yaml", OLD, MOVING}  # what a run has before it computes anything
 RUN_FILES = BEGUN | {
     "memorised", "evaluation", "unlearning.json", "checkpoint", "geffect", "table.json", "table.md", "report.html",
-    "retrained", "training", "metrics.jsonl", "reference", "checkpoints", "trackers", "provenance.json", "uwc", "cru",
+    "retrained", "reinforced", "texts", "training", "metrics.jsonl", "reference", "checkpoints", "trackers",
+    "provenance.json", "uwc", "cru",
 }  # fmt: skip
 SCORE_FILES = {f"scores{suffix}" for suffix in (".jsonl", ".json", ".html", ".state")}
 LEFT_BY_A_KILL = re.compile(r"\..*\.(tmp|old|lock)")  # see `_files`
@@ -57,6 +59,7 @@ class RunFolder(TrainingFolder):
         self.unlearning = self.path / "unlearning.json"
         self.checkpoint = self.path / "checkpoint"
         self.retrained = self.path / "retrained"
+        self.reinforced = self.path / "reinforced"
         self.report = self.path / "report.html"
         self.provenance = self.path / "provenance.json"
         self.lock = self.path / LOCK
@@ -212,7 +215,8 @@ class RunFolder(TrainingFolder):
 
     def result(self, stage: str) -> Path:
         """Where the model goes that a stage leaves."""
-        return {"memorise": self.memorised, "unlearn": self.checkpoint, "retrain": self.retrained}[stage]
+        made = {"memorise": self.memorised, "reinforce": self.reinforced, "retrain": self.retrained}
+        return {**made, "unlearn": self.checkpoint}[stage]
 
     def evaluation(self, name: str) -> Path:
         return self.path / "evaluation" / name

@@ -24,9 +24,10 @@ from ..model.load import load_model
 from ..model.lora import check_peft, tried
 from ..training.arguments import check_library, check_trackers, check_values
 from ..training.folder import write_model
+from ..training.generic import read_anchors
 from ..training.selection import trained_names
 from ..training.stage import Interrupted, Stage, training_arguments
-from ..training.unlearn import check_model, memorise, to_memorise
+from ..training.unlearn import check_model, memorise, rows_trained, to_memorise
 from .config import FilesConfig, RunConfig
 from .data import RunData, load_data
 from .fingerprint import fingerprints
@@ -203,8 +204,9 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
     for a package that is not installed.
     """
     if isinstance(job.config, RunConfig):
-        for name in ("memorise", "unlearn"):
-            if (settings := getattr(job.config, name)) is not None:
+        named = {"memorise": job.config.memorise, "unlearn": job.config.unlearn}
+        for name, settings in {**named, "unlearn.reinforce": job.config.unlearn.reinforce}.items():
+            if settings is not None:
                 check_trackers(settings.report_to, f"{name}.report_to")
                 check_library(settings.optim, f"{name}.optim")
                 check_values(settings, f"{name}.arguments")
@@ -223,7 +225,7 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
                 raise ValueError(f"{name}: {error}") from None
         if job.processes.first:
             job.folder.settle()
-            for name in ("memorise", "unlearn", "retrain"):
+            for name in ("memorise", "unlearn", "retrain", "reinforce"):
                 if job.folder.result(name).is_dir():
                     job.folder.remove_training(name)  # what a kill has left of it
     if job.config.memorise is not None and not job.folder.memorised.is_dir():
@@ -238,7 +240,12 @@ def check_trainings(job: Job[RunConfig], stage: Stage, model: Any) -> None:
     config, lora = job.config, job.config.model.lora
     with nullcontext(model) if lora is None else tried(model, **lora.adapter()) as trained:
         check_model(config.unlearn, config.geffect, trained)
-    training_arguments(stage, "unlearn", config.unlearn, len(job.data.forget))
+    if config.unlearn.trains:
+        training_arguments(stage, "unlearn", config.unlearn, rows_trained(config.unlearn, job.data))
+    if (reinforced := config.unlearn.reinforce) is not None:
+        read_anchors(reinforced.anchors)
+        trained_names(model, reinforced)
+        training_arguments(stage, "unlearn.reinforce", reinforced, len(job.data.forget))
     if config.memorise is not None:
         trained_names(model, config.memorise)
         training_arguments(stage, "memorise", config.memorise, len(to_memorise(config.memorise, job.data)))
@@ -250,6 +257,13 @@ def save(job: Job, stage: str, model: Any, tokenizer: Any) -> None:
         write_model(job.folder.result(stage), model, tokenizer)
         job.folder.remove_training(stage)
     job.processes.wait()
+
+
+def adapters_base(job: Job[RunConfig]) -> str:
+    """Where the model is found again that unlearning starts from: a folder's whole path, or a Hub id."""
+    config = job.config
+    name = config.model.name_or_path if config.memorise is None else str(job.folder.memorised)
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def quiet_libraries() -> None:

@@ -27,8 +27,9 @@ from .anchors import ANCHORS
 from .config import RunConfig
 from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
 from .folder import RunFolder, config_text
-from .job import Job, first_model, loaded, save
+from .job import Job, adapters_base, first_model, loaded, save
 from .provenance import Attempt, describe, keep_attempt, read_attempts
+from .reinforce import arithmetic, make_reinforced, reinforced_model, reinforcement, told
 from .sections import ModelConfig
 from .table import cell, columns, make_table, table_markdown
 from .tools import load_tools
@@ -153,11 +154,15 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
 def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any) -> Any:
     """The model after it, as it is loaded from the checkpoint that is written."""
     settings, lora = job.config.unlearn, job.config.model.lora
+    if settings.reinforce is not None:
+        make_reinforced(job, stage)
+    if not settings.trains:
+        return arithmetic(job, stage, model, tokenizer)
+    reinforced = None if settings.reinforce is None else reinforced_model(job)
     if lora is not None:
         model = add_adapter(model, **lora.adapter(), seed=stage.seed, base=adapters_base(job))
     merged = lora is not None and lora.save == "merged"
-    terms = [f"{term.coefficient:g}·{term.name}" for term in (*settings.forget, *settings.retain)]
-    job.console.print(f"[bold]unlearn[/] {' + '.join(terms)}")
+    job.console.print(f"[bold]unlearn[/] {told(settings)}")
     quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
 
     def evaluate(step: int, model: Any) -> dict[str, float]:
@@ -167,20 +172,14 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
 
     every = job.config.evaluate.every
     watching = [] if every is None else [Evaluations(every, evaluate)]
-    unlearned = unlearn(stage, settings, model, tokenizer, job.data, job.config.geffect, watching, merged)
+    unlearned = unlearn(stage, settings, model, tokenizer, job.data, job.config.geffect, watching, merged, reinforced)
     if job.processes.first:
-        write_json(job.folder.unlearning, unlearned.as_dict())
+        first = {} if reinforced is None else {"reinforced": reinforcement(job)}
+        write_json(job.folder.unlearning, {**unlearned.as_dict(), **first})
     if merged:
         model = merge(model)
     save(job, "unlearn", model, tokenizer)
     return merge(model) if lora is not None and not merged and job.config.model.quantize is None else model
-
-
-def adapters_base(job: Job[RunConfig]) -> str:
-    """Where the model is found again that unlearning starts from: a folder's whole path, or a Hub id."""
-    config = job.config
-    name = config.model.name_or_path if config.memorise is None else str(job.folder.memorised)
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def finish(job: Job[RunConfig]) -> RunResult:
@@ -201,6 +200,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
         verdict = reach_verdict(moments["before"], goal, goals).as_dict()
         left = moments["after"]["forget"]["probability"] / max(moments["before"]["forget"]["probability"], 1e-12)
         changes = next_changes(verdict["name"], config, rate_of(config, unlearning), left)
+        if not config.unlearn.trains:
+            verdict["advice"] = "another strength of the arithmetic"
         verdict["command"] = next_command(job.command, changes, f"{folder.path}-2")
     if job.processes.first:
         write_json(folder.path / "table.json", {"table": table, "goals": goals, "verdict": verdict})
@@ -233,13 +234,18 @@ def rate_of(config: RunConfig, unlearning: Mapping[str, Any]) -> float:
 def steps_taken(config: RunConfig, unlearning: Mapping[str, Any]) -> dict[str, str]:
     """What of the unlearning a page tells beside model, data and seed."""
     settings = config.unlearn
-    terms = " + ".join(f"{term.coefficient:g}·{term.name}" for term in (*settings.forget, *settings.retain))
     rate = f"{rate_of(config, unlearning):g}"
     batch = settings.batch_size * settings.gradient_accumulation_steps
-    told = {"objective": terms, "steps": f"{unlearning['steps']}, of {batch} samples, at a learning rate of {rate}"}
+    made = {"objective" if settings.trains else "made of": told(settings)}
+    if (first := unlearning.get("reinforced")) is not None:
+        made["reinforced"] = (
+            f"{first['steps']} steps on the forget set, at a learning rate of {first['learning_rate']:g}"
+        )
+    if settings.trains:
+        made["steps"] = f"{unlearning['steps']}, of {batch} samples, at a learning rate of {rate}"
     trained, every = unlearning.get("trained", 0), unlearning.get("parameters", 0)  # older runs do not tell
     part = {} if trained == every else {"trained": f"{trained:,} of {every:,} parameters ({trained / every:.2%})"}
-    return told | part
+    return made | part
 
 
 def tell(job: Job[RunConfig], result: RunResult) -> None:
@@ -262,7 +268,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
     if not job.config.has_retain:
         job.console.print("no rows to retain: nothing kept the rest in its place, and what it cost was not measured")
     folder = result.folder
-    told = job.config.memorise is None or "retrained" in columns(result.table) or not job.config.has_retain
+    known = job.config.memorise is None or "retrained" in columns(result.table) or not job.config.has_retain
     next_try = [] if result.verdict is None else [f"  {result.verdict['command']}   # {result.verdict['advice']}"]
     lines = [
         f"report  {folder / 'report.html'}",
@@ -271,7 +277,7 @@ def tell(job: Job[RunConfig], result: RunResult) -> None:
         "try next",
         *next_try,
         "  pyunlearn recipes   # other methods by name; pyunlearn objectives has their parts and options",
-        *([] if told else [f"  {job.command} --retrain --resume   # beside a model that never saw the forget set"]),
+        *([] if known else [f"  {job.command} --retrain --resume   # beside a model that never saw the forget set"]),
         f"  pyunlearn evaluate {shlex.quote(str(folder))} --data FILE.jsonl   # what it says of other questions",
     ]
     job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

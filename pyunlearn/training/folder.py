@@ -3,6 +3,7 @@
 training/STAGE/       resumable checkpoints of the stage under way; removed when the stage is done
 metrics.jsonl         one line per optimiser step
 reference/            what the frozen reference says, per kind of sequence
+texts/                what models have written for the objectives, by model and prompt
 checkpoints/step-N/   models on the way, with keep_steps
 trackers/             what TensorBoard and Weights & Biases keep, with report_to
 geffect/reference/    the same of the samples that the G-effect is measured on
@@ -36,6 +37,7 @@ class TrainingFolder:
         self.path = Path(path)
         self.metrics = self.path / "metrics.jsonl"
         self.reference = self.path / "reference"
+        self.texts = self.path / "texts"
         self.kept = self.path / "checkpoints"
         self.geffect = self.path / "geffect"
         self.trackers = self.path / "trackers"

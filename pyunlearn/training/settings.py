@@ -50,14 +50,26 @@ class TermConfig(Section):
     kept: str | None = Field(default=None, description="those with the smallest loss, or the largest")
     options: dict[str, Any] = Field(default_factory=dict)
 
-    def objective(self) -> objectives.Objective:
-        """The registered objective with these options. Raises ValueError naming the nearest names."""
+    def weighted(self) -> list[tuple[objectives.Objective, float]]:
+        """The registered objective with these options, or the parts of a mixture, and their coefficients.
+
+        Raises ValueError naming the nearest names.
+        """
         chosen = {key: getattr(self, key) for key in ("preset", "reduction", "temperature", "keep", "kept")}
-        return objectives.get(self.name, **{key: v for key, v in chosen.items() if v is not None}, **self.options)
+        given = {key: value for key, value in chosen.items() if value is not None}
+        try:
+            parts = objectives.weighted(self.name, **given, **self.options)
+        except TypeError as error:
+            raise ValueError(f"{self.name}: options={self.options}: {error}") from None
+        return [(part, self.coefficient * share) for part, share in parts]
+
+    def objective(self) -> objectives.Objective:
+        """The objective; of a mixture its first part."""
+        return self.weighted()[0][0]
 
     @model_validator(mode="after")
     def exists(self) -> TermConfig:
-        self.objective()
+        self.weighted()
         return self
 
 
@@ -176,6 +188,34 @@ class MemoriseConfig(TrainingConfig):
     retain_limit: int | None = Field(default=None, ge=0, description="beside those held out; None is all of them")
 
 
+class ReinforceConfig(TrainingConfig):
+    """Trains a copy of the model further on the forget set first, and makes something of what that changes."""
+
+    section: ClassVar[str] = "unlearn.reinforce"
+
+    into: Literal["labels", "weights", "logits"] = Field(
+        default="labels",
+        description="labels for the objective whp; weights, theta - a (theta_r - theta); logits, v_base - a "
+        "ReLU(v_r - v_base), whenever the model is asked",
+    )
+    strength: float = Field(default=5.0, ge=0, allow_inf_nan=False, description="a; 0 leaves the model as it is")
+    anchors: str | None = Field(
+        default=None,
+        description="a JSON file, {term: generic counterpart}: put in the place of these terms in the text that labels "
+        "are made of",
+    )
+    epochs: float = Field(default=10, gt=0, allow_inf_nan=False)
+    learning_rate: float | None = Field(  # type: ignore[assignment]
+        default=None, ge=0, allow_inf_nan=False, description="by the size where there is none, as the unlearning's"
+    )
+
+    @model_validator(mode="after")
+    def anchors_are_for_labels(self) -> ReinforceConfig:
+        if self.anchors is not None and self.into != "labels":
+            raise ValueError(f"anchors={self.anchors}: are for labels, and into={self.into}; set into=labels")
+        return self
+
+
 class SamplingConfig(Section):
     """Which forget samples a step takes."""
 
@@ -274,16 +314,29 @@ class UnlearnConfig(TrainingConfig):
     pad_to: int | None = Field(
         default=None, ge=1, description="tokens of every row, for presets that count padding; None: the batch's longest"
     )
-    forget: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["forget"])], min_length=1)
+    forget: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["forget"])])
     retain: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["retain"])])
     sampling: Annotated[SamplingConfig, BeforeValidator(as_sampling)] = Field(default_factory=SamplingConfig)
     early_stop: EarlyStopConfig | None = None
     dual: Annotated[DualConfig | None, BeforeValidator(as_dual)] = None
+    reinforce: ReinforceConfig | None = Field(
+        default=None,
+        description="a first training, of a copy on the forget set: for whp, or in the place of objectives",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def recipe_below(cls, settings: Any) -> Any:
         return with_recipe(settings)
+
+    @model_validator(mode="before")
+    @classmethod
+    def whp_reinforces(cls, settings: Any) -> Any:
+        """By the one word: its labels are made of a reinforced model."""
+        if isinstance(settings, Mapping) and settings.get("reinforce") is None:
+            named = [term.get("name") for term in as_terms(settings.get("forget")) if isinstance(term, Mapping)]
+            return {**settings, "reinforce": {"into": "labels"}} if "whp" in named else settings
+        return settings
 
     @field_validator("forget", "retain", mode="before")
     @classmethod
@@ -291,8 +344,9 @@ class UnlearnConfig(TrainingConfig):
         """Unknown names here, where the role is known, so that the error names objectives of that role alone."""
         for term in as_terms(terms):
             name = term.get("name") if isinstance(term, Mapping) else None
-            if isinstance(name, str) and name not in objectives.names():
-                check_known("objective", name, objectives.names(info.field_name))
+            if isinstance(name, str) and name not in (*objectives.names(), *objectives.MIXTURES):
+                mixtures = objectives.MIXTURES if info.field_name == "forget" else ()
+                check_known("objective", name, (*objectives.names(info.field_name), *mixtures))
         return terms
 
     @field_validator("forget", "retain")
@@ -315,9 +369,33 @@ class UnlearnConfig(TrainingConfig):
             raise ValueError(f"dual moves the coefficient of one retain objective, got {len(self.retain)}")
         return self
 
+    @property
+    def trains(self) -> bool:
+        """Whether objectives change the model, and not arithmetic on a reinforced one."""
+        return self.reinforce is None or self.reinforce.into == "labels"
+
+    @model_validator(mode="after")
+    def objectives_or_arithmetic(self) -> UnlearnConfig:
+        forget, retain = ([term.name for term in terms] for terms in (self.forget, self.retain))
+        if self.reinforce is None or self.trains:
+            if not forget:
+                raise ValueError("forget=[]: needs an objective, or reinforce.into=weights or logits")
+            if (self.reinforce is not None) != ("whp" in forget):
+                raise ValueError(
+                    f"forget={forget}: reinforce.into=labels makes the labels of whp; needs both or neither"
+                )
+        elif forget or retain:
+            raise ValueError(
+                f"reinforce.into={self.reinforce.into} takes the place of objectives: set forget=[] and retain=[], got "
+                f"{forget} and {retain}"
+            )
+        elif self.sampling.by != "shuffle" or self.keep_steps is not None:
+            raise ValueError(f"reinforce.into={self.reinforce.into} takes no steps that sampling or keep_steps are of")
+        return self
+
     def weighted_objectives(self) -> list[tuple[objectives.Objective, float]]:
         """What the loss is made of: every objective and its coefficient."""
-        return [(term.objective(), term.coefficient) for term in (*self.forget, *self.retain)]
+        return [part for term in (*self.forget, *self.retain) for part in term.weighted()]
 
 
 def with_recipe(unlearn: Any) -> Any:

@@ -17,7 +17,7 @@ from ..model.forward import POSITIONS, Layer, Supervised, select_positions, supe
 from ..model.head import head_stats
 from ..model.reference import Cached, Reference, Source, as_references
 from ..model.tree import Packing
-from ..objectives import Objective, TokenInputs
+from ..objectives import Objective, Samples, TokenInputs
 from ..objectives.reduction import Selection
 from ..ops.contract import NEEDS_REFERENCE
 
@@ -76,6 +76,7 @@ class Need:
     reference_scalars: dict[tuple[str, float], set[str]] = field(default_factory=dict)  # by positions and temperature
     kl_reference: bool = False
     reference_layers: set[Layer] = field(default_factory=set)
+    samples: Samples | None = None  # what a model has to write for it
 
     @property
     def positions(self) -> set[str]:
@@ -128,26 +129,39 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
     if not objectives:
         raise ValueError("objectives is empty: needs at least one objective")
     terms: list[Term] = []
-    for entry in objectives:
-        objective, coefficient = entry if isinstance(entry, tuple) else (entry, 1.0)
+    for objective, coefficient in [part for entry in objectives for part in parts_of(entry)]:
         if isinstance(objective, str):
             objective = registry.get(objective)
         if not isinstance(objective, Objective):
-            raise TypeError(f"objectives: needs names, Objectives or (objective, coefficient), got {entry!r}")
+            raise TypeError(f"objectives: needs names, Objectives or (objective, coefficient), got {objective!r}")
         if not math.isfinite(coefficient):
             raise ValueError(f"objectives: the coefficient of {objective.name} needs to be finite, got {coefficient}")
-        label = f"{objective.role}.{objective.name}"
+        label = f"{objective.role}.{objective.name}" + ("" if objective.samples is None else ".samples")
         twins = sum(term.label.split("#")[0] == label for term in terms)
-        suffixes = {batch: "" if batch == "answer" else f"_{batch}" for batch in objective.batches}
-        kinds = {batch: objective.role + suffix for batch, suffix in suffixes.items()}
+        kinds = {batch: objective.role + kind for batch, kind in objective.kinds.items()}
         terms.append(Term(f"{label}#{twins + 1}" if twins else label, objective, float(coefficient), kinds))
     return tuple(terms)
+
+
+def parts_of(entry: Any) -> list[tuple[Any, float]]:
+    """An entry of a list of objectives with its coefficient; of the name of a mixture its parts."""
+    objective, coefficient = entry if isinstance(entry, tuple) else (entry, 1.0)
+    if isinstance(objective, str) and objective in registry.MIXTURES:
+        return [(part, coefficient * share) for part, share in registry.weighted(objective)]
+    return [(objective, coefficient)]
 
 
 def collect_needs(terms: Sequence[Term]) -> dict[str, Need]:
     """What to compute, by kind of sequence, for all terms at once."""
     needs: dict[str, Need] = {}
     for term in terms:
+        for ending, samples in term.objective.written.items():
+            need = needs.setdefault(kind := term.objective.role + ending, Need())
+            if need.samples not in (None, samples):
+                raise ValueError(
+                    f"{kind}: two objectives want other texts, {need.samples} and {samples}; needs one kind"
+                )
+            need.samples = samples
         for kind in term.kinds.values():
             need = needs.setdefault(kind, Need())
             need.reads.update(map(term.place.read, term.objective.outputs))
@@ -170,6 +184,8 @@ def check_kinds(needs: Mapping[str, Need], dataset: Any, name: str = "train_data
         refuse = [kind.removesuffix("_refusal") for kind in absent if kind.endswith("_refusal")]
         options = ["a retain QADataset"] if "retain" not in kinds and any("retain" in kind for kind in absent) else []
         options += [f"refusals=[texts], refuse={refuse}"] if refuse else []
+        more = {"_sample": "together", "_generic": "together", "_alternate": "apart"}
+        options += [f"{more[end]}={{{kind!r}: rows}}" for kind in absent for end in more if kind.endswith(end)]
         advice = f"; give them by ForgetRetainDataset(forget, {', '.join(options)})" if options else ""
         raise ValueError(f"{name}: the objectives need {absent}, its items have {kinds}{advice}")
 

@@ -165,10 +165,11 @@ class UnlearnTrainer(TermLosses, Trainer):
     ) -> tuple[None, None, None]:
         """Keeps each term's sum and count, for `evaluation_loop`: the loss of one batch says nothing."""
         state, batch = self.accelerator.gradient_state, dict[str, Any](self._prepare_inputs(inputs))
-        own = size = len(batch[next(iter(self.needs))]["index"])
+        own = size = min(len(rows["index"]) for rows in batch.values())
         if state.end_of_dataloader and state.remainder > 0:  # the ranks have filled it up
             own = min(max(state.remainder - self.accelerator.process_index * size, 0), size)
-        batch = {kind: {name: value[: max(own, 1)] for name, value in rows.items()} for kind, rows in batch.items()}
+        for kind, rows in batch.items():  # an item may have several rows of a kind
+            batch[kind] = {name: value[: max(own, 1) * (len(value) // size)] for name, value in rows.items()}
         with torch.no_grad():
             sums = torch.stack(self.term_losses(model, batch, {term.count: 1 for term in self.terms}))
         counts = sums.new_tensor([count_items(batch, *term.count) for term in self.terms])

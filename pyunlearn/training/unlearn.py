@@ -26,13 +26,15 @@ from ..ops.parameters import canonical
 from .callbacks import KeepCheckpoints
 from .dual import Dual
 from .folder import TrainingFolder
+from .generic import generic_rows, read_anchors
 from .probe import GEffectCallback, Probe
 from .rate import rate_for
 from .sampling import ForgetSampler, Forgotten
 from .selection import selected
-from .settings import GEffectConfig, MemoriseConfig, UnlearnConfig
+from .settings import GEffectConfig, MemoriseConfig, ReinforceConfig, UnlearnConfig
 from .stage import Stage, train
 from .terms import Need, TermLosses, check_top, collect_needs, make_terms
+from .written import Resample, alternates_of, samples_of, texts_of
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,15 @@ def memorise(
         train(stage, name, settings, model, rows, ["gd"])
 
 
+def reinforce(stage: Stage, settings: ReinforceConfig, model: Any, tokenizer: Any, data: UnlearnData) -> None:
+    """Fine-tunes `model` in place on the forget set alone, by `gd`."""
+    if settings.learning_rate is None:
+        settings = settings.model_copy(update={"learning_rate": rate_for(model)})
+    rows = AnswerRows(stage.rows(data.forget, tokenizer))
+    with selected(model, settings):
+        train(stage, "reinforce", settings, model, rows, ["gd"])
+
+
 def to_memorise(settings: MemoriseConfig, data: UnlearnData) -> list[QA]:
     return data.forget + data.retain[: settings.retain_limit] + data.holdout + data.unknown
 
@@ -118,19 +129,21 @@ def unlearn(
     probing: GEffectConfig | None = None,
     watching: Sequence[TrainerCallback] = (),
     merge_kept: bool = False,
+    reinforced: Any = None,
 ) -> Unlearned:
     """Unlearns `model` in place; what it says before is the frozen reference, cached in the stage's folder, or, with a
     fresh LoRA adapter on it, told by the model with its adapter off.
 
     probing: also measures the G-effect on the way, into the metrics. watching: further callbacks of the training.
-    merge_kept: of a model under peft, those of keep_steps are plain models and not adapters.
+    merge_kept: of a model under peft, those of keep_steps are plain models and not adapters. reinforced: the model of
+    `settings.reinforce`, of which whp's labels are made.
 
     Raises ValueError for data that the objectives need and were not given, and what `train` raises.
     """
     if settings.learning_rate is None:
         settings = settings.model_copy(update={"learning_rate": rate_for(model)})
     with selected(model, settings):
-        return unlearn_selected(stage, settings, model, tokenizer, data, probing, watching, merge_kept)
+        return unlearn_selected(stage, settings, model, tokenizer, data, probing, watching, merge_kept, reinforced)
 
 
 def unlearn_selected(
@@ -142,6 +155,7 @@ def unlearn_selected(
     probing: GEffectConfig | None,
     watching: Sequence[TrainerCallback],
     merge_kept: bool,
+    reinforced: Any,
 ) -> Unlearned:
     """`unlearn`, of the parameters that require gradients."""
     objectives = settings.weighted_objectives()
@@ -150,9 +164,13 @@ def unlearn_selected(
     retain = None
     if any(kind.startswith("retain") for kind in needs):
         retain = stage.rows(retain_used(stage, settings, data), tokenizer)
-    pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to)
+    written = write_rows(stage, settings, model, tokenizer, forget, needs, reinforced)
+    pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to, written=written)
     references = make_references(stage, model, tokenizer, pairs, needs)
     callbacks = [*watching]
+    samples = needs["forget_sample"].samples if "forget_sample" in needs else None
+    if samples is not None and samples.refresh_epochs:
+        callbacks.append(Resample(stage, tokenizer, pairs, samples, texts_of(stage, model)))
     if probing is not None:
         probe = make_probe(stage, settings, probing, model, tokenizer, data)
         callbacks.append(GEffectCallback(probe, stage.folder.metrics, "unlearn", probing.every))
@@ -183,6 +201,10 @@ def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: A
     context = CausalLM.of(model).context_length
     if settings.pad_to is not None and context is not None and settings.pad_to > context:
         raise ValueError(f"unlearn.pad_to={settings.pad_to}: the model's context is {context} tokens")
+    if probing is not None:
+        check_probed(settings)
+    if not settings.trains:
+        return
     for need in collect_needs(make_terms(settings.weighted_objectives())).values():
         for layer in need.layers:
             layer_number(model, layer)
@@ -196,15 +218,53 @@ def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: A
 
 def retain_used(stage: Stage, settings: UnlearnConfig, data: UnlearnData) -> list[QA]:
     """The retain rows this training will meet: all, or a seeded draw where fewer are used (no reference is wasted)."""
-    used = math.ceil(settings.epochs * len(data.forget))
+    forget = rows_trained(settings, data)
+    used = math.ceil(settings.epochs * forget)
     a_step = settings.batch_size * settings.gradient_accumulation_steps * stage.processes.count
     if settings.max_steps is not None:
         used = settings.max_steps * a_step
     elif settings.sampling.by != "shuffle":  # full batches
-        used = math.ceil(settings.epochs * math.ceil(len(data.forget) / a_step)) * a_step
+        used = math.ceil(settings.epochs * math.ceil(forget / a_step)) * a_step
     if used >= len(data.retain):
         return data.retain
     return [data.retain[i] for i in sorted(random.Random(stage.seed).sample(range(len(data.retain)), used))]
+
+
+def rows_trained(settings: UnlearnConfig, data: UnlearnData) -> int:
+    """Items of an epoch: of alternate answers, one each."""
+    if not settings.trains:
+        return len(data.forget)
+    needs = collect_needs(make_terms(settings.weighted_objectives()))
+    alternates = needs["forget_alternate"].samples if "forget_alternate" in needs else None
+    return len(data.forget) * (1 if alternates is None else alternates.count)
+
+
+def write_rows(
+    stage: Stage,
+    settings: UnlearnConfig,
+    model: Any,
+    tokenizer: Any,
+    forget: QADataset,
+    needs: Mapping[str, Need],
+    reinforced: Any,
+) -> dict[str, Any]:
+    """By kind, the rows of forget questions that a model has to write before training.
+
+    Raises ValueError for labels without a reinforced model to make them of, and as what writes them.
+    """
+    rows: dict[str, Any] = {}
+    if "forget_generic" in needs:
+        if reinforced is None or settings.reinforce is None:
+            raise ValueError("reinforced: whp needs the model that was trained further on the forget set, got None")
+        anchors = read_anchors(settings.reinforce.anchors)
+        batch_size, strength = stage.reference_batch_size, settings.reinforce.strength
+        rows["forget_generic"] = generic_rows(model, reinforced, forget, tokenizer, strength, anchors, batch_size)
+    for kind, write in (("forget_sample", samples_of), ("forget_alternate", alternates_of)):
+        wanted = needs[kind].samples if kind in needs else None
+        if wanted is not None:
+            with stage.processes.first_first():
+                rows[kind] = write(stage, model, tokenizer, forget, wanted, texts_of(stage, model))
+    return rows
 
 
 def make_pairs(
@@ -215,8 +275,11 @@ def make_pairs(
     seed: int,
     pad_to: int | None,
     fixed: bool = False,
+    written: Mapping[str, Any] | None = None,
 ) -> ForgetRetainDataset:
-    """Forget and retain rows with the refusals that the objectives need; `fixed` ones do not change over epochs."""
+    """Forget and retain rows with the refusals that the objectives need; `fixed` ones do not change over epochs.
+    written: `write_rows`."""
+    apart = {kind: rows for kind, rows in (written or {}).items() if kind.endswith("_alternate")}
     return ForgetRetainDataset(
         forget,
         retain,
@@ -225,6 +288,8 @@ def make_pairs(
         fixed_refusals=fixed or any(need.reference for kind, need in needs.items() if "refusal" in kind),
         seed=seed,
         pad_to=pad_to,
+        together={kind: rows for kind, rows in (written or {}).items() if kind not in apart},
+        apart=apart,
     )
 
 
@@ -232,13 +297,14 @@ def make_references(
     stage: Stage, model: Any, tokenizer: Any, pairs: ForgetRetainDataset, needs: Mapping[str, Need]
 ) -> dict[str, Source]:
     """Of every kind of sequence that needs one: the model with its fresh adapter off, where it has one; else a cache on
-    disk, or a frozen copy in memory where padding counts, which no cache can know."""
+    disk, or a frozen copy in memory where padding counts, or samples change, which no cache can know."""
     if does_nothing(model):
         off = AdapterOff(model)
         return {kind: off for kind, need in needs.items() if need.reference}
     references: dict[str, Source] = {}
     for kind, need in needs.items():
-        if need.hidden_reference and need.widest in PADDED:
+        changing = need.samples is not None and need.samples.refresh_epochs > 0
+        if (need.hidden_reference and need.widest in PADDED) or (need.reference and changing):
             references[kind] = copy.deepcopy(model).requires_grad_(False).eval()
         elif need.reference:
             with stage.processes.first_first():  # the others find a file that fits
@@ -257,8 +323,10 @@ def make_references(
     return references
 
 
-def rows_of(pairs: ForgetRetainDataset, kind: str, tokenizer: Any, max_length: int | None) -> QADataset:
+def rows_of(pairs: ForgetRetainDataset, kind: str, tokenizer: Any, max_length: int | None) -> Any:
     """The rows of one kind of sequence, refusals as the data set draws them."""
+    if kind in (written := {**pairs.together, **pairs.apart}):
+        return written[kind]
     role = kind.removesuffix("_refusal")
     rows = pairs.forget if role == "forget" else pairs.retain
     if rows is None:
@@ -288,7 +356,11 @@ def make_sampler(settings: UnlearnConfig, rows: QADataset, seed: int) -> ForgetS
 def make_probe(
     stage: Stage, settings: UnlearnConfig, probing: GEffectConfig, model: Any, tokenizer: Any, data: UnlearnData
 ) -> Probe:
-    """The objectives on samples drawn from the seed; `model`, not yet unlearned, is their reference."""
+    """The objectives on samples drawn from the seed; `model`, not yet unlearned, is their reference.
+
+    Raises ValueError as `check_probed`.
+    """
+    check_probed(settings)
     objectives = settings.weighted_objectives()
     needs = collect_needs(make_terms(objectives))
     drawn = {}
@@ -301,6 +373,17 @@ def make_probe(
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
     losses = TermLosses(objectives, make_references(own, model, tokenizer, pairs, needs))
     return Probe(losses, rows, probing, bf16=settings.bf16, pad_to=settings.pad_to)
+
+
+def check_probed(settings: UnlearnConfig) -> None:
+    """Raises ValueError for objectives that the G-effect has no samples of, or none at all."""
+    if not settings.trains:
+        raise ValueError("geffect: is measured of objectives, and unlearn.reinforce takes their place")
+    needs = collect_needs(make_terms(settings.weighted_objectives()))
+    if own := [kind for kind, need in needs.items() if kind == "forget_generic" or need.samples is not None]:
+        raise ValueError(
+            f"geffect: is measured on the rows of the data, and the objectives are of text made here: {own}"
+        )
 
 
 def trainable(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -159,3 +159,39 @@ def test_rows_and_refusals_fit_the_padding(forget, retain):
         ForgetRetainDataset(forget, retain, pad_to=longest - 1)
     with pytest.raises(ValueError, match=rf"more than the limit of {longest}; raise max_length \(or pad_to\)"):
         ForgetRetainDataset(forget, retain, pad_to=longest, refusals=["no " * 60], refuse=["forget"])
+
+
+def rows_for(forget, count):
+    return [{**forget[i], "index": i * count + j} for i in range(len(forget)) for j in range(count)]
+
+
+def test_rows_that_go_together(forget, retain):
+    """All of a question's are in its item, and in the batch one after another."""
+    pairs = ForgetRetainDataset(forget, retain, together={"forget_sample": rows_for(forget, 3)})
+    assert len(pairs) == len(forget)
+    assert [row["index"] for row in pairs[4]["forget_sample"]] == [12, 13, 14]
+    batch = pairs.collate([pairs[4], pairs[1]])
+    assert batch["forget"]["index"].tolist() == [4, 1]
+    assert batch["forget_sample"]["index"].tolist() == [12, 13, 14, 3, 4, 5]
+
+
+def test_rows_that_go_apart(forget, retain):
+    """An epoch pairs each of a question's with it once, beside as many rows of the retain stream."""
+    pairs = ForgetRetainDataset(forget, retain, apart={"forget_alternate": rows_for(forget, 3)})
+    assert len(pairs) == 3 * len(forget)
+    for epoch in (0, 1):
+        pairs.set_epoch(epoch)
+        items = [pairs[i] for i in range(len(pairs))]
+        seen = Counter((item["forget"]["index"], item["forget_alternate"]["index"]) for item in items)
+        assert seen == Counter((i, 3 * i + j) for i in range(len(forget)) for j in range(3))
+    retained = list(chain(*(epoch_of(pairs, epoch) for epoch in range(5))))
+    assert set(Counter(retained).values()) == {3 * len(forget) * 5 // 25}
+    drawn = [pairs.pair(2, place)["forget_alternate"]["index"] for place in range(0, 60, 10)]
+    assert drawn == [6, 7, 8, 6, 7, 8]
+
+
+@pytest.mark.parametrize("kind", ["together", "apart"])
+@pytest.mark.parametrize("count", [0, 11])
+def test_as_many_rows_of_every_question(forget, kind, count):
+    with pytest.raises(ValueError, match=rf"forget_x: has {count} rows, needs as many of each of 10 forget questions"):
+        ForgetRetainDataset(forget, **{kind: {"forget_x": rows_for(forget, 2)[:count]}})

@@ -13,11 +13,18 @@ from pyunlearn import objectives
 NAMES = objectives.names()
 PRESETS = [(row.name, preset) for row in objectives.table() for preset in row.presets]
 CASES = [(name, preset, reduction) for name, preset in PRESETS for reduction in objectives.get(name).variant.reductions]
+BATCHES = ("answer", "refusal", "alternate", "generic")
 STOPPED = ("wga", "tnpo", "wtnpo", "satimp")
 CONSTANT = (*STOPPED, "ce_u", "bst")  # part of what they say has no gradient
 K = 3  # of the beliefs that `Raw.statistics` has
-PAIRED = ("dpo", "ap", "flat")
 PADDED = ("flat", "flat_code")
+PAIRED = {
+    "dpo": ("refusal", "answer"),
+    "ap": ("refusal", "answer"),
+    "altpo": ("alternate", "answer"),
+    "flat": ("refusal", "answer"),
+}
+USED = {**PAIRED, "idk": ("refusal",), "whp": ("generic",)}  # batches; of the others the answers alone
 BROADCAST = (("rmu", "open_unlearning"), ("rr", "open_unlearning"))
 
 
@@ -96,10 +103,12 @@ def make(batch=5, length=7, vocabulary=11, seed=0, dtype=torch.float64, empty: i
 
 
 def batches(seed: int = 0, **shape) -> dict[str, Raw]:
-    """Five answers and five refusals of other lengths; one of each is empty, not the same one."""
+    """Five answers, refusals and so on, of other lengths; one of each is empty, not the same one as of the answers."""
     return {
         "answer": make(length=7, seed=seed, empty=1, **shape),
         "refusal": make(length=5, seed=seed + 1, empty=2, **shape),
+        "alternate": make(length=6, seed=seed + 2, empty=2, **shape),
+        "generic": make(length=7, seed=seed + 3, empty=0, **shape),
     }
 
 
@@ -121,8 +130,7 @@ def equation(name: str, raw: dict[str, Raw]) -> Tensor:
     """As the paper writes it: the mean over sequences of the sum over their tokens, or of their tokens' mean."""
     rows = len(raw["answer"].targets)
     parts = [{batch: each.part(slice(row, row + 1)) for batch, each in raw.items()} for row in range(rows)]
-    kinds = ("refusal", "answer") if name in PAIRED else ("refusal",) if name == "idk" else ("answer",)
-    parts = [part for part in parts if all(part[batch].mask.any() for batch in kinds)]
+    parts = [part for part in parts if all(part[batch].mask.any() for batch in USED.get(name, ("answer",)))]
     losses = [straight_loss(name, "paper", "sum", part) for part in parts]
     lengths = [int(part["answer"].mask.sum()) if name in ("me", "rmu", "rr") else 1 for part in parts]  # 1/|s| sum
     return sum(loss / n for loss, n in zip(losses, lengths, strict=True)) / len(losses)
@@ -137,7 +145,7 @@ def straight_loss(name: str, preset: str, reduction: str, raw: dict[str, Raw], *
         tokens = {batch: list(tokens_of(each, row)) for batch, each in raw.items()}
         if (name, preset) == ("ce_u", "open_unlearning"):
             tokens["answer"] = tokens["answer"][options.get("skip", 1) :]
-        used = ("refusal", "answer") if name in PAIRED else ("refusal",) if name == "idk" else ("answer",)
+        used = USED.get(name, ("answer",))
         if all(tokens[batch] for batch in used):
             values.append(SEQUENCE[name](tokens, preset, options))
             lengths.append(len(tokens[used[0]]))
@@ -205,9 +213,9 @@ def simnpo(tokens, preset, options):
     return -2 / beta * torch.log(1 / (1 + torch.exp(-inside)))
 
 
-def dpo(tokens, preset, options):
+def dpo(tokens, preset, options, winner="refusal"):
     beta, factor = options.get("beta", 0.1), options.get("factor", 1.0 if preset == "standard" else 2.0)
-    won = ref_nll(tokens["refusal"]) - nll(tokens["refusal"])
+    won = ref_nll(tokens[winner]) - nll(tokens[winner])
     lost = ref_nll(tokens["answer"]) - nll(tokens["answer"])
     return -factor / beta * torch.log(1 / (1 + torch.exp(-beta * (won - lost))))
 
@@ -329,6 +337,8 @@ SEQUENCE = {
     "npo": npo,
     "simnpo": simnpo,
     "dpo": dpo,
+    "altpo": lambda tokens, preset, options: dpo(tokens, preset, options, "alternate"),
+    "whp": lambda tokens, preset, options: nll(tokens["generic"]),
     "ap": ap,
     "me": me,
     "kl": kl,

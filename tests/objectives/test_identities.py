@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pyunlearn import objectives as o
 
-from .straight import CONSTANT, PRESETS, STOPPED, batches, inputs, make
+from .straight import BATCHES, CONSTANT, PRESETS, STOPPED, batches, inputs, make
 
 EXTREME = (1e-7, 0.0, -1e-9, -1e-4, -0.7, -16.0, -88.0, -120.0, -1e4)
 
@@ -215,14 +215,16 @@ def test_weights_have_no_gradient(name):
 @pytest.mark.parametrize("flat", [False, True], ids=["rows", "flat"])
 def test_gradcheck(name, preset, flat):
     """Through the logits, in float64. (Stopped gradients cannot agree with finite differences: see above.)"""
-    raw = {batch: make(3, length, 4, seed=7, empty=1) for batch, length in (("answer", 4), ("refusal", 3))}
+    raw = {batch: make(3, length, 4, seed=7, empty=1) for batch, length in zip(BATCHES, (4, 3, 3, 4), strict=True)}
     objective = o.get(name, preset=preset)
 
-    def loss(answer, refusal):
-        raw["answer"].logits, raw["refusal"].logits = answer, refusal
+    def loss(*logits):
+        for batch, own in zip(used, logits, strict=True):
+            raw[batch].logits = own
         return objective(inputs(raw, flat))
 
-    leaves = [each.logits for each in raw.values()]
+    used = objective.batches
+    leaves = [raw[batch].logits for batch in used]
     assert torch.autograd.gradcheck(loss, leaves)
 
 
@@ -232,7 +234,7 @@ def test_extreme_probabilities(name, preset, dtype):
     """From certain (and a rounding error beyond) to all but impossible, in every pairing: all finite."""
     now, before = torch.tensor(list(product(EXTREME, EXTREME)), dtype=dtype).split(1, dim=1)
     now = now.clone().requires_grad_()
-    stats = {batch: o.TokenInputs({"logp": now}, before, num_positions=3) for batch in ("answer", "refusal")}
+    stats = {batch: o.TokenInputs({"logp": now}, before, num_positions=3) for batch in BATCHES}
     loss = o.get(name, preset=preset)(stats)
     assert torch.isfinite(loss)
     assert torch.isfinite(grad(loss, now)).all()

@@ -13,7 +13,7 @@ from pyunlearn import objectives as o
 from pyunlearn.objectives import TokenInputs
 from pyunlearn.objectives.definition import GIVEN
 
-from .straight import BROADCAST, CASES, PRESETS, batches, from_logp, inputs, make
+from .straight import BATCHES, BROADCAST, CASES, PRESETS, batches, from_logp, inputs, make
 
 PLAIN = [case for case in CASES if case[1] == o.get(case[0]).preset]
 
@@ -79,7 +79,7 @@ def test_forms_agree_on_any_mask(batch, length, data):
         objective = o.get(name, reduction=reduction)
         rows = from_logp(objective, logp, logp - 0.5, mask=mask, vocab_size=9)
         flat = from_logp(objective, logp[mask], logp[mask] - 0.5, sequence_ids=ids, num_sequences=batch, vocab_size=9)
-        one, other = (objective(dict.fromkeys(("answer", "refusal"), each)) for each in (rows, flat))
+        one, other = (objective(dict.fromkeys(BATCHES, each)) for each in (rows, flat))
         torch.testing.assert_close(one, other)
         one, other = (torch.autograd.grad(loss, logp)[0] for loss in (one, other))
         torch.testing.assert_close(one, other)
@@ -160,7 +160,7 @@ def test_empty_tensors(name, shape):
     ids = torch.zeros(0, dtype=torch.int64) if len(shape) == 1 else None
     objective = o.get(name)
     each = from_logp(objective, logp, logp.detach(), sequence_ids=ids, vocab_size=3)
-    loss = objective({"answer": each, "refusal": each})
+    loss = objective(dict.fromkeys(BATCHES, each))
     assert loss.item() == 0
     assert torch.autograd.grad(loss, logp)[0].shape == shape
 

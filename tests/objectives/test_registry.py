@@ -29,8 +29,8 @@ IDS = torch.tensor([0, 0, 0, 1, 1, 1])
 
 def test_names():
     assert o.names() == (*o.names("forget"), *o.names("retain"))
-    first = ("ga", "wga", "npo", "tnpo", "wtnpo", "simnpo", "satimp", "me", "bst", "undial", "ce_u", "pdu", "rmu")
-    assert o.names("forget") == (*first, "idk", "dpo", "flat")
+    first = ("ga", "wga", "npo", "tnpo", "wtnpo", "simnpo", "satimp", "me", "bst", "undial", "ce_u", "pdu")
+    assert o.names("forget") == (*first, "altpo", "whp", "rmu", "idk", "dpo", "flat")
     assert o.names("retain") == ("rr", "gd", "kl", "ap")
     assert all(getattr(o, name).__name__ == name for name in o.names())
 
@@ -57,6 +57,8 @@ DEFAULTS = {
     "me": {"positions": "real"},
     "idk": {},
     "dpo": {"beta": 0.1, "factor": 2.0},
+    "altpo": {"beta": 0.1, "factor": 2.0, "alternates": 5, "sampling_temperature": 1.0, "max_new_tokens": 200},
+    "whp": {},
     "gd": {},
     "kl": {},
     "ap": {"beta": 0.1},
@@ -118,6 +120,8 @@ class TestNeeds:
         ("idk", "paper"): (("logp",), None, ("refusal",), "supervised", "tokens"),
         ("dpo", "paper"): (("logp",), "logp", ("refusal", "answer"), "supervised", "sequences"),
         ("ap", "paper"): (("logp",), None, ("refusal", "answer"), "supervised", "sequences"),
+        ("altpo", "paper"): (("logp",), "logp", ("alternate", "answer"), "supervised", "sequences"),
+        ("whp", "paper"): (("logp",), None, ("generic",), "supervised", "tokens"),
         ("kl", "paper"): (("kl_pq",), "kl", ("answer",), "supervised", "tokens"),
         ("kl", "open_unlearning"): (("kl_qp",), "kl", ("answer",), "all", "tokens"),
         ("rmu", "paper"): ((), None, ("answer",), "supervised", "tokens"),

@@ -54,7 +54,8 @@ def test_tokens_are_the_likeliest_of_their_sequence(sequences, skip, keep, large
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kept", ["smallest", "largest"])
 def test_any_objective_on_what_is_kept_is_the_objective_of_that_alone(name, kept):
-    raw = {"answer": make(length=7, seed=1, empty=1), "refusal": make(length=5, seed=2, empty=2)}
+    batch, *others = o.get(name).batches
+    raw = {batch: make(length=7, seed=1, empty=1)} | {each: make(length=5, seed=2, empty=2) for each in others}
     own = {
         batch: -each.logits.log_softmax(-1).gather(-1, each.targets.clamp_min(0)[..., None])[..., 0].detach()
         for batch, each in raw.items()

@@ -108,7 +108,10 @@ def test_terms_are_those_that_the_demo_has():
         ("unlearn.learnin_rate=1", "unlearn.learnin_rate: unknown key; did you mean learning_rate?"),
         ("colour=blue", "colour: unknown key; needs one of name, output, seed"),
         ("unlearn.forget=wag", "unlearn.forget: objective='wag': did you mean wga? needs one of ga, wga"),
-        ("unlearn.forget=kll", f"unlearn.forget: objective='kll': needs one of {', '.join(names('forget'))}\n"),
+        (
+            "unlearn.forget=kll",
+            f"unlearn.forget: objective='kll': needs one of {', '.join((*names('forget'), 'bss'))}\n",
+        ),
         (
             "unlearn.retain=kll",
             f"unlearn.retain: objective='kll': did you mean kl? needs one of {', '.join(names('retain'))}\n",
@@ -124,7 +127,7 @@ def test_terms_are_those_that_the_demo_has():
             "unlearn.forget.0: idk: preset='papr': did you mean paper? needs one of paper",
         ),
         ("unlearn.retain=wga", "unlearn.retain: wga is a forget objective; put it under unlearn.forget"),
-        ("unlearn.forget=[]", "unlearn.forget: needs a list of 1 at least, got []"),
+        ("unlearn.forget=[]", "unlearn: forget=[]: needs an objective, or reinforce.into=weights or logits"),
         (
             "unlearn.forget.0.coefficient=.inf",
             "unlearn.forget.0.coefficient: needs a finite number, got inf",
