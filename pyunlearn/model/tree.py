@@ -133,7 +133,8 @@ def grow(batches: Mapping[str, Batch], positions: Mapping[str, Positions], share
     paths: list[list[int]] = []  # of every row, its tokens
     chosen: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
     at: dict[str, list[int]] = {}
-    for kind, batch in batches.items():
+    for kind, given in batches.items():
+        batch = {name: value.cpu() for name, value in given.items()}  # a GPU is waited for here, and not below
         rows, _, _ = chosen[kind] = select_positions(batch, positions[kind])
         length = batch["input_ids"].size(1)
         starts, tokens = starts_of(batch), batch["input_ids"].tolist()
@@ -303,7 +304,7 @@ class Packing:
         wanted = {kind: tuple((layers or {}).get(kind, ())) for kind in batches}
         if not batches or self.proved is False or self._refuses(reason_not_to_pack(lm, batches)):
             return {}
-        if not str(getattr(lm.config, "_attn_implementation", PREFIX)).startswith(PREFIX):
+        if not (getattr(lm.config, "_attn_implementation", None) or PREFIX).startswith(PREFIX):
             self._models.enter_context(attending(lm))
         share = self.share and not drops_out(lm)
         if self.share and not share:
