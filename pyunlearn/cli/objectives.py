@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -12,6 +14,7 @@ from .shared import Debug, clean_errors
 def objectives(debug: Debug = False) -> None:
     """List the objectives (role, options with their defaults) and their presets; pyunlearn recipes lists methods."""
     with clean_errors(debug):
+        from ..objectives import MIXTURES
         from ..objectives import table as objective_table
 
         table = Table("name", "role", "what it does", "options and defaults")
@@ -24,5 +27,11 @@ def objectives(debug: Debug = False) -> None:
             table.add_row(row.name, row.role, escape(row.summary), escape(options))
             for preset, changes in row.presets.items():
                 presets.add_row(row.name, preset, escape(changes.removeprefix("as above; ")))
+        for name, mixture in MIXTURES.items():
+            parameters = signature(mixture).parameters.values()
+            defaults = [f"{each.name} = {each.default}" for each in parameters if each.kind is each.KEYWORD_ONLY]
+            table.add_row(
+                name, "forget", escape((mixture.__doc__ or name).partition("\n")[0]), escape("\n".join(defaults))
+            )
         print_table(make_console(), table)
         print_table(make_console(), presets)

@@ -57,6 +57,8 @@ def recipes(
         for each in names():
             file = read(each)
             terms = [", ".join(term["name"] for term in file.unlearn.get(role, [])) for role in ("forget", "retain")]
+            if made := file.unlearn.get("reinforce"):
+                terms[0] = ", ".join(filter(None, [terms[0], f"a reinforced model's {made['into']}"]))
             by = file.unlearn.get("sampling", {"by": "shuffle"})["by"]
             drawn = by + (", one an update" if file.unlearn.get("batch_size") == 1 else "")
             table.add_row(each, *terms, drawn, escape(file.summary), ", ".join(file.published))

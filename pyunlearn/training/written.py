@@ -171,8 +171,10 @@ class Resample(TrainerCallback, ExportableState):
             raise ValueError("bss: dataloader_persistent_workers keeps the first epoch's samples; set refresh_epochs=0")
         stored: Any = state.stateful_callbacks or {}
         memory = stored.get(type(self).__name__)
-        if state.global_step == 0 or memory is None:
+        if state.global_step == 0:
             return
+        if memory is None:
+            raise ValueError("the checkpoint has no state of the samples: it is from a training that drew none anew")
         self.epoch, self.by = memory["attributes"]["epoch"], memory["attributes"]["by"]
         if self.by != name_of(self.start):
             folder = self.stage.folder.texts / self.by

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import TrainerControl, TrainerState
 
 from pyunlearn import objectives as o
 from pyunlearn.data import ForgetRetainDataset
@@ -22,7 +24,7 @@ from pyunlearn.training.settings import UnlearnConfig
 from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.terms import TermLosses, collect_needs, make_terms
 from pyunlearn.training.unlearn import UnlearnData, unlearn
-from pyunlearn.training.written import TRIES, alternates_of, samples_of, texts_of
+from pyunlearn.training.written import TRIES, Resample, alternates_of, samples_of, texts_of
 
 from ..runs.test_run import press_at
 
@@ -319,3 +321,11 @@ def test_workers_see_the_samples_drawn_anew(tiny, data, tmp_path):
         models.append(model := tiny.model())
         unlearn(stage_in(tmp_path / str(workers)), settings, model, tiny.tokenizer, data)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_a_checkpoint_of_a_training_that_drew_none_is_told(tiny, tmp_path):
+    pairs = ForgetRetainDataset(tiny.forget)
+    callback = Resample(stage_in(tmp_path), tiny.tokenizer, pairs, Samples(1, refresh_epochs=1), Store(None))
+    args, state = SimpleNamespace(dataloader_persistent_workers=False), TrainerState(global_step=2)
+    with pytest.raises(ValueError, match="the checkpoint has no state of the samples"):
+        callback.on_train_begin(args, state, TrainerControl(), model=tiny.model())
