@@ -9,7 +9,7 @@ namespace pu {
 
 // One piece of a row: n logits at x (and r), the first of them being column `first` of the row.
 struct Piece {
-  DType dtype;
+  DType dtype, ref_dtype;
   const void* x;
   const void* r;  // null without a reference
   int64_t n;

@@ -45,7 +45,7 @@ inline int64_t pieces_of(const Matrix& logits) { return (logits.columns + kPiece
 inline Piece piece_of(const Call& call, int64_t row, int64_t column, int64_t target) {
   const int64_t left = call.logits.columns - column, n = left < kPiece ? left : kPiece;
   const void *x = call.logits.row(row, column), *r = call.reference ? call.reference.row(row, column) : nullptr;
-  return {call.logits.dtype, x, r, n, call.first_column + column, target};
+  return {call.logits.dtype, call.reference.dtype, x, r, n, call.first_column + column, target};
 }
 
 template <class A> RowState<A> read_piece(const Call& call, int64_t row, int64_t p, int64_t target) {

@@ -48,6 +48,39 @@ template <class T> PU_FN void store_some(T* p, typename LaneOf<T>::type v, int64
   store(buffer, v);
   __builtin_memcpy(p, buffer, n * sizeof(T));
 }
+
+// Of R, which may be another dtype than that of the lanes F.
+template <class R, class F> PU_FN F load_as(const R* p, int64_t n, F) {
+  if constexpr (sizeof(R) == 8 && sizeof(F) > 8) {
+    F v{};
+    for (int64_t l = 0; l < n; ++l) v[l] = float(p[l]);
+    return v;
+  } else if constexpr (sizeof(R) == 8 || sizeof(F) > 8) {
+    return n == Lane<F>::count ? load(p) : load_some(p, n);
+  } else {
+    return double(lane0(load_some(p, 1)));
+  }
+}
+
+// Reference logits, in a dtype of their own. `T` is the logits', which most have.
+template <class T> struct Reference {
+  using F = typename LaneOf<T>::type;
+  const void* data;
+  DType dtype;
+  bool alike;
+  explicit PU_FN Reference(const Piece& piece)
+      : data(piece.r), dtype(piece.ref_dtype), alike(piece.dtype == piece.ref_dtype) {}
+  PU_FN F load_lanes(int64_t i, int64_t n = Lane<F>::count) const {
+    if (alike) return load_as(static_cast<const T*>(data) + i, n, F{});
+    switch (dtype) {
+      case DType::kFloat32: return load_as(static_cast<const float*>(data) + i, n, F{});
+      case DType::kBFloat16: return load_as(static_cast<const BFloat16*>(data) + i, n, F{});
+      case DType::kFloat16: return load_as(static_cast<const Float16*>(data) + i, n, F{});
+      default: return load_as(static_cast<const double*>(data) + i, n, F{});
+    }
+  }
+};
+
 PU_FN Floats keep(Floats v, int64_t n, int64_t without, float otherwise) {  // lanes [0, n) except one
   for (int i = 0; i < PU_LANES; ++i)
     if (i >= n || i == without) v[i] = otherwise;
@@ -67,15 +100,16 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   constexpr bool kReference = kWants & kReferenceSums;
   constexpr int G = 16;  // vectors between looks at the running maximum, and in the first level of the sums
   const T* x = static_cast<const T*>(piece.x);
-  const T* r = static_cast<const T*>(piece.r);
+  const Reference<T> r(piece);
   const Curve<A> curve(transform);
   const int64_t n = piece.n, target = piece.target - piece.first;
   RowState<F> s = RowState<F>::empty(F{});
   auto z_at = [&](int64_t i) PU_LAMBDA { return curve.template z<kSoftcap>(load(x + i)); };
-  auto r_at = [&](int64_t i) PU_LAMBDA { return kReference ? curve.template z<kSoftcap>(load(r + i)) : F{}; };
-  auto one = [&](const T* p, int64_t i) PU_LAMBDA { return lane0(curve.template z<kSoftcap>(load_some(p + i, 1))); };
+  auto r_at = [&](int64_t i) PU_LAMBDA { return kReference ? curve.template z<kSoftcap>(r.load_lanes(i)) : F{}; };
+  auto one = [&](int64_t i) PU_LAMBDA { return lane0(curve.template z<kSoftcap>(load_some(x + i, 1))); };
+  auto ref_one = [&](int64_t i) PU_LAMBDA { return lane0(curve.template z<kSoftcap>(r.load_lanes(i, 1))); };
 
-  const A first = one(x, 0), gap = kReference ? first - one(r, 0) : A(0);
+  const A first = one(0), gap = kReference ? first - ref_one(0) : A(0);
   s.origin = broadcast(first - first == 0 ? first : A(0), F{});
   s.offset = broadcast(gap - gap == 0 ? gap : A(0), F{});
 
@@ -83,7 +117,7 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
     for (; i + G * L <= end; i += G * L) {
       F z[G], q[G];
       if (!kSoftcap && curve.scale == 1) {  // a look ahead of 16 vectors costs less than 16 products
-        for (int g = 0; g < G; ++g) z[g] = load(x + i + g * L), q[g] = kReference ? load(r + i + g * L) : F{};
+        for (int g = 0; g < G; ++g) z[g] = load(x + i + g * L), q[g] = kReference ? r.load_lanes(i + g * L) : F{};
       } else {
         for (int g = 0; g < G; ++g) z[g] = z_at(i + g * L), q[g] = r_at(i + g * L);
       }
@@ -93,7 +127,7 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   auto edge = [&](int64_t i, int64_t count, int64_t without) PU_LAMBDA {
     const A low = -std::numeric_limits<A>::infinity();
     const F z = keep(curve.template z<kSoftcap>(load_some(x + i, count)), count, without, low);
-    const F q = kReference ? keep(curve.template z<kSoftcap>(load_some(r + i, count)), count, without, low) : F{};
+    const F q = kReference ? keep(curve.template z<kSoftcap>(r.load_lanes(i, count)), count, without, low) : F{};
     const F total = s.total;
     absorb<kWants>(s, &z, &q, 1);
     s.total = total + keep(z - s.origin, count, without, A(0));
@@ -123,13 +157,13 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   out.origin = lane0(s.origin), out.offset = lane0(s.offset), out.count = A(n - (target >= 0 && target < n));
   if (target >= n) out.before = top;
   if (target >= 0 && target < n) {
-    out.target = one(x, target), out.ref_target = kReference ? one(r, target) : A(0);
+    out.target = one(target), out.ref_target = kReference ? ref_one(target) : A(0);
     if (greedy && out.target >= top) {
       F before = broadcast(-std::numeric_limits<A>::infinity(), F{});
       int64_t i = 0;
       for (; i + L <= target; i += L) before = max_lanes(z_at(i), before);
       out.before = largest_lane(before);
-      for (; i < target; ++i) out.before = max_lanes(one(x, i), out.before);
+      for (; i < target; ++i) out.before = max_lanes(one(i), out.before);
     }
   }
 }
@@ -144,7 +178,7 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   constexpr int L = Lane<F>::count;
   constexpr int kMaxFixed = 257;  // lanes set apart: the target and the top k
   const T* x = static_cast<const T*>(piece.x);
-  const T* r = static_cast<const T*>(piece.r);
+  const Reference<T> r(piece);
   T* dx = static_cast<T*>(out);
   const Curve<A> curve(transform);
   // a copy: what is stored to dx cannot change it
@@ -162,7 +196,7 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   int fixed = 0;
   auto fix = [&](int64_t j, A b, bool is_target) PU_LAMBDA {
     const A z = lane0(curve.template z<kSoftcap>(load_some(x + j, 1)));
-    const A q = kReference ? lane0(curve.template z<kSoftcap>(load_some(r + j, 1))) : A(0);
+    const A q = kReference ? lane0(curve.template z<kSoftcap>(r.load_lanes(j, 1))) : A(0);
     const A dz = is_target ? target_gradient<kReference>(q, c)
                            : lane0(lane_gradient<kLogs, kReference>(broadcast(z, F{}), broadcast(q, F{}), c));
     column[fixed] = j, value[fixed++] = curve.template dx<kSoftcap>(dz + b, z);
@@ -179,8 +213,8 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
 
   int64_t i = 0;
   for (const bool native = has_native_bfloat16(); i + L <= n; i += L)
-    store(dx + i, lanes(load(x + i), kReference ? load(r + i) : F{}), native);
-  if (i < n) store_some(dx + i, lanes(load_some(x + i, n - i), kReference ? load_some(r + i, n - i) : F{}), n - i);
+    store(dx + i, lanes(load(x + i), kReference ? r.load_lanes(i) : F{}), native);
+  if (i < n) store_some(dx + i, lanes(load_some(x + i, n - i), kReference ? r.load_lanes(i, n - i) : F{}), n - i);
   for (int f = 0; f < fixed; ++f) store_some(dx + column[f], broadcast(value[f], F{}), 1);
 }
 

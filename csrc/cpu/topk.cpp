@@ -15,8 +15,8 @@ template <class A> void topk_as(const Call& call) {
       for (int64_t i = 0; i < k; ++i) j[i] = -1, b[i] = 0;
       return;
     }
-    lanes().largest(call.transform, {call.logits.dtype, call.logits.row(row), nullptr, call.logits.columns, 0, 0}, k, j,
-                    b);
+    lanes().largest(call.transform, {call.logits.dtype, {}, call.logits.row(row), nullptr, call.logits.columns, 0, 0},
+                    k, j, b);
     const A top = b[0], max = call.saved.as<A>(kMax)[row], log_sum = call.saved.as<A>(kLogSum)[row];
     A total = 0, sum = 0;
     for (int64_t i = 0; i < k; ++i) total += exp(b[i] - top);

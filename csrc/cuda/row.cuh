@@ -30,10 +30,33 @@ constexpr int kBatch = 4;
 struct Rows {  // Matrix as a kernel argument
   char* data;
   int64_t inner_rows, inner_stride, outer_stride;
-  template <class T> __device__ T* row(int64_t i) const {
-    return reinterpret_cast<T*>(data) + (i / inner_rows) * outer_stride + (i % inner_rows) * inner_stride;
+  __device__ int64_t offset(int64_t i) const {
+    return (i / inner_rows) * outer_stride + (i % inner_rows) * inner_stride;
+  }
+  template <class T> __device__ T* row(int64_t i) const { return reinterpret_cast<T*>(data) + offset(i); }
+};
+
+template <class T> constexpr DType kType = DType::kFloat32;
+template <> inline constexpr DType kType<__half> = DType::kFloat16;
+template <> inline constexpr DType kType<__nv_bfloat16> = DType::kBFloat16;
+
+// A row of reference logits, in a dtype of their own.
+struct Lanes {
+  const char* data;
+  DType type;
+  __device__ float operator[](int64_t i) const {
+    switch (type) {
+      case DType::kFloat32: return reinterpret_cast<const float*>(data)[i];
+      case DType::kBFloat16: return value_of(reinterpret_cast<const __nv_bfloat16*>(data)[i]);
+      case DType::kFloat16: return value_of(reinterpret_cast<const __half*>(data)[i]);
+      default: return float(reinterpret_cast<const double*>(data)[i]);
+    }
   }
 };
+__device__ inline Lanes row_of(const Rows& rows, DType type, int64_t i) {
+  const int size = type == DType::kFloat64 ? 8 : type == DType::kFloat32 ? 4 : 2;
+  return {rows.data + size * rows.offset(i), type};
+}
 inline Rows rows_of(const Matrix& m) { return {m.data, m.inner_rows, m.inner_stride, m.outer_stride}; }
 template <class T = float> T* data_of(const Matrix& m) { return reinterpret_cast<T*>(m.data); }
 
@@ -43,6 +66,7 @@ struct Arguments {
   float scale, softcap, per_softcap, slope;  // slope: d(z / (scale softcap)) / dz
   uint32_t outputs;
   bool wide_targets;  // int64
+  DType ref_type;
   __device__ int64_t target(int64_t row) const {
     return wide_targets ? *targets.row<int64_t>(row) : *targets.row<int32_t>(row);
   }
@@ -71,7 +95,8 @@ inline Arguments arguments_of(const Call& call) {
           float(softcap > 0 ? 1 / softcap : 0),
           float(softcap > 0 ? temperature / softcap : 0),
           call.outputs,
-          call.targets.dtype == DType::kInt64};
+          call.targets.dtype == DType::kInt64,
+          call.reference.dtype};
 }
 
 // The columns [begin, end) that part `part` of `parts` of a row covers; parts begin on 16-byte packs.
@@ -133,17 +158,18 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
   static constexpr int P = Pack<T>::count;
   static constexpr bool kReference = kWants & kReferenceSums;
   const Arguments& a;
-  const T *const x, *const r;
+  const T* const x;
+  const Lanes r;
   const int64_t target;  // a column of these logits, or outside of them
   RowState<float> s = RowState<float>::empty(0.0f);
 
-  __device__ Reader(const Arguments& arguments, const T* logits, const T* reference, Span span, int64_t column)
+  __device__ Reader(const Arguments& arguments, const T* logits, Lanes reference, Span span, int64_t column)
       : a(arguments), x(logits), r(reference), target(column) {
-    const float first = z(x[span.begin]), gap = kReference ? first - z(r[span.begin]) : 0.0f;
+    const float first = z(value_of(x[span.begin])), gap = kReference ? first - z(r[span.begin]) : 0.0f;
     s.origin = first - first == 0 ? first : 0.0f;
     s.offset = gap - gap == 0 ? gap : 0.0f;
   }
-  __device__ float z(T v) const { return a.template z<kSoftcap>(value_of(v)); }
+  __device__ float z(float v) const { return a.template z<kSoftcap>(v); }
 
   template <int N> __device__ void take(float (&z)[N], float (&q)[N], int32_t i) {
     const bool around = target >= i && target < i + N;  // one lane is the target's: it goes in as -inf
@@ -163,11 +189,11 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
   __device__ void pack(const Pack<T>& px, const Pack<T>& pr, int32_t i) {
     float zs[P], qs[P];
 #pragma unroll
-    for (int l = 0; l < P; ++l) zs[l] = z(px.lane[l]), qs[l] = kReference ? z(pr.lane[l]) : 0.0f;
+    for (int l = 0; l < P; ++l) zs[l] = z(value_of(px.lane[l])), qs[l] = kReference ? z(value_of(pr.lane[l])) : 0.0f;
     take(zs, qs, i);
   }
-  __device__ void single(T xv, T rv, int32_t i) {
-    float zs[1] = {z(xv)}, qs[1] = {kReference ? z(rv) : 0.0f};
+  __device__ void single(int32_t i) {
+    float zs[1] = {z(value_of(x[i]))}, qs[1] = {kReference ? z(r[i]) : 0.0f};
     take(zs, qs, i);
   }
 
@@ -189,7 +215,7 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
       s.ref_gap = sum_over_block(s.ref_gap, room);
     }
     const bool here = target >= span.begin && target < span.end;
-    if (here) s.target = z(x[target]), s.ref_target = kReference ? z(r[target]) : 0.0f;
+    if (here) s.target = z(value_of(x[target])), s.ref_target = kReference ? z(r[target]) : 0.0f;
     s.count = float(span.end - span.begin - here);
     return s;
   }

@@ -1,7 +1,7 @@
 // Token statistics of rows of logits: the streaming forward (state, then finish) and the backward pass over csrc/math.
 //
 // accumulate: block (row, part) reads its columns once; N V of traffic (2 N V with a reference). At 4.3 TB/s a bf16 element
-// leaves about 14 issue slots and 1.7 ex2; logp alone takes 7 and one, with the entropy 9 and one.
+// leaves about 14 issue slots. What the machine code takes of them is in benchmarks/results/not-run-on-a-gpu-yet.md.
 // backward: one read and one write of its columns, 2 N V (3 N V with a reference).
 // Few rows are split into parts so that every SM has work; their states merge in a fixed order. No float atomics.
 #include "row.cuh"
@@ -23,8 +23,9 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kWants& kReferenceSums))
   }
   constexpr bool kReference = kWants & kReferenceSums;
   const T* x = a.logits.row<T>(row);
-  const T* r = kReference ? a.reference.row<T>(row) : x;
-  Reader<T, kWants, kSoftcap> reader(a, x, r, span, column - a.first_column);
+  const Lanes ref = row_of(a.reference, a.ref_type, row);
+  const T* r = kReference ? reinterpret_cast<const T*>(ref.data) : x;
+  Reader<T, kWants, kSoftcap> reader(a, x, ref, span, column - a.first_column);
   auto batch = [&](int32_t i, int32_t end) {
     Pack<T> px[kBatch], pr[kReference ? kBatch : 1];
 #pragma unroll
@@ -39,7 +40,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kWants& kReferenceSums))
       if (j < end) reader.pack(px[b], pr[kReference ? b : 0], j);
     }
   };
-  sweep(x, span, same_phase(x, r), batch, [&](int32_t i) { reader.single(x[i], r[i], i); });
+  const bool packs = !kReference || (ref.type == kType<T> && same_phase(x, r));
+  sweep(x, span, packs, batch, [&](int32_t i) { reader.single(i); });
   RowState<float> s = reader.joined(span, room);
   if (threadIdx.x != 0) return;
   if (!fresh) {
@@ -87,7 +89,8 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
   const int64_t row = blockIdx.x, column = a.target(row), target = column - a.first_column;
   const Span span = span_of(a.columns, blockIdx.y, gridDim.y);
   const T* x = a.logits.row<T>(row);
-  const T* r = kReference ? a.reference.row<T>(row) : x;
+  const Lanes ref = row_of(a.reference, a.ref_type, row);
+  const T* r = kReference ? reinterpret_cast<const T*>(ref.data) : x;
   T* dx = out.row<T>(row);
   float up[kOutputCount] = {}, value[kOutputCount] = {}, keep[kSavedCount];
   bool wanted = false;
@@ -111,15 +114,15 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
 #pragma unroll
   for (int k = 0; k < kSavedCount; ++k) keep[k] = saved[k * a.rows + row];
   const RowCoefficients<float> c = row_coefficients(up, value, keep, a.vocabulary);
-  auto lane = [&](T xv, T rv) {
-    const float z = a.z<kSoftcap>(value_of(xv)), q = kReference ? a.z<kSoftcap>(value_of(rv)) : 0.0f;
+  auto lane = [&](T xv, float rv) {
+    const float z = a.z<kSoftcap>(value_of(xv)), q = kReference ? a.z<kSoftcap>(rv) : 0.0f;
     return stored<T>(a.dx<kSoftcap>(lane_gradient<kLogs, kReference>(z, q, c), z));
   };
 
   // The lanes that do not follow the common formula, the top k (one a thread) and the target (thread 0), are worked out
   // before anything is overwritten (dx may be x) and written after everything else.
   auto special = [&](int64_t j, bool at_target, float more) {
-    const float z = a.z<kSoftcap>(value_of(x[j])), q = kReference ? a.z<kSoftcap>(value_of(r[j])) : 0.0f;
+    const float z = a.z<kSoftcap>(value_of(x[j])), q = kReference ? a.z<kSoftcap>(ref[j]) : 0.0f;
     const float dz = at_target ? target_gradient<kReference>(q, c) : lane_gradient<kLogs, kReference>(z, q, c);
     return stored<T>(a.dx<kSoftcap>(dz + more, z));
   };
@@ -153,12 +156,14 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
       const int32_t j = i + b * kStride<T>;
       if (j >= end) break;
 #pragma unroll
-      for (int l = 0; l < Pack<T>::count; ++l) px[b].lane[l] = lane(px[b].lane[l], pr[kReference ? b : 0].lane[l]);
+      for (int l = 0; l < Pack<T>::count; ++l)
+        px[b].lane[l] = lane(px[b].lane[l], kReference ? value_of(pr[kReference ? b : 0].lane[l]) : 0.0f);
       store(dx + j, px[b]);
     }
   };
-  const bool aligned = same_phase(x, r) && same_phase(x, static_cast<const T*>(dx));
-  sweep(x, span, aligned, batch, [&](int32_t i) { dx[i] = lane(x[i], r[i]); });
+  const bool packs =
+      same_phase(x, static_cast<const T*>(dx)) && (!kReference || (ref.type == kType<T> && same_phase(x, r)));
+  sweep(x, span, packs, batch, [&](int32_t i) { dx[i] = lane(x[i], kReference ? ref[i] : 0.0f); });
   __syncthreads();
   if (inside(own)) dx[own] = own_value;
   if (threadIdx.x == 0 && inside(target)) dx[target] = target_value;

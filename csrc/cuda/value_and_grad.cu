@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 
   RowState<float> s = RowState<float>::empty(0.0f);
   if (span.begin < span.end) {
-    Reader<T, kWants, kSoftcap> reader(a, x, x, span, target);
+    Reader<T, kWants, kSoftcap> reader(a, x, Lanes{}, span, target);
     auto batch = [&](int32_t i, int32_t end) {
       Pack<T> px[kBatch];
 #pragma unroll
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     };
     auto single = [&](int32_t i) {
       at[i] = x[i];
-      reader.single(x[i], x[i], i);
+      reader.single(i);
     };
     sweep(x, span, true, batch, single);
     s = reader.joined(span, room);

@@ -22,7 +22,7 @@ struct Call {
   uint32_t outputs = 1;                      // bit i: Output i
   int64_t first_column = 0, vocabulary = 0;  // the logits given are columns [first_column, first_column + columns)
 
-  Matrix logits, targets, reference;
+  Matrix logits, targets, reference;  // the reference may be of another dtype than the logits
   Matrix state;  // (rows * parts, state_fields()): a row's states lie one after another, parts of its columns in order
   bool fresh = false, has_reference = false;
   Matrix stats, saved;             // (outputs, rows), (kSavedCount, rows)

@@ -62,15 +62,6 @@ def _rows(tensor: Tensor, rows: int) -> Tensor:
     return tensor.view(tensor.size(0), rows)
 
 
-def _alike(logits: Tensor, reference: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The kernels read both in one dtype: where they differ, in the statistics', float32 (in float64 where the logits
-    are). That costs a copy, N V elements, in forward and in backward."""
-    if reference is None or reference.dtype == logits.dtype:
-        return logits, reference
-    wide = statistics_dtype(logits)
-    return logits.to(wide), reference.to(wide)
-
-
 def new_state(like: Tensor, rows: int, columns: int) -> Tensor:
     """Streaming state, (rows, parts, fields); parts of a row are accumulated side by side and merged in order."""
     parts = _C.parts(like.get_device(), rows, columns)
@@ -88,7 +79,6 @@ def accumulate(
     fresh: bool,
 ) -> None:
     """Merges columns [first, first + logits.size(-1)) of every row into `state`, or starts it afresh."""
-    logits, reference = _alike(logits, reference)
     _C.accumulate(
         _call(logits, options, vocabulary, first),
         logits=capsule(logits),
@@ -154,8 +144,6 @@ def backward(
     )
     if index is not None and index.size(-1) == 0:
         index = belief = None
-    logits, reference = _alike(logits, reference)
-    out = grad_logits if grad_logits.dtype == logits.dtype else torch.empty_like(logits)
     _C.backward(
         _call(logits, options, vocabulary or logits.size(-1), first),
         grad_stats=capsule(grad_stats),
@@ -166,9 +154,9 @@ def backward(
         reference=capsule(reference),
         index=capsule(index),
         belief=capsule(belief),
-        grad_logits=capsule(out),
+        grad_logits=capsule(grad_logits),
     )
-    return grad_logits if out is grad_logits else grad_logits.copy_(out)
+    return grad_logits
 
 
 def value_and_grad(
