@@ -27,8 +27,9 @@ from pyunlearn.data import QA, ForgetRetainDataset, QADataset
 from pyunlearn.data.tiny import train_tokenizer
 from pyunlearn.geffect import gradient_of, pointwise_g_effect
 from pyunlearn.metrics import Kept, read_rows
-from pyunlearn.model.forward import supervised_stats
+from pyunlearn.model.forward import supervised_hidden, supervised_stats
 from pyunlearn.model.reference import AdapterOff
+from pyunlearn.model.tree import PACKED, Packing
 
 from .model.test_packed import make_rows
 from .model.zoo import V, make
@@ -218,9 +219,20 @@ def shared_prompts(name: str, model: Any, folder: Path) -> str:
     return "yes"
 
 
+def packed_rows(name: str, model: Any, folder: Path) -> str:
+    with Packing() as packing:
+        found = packing.hidden(model, {"": BATCH}, {"": "supervised"}).get("")
+    if found is None:
+        raise No(packing.declined[PACKED].replace(type(model).__name__, "the model"))
+    alone = [{key: value[i : i + 1] for key, value in BATCH.items()} for i in range(len(SAMPLES))]
+    close(found.hidden, torch.cat([supervised_hidden(model, row).hidden for row in alone]), 1e-6)
+    return "yes"
+
+
 CELLS: dict[str, Callable[[str, Any, Path], str]] = {
     "run": run, "algorithm1": algorithm1, "gradient": gradient, "definition": definition, "hutchinson": hutchinson,
     "initial": initial, "G-effect": geffect, "pointwise": pointwise, "LoRA": lora, "shared prompts": shared_prompts,
+    "packed rows": packed_rows,
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ one step of fused AdamW in float32, its learning rate 0, so that each step is of
 off the reference's. The plain steps pad, take the model's logits and the float32 log_softmax of all of them; their
 reference is a live model, or its log-probabilities and hidden states kept in files, as in ours. All ways take turns,
 batch after batch. Memory: weights, optimiser and reference, and what the first step takes on top, gradients included.
-Errors are of loss and gradient of the first batch, against the plain step in float64.
+Errors are of loss and gradient of the first batch, against the plain step in float64. Compiling is told apart.
 Writes tofu_step.json and tofu_step.md.
 """
 
@@ -23,10 +23,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ import pyunlearn as pu
 from pyunlearn._files import write_text
 from pyunlearn.data import QA, ForgetRetainDataset, QADataset, load_qa
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
+from pyunlearn.model.compiled import Compiling
 from pyunlearn.model.load import load_model
 from pyunlearn.model.tree import Packing
 from pyunlearn.training.terms import TermLosses, count_items
@@ -51,6 +52,23 @@ TOLERANCE = 1e-4  # of a loss, relative
 FIRST = "plain, live reference"
 Batch = dict[str, dict[str, Tensor]]
 Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+class Way(NamedTuple):
+    """Of a step: its loss, and what it has."""
+
+    loss: Loss
+    packing: Packing | None = None
+    compiling: Compiling | None = None
+
+    def around(self, model: nn.Module) -> ExitStack:
+        """Forward and backward."""
+        stack = ExitStack()
+        if self.packing is not None:
+            stack.enter_context(self.packing)
+        if self.compiling is not None:
+            stack.enter_context(self.compiling(model, self.packing))
+        return stack
 
 
 def load(args: argparse.Namespace) -> tuple[Any, ForgetRetainDataset, str]:
@@ -133,18 +151,18 @@ def ours(losses: TermLosses, packing: Packing | None) -> Loss:
     return loss
 
 
-def ways(reference: nn.Module, caches: dict[str, pu.ReferenceCache], device: str) -> dict[str, tuple[Loss, Any]]:
-    """Name -> its loss, and the packing it has."""
+def ways(reference: nn.Module, caches: dict[str, pu.ReferenceCache], device: str) -> dict[str, Way]:
     losses = TermLosses([pu.objectives.get("npo", beta=BETA), "kl"], caches)
-    packings = {
-        "ours, rows padded": None,
-        "ours, rows packed": Packing(share=False),
-        "ours, rows packed, what they begin with shared": Packing(),
+    levers = {
+        "ours, rows padded": (None, None),
+        "ours, rows packed": (Packing(share=False), None),
+        "ours, rows packed, what they begin with shared": (Packing(), None),
+        "ours, packed, shared and compiled": (Packing(), Compiling()),
     }
     return {
-        FIRST: (plain(live(reference)), None),
-        "plain, cached reference": (plain(cached(caches["forget"], caches["retain"], device)), None),
-        **{name: (ours(losses, packing), packing) for name, packing in packings.items()},
+        FIRST: Way(plain(live(reference))),
+        "plain, cached reference": Way(plain(cached(caches["forget"], caches["retain"], device))),
+        **{name: Way(ours(losses, packing), packing, compiling) for name, (packing, compiling) in levers.items()},
     }
 
 
@@ -179,16 +197,15 @@ def measure(
     exact_loss, exact = oracle(model, reference, batches[0])
 
     def step(way: str, batch: Batch) -> float:
-        loss, packing = found[way]
         optimizer.zero_grad(set_to_none=True)
-        with packing or nullcontext():
-            value = loss(model, batch)
+        with found[way].around(model):
+            value = found[way].loss(model, batch)
             value.backward()
         optimizer.step()
         return float(value.detach())
 
     results: dict[str, dict[str, Any]] = {}
-    for way, (_, packing) in found.items():
+    for way, (_, packing, compiling) in found.items():
         value = step(way, batches[0])  # tries, and takes the optimiser's memory
         off = sum(float((p.grad.double() - g).square().sum()) for p, g in zip(model.parameters(), exact, strict=True))
         norm = sum(float(g.square().sum()) for g in exact)
@@ -197,11 +214,12 @@ def measure(
             "gradient_error": (off / norm) ** 0.5,
             "held_bytes": held(model, reference if way == FIRST else None, caches["retain"]),
             "packing": None if packing is None else packing.as_dict(),
+            "compiling": None if compiling is None else compiling.as_dict() | {"seconds": compiling.seconds},
             "tokens": None,
         }
         print(way, results[way], flush=True)
     del exact
-    for way, (_, packing) in found.items():
+    for way, (_, packing, _) in found.items():
         optimizer.zero_grad(set_to_none=True)
         release()
         before = 0 if packing is None else packing.tokens
@@ -302,8 +320,11 @@ def markdown(record: dict[str, Any]) -> str:
         f"| times as fast | {faster:.2f} | at least {FASTER} | {'met' if faster >= FASTER else 'missed'} |",
         f"| of the memory | {leaner:.2f} | at most {LEANER} | {'met' if leaner <= LEANER else 'missed'} |",
     ]
-    told = [f"{way}: {name} is not used: {why}." for way, own in ways.items()
-            for name, why in ((own["packing"] or {}).get("declined") or {}).items()]  # fmt: skip
+    told = [f"{way}: made and tried in {own['compiling']['seconds']:.0f} s before its first step, which no time has."
+            for way, own in ways.items() if (own["compiling"] or {}).get("used")]  # fmt: skip
+    told += [f"{way}: {name} is not used: {why}." for way, own in ways.items()
+             for lever in ("packing", "compiling")
+             for name, why in ((own[lever] or {}).get("declined") or {}).items()]  # fmt: skip
     return "\n".join([*lines, *([""] if told else []), *told]) + "\n"
 
 

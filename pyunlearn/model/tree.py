@@ -9,6 +9,7 @@ same way back, and a shared token's keys and values get the sum over its rows, i
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -47,6 +48,7 @@ class Rows(NamedTuple):
 
     slots: (B, T), the token there; any where there is none. owners: (L,), a place of the flattened B*T where each token
     stands. shared: (S,), the tokens that stand at others too, uses: (S, U), which; padding (S, U): where there is none.
+    S and U are at least 2, of nothing but padding if need be: of sizes of 0 and 1 torch.compile makes graphs apart.
     """
 
     slots: Tensor
@@ -77,11 +79,9 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         owners, shared, uses, padding = ctx.saved_tensors
         total = grad.index_select(0, owners)
-        if shared.numel():
-            more = grad.index_select(0, uses.flatten()).unflatten(0, uses.shape)
-            more = more.masked_fill(padding[(...,) + (None,) * (grad.dim() - 1)], 0).sum(1)
-            total = total.index_add(0, shared, more)
-        return total, *[None] * 5
+        more = grad.index_select(0, uses.flatten()).unflatten(0, uses.shape)
+        more = more.masked_fill(padding[(...,) + (None,) * (grad.dim() - 1)], 0).sum(1)
+        return total.index_add(0, shared, more), *[None] * 5
 
 
 class _Collect(torch.autograd.Function):
@@ -195,16 +195,18 @@ def rows_of(paths: Sequence[Sequence[int]], count: int, tensor: Callable[[Any], 
                 owners[token] = b * length + t
             else:
                 more.setdefault(token, []).append(b * length + t)
-    most = max(map(len, more.values()), default=0)
+    shared = [*more.items(), *[(0, [])] * (2 - len(more))]
+    most = max(2, *(len(own) for _, own in shared))
     return Rows(
         slots=tensor([[*path, *[0] * (length - len(path))] for path in paths]),
         owners=tensor(owners),
-        shared=tensor([*more]),
-        uses=tensor([[*own, *[0] * (most - len(own))] for own in more.values()]).view(len(more), most),
-        padding=tensor([[0] * len(own) + [1] * (most - len(own)) for own in more.values()]).view(len(more), most) != 0,
+        shared=tensor([token for token, _ in shared]),
+        uses=tensor([[*own, *[0] * (most - len(own))] for _, own in shared]),
+        padding=tensor([[0] * len(own) + [1] * (most - len(own)) for _, own in shared]) != 0,
     )
 
 
+@functools.cache  # a graph is of one function
 def attention_of(name: str) -> Callable[..., Any]:
     """The attention `name` of transformers, which sees `Rows` where a forward has been given them."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -410,12 +412,17 @@ def reason_from_trial(
 
 def close(found: Tensor, expected: Tensor) -> bool:
     """Each row, as far as the dtype that it was computed in can tell."""
+    tolerance = tolerance_of(found)
+    found, expected = found.double(), expected.double()
+    return bool(((found - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())
+
+
+def tolerance_of(found: Tensor) -> float:
+    """Of its norm."""
     device, dtype = found.device.type, found.dtype
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-    found, expected = found.double(), expected.double()
-    tolerance = max(TOLERANCE, 8 * torch.finfo(dtype).eps)
-    return bool(((found - expected).norm(dim=-1) <= tolerance * expected.norm(dim=-1)).all())
+    return max(TOLERANCE, 8 * torch.finfo(dtype).eps)
 
 
 def drops_out(lm: CausalLM) -> bool:

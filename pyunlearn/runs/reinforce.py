@@ -56,8 +56,8 @@ def arithmetic(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any) ->
     trained, parameters = count_parameters(result)
     reinforced = reinforcement(job)
     unlearned = Unlearned(
-        steps=0, packing=None, learning_rate=reinforced["learning_rate"], mean_absolute_change=changed, trained=trained,
-        parameters=parameters, limits=None, refreshed_at=[], samples=[],
+        steps=0, packing=None, compiling=None, learning_rate=reinforced["learning_rate"],
+        mean_absolute_change=changed, trained=trained, parameters=parameters, limits=None, refreshed_at=[], samples=[],
     )  # fmt: skip
     if job.processes.first:
         write_json(job.folder.unlearning, {**unlearned.as_dict(), "reinforced": reinforced})

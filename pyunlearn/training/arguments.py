@@ -22,7 +22,7 @@ REFUSED = {
     "label_smoothing_factor": "an objective's targets are not smoothed",
     "average_tokens_across_devices": "what is counted is counted over all processes",
     "use_cache": "the forward of a training keeps no cache",
-    "torch_compile": "hidden states are taken before the head; compile the decoder, model.get_decoder().compile()",
+    "torch_compile": "hidden states are taken before the head; set unlearn.compile, or UnlearnTrainer(compile=True)",
     "use_liger_kernel": "it puts another forward into the model for good; pyunlearn has a fused loss of its own",
     "bf16_full_eval": ROUNDS,
     "fp16_full_eval": ROUNDS,

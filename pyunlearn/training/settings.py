@@ -143,6 +143,11 @@ class TrainingConfig(Section):
         description="a step's rows go through the model together, without padding, what they begin with once; where a "
         "trial shows that the model says the same of them so",
     )
+    compile: bool = Field(
+        default=False,
+        description="the model's blocks as torch.compile makes them, where a trial shows that they say the same; takes "
+        "a compiler (g++, clang, or Triton on a GPU) and a while before the first step",
+    )
     train_only: Patterns = Field(
         default=None, description="regular expressions of parameters' whole names: those alone are trained"
     )

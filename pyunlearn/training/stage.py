@@ -63,10 +63,11 @@ class Stage:
 
 
 class Trained(NamedTuple):
-    """steps: of the optimiser. packing: `Packing.as_dict`; None: switched off."""
+    """steps: of the optimiser. packing: `Packing.as_dict`, compiling: `Compiling.as_dict`; None: switched off."""
 
     steps: int
     packing: dict[str, Any] | None
+    compiling: dict[str, Any] | None
 
 
 class SkipLastSave(TrainerCallback):
@@ -111,6 +112,7 @@ def train(
             sampler=sampler,
             dual=dual,
             packing=settings.packing,
+            compile=settings.compile,
             callbacks=[
                 MetricsWriter(folder.metrics, name),
                 *callbacks,
@@ -133,7 +135,8 @@ def train(
     step, steps = trainer.state.global_step, trainer.state.max_steps
     if interrupt.signum is not None and step < steps:
         raise Interrupted(f"stopped in {name} at step {step} of {steps}, checkpoint saved", interrupt.signum)
-    return Trained(step, None if trainer.packing is None else trainer.packing.as_dict())
+    packing, compiling = (None if each is None else each.as_dict() for each in (trainer.packing, trainer.compiling))
+    return Trained(step, packing, compiling)
 
 
 def training_arguments(stage: Stage, name: str, settings: TrainingConfig, rows: int) -> TrainingArguments:

@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from ..data import collate
 from ..model.causal_lm import eval_mode
+from ..model.compiled import Compiling
 from ..model.forward import layer_number, length_batches
 from ..model.reference import Live, Source, check_apart
 from ..model.tree import Packing
@@ -57,6 +58,9 @@ class UnlearnTrainer(TermLosses, Trainer):
     the coefficient of the retain objective, of which there is then one. packing: the batches of a step go through the
     model together, without padding, what their rows begin with once (`pyunlearn.model.tree`), where a trial in the
     first step shows that the model says the same of them; `trainer.packing.declined` says why it does not.
+    compile: forwards that need gradients, and their backwards, run the blocks as torch.compile makes them
+    (`pyunlearn.model.compiled`), where a trial before the first step shows that they say the same;
+    `trainer.compiling.declined` says why they do not.
 
     Means are over the whole optimiser step: tokens and sequences are counted over all micro-batches and all ranks, so
     that batch size times accumulation times processes, not their split, decides the step. Every logged line holds each
@@ -83,6 +87,7 @@ class UnlearnTrainer(TermLosses, Trainer):
         sampler: ForgetSampler | None = None,
         dual: Dual | None = None,
         packing: bool = True,
+        compile: bool = False,
         **options: Any,
     ):
         if sampler is not None and getattr(train_dataset, "forget", None) is not sampler.rows:
@@ -95,6 +100,7 @@ class UnlearnTrainer(TermLosses, Trainer):
         self.packing = Packing() if packing else None
         for live in {each for each in self.references.values() if isinstance(each, Live)}:
             live.packing = Packing() if packing else None
+        self.compiling = Compiling() if compile else None
         args = TrainingArguments("tmp_trainer") if args is None else copy.copy(args)
         check_arguments(args, options)
         args.remove_unused_columns = False
@@ -280,7 +286,9 @@ class UnlearnTrainer(TermLosses, Trainer):
         return dict(zip(wanted, counts.unbind(), strict=True))
 
     def training_step(self, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        model.train()  # as what is compiled is to be
+        with nullcontext() if self.compiling is None else self.compiling(model, self.packing):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:
             self._finish_step(num_items_in_batch)
         return loss

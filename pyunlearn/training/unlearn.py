@@ -57,7 +57,8 @@ class Unlearned:
     """How an unlearning went.
 
     steps: optimiser steps. packing: whether the rows of a step went through the model together, and why not, or not
-    wholly (`pyunlearn.model.tree.Packing.as_dict`); None: it was switched off. learning_rate: at its highest.
+    wholly (`pyunlearn.model.tree.Packing.as_dict`); None: it was switched off. compiling: the same, of compiled blocks
+    (`pyunlearn.model.compiled.Compiling.as_dict`). learning_rate: at its highest.
     mean_absolute_change: of a trained weight (Figure 3 of arXiv:2504.06658). trained: how many weights were, of how
     many `parameters` (those of adapters too). With a sampler:
     limits, what EL and MA had to fall below; refreshed_at, the steps at which MRD was computed; samples, one record a
@@ -66,6 +67,7 @@ class Unlearned:
 
     steps: int
     packing: dict[str, Any] | None
+    compiling: dict[str, Any] | None
     learning_rate: float
     mean_absolute_change: float
     trained: int
@@ -184,6 +186,7 @@ def unlearn_selected(
     return Unlearned(
         steps=done.steps,
         packing=done.packing,
+        compiling=done.compiling,
         learning_rate=settings.learning_rate or 0.0,
         mean_absolute_change=mean_absolute_change(before, model),  # by all ranks: sharded weights are gathered
         trained=trained,
