@@ -261,6 +261,7 @@ def test_a_graph_for_every_length_is_none(monkeypatch, traced):
         return torch.cat([found[:, t : t + 1] for t in range(found.size(1))], 1)
 
     monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    monkeypatch.setattr(module, "TRIED", ((3, 9), (3, 8)))
     model, compiling = make("llama").train(), Compiling()
     check(model, compiling, None, LENGTHS[:2], 0)
     assert compiling.declined[COMPILED] == "LlamaForCausalLM needs a graph for each length of rows"
