@@ -235,6 +235,14 @@ def test_paths_are_taken_as_they_are():
     assert run_config(None, ["data.forget.limit=3"], model="m", forget="f.jsonl").data.forget.limit == 3
 
 
+def test_every_recipe_on_the_embedded_demo_has_a_folder_of_its_own():
+    assert [run_config(source).name for source in (None, "recipe:bst", "recipe:npo+mrd")] == [
+        "demo", "demo-bst", "demo-npo_mrd",
+    ]  # fmt: skip
+    assert run_config(recipe="flat").name == "demo-flat"
+    assert run_config("recipe:bst", ["name=mine"]).name == "mine"
+
+
 def test_a_written_configuration_is_whole_and_reads_as_what_was_asked(call, files, model_folder):  # noqa: F811
     code, text, errors = call("init", "mine.yaml", "--model", model_folder, "--forget", "F.jsonl", "--recipe", "npo",
                               "--set", "unlearn.learning_rate=3e-5", "--set", "seed=3")  # fmt: skip

@@ -78,3 +78,7 @@ def test_a_recipe_takes_the_place_of_another_and_of_terms():
     assert next_command(typed, ["unlearn.recipe=refuse"], "o") == (
         "pyunlearn run --forget f --set unlearn.epochs=3 --set unlearn.recipe=refuse --out o"
     )
+    typed = "pyunlearn run recipe:bst@x --model m --set unlearn.recipe=npo --set unlearn.epochs=3 --out=z"
+    assert next_command(typed, ["unlearn.recipe=refuse"], "o") == (
+        "pyunlearn run recipe:refuse --model m --set unlearn.epochs=3 --out o"
+    )
