@@ -46,6 +46,8 @@ def next_changes(verdict: str, config: RunConfig, rate: float, kept: float | Non
             return [slower]
         if not unlearn.retain:
             return ["unlearn.retain=kl"]
+        if unlearn.dual is not None:  # moves the coefficient, which begins anywhere
+            return [f"unlearn.dual.step={HEAVIER * unlearn.dual.step:g}"]
         heavy = unlearn.retain[0].coefficient >= HEAVIER
         return [slower] if heavy else [f"unlearn.retain.0.coefficient={HEAVIER * unlearn.retain[0].coefficient:g}"]
     if verdict == UNSURE:

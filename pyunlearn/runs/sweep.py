@@ -335,21 +335,20 @@ def finish(job: Sweep, console: Console) -> SweepResult:
 
 
 def summary(comparison: Comparison) -> Table:
-    """A line a method, as a grid has many: the aggregates where there are some, and the main metrics."""
+    """A line a method, as a grid has many: what a screen has room for; intervals over samples are in the page."""
     utility = "holdout" if ("holdout", "probability") in comparison.columns else "retain"
-    wanted = [*((AGGREGATE, name) for name in ("both", "forgotten", "kept")), *MEASURED, (utility, "probability"),
-              (utility, "rouge_l")]  # fmt: skip
+    wanted = [(AGGREGATE, "both"), *MEASURED, (utility, "probability"), (utility, "rouge_l")]
     columns = [column for column in wanted if column in comparison.columns]
     title = "after unlearning; ± half of the 95 % interval of the mean over seeds (Student's t): wide with few of them"
     table = Table("method", "seeds", "verdict", title=title, title_justify="left", collapse_padding=True)
     for name, metric in columns:
         words = [*([] if name == AGGREGATE else [name]), *metric.replace("probability", "prob.").split("_")]
-        table.add_column("\n".join(words), justify="right", min_width=max(7, *map(len, words)))  # 7: of "0.123 ±"
-    table.add_row("before", "", "", *(comparison.before(column) for column in columns), end_section=True)
+        table.add_column("\n".join(words), justify="right")
+    before = (comparison.before(column).partition(" [")[0] for column in columns)
+    table.add_row("before", "", "", *before, end_section=True)
     for group in comparison.groups:
-        table.add_row(
-            shown(group.name), str(len(group.seeds)), group.verdict, *(group.text(column) for column in columns)
-        )
+        after = (group.text(column).partition(" [")[0] for column in columns)
+        table.add_row(shown(group.name), str(len(group.seeds)), group.verdict, *after)
     return table
 
 

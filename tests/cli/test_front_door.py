@@ -161,7 +161,7 @@ def test_without_rows_to_retain(call, files, model_folder):  # noqa: F811
         ("run --set unlearn.output_dir=x", ["unlearn.output_dir: unknown key; did you mean output?"]),
         ("run --set unlearn.forget=GA", ["did you mean ga or wga?"]),
         ("run --set model.dtype=bf16", ["did you mean bfloat16"]),
-        ("run --set unlearn.forget=null", ["unlearn.forget: needs a list of 1 at least"]),
+        ("run --set unlearn.forget=null", ["unlearn: forget=[]: needs an objective"]),
         ("run --set data.retain=R.jsonl", ["data: retain: needs data.forget too"]),
         ("score F.jsonl", ["--model: which model?", "  pyunlearn score --model MODEL --data F.jsonl"]),
         ("score m", ["--data: which questions and answers?", "  pyunlearn score --model m --data FILE.jsonl"]),
