@@ -162,7 +162,7 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
     if lora is not None:
         model = add_adapter(model, **lora.adapter(), seed=stage.seed, base=adapters_base(job))
     merged = lora is not None and lora.save == "merged"
-    job.console.print(f"[bold]unlearn[/] {told(settings)}")
+    job.console.print(f"[bold]unlearn[/] {shown(told(settings))}")
     quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
 
     def evaluate(step: int, model: Any) -> dict[str, float]:
