@@ -118,7 +118,7 @@ def start_of(config: RunConfig) -> RunConfig:
     own, as the embedded model's tokenizer is made of all texts."""
     values = config.to_dict()
     values["model"]["lora"] = values["model"]["lora"] if config.model.quantize else None
-    values["evaluate"] |= {"every": None, "goal": None}
+    values["evaluate"] |= {"every": None, "pick": None, "goal": None}
     refusals = config.needs_refusals and config.data.source != EMBEDDED and config.data.refusals is None
     unlearn: dict[str, Any] = {"forget": "idk" if refusals else "ga", "retain": []}
     return RunConfig.model_validate({**values, "name": "start", "unlearn": unlearn, "geffect": None})
