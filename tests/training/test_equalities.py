@@ -22,7 +22,7 @@ def objective(name, **given):
 
 def trained(tiny, args, name, resume=None, **given):
     trainer = UnlearnTrainer(
-        model=tiny.model(), args=args, train_dataset=tiny.pairs(**KINDS), objectives=[objective(name, **given)],
+        model=tiny.model(), args=args, train_dataset=tiny.pairs(**KINDS, **tiny.written), objectives=[objective(name, **given)],
         reference=tiny.model(seed=1),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
