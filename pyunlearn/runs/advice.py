@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from .config import RunConfig
+from .request import RECIPE
 from .verdict import CLEAN, COLLAPSED, KNOWS, LOST, NOTHING, REWORDS, UNSURE
 
 FASTER, LONGER, HEAVIER = 3, 2, 3  # times the rate, the epochs, the coefficient
@@ -45,12 +46,13 @@ def next_changes(verdict: str, config: RunConfig, rate: float, kept: float | Non
             return [slower]
         if not unlearn.retain:
             return ["unlearn.retain=kl"]
-        heavy = unlearn.retain[0].coefficient >= HEAVIER
+        heavy = unlearn.retain[0].coefficient >= HEAVIER or unlearn.dual is not None  # which moves it by itself
         return [slower] if heavy else [f"unlearn.retain.0.coefficient={HEAVIER * unlearn.retain[0].coefficient:g}"]
     if verdict == UNSURE:
         wanted = [name for name in ("rouge_l", "fluency") if name not in config.evaluate.metrics]
         metrics = [f"evaluate.metrics=[{', '.join([*config.evaluate.metrics, *wanted])}]"] if wanted else []
-        return metrics + ([] if config.has_retain else ["data.retain=FILE", "unlearn.retain=kl"])
+        term = ["unlearn.retain=kl"] if unlearn.trains else []
+        return metrics + ([] if config.has_retain else ["data.retain=FILE", *term])
     return [f"seed={config.seed + 1}"] if verdict == CLEAN else []
 
 
@@ -58,8 +60,9 @@ def next_command(command: str, changes: Sequence[str], output: str) -> str:
     """The command with changes, into another folder."""
     keys = [change.partition("=")[0] for change in changes]
     if "unlearn.recipe" in keys:  # it takes the place of what is set beside it
-        keys += ["unlearn.forget", "unlearn.retain"]
-        command = without_option(command, "--recipe")
+        keys += ["unlearn.forget", "unlearn.retain", "unlearn.dual", "unlearn.reinforce"]
+        words = shlex.split(without_option(command, "--recipe"))
+        command = shlex.join(word for word in words if not word.startswith(RECIPE))
     for key in (*keys, "output"):
         command = without(command, key)
     words = [word for change in changes for word in ("--set", change)]

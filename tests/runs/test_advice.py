@@ -6,6 +6,7 @@ import pytest
 
 from pyunlearn.runs import load_config
 from pyunlearn.runs.advice import next_changes, next_command, without, without_option
+from pyunlearn.runs.request import run_config
 from pyunlearn.runs.verdict import ADVICE, CLEAN, COLLAPSED, KNOWS, LOST, NOTHING, REWORDS, UNSURE
 
 FILES = ["model.name_or_path=some/model", "data.forget=a.jsonl"]
@@ -34,6 +35,8 @@ BOTH = [*FILES, "data.retain=b.jsonl"]
         (UNSURE, [*BOTH, "evaluate.metrics=[probability]"], None,
          ["evaluate.metrics=[probability, rouge_l, fluency]"]),
         (CLEAN, ["seed=4"], None, ["seed=5"]),
+        (LOST, [*BOTH, "unlearn.recipe=pdu", "unlearn.learning_rate=3e-5"], None, ["unlearn.learning_rate=1e-05"]),
+        (UNSURE, [*FILES, "unlearn.recipe=task_vector"], None, ["data.retain=FILE"]),
     ],
 )  # fmt: skip
 def test_changes_go_against_what_was_wrong_and_are_settings(verdict, overrides, left, changes):
@@ -78,3 +81,7 @@ def test_a_recipe_takes_the_place_of_another_and_of_terms():
     assert next_command(typed, ["unlearn.recipe=refuse"], "o") == (
         "pyunlearn run --forget f --set unlearn.epochs=3 --set unlearn.recipe=refuse --out o"
     )
+    for typed in ("recipe:whp --set unlearn.reinforce.epochs=3", "recipe:pdu --set unlearn.dual.eps=1"):
+        command = next_command(f"pyunlearn run {typed}", ["unlearn.recipe=refuse"], "o")
+        assert command == "pyunlearn run --set unlearn.recipe=refuse --out o"
+    assert run_config(None, ["unlearn.recipe=refuse"]).unlearn.recipe == "refuse"
