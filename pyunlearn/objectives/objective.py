@@ -158,8 +158,9 @@ class Objective:
 
     @property
     def positions(self) -> str:
-        """The "supervised" tokens, all "real" ones (the prompt's too), or, padding too, all "followed" by another
-        position or "all" positions. The option of this name, where there is one, chooses.
+        """The "supervised" tokens, all "real" ones (the prompt's too), of these the "template_free" ones, or, padding
+        too, all "followed" by another position or "all" positions. The option of this name, where there is one,
+        chooses.
         """
         return self.options.get("positions", self.variant.positions)
 

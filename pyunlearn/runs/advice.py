@@ -46,7 +46,9 @@ def next_changes(verdict: str, config: RunConfig, rate: float, kept: float | Non
             return [slower]
         if not unlearn.retain:
             return ["unlearn.retain=kl"]
-        heavy = unlearn.retain[0].coefficient >= HEAVIER or unlearn.dual is not None  # which moves it by itself
+        if unlearn.dual is not None:  # moves the coefficient, which begins anywhere
+            return [f"unlearn.dual.step={HEAVIER * unlearn.dual.step:g}"]
+        heavy = unlearn.retain[0].coefficient >= HEAVIER
         return [slower] if heavy else [f"unlearn.retain.0.coefficient={HEAVIER * unlearn.retain[0].coefficient:g}"]
     if verdict == UNSURE:
         wanted = [name for name in ("rouge_l", "fluency") if name not in config.evaluate.metrics]
@@ -59,10 +61,14 @@ def next_changes(verdict: str, config: RunConfig, rate: float, kept: float | Non
 def next_command(command: str, changes: Sequence[str], output: str) -> str:
     """The command with changes, into another folder."""
     keys = [change.partition("=")[0] for change in changes]
-    if "unlearn.recipe" in keys:  # it takes the place of what is set beside it
+    if "unlearn.recipe" in keys:  # it takes the place of what is set beside it, and of a recipe that is the source
         keys += ["unlearn.forget", "unlearn.retain", "unlearn.dual", "unlearn.reinforce"]
-        words = shlex.split(without_option(command, "--recipe"))
-        command = shlex.join(word for word in words if not word.startswith(RECIPE))
+        command = without_option(command, "--recipe")
+        words = shlex.split(command)
+        if any(word.startswith(RECIPE) for word in words):
+            chosen = next(change.partition("=")[2] for change in changes if change.startswith("unlearn.recipe="))
+            changes = [change for change in changes if not change.startswith("unlearn.recipe=")]
+            command = shlex.join(RECIPE + chosen if word.startswith(RECIPE) else word for word in words)
     for key in (*keys, "output"):
         command = without(command, key)
     words = [word for change in changes for word in ("--set", change)]

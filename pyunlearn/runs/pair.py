@@ -196,6 +196,17 @@ class Pair:
         ]
         return tables[0], tables[1], {name: len(own) for name, own in now.items()}
 
+    def judge(
+        self, table: Sequence[Mapping[str, Any]], counts: Mapping[str, int]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """The run's goals, of what came out, and its verdict; none where the run asks for nothing."""
+        goal = self.job.config.evaluate.goal
+        if goal is None:
+            return [], None
+        before, after = (summaries(table, moment) for moment in ("before", "after"))
+        goals = check_goals(before, after, goal, counts)
+        return goals, reach_verdict(before, goal, goals).as_dict()
+
     def write(self, calibration: Mapping[str, Any], table: list[dict[str, Any]], counts: Mapping[str, int]) -> None:
         """All that makes the folder one of a finished run; table.json last."""
         job, place = self.job, self.place
@@ -206,10 +217,7 @@ class Pair:
         write_text(place.config, text)
         shutil.copyfile(job.folder.unlearning, place.unlearning)
         write_json(place.provenance, [self.attempt.record(job.data)])
-        goal = job.config.evaluate.goal
-        before, after = (summaries(table, moment) for moment in ("before", "after"))
-        goals = [] if goal is None else check_goals(before, after, goal, counts)
-        verdict = None if goal is None else reach_verdict(before, goal, goals).as_dict()
+        goals, verdict = self.judge(table, counts)
         write_text(place.path / "table.md", table_markdown(table))
         write_json(place.path / "table.json", {"table": table, "goals": goals, "verdict": verdict})
 
@@ -297,9 +305,9 @@ def three_columns(
         {
             "set": row["set"],
             "metric": row["metric"],
-            "before": with_interval(row, "before"),
-            "unlearned": with_interval(others[row["set"], row["metric"]], "after"),
-            "calibrated": with_interval(row, "after"),
+            "before": with_interval(row, "before", 3),
+            "unlearned": with_interval(others[row["set"], row["metric"]], "after", 3),
+            "calibrated": with_interval(row, "after", 3),
             "samples": row["samples"],
         }
         for row in calibrated
@@ -318,7 +326,12 @@ def tell_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str) 
     print_table(console, table)
 
 
-def tell_next(pair: Pair) -> None:
+def tell_next(pair: Pair, verdict: Mapping[str, Any] | None) -> None:
+    """The verdict on what came out, which keeping as much does not decide, and where it is."""
+    if verdict is not None:
+        style = "green" if verdict["clean"] else "red"
+        told = f"[bold {style}]verdict: {verdict['name']}[/] ({shown(verdict['reason'])})"
+        pair.job.console.print(told, highlight=False)
     place, run = shlex.quote(str(pair.place.path)), shlex.quote(str(pair.job.folder.path))
     lines = [
         f"report  {pair.place.report}",

@@ -18,7 +18,7 @@ from ..distributed import whole
 from ..gradients.groups import assign_groups
 from ..model.cache import ReferenceCache
 from ..model.causal_lm import CausalLM
-from ..model.forward import PADDED, layer_number
+from ..model.forward import PADDED, layer_number, widest
 from ..model.lora import count_parameters, does_nothing
 from ..model.reference import AdapterOff, Source
 from ..mrd import check_estimator
@@ -160,10 +160,10 @@ def unlearn_selected(
     """`unlearn`, of the parameters that require gradients."""
     objectives = settings.weighted_objectives()
     needs = collect_needs(make_terms(objectives))
-    forget = stage.rows(data.forget, tokenizer)
+    forget = stage.rows(data.forget, tokenizer, without_template(needs, "forget"))
     retain = None
     if any(kind.startswith("retain") for kind in needs):
-        retain = stage.rows(retain_used(stage, settings, data), tokenizer)
+        retain = stage.rows(retain_used(stage, settings, data), tokenizer, without_template(needs, "retain"))
     written = write_rows(stage, settings, model, tokenizer, forget, needs, reinforced)
     pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to, written=written)
     references = make_references(stage, model, tokenizer, pairs, needs)
@@ -192,6 +192,11 @@ def unlearn_selected(
         refreshed_at=[] if sampler is None else sampler.memory.refreshed_at,
         samples=[] if sampler is None else sampler.records(),
     )
+
+
+def without_template(needs: Mapping[str, Need], role: str) -> bool:
+    """Whether rows of this role have to tell which tokens are of the question and the answer."""
+    return any("template_free" in need.positions for kind, need in needs.items() if kind.startswith(role))
 
 
 def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: Any) -> None:
@@ -316,7 +321,7 @@ def make_references(
                     kl=need.kl_reference,
                     layers=need.reference_layers,
                     scalars=need.scalars,
-                    positions=need.widest if need.hidden_reference else "supervised",
+                    positions=widest({need.widest, "supervised"}) if need.hidden_reference else "supervised",
                     batch_size=stage.reference_batch_size,
                     progress=stage.progress,
                 )
@@ -367,7 +372,7 @@ def make_probe(
     for role, items in (("forget", data.forget), ("retain", data.retain)):
         count = min(len(items), getattr(probing, f"{role}_samples"))
         chosen = sorted(random.Random(f"{stage.seed}/probe/{role}").sample(range(len(items)), count))
-        drawn[role] = stage.rows([items[i] for i in chosen], tokenizer)
+        drawn[role] = stage.rows([items[i] for i in chosen], tokenizer, without_template(needs, role))
     pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, fixed=True)
     rows = {kind: rows_of(pairs, kind, tokenizer, stage.max_length) for kind in {**drawn, **needs}}
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
