@@ -82,7 +82,9 @@ def test_the_grids_that_are_here_have_runs(name):
         assert len(cells) == 7 + 3
     else:
         assert name == "embedded"
-        assert {cell.name for cell in cells} == {name.replace("+", "_") for name in matching(["*"])}
+        assert {cell.name for cell in cells} >= set(matching(["*"]))
+        tricks = {cell.name for cell in cells} - set(matching(["*"]))  # beside them, of UWC
+        assert {"npo_kl-temperature-2", "npo_kl-keep-0.8"} <= tricks
         assert {cell.seed for cell in cells} == {0, 1, 2}
 
 
