@@ -79,6 +79,8 @@ def get(
     reduction = definition.paper_reduction if reduction == "paper" else reduction
     values = {key: option.check(name, options.get(key, option.default)) for key, option in variant.options.items()}
     chosen = Objective(name, preset, reduction, values, float(temperature), float(keep), kept)
+    if temperature != 1 and not chosen.outputs and not chosen.reference_outputs:
+        raise ValueError(f"{name}: temperature={temperature:g} divides logits, and {name} is of hidden states alone")
     if keep < 1 and chosen.positions in ("followed", "all"):
         raise ValueError(
             f"{name}: keep={keep} and preset={preset!r}, which counts padding too: of that nothing is likely; needs "

@@ -53,7 +53,8 @@ def next_changes(verdict: str, config: RunConfig, rate: float, kept: float | Non
     if verdict == UNSURE:
         wanted = [name for name in ("rouge_l", "fluency") if name not in config.evaluate.metrics]
         metrics = [f"evaluate.metrics=[{', '.join([*config.evaluate.metrics, *wanted])}]"] if wanted else []
-        return metrics + ([] if config.has_retain else ["data.retain=FILE", "unlearn.retain=kl"])
+        term = ["unlearn.retain=kl"] if unlearn.trains else []
+        return metrics + ([] if config.has_retain else ["data.retain=FILE", *term])
     return [f"seed={config.seed + 1}"] if verdict == CLEAN else []
 
 
@@ -61,7 +62,7 @@ def next_command(command: str, changes: Sequence[str], output: str) -> str:
     """The command with changes, into another folder."""
     keys = [change.partition("=")[0] for change in changes]
     if "unlearn.recipe" in keys:  # it takes the place of what is set beside it, and of a recipe that is the source
-        keys += ["unlearn.forget", "unlearn.retain"]
+        keys += ["unlearn.forget", "unlearn.retain", "unlearn.dual", "unlearn.reinforce"]
         command = without_option(command, "--recipe")
         words = shlex.split(command)
         if any(word.startswith(RECIPE) for word in words):

@@ -225,6 +225,12 @@ class RunConfig(Section):
             raise ValueError("geffect: is measured on what is forgotten and what is retained: set data.retain=FILE")
         return self
 
+    @model_validator(mode="after")
+    def probed_objectives_fit(self) -> RunConfig:
+        if self.geffect is not None:
+            self.unlearn.check_probed()
+        return self
+
     @property
     def needs_refusals(self) -> bool:
         """Whether an objective answers with them."""

@@ -31,6 +31,7 @@ from ..calibration import Tensors, write_tensors
 from ..data import QA
 from ..metrics import EvaluationResult, Kept
 from ..metrics.utility import mean
+from ..model.combined import find_combined
 from ..model.lora import find_adapter
 from ..store import Store
 from ..training.folder import write_model
@@ -226,7 +227,8 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
     """The pair of a finished run, its folder this job's alone meanwhile, and what its work needs removed afterwards.
 
     Raises FileNotFoundError for no finished run, or one whose models are gone; ValueError for a damaged one, one whose
-    data or model are others than when it ran, or several processes; InUse; Interrupted after Ctrl-C.
+    data or model are others than when it ran, one whose model is two combined, or several processes; InUse; Interrupted
+    after Ctrl-C.
     """
     path = load_result(path).folder
     if not RunFolder(path).marked:
@@ -238,6 +240,11 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
     if job.processes.count > 1:
         raise ValueError(f"{method} works in one process, got {job.processes.count}; start it without torchrun")
     pair = Pair(job, RunFolder(path / method), Attempt(command))
+    if find_combined(str(job.folder.checkpoint)) is not None:
+        raise ValueError(
+            f"RUN={str(path)!r}: its model is two whose logits are combined, and {method} mixes the weights of one; "
+            "for another strength of it set unlearn.reinforce.strength, of a run of its own"
+        )
     job.folder.check_reads(fingerprints(config, job.data))
     for folder in (job.folder.checkpoint, *([job.folder.memorised] if config.memorise is not None else [])):
         if not folder.is_dir():

@@ -207,7 +207,7 @@ def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: A
     if settings.pad_to is not None and context is not None and settings.pad_to > context:
         raise ValueError(f"unlearn.pad_to={settings.pad_to}: the model's context is {context} tokens")
     if probing is not None:
-        check_probed(settings)
+        settings.check_probed()
     if not settings.trains:
         return
     for need in collect_needs(make_terms(settings.weighted_objectives())).values():
@@ -363,9 +363,9 @@ def make_probe(
 ) -> Probe:
     """The objectives on samples drawn from the seed; `model`, not yet unlearned, is their reference.
 
-    Raises ValueError as `check_probed`.
+    Raises ValueError as `settings.check_probed`.
     """
-    check_probed(settings)
+    settings.check_probed()
     objectives = settings.weighted_objectives()
     needs = collect_needs(make_terms(objectives))
     drawn = {}
@@ -378,17 +378,6 @@ def make_probe(
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
     losses = TermLosses(objectives, make_references(own, model, tokenizer, pairs, needs))
     return Probe(losses, rows, probing, bf16=settings.bf16, pad_to=settings.pad_to)
-
-
-def check_probed(settings: UnlearnConfig) -> None:
-    """Raises ValueError for objectives that the G-effect has no samples of, or none at all."""
-    if not settings.trains:
-        raise ValueError("geffect: is measured of objectives, and unlearn.reinforce takes their place")
-    needs = collect_needs(make_terms(settings.weighted_objectives()))
-    if own := [kind for kind, need in needs.items() if kind == "forget_generic" or need.samples is not None]:
-        raise ValueError(
-            f"geffect: is measured on the rows of the data, and the objectives are of text made here: {own}"
-        )
 
 
 def trainable(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

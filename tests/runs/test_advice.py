@@ -94,3 +94,7 @@ def test_a_recipe_takes_the_place_of_another_and_of_terms():
     assert next_command(typed, ["unlearn.recipe=refuse"], "o") == (
         "pyunlearn run recipe:refuse --model m --set unlearn.epochs=3 --out o"
     )
+    for typed in ("recipe:whp --set unlearn.reinforce.epochs=3", "recipe:pdu --set unlearn.dual.eps=1"):
+        assert next_command(f"pyunlearn run {typed}", ["unlearn.recipe=refuse"], "o") == (
+            "pyunlearn run recipe:refuse --out o"
+        )

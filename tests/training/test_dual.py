@@ -141,6 +141,7 @@ def test_settings():
     assert UnlearnConfig(recipe="pdu").dual.start == 100.0
     assert UnlearnConfig(recipe="pdu", dual={"eps": 1.0}).dual.eps == 1.0
     assert UnlearnConfig(recipe="pdu", dual=None).dual is None
+    assert UnlearnConfig(retain={"name": "gd", "coefficient": 3}, dual={"eps": 1}).dual.start is None  # 3, then
     term = UnlearnConfig(forget={"name": "npo", "temperature": 2, "keep": 0.8, "kept": "largest"}).forget[0].objective()
     assert (term.temperature, term.keep, term.kept) == (2.0, 0.8, "largest")
 
@@ -151,13 +152,18 @@ def test_settings():
         ({"dual": {}}, r"eps=None, above_reference=None: needs one of them"),
         ({"dual": {"eps": 1, "above_reference": 0.1}}, r"eps=1\.0, above_reference=0\.1: needs one of them"),
         ({"dual": "open_unlearning_tofo"}, "did you mean open_unlearning_tofu"),
-        ({"dual": {"eps": 1}, "retain": []}, "dual moves the coefficient of one retain objective, got 0"),
+        ({"dual": {"eps": 1}, "retain": []}, r"one retain objective, got \[\]; needs rows to retain \(data\.retain\)"),
+        ({"dual": "open_unlearning_tofu", "retain": {"name": "gd", "coefficient": 3}},
+         r"dual\.start=100 takes the place of retain\.0\.coefficient=3: leave the coefficient out, or set dual\.start"),
+        ({"forget": {"name": "ga", "temperature": 2, "options": {"temperature": 2}}},
+         "ga: temperature is given beside options and in them"),
+        ({"forget": {"name": "rmu", "temperature": 2}}, "rmu: temperature=2 divides logits, and rmu is of hidden"),
         ({"dual": {"eps": 1, "step": -1}}, "greater than or equal to 0"),
         ({"dual": {"eps": 1, "evry": "step"}}, "evry"),
         ({"forget": {"name": "ga", "keep": 1.5}}, r"ga: keep=1\.5: needs a number above 0, up to 1"),
         ({"forget": {"name": "ga", "temperature": -1}}, r"ga: temperature=-1\.0: needs a finite number > 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         UnlearnConfig(**{"retain": "gd", **settings})

@@ -22,8 +22,8 @@ def objective(name, **given):
 
 def trained(tiny, args, name, resume=None, **given):
     trainer = UnlearnTrainer(
-        model=tiny.model(), args=args, train_dataset=tiny.pairs(**KINDS, **tiny.written), objectives=[objective(name, **given)],
-        reference=tiny.model(seed=1),
+        model=tiny.model(), args=args, train_dataset=tiny.pairs(**KINDS, **tiny.written),
+        objectives=[objective(name, **given)], reference=tiny.model(seed=1),
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=resume)
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
