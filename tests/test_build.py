@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks.kernels import evidence
+from benchmarks.results import RESULTS
 from pyunlearn import _C
 
 ROOT = Path(__file__).parent.parent
@@ -93,7 +94,8 @@ KERNELS = {
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_cuda_kernels_do_not_spill(name):
-    """ptxas' report: no spilled register, and the occupancy that the kernels count on."""
+    """ptxas' report: no spilled register, and the occupancy that the kernels count on. Hot loops take no more than the
+    committed page says, where its compiler is here."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
@@ -106,6 +108,9 @@ def test_cuda_kernels_do_not_spill(name):
     assert not [kernel for kernel in found if kernel.spilled]
     assert max(kernel.registers for kernel in found) <= most_registers
     assert max(kernel.shared for kernel in found) <= most_shared
+    page = (RESULTS / evidence.PAGE).read_text()
+    if evidence.version_of(nvcc) in page:
+        assert not evidence.grown(found, page)
 
 
 def test_every_cuda_file_is_checked():

@@ -49,7 +49,8 @@ def test_commands_are_taken(command, monkeypatch):
     if words[1] == "run":
         given = ("recipe", "columns", "lora", "model", "forget", "retain", "gguf_file", "prompt")
         source = taken["source"] if (taken["source"] or "").startswith(("recipe:", "examples/")) else None
-        assert run_config(source, taken["set_"] or [], **{name: taken[name] for name in given}).unlearn.forget
+        unlearn = run_config(source, taken["set_"] or [], **{name: taken[name] for name in given}).unlearn
+        assert unlearn.forget or unlearn.reinforce
 
 
 def test_commands_and_files_exist():

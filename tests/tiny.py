@@ -43,6 +43,11 @@ class Tiny:
         self.tokenizer = train_tokenizer(self.world.texts, vocab_size=384)
         self.forget = QADataset(self.world.forget, self.tokenizer, 256)
         self.retain = QADataset(self.world.retain, self.tokenizer, 256)
+        answers = [item.answer for item in self.world.forget]
+        rows = QADataset(self.world.forget, self.tokenizer, 256, answers[1:] + answers[:1])
+        others = [rows[i] for i in range(len(rows))]
+        # what a training has a model write for objectives that need it
+        self.written = {"together": {"forget_alternate": others, "forget_generic": others}}
 
     def model(self, seed: int = 0) -> Any:
         model = tiny_llama(self.tokenizer, seed=seed, **SIZES)

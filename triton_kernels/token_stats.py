@@ -33,9 +33,8 @@ from .lanes import (
 # reference where there is one; half as many where loads are not 16 bytes wide, and in double precision). Memory of 4.3
 # TB/s, 0.7 us away, asks for 23 KB in flight on each of 132 SMs. RESIDENT programs have 32 KB, so a thread may take 128
 # of the 65536 registers. With a softcap or in double precision arithmetic is the limit, and three programs are enough.
-# At that rate an SM of 1.75 GHz has slots for 13 instructions a bfloat16 element. As compiled for sm_90, forward takes
-# 8 for logp and 11 with the entropy; with kl_pq 23 for the two elements of a pair, of 27. Backward takes 10 of 27 and
-# with a reference 24 of 41. No GPU has timed this yet.
+# At that rate an SM of 1.75 GHz has slots for 13 instructions a bfloat16 element it reads or writes. What the machine
+# code takes of them is in benchmarks/results/not-run-on-a-gpu-yet.md. No GPU has timed this yet.
 WARPS, BYTES = 4, 64
 RESIDENT, RESIDENT_SLOW = 4, 3
 

@@ -1,4 +1,5 @@
-"""What is known of the GPU kernels without running them: the compiler's report, and the bytes each case must move.
+"""What is known of the GPU kernels without running them: the compiler's report, what their hot loops cost by the
+machine code, and the bytes each case must move.
 
 Writes not-run-on-a-gpu-yet.md. Needs nvcc. Nothing in it is a measurement.
 """
@@ -25,6 +26,7 @@ from pyunlearn.ops.contract import Options
 from ..measure import ROOT, commit, output_of, versions
 from ..results import read
 from .cases import KINDS, Logits
+from .disassembly import Instruction, Loop, functions, hot_loop
 from .plans import VOCABULARIES
 
 PAGE = "not-run-on-a-gpu-yet.md"
@@ -39,7 +41,7 @@ PTXAS = re.compile(
 
 
 class Kernel(NamedTuple):
-    """One line of ptxas' report. Bytes; `shared` is static shared memory."""
+    """One line of ptxas' report. Bytes; `shared` is static shared memory. loop: of sm_90a, where cuobjdump is."""
 
     source: str
     name: str
@@ -48,6 +50,7 @@ class Kernel(NamedTuple):
     stack: int
     spilled: int
     shared: int
+    loop: Loop | None = None
 
 
 def write(folder: Path) -> Path:
@@ -60,13 +63,16 @@ def write(folder: Path) -> Path:
     kernels = [kernel for source in sources for kernel in compiled(nvcc, source, archs)]
     if importlib.util.find_spec("triton"):
         kernels += triton_kernels(archs)
-    nvcc_version = re.findall(r"release [\d.]+, (V[\d.]+)", output_of(nvcc, "--version"))[0]
-    compilers = f"nvcc {nvcc_version}, triton {versions().get('triton', 'not installed')}, commit {commit()}"
+    compilers = f"{version_of(nvcc)}, triton {versions().get('triton', 'not installed')}, commit {commit()}"
     folder.mkdir(parents=True, exist_ok=True)
     page = folder / PAGE
     page.write_text("\n".join(markdown(kernels, devices_of(folder), compilers)) + "\n")
     print(f"wrote {page}")
     return page
+
+
+def version_of(nvcc: str) -> str:
+    return "nvcc " + re.findall(r"release [\d.]+, (V[\d.]+)", output_of(nvcc, "--version"))[0]
 
 
 def known_archs(nvcc: str) -> list[str]:
@@ -81,9 +87,9 @@ def compiled(nvcc: str, source: Path, archs: list[str]) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         command = [nvcc, *flags, "-c", str(source), "-o", f"{folder}/kernels.o"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{source.name} does not compile: {done.stderr[-2000:]}")
-    return parse(done.stderr, source.name)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} does not compile: {done.stderr[-2000:]}")
+        return parse(done.stderr, source.name, functions(Path(folder) / "kernels.o"))
 
 
 def triton_kernels(archs: list[str]) -> list[Kernel]:
@@ -93,8 +99,10 @@ def triton_kernels(archs: list[str]) -> list[Kernel]:
     calls: list[tuple[str, str, Callable[[], object]]] = []
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)[6:]
-        calls.append(("token_stats.py", label, partial(call_all, backend, dtype, False)))
-        calls.append(("token_stats.py", f"{label}, reference", partial(call_all, backend, dtype, True)))
+        for outputs in (("logp",), ("logp", "entropy"), ("logp", "kl_pq")):
+            calls.append(
+                ("token_stats.py", f"{label}, {' + '.join(outputs)}", partial(call_all, backend, dtype, outputs))
+            )
         u = OuterSum(torch.zeros(2, 512, 128, dtype=dtype), torch.zeros(2, 512, 128, dtype=dtype))
         calls.append(("ghost.py", label, partial(backend.ghost_dot, u, None)))
     kernels: list[Kernel] = []
@@ -107,7 +115,9 @@ def triton_kernels(archs: list[str]) -> list[Kernel]:
                 built.setdefault(kernel.hash, (kernel, source, label))
         for kernel, source, label in built.values():
             name = f"{kernel.metadata.name}<{label}>"
-            kernels += assembled(kernel.asm["ptx"], name, arch, kernel.metadata.shared, source)
+            kernels += assembled(
+                kernel.asm["ptx"], name, arch, kernel.metadata.shared, source, kernel.metadata.num_warps
+            )
     return kernels
 
 
@@ -137,9 +147,9 @@ def compiling(arch: int) -> Iterator[list[Any]]:
         function.run, driver._active = run, active
 
 
-def call_all(backend: ModuleType, dtype: torch.dtype, reference: bool, rows: int = 4, columns: int = 4096) -> None:
+def call_all(backend: ModuleType, dtype: torch.dtype, outputs: tuple[str, ...]) -> None:
     """Every kernel of a fused backend once."""
-    options = Options(("logp", "entropy", *(("kl_pq",) if reference else ())))
+    options, reference, rows, columns = Options(outputs), "kl_pq" in outputs, 4, 4096
     logits, targets = torch.randn(rows, columns).to(dtype), torch.zeros(rows, dtype=torch.int64)
     ref = logits.clone() if reference else None
     state = backend.new_state(logits, rows, columns)
@@ -149,7 +159,7 @@ def call_all(backend: ModuleType, dtype: torch.dtype, reference: bool, rows: int
     backend.backward(stats, stats, saved, logits, targets, ref, index, belief, options, torch.empty_like(logits))
 
 
-def assembled(ptx: str, name: str, arch: str, shared: int, source: str) -> list[Kernel]:
+def assembled(ptx: str, name: str, arch: str, shared: int, source: str, warps: int = 4) -> list[Kernel]:
     """Triton's own ptxas on its own code; shared memory is given at launch."""
     from triton.backends.nvidia.compiler import get_ptxas
 
@@ -160,26 +170,39 @@ def assembled(ptx: str, name: str, arch: str, shared: int, source: str) -> list[
         command = [get_ptxas(int(arch.rstrip("a"))).path, "-v", f"--gpu-name={target}", str(file)]
         command += ["-o", f"{folder}/kernel.cubin"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return [k._replace(name=name, arch=f"sm_{arch}", shared=shared) for k in parse(report, source)]
+        code = functions(Path(folder) / "kernel.cubin") if arch == "90a" else {}
+    (kernel,) = parse(report, source)
+    loop = loop_of(name, kernel.registers, code.popitem()[1], 32 * warps) if code else None
+    return [kernel._replace(name=name, arch=f"sm_{arch}", shared=shared, loop=loop)]
 
 
-def parse(report: str, source: str) -> list[Kernel]:
+def loop_of(name: str, registers: int, code: list[Instruction], threads: int = 256) -> Loop | None:
+    """The hot loop of a kernel that reads rows of logits; its name says what it reads and takes of an element."""
+    found = re.match(r"(?:accumulate|backward|value_and_grad)_kernel<(\w+), (.+)>", name)
+    if found is None:
+        return None
+    dtype, flags = found[1], found[2].split(", ")
+    sums = re.fullmatch(r"(\d+)u", flags[0])
+    reference = bool(int(sums[1]) & 8) if sums else flags[1:2] == ["true"] or flags[-1].endswith("kl_pq")
+    rows, curve = 1 + reference, 2 * (flags[-1] == "true")  # with a softcap: e^2x and a quotient more
+    item = 4 if dtype in ("float", "float32") else 2
+    return hot_loop(code, registers, threads, item, rows, rows * (1 + curve))
+
+
+def parse(report: str, source: str, code: dict[str, list[Instruction]] = {}) -> list[Kernel]:  # noqa: B006
     entries = [match.groupdict() for match in PTXAS.finditer(report)]
     mangled = list(dict.fromkeys(entry["kernel"] for entry in entries))
     filt = shutil.which("cu++filt") or shutil.which("c++filt")
     names = dict(zip(mangled, output_of(filt, *mangled).splitlines() if filt and mangled else mangled, strict=True))
-    return [
-        Kernel(
-            source,
-            plain_name(names[entry["kernel"]]),
-            f"sm_{entry['arch']}",
-            int(entry["registers"]),
-            int(entry["stack"]),
-            int(entry["stores"]) + int(entry["loads"]),
-            int((re.findall(r"(\d+) bytes smem", entry["used"]) or ["0"])[0]),
-        )
-        for entry in entries
-    ]
+    kernels = []
+    for entry in entries:
+        name, arch, registers = plain_name(names[entry["kernel"]]), f"sm_{entry['arch']}", int(entry["registers"])
+        stack, spilled = int(entry["stack"]), int(entry["stores"]) + int(entry["loads"])
+        shared = int((re.findall(r"(\d+) bytes smem", entry["used"]) or ["0"])[0])
+        known = arch == "sm_90a" and entry["kernel"] in code
+        loop = loop_of(name, registers, code[entry["kernel"]]) if known else None
+        kernels.append(Kernel(source, name, arch, registers, stack, spilled, shared, loop))
+    return kernels
 
 
 def plain_name(demangled: str) -> str:
@@ -221,9 +244,10 @@ def markdown(kernels: Iterable[Kernel], devices: dict[str, list[str]], compiler:
     ]
     for key in dict.fromkeys((kernel.source, kernel.name) for kernel in kernels):
         same = {kernel.arch: kernel for kernel in kernels if (kernel.source, kernel.name) == key}
-        cells = [joined([getattr(kernel, field) for kernel in same.values()]) for field in Kernel._fields[3:]]
+        cells = [joined([getattr(kernel, field) for kernel in same.values()]) for field in Kernel._fields[3:7]]
         registers, stack, spilled, shared = cells
         lines.append(f"| {key[0]} | `{key[1]}` | {registers} | {spilled} | {stack} | {shared} |")
+    lines += [*hot_loops(kernels)]
     chips = [f"{chip} ({rate} TB/s)" for chip, rate in BANDWIDTH.items()]
     lines += [
         "",
@@ -240,6 +264,50 @@ def markdown(kernels: Iterable[Kernel], devices: dict[str, list[str]], compiler:
             limits = [f"{size / rate / 1e9:.3f}" for rate in BANDWIDTH.values()]
             lines.append(f"| {name} | {v} | {size / 1e9:.2f} | {' | '.join(limits)} |")
     return lines
+
+
+def hot_loops(kernels: list[Kernel]) -> Iterator[str]:
+    yield from (
+        "",
+        "## The hot loops",
+        "",
+        "Read off the machine code for sm_90a: instructions (issue slots) and special functions an element of the",
+        "logits (of a pair, with a reference), bytes of the widest load, and bytes that a loop's round loads on an SM",
+        "with as many threads as the registers let be there. An SM issues four instructions a cycle: 132 of them, at",
+        "1.755 to 1.98 GHz, have 13.8 to 15.6 slots for every two bytes at 4.3 TB/s.",
+        "",
+        "| source | kernel | slots | special | load | in flight |",
+        "|---|---|---|---|---|---|",
+    )
+    for kernel in kernels:
+        if loop := kernel.loop:
+            figures = f"{loop.slots:.2f} | {loop.special:.2f} | {loop.width} | {loop.flight}"
+            yield f"| {kernel.source} | `{kernel.name}` | {figures} |"
+
+
+def loops_of(page: str) -> dict[tuple[str, str], Loop]:
+    """What a page has of the hot loops, by source and kernel."""
+    rows = re.findall(r"^\| (\S+) \| `(.+)` \| ([\d.]+) \| ([\d.]+) \| (\d+) \| (\d+) \|$", page, re.MULTILINE)
+    return {(row[0], row[1]): Loop(float(row[2]), float(row[3]), int(row[4]), int(row[5])) for row in rows}
+
+
+def grown(kernels: Iterable[Kernel], page: str) -> list[str]:
+    """What is worse than on a page: more slots or special functions, narrower loads, less in flight."""
+    known, told = loops_of(page), []
+    for kernel in kernels:
+        if (loop := kernel.loop) is None:
+            continue
+        before = known.get((kernel.source, kernel.name))
+        if before is None:
+            told.append(f"{kernel.name} is not on the page")
+        elif (
+            loop.slots > before.slots + 0.01
+            or loop.special > before.special + 0.01
+            or loop.width < before.width
+            or loop.flight < before.flight
+        ):
+            told.append(f"{kernel.name}: {loop}, was {before}")
+    return told
 
 
 def joined(values: list[int]) -> str:

@@ -148,12 +148,9 @@ class ForgetRetainDataset(Dataset):
 
     def _refusal_row(self, role: str, index: int) -> dict[str, Any]:
         rows = self._rows(role)
-        encoded = rows.prompt_format.encode(rows.items[index].question, self.refusal(role, index), rows.max_length)
-        return {
-            "input_ids": torch.tensor(encoded.input_ids),
-            "labels": torch.tensor(encoded.labels),
-            "index": index,
-        }
+        question, refusal = rows.items[index].question, self.refusal(role, index)
+        encoded = rows.prompt_format.encode(question, refusal, rows.max_length)
+        return {**rows.row(question, refusal, encoded), "index": index}
 
     def _check_refusals(self, rows: QADataset) -> None:
         """Any refusal may meet any question, so the longest of both must fit: found now, not in some later epoch."""

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -118,8 +119,7 @@ class PromptFormat:
         if not answer:
             raise ValueError(f"the answer to {brief(question)} is empty")
         check_text(answer, f"the answer to {brief(question)}")
-        prompt = self.prompt(question)
-        reply = self._chat_reply(question, prompt, answer) if self.chat else self._tagged(answer)
+        prompt, reply, _ = self._texts(question, answer)
         prompt_ids, reply_ids, apart = self._split_ids(prompt, reply)
         if self.chat and not self.given.whole:
             ended = any(reply.endswith(token) for token in self._special)
@@ -138,10 +138,30 @@ class PromptFormat:
 
         Raises as `encode`.
         """
-        prompt, words = self.prompt(question), answer.strip()
-        reply = self._chat_reply(question, prompt, words) if self.chat else self._tagged(words)
-        prompt_ids, reply_ids, _ = self._split_ids(prompt, reply[: reply.index(words) + len(words)])
+        prompt, reply, said = self._texts(question, answer.strip())
+        prompt_ids, reply_ids, _ = self._split_ids(prompt, reply[: said.stop])
         return self._opening + prompt_ids + reply_ids
+
+    def text_mask(self, question: str, answer: str, encoded: Encoded) -> list[int]:
+        """Of each token of `encoded`, which is of this pair: 1 where any character of it is the question's or the
+        answer's, 0 where it is the format's own: tags, system prompt, special tokens, and what ends an answer.
+
+        Raises ValueError for a chat template that writes questions in another way, and for a tokenizer that does not
+        tell which characters its tokens are.
+        """
+        prompt, reply, said = self._texts(question, answer)
+        asked, end = question.strip(), len(prompt)
+        start = self._question_start(prompt, asked)
+        spans = [(start, start + len(asked)), (end + said.start, end + said.stop)]
+        pieces = [(0, prompt), (end, reply)] if encoded.apart else [(0, prompt + reply)]
+        mask = [0] * len(self._opening)
+        for shift, text in pieces:
+            mask += [
+                int(any(max(first, shift + one) < min(last, shift + two) for first, last in spans))
+                for one, two in self._offsets(text)
+            ]
+        size = len(encoded.input_ids)
+        return mask[:size] + [0] * (size - len(mask))  # cut, or ended, as it is
 
     def tell_apart(self, count: int, total: int) -> None:
         """Logs, the first time, how many of some samples were tokenised apart."""
@@ -152,6 +172,40 @@ class PromptFormat:
                 "are tokenised apart, as the model meets them when it writes",
                 count, total, 100 * count / total,
             )  # fmt: skip
+
+    def _texts(self, question: str, answer: str) -> tuple[str, str, slice]:
+        """What stands before an answer, the answer with what is around it from there on, and where in that it is."""
+        prompt, answer = self.prompt(question), trimmed(answer)
+        reply = self._chat_reply(question, prompt, answer) if self.chat else self._tagged(answer)
+        words = answer if answer in reply else answer.lstrip()  # a template may trim
+        return prompt, reply, slice(start := reply.index(words), start + len(words))
+
+    @cached_property
+    def _before_question(self) -> str | None:
+        """The text of a prompt up to its question; None where that cannot be told."""
+        before, found, after = self.prompt(PROBE).partition(PROBE)
+        return before if found and PROBE not in after else None
+
+    def _question_start(self, prompt: str, asked: str) -> int:
+        """Where in a prompt the question is. Raises ValueError for a template that changes it, or what is before it."""
+        before = self._before_question
+        start = 0 if before is None else len(prompt) - len(prompt[len(before) :].lstrip())
+        if before is None or not (prompt.startswith(before) and prompt.startswith(asked, start)):
+            raise ValueError(
+                f"the chat template does not put the question {brief(asked)} as it is between texts that are always "
+                f"the same, so its tokens cannot be told from the template's: {brief(prompt)}"
+            )
+        return start
+
+    def _offsets(self, text: str) -> list[tuple[int, int]]:
+        """(from, to) of each token, in characters."""
+        if not self.tokenizer.is_fast:
+            raise ValueError(
+                f"{self.tokenizer.name_or_path or 'the tokenizer'} does not tell which characters its tokens are; "
+                "needs a fast tokenizer"
+            )
+        options = {"add_special_tokens": False, "verbose": False, "return_offsets_mapping": True}
+        return list(self.tokenizer(text, **options)["offset_mapping"])
 
     def _tagged(self, answer: str) -> str:
         """The answer and its end, after the spaces that `prompt` has left out."""
@@ -233,8 +287,7 @@ class PlainFormat(PromptFormat):
         if not answer.strip():
             raise ValueError(f"the answer to {brief(question)} is empty")
         check_text(answer, f"the answer to {brief(question)}")
-        prompt = self.prompt(question).rstrip()
-        prompt_ids, reply_ids, apart = self._split_ids(prompt, f" {answer.lstrip()}" if prompt else answer)
+        prompt_ids, reply_ids, apart = self._split_ids(*self._texts(question, answer)[:2])
         prompt_ids = self._opening + prompt_ids
         room = len(reply_ids) if self.total is None else max(0, self.total - len(prompt_ids))
         kept = reply_ids[: room if self.longest is None else min(self.longest, room)]
@@ -242,6 +295,11 @@ class PlainFormat(PromptFormat):
         encoded = Encoded(prompt_ids + kept, labels, len(reply_ids) - len(kept), apart)
         check_length(encoded, max_length, "the sample", question or answer)
         return encoded
+
+    def _texts(self, question: str, answer: str) -> tuple[str, str, slice]:
+        prompt = self.prompt(question).rstrip()
+        reply = f" {answer.lstrip()}" if prompt else answer
+        return prompt, reply, slice(1 if prompt else 0, len(reply))
 
     def begun_ids(self, question: str, answer: str) -> list[int]:
         """As `PromptFormat.begun_ids`; no answer has an end here."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from .prompt_format import IGNORE_INDEX, PromptFormat, check_length
+from .prompt_format import IGNORE_INDEX, Encoded, PromptFormat, check_length
 from .qa import QA
 
 if TYPE_CHECKING:
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 class QADataset(Dataset):
     """Tokenised pairs. `[i]` -> {"input_ids", "labels"} (int64, 1-d, same length) and "index" (int, = i).
 
+    text_mask: rows have "text_mask" too, 1 where a token is of the question or the answer and 0 where it is of the
+    prompt's format (`PromptFormat.text_mask`): for objectives at `template_free` positions.
+
     items: the pairs; answers: what to supervise in place of the items' own answers, one each (refusals, perturbed
     answers, ...). max_length: longest sequence allowed, in tokens (the model's context); None for no limit.
     prompt_format: None is `PromptFormat`. `fingerprint` is a SHA-256 of all token ids and labels; `num_cut` counts the
     answers that the format has cut, `num_apart` those that were tokenised apart from their prompt (`Encoded.apart`),
     which the format tells once.
 
-    Raises ValueError if a sample is longer than max_length (which, and how long), for no items, or for a wrong number
-    of answers.
+    Raises ValueError if a sample is longer than max_length (which, and how long), for no items, for a wrong number
+    of answers, and with text_mask as that.
     """
 
     def __init__(
@@ -39,6 +42,7 @@ class QADataset(Dataset):
         max_length: int | None,
         answers: Sequence[str] | None = None,
         prompt_format: PromptFormat | None = None,
+        text_mask: bool = False,
     ):
         if not items:
             raise ValueError("items is empty: a dataset needs at least one question-answer pair")
@@ -51,7 +55,8 @@ class QADataset(Dataset):
         self.prompt_format = PromptFormat(tokenizer) if prompt_format is None else prompt_format
         self.pad_token_id = padding_id(tokenizer)
         self.num_cut = self.num_apart = 0
-        self._rows: list[tuple[Tensor, Tensor]] = []
+        self.text_mask = text_mask
+        self._rows: list[dict[str, Tensor]] = []
         digest = hashlib.sha256()
         for index, item in enumerate(self.items):
             answer = item.answer if answers is None else answers[index]
@@ -59,11 +64,11 @@ class QADataset(Dataset):
             check_length(encoded, max_length, f"sample {index}", item.question or answer)
             self.num_cut += encoded.num_cut > 0
             self.num_apart += encoded.apart
-            row = torch.tensor(encoded.input_ids), torch.tensor(encoded.labels)
+            row = self.row(item.question, answer, encoded)
             self._rows.append(row)
             digest.update(len(encoded.labels).to_bytes(8, "little"))
-            for tensor in row:
-                digest.update(tensor.numpy().astype("<i8").tobytes())
+            for name in ("input_ids", "labels"):
+                digest.update(row[name].numpy().astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()
         self.prompt_format.tell_apart(self.num_apart, len(self.items))
 
@@ -73,14 +78,21 @@ class QADataset(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is out of range for {len(self)} samples")
-        input_ids, labels = self._rows[index]
-        return {"input_ids": input_ids, "labels": labels, "index": int(index) % len(self)}
+        return {**self._rows[index], "index": int(index) % len(self)}
+
+    def row(self, question: str, answer: str, encoded: Encoded) -> dict[str, Tensor]:
+        """The tensors of this pair, encoded."""
+        row = {"input_ids": torch.tensor(encoded.input_ids), "labels": torch.tensor(encoded.labels)}
+        if self.text_mask:
+            row["text_mask"] = torch.tensor(self.prompt_format.text_mask(question, answer, encoded))
+        return row
 
 
 def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to: int | None = None) -> dict[str, Tensor]:
-    """Stack B rows, right padded to T: input_ids, attention_mask, labels (B, T), index (B,), all int64.
+    """Stack B rows, right padded to T: input_ids, attention_mask, labels (B, T), index (B,), all int64; and text_mask
+    (B, T) where all rows have one.
 
-    T is pad_to, or the longest row's length. Padding has attention_mask 0 and labels -100.
+    T is pad_to, or the longest row's length. Padding has attention_mask 0, labels -100 and text_mask 0.
     Raises ValueError for no rows, no pad_token_id, or a row longer than pad_to.
     """
     if not rows:
@@ -101,12 +113,15 @@ def collate(rows: Sequence[Mapping[str, Any]], pad_token_id: int, pad_to: int | 
         stacked = pad_sequence(list(tensors), batch_first=True, padding_value=value)
         return stacked if pad_to is None else F.pad(stacked, (0, pad_to - longest), value=value)
 
-    return {
+    batch = {
         "input_ids": padded(ids, pad_token_id),
         "attention_mask": padded([torch.ones_like(i) for i in ids], 0),
         "labels": padded(labels, IGNORE_INDEX),
         "index": torch.tensor([row["index"] for row in rows], dtype=torch.int64),
     }
+    if all("text_mask" in row for row in rows):
+        batch["text_mask"] = padded([row["text_mask"] for row in rows], 0)
+    return batch
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

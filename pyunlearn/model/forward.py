@@ -8,7 +8,7 @@ hidden states are cut down to the positions that count, and only those meet the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -24,10 +24,10 @@ from .tap import Tap
 IGNORE_INDEX = -100
 Layer = int | str
 DEPTHS = {"shallow": 1, "middle": 2, "deep": 3}  # thirds of the blocks, as in pyunlearn.objectives
-Positions = Literal["supervised", "real", "followed", "all"]
-POSITIONS = ("supervised", "real", "followed", "all")  # each holds those before it
+Positions = Literal["supervised", "template_free", "real", "followed", "all"]
+POSITIONS = ("supervised", "template_free", "real", "followed", "all")  # `widest` says which hold others
 PADDED = ("followed", "all")  # hold padding, of which a model says what the batch makes it say
-NOT_MODEL_INPUTS = ("labels", "index")
+NOT_MODEL_INPUTS = ("labels", "index", "text_mask")
 PIECE = 1 << 24  # logits of two models that are in memory at once
 
 
@@ -51,9 +51,11 @@ def select_positions(batch: Mapping[str, Tensor], positions: Positions = "superv
 
     "real": tokens t and t + 1 are both real (attention_mask; all are where there is none). "supervised": of these,
     those with labels[b, t + 1] != -100, the next label is the target: nothing is scored from padding, at whichever end
-    it is. "followed": every position but the last, padding too, as in losses over shifted, unmasked logits. "all": the
-    last one too, as in losses over unmasked logits; it has no next token and gets its own as a placeholder: use "all"
-    for statistics that need no target (entropy, KL).
+    it is. "template_free": of the real ones, those with text_mask[b, t + 1] != 0: the next token is the question's or
+    the answer's, not the prompt format's own (`pyunlearn.data.QADataset` with text_mask=True). "followed": every
+    position but the last, padding too, as in losses over shifted, unmasked logits. "all": the last one too, as in
+    losses over unmasked logits; it has no next token and gets its own as a placeholder: use "all" for statistics that
+    need no target (entropy, KL).
 
     Runs where the labels are: with the batch still on the CPU this costs a GPU no synchronisation.
     Raises ValueError for unknown positions, missing or misshapen tensors.
@@ -71,12 +73,26 @@ def select_positions(batch: Mapping[str, Tensor], positions: Positions = "superv
     else:
         real = _real(batch)
         keep[:, :-1] = True if real is None else real[:, 1:] & real[:, :-1]
+    if positions == "template_free":
+        if "text_mask" not in batch:
+            raise ValueError(
+                "positions='template_free': needs batch['text_mask'], (B, T), 1 at tokens of question and answer and 0 "
+                f"at the prompt format's, as rows of QADataset(..., text_mask=True) have; the batch has {sorted(batch)}"
+            )
+        keep[:, :-1] &= _tensor(batch, "text_mask", ids.shape)[:, 1:] != 0
     if positions == "supervised":
         labels = _tensor(batch, "labels", ids.shape)
         keep[:, :-1] &= labels[:, 1:] != IGNORE_INDEX
         following = torch.cat([labels[:, 1:], labels[:, -1:]], dim=1)
     sequence_ids, column = keep.nonzero(as_tuple=True)
     return sequence_ids * length + column, following[sequence_ids, column], sequence_ids
+
+
+def widest(positions: Collection[Positions]) -> Positions:
+    """The narrowest that hold all of these: each holds those before it in `POSITIONS`, but what ends an answer is
+    supervised and the template's own."""
+    last = max(positions, key=POSITIONS.index)
+    return "real" if last == "template_free" and "supervised" in positions else last
 
 
 def layer_number(model: nn.Module | CausalLM, layer: Layer) -> int:

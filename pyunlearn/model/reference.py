@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..distributed import local
 from .cache import ReferenceCache
 from .causal_lm import CausalLM, eval_mode
-from .forward import PADDED, POSITIONS, Layer, Positions, Supervised, select_positions, supervised_hidden
+from .forward import PADDED, Layer, Positions, Supervised, select_positions, supervised_hidden, widest
 from .head import Head, head_stats
 from .tree import Packing
 
@@ -72,11 +72,12 @@ class Cached:
     def check(self, name: str, positions: Positions, kl: bool, layers: Collection[Layer]) -> None:
         metadata = self.cache.metadata
         stored = metadata["positions"] if metadata["kl" if kl else "layers"] else None
-        if stored is None or POSITIONS.index(stored) < POSITIONS.index(positions):
+        if stored is None or widest({stored, positions}) != stored:
+            wanted = widest({positions, "supervised"})
             options = ", ".join(["kl=True"] * kl + [f"layers={sorted(layers, key=str)}"] * bool(layers))
             raise ValueError(
                 f"{name}: the objectives need hidden states at {positions!r} positions, the cache has "
-                f"{'none' if stored is None else repr(stored)}; build it with {options}, positions={positions!r}"
+                f"{'none' if stored is None else repr(stored)}; build it with {options}, positions={wanted!r}"
                 + (" (padding is never cached: give a live model)" if positions in PADDED else "")
             )
         for layer in layers:

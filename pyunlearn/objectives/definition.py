@@ -56,7 +56,8 @@ Layer = Annotated[
         lambda value: value in DEPTHS if isinstance(value, str) else is_whole(value) and value != 0,
     ),
 ]
-Masked = Annotated[str, Domain('"real" or "supervised"', lambda value: value in ("real", "supervised"))]
+WITHOUT_PADDING = ("real", "template_free", "supervised")
+Masked = Annotated[str, Domain("one of " + ", ".join(WITHOUT_PADDING), lambda value: value in WITHOUT_PADDING)]
 Share = Annotated[float, SHARE]
 Whole = Annotated[int, Domain("a whole number >= 0", lambda value: is_whole(value) and value >= 0)]
 TopK = Annotated[

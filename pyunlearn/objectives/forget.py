@@ -194,7 +194,8 @@ def me(entropy: Tensor, *, vocab_size: int, positions: Masked = "real") -> Tenso
     `closer_look_code` counts the padding that the batch has: for theirs pad alike, by `unlearn.pad_to: 500` in a run
     or `ForgetRetainDataset(pad_to=500)`, with EOS as the pad token. Rows padded to their batch's longest make it
     depend on how a step is split. The 1e-12 that the code adds inside the log is left out. Where a model is run for
-    it, `positions="supervised"` leaves the question out (Appendix E.5: less stable on the retain set).
+    it, `positions="supervised"` leaves the question out (Appendix E.5: less stable on the retain set), and
+    `positions="template_free"` the prompt format's own tokens: tags, system prompt, special tokens, the answer's end.
 
     >>> me(torch.tensor([[0.0, math.log(4.0)]]), vocab_size=4)  # half of log 4
     tensor(0.6931)

@@ -152,9 +152,15 @@ class Objective:
         return {} if self.samples is None else {"_sample": self.samples}
 
     @property
+    def is_of_made_text(self) -> bool:
+        """Whether any of its batches is of text that no data set has."""
+        return bool(self.written) or "generic" in self.batches
+
+    @property
     def positions(self) -> str:
-        """The "supervised" tokens, all "real" ones (the prompt's too), or, padding too, all "followed" by another
-        position or "all" positions. The option of this name, where there is one, chooses.
+        """The "supervised" tokens, all "real" ones (the prompt's too), of these the "template_free" ones, or, padding
+        too, all "followed" by another position or "all" positions. The option of this name, where there is one,
+        chooses.
         """
         return self.options.get("positions", self.variant.positions)
 

@@ -33,7 +33,7 @@ from .reduction import TokenInputs
 
 ROLES = ("forget", "retain")
 LEVELS = ("token", "sequence")
-POSITIONS = ("supervised", "real", "followed", "all")  # as in pyunlearn.model.forward
+POSITIONS = ("supervised", "template_free", "real", "followed", "all")  # as in pyunlearn.model.forward
 SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences", "keep", "kept")
 
 Function = Callable[..., Tensor]
@@ -79,6 +79,8 @@ def get(
     reduction = definition.paper_reduction if reduction == "paper" else reduction
     values = {key: option.check(name, options.get(key, option.default)) for key, option in variant.options.items()}
     chosen = Objective(name, preset, reduction, values, float(temperature), float(keep), kept)
+    if temperature != 1 and not chosen.outputs and not chosen.reference_outputs:
+        raise ValueError(f"{name}: temperature={temperature:g} divides logits, and {name} is of hidden states alone")
     if keep < 1 and chosen.positions in ("followed", "all"):
         raise ValueError(
             f"{name}: keep={keep} and preset={preset!r}, which counts padding too: of that nothing is likely; needs "
@@ -149,7 +151,8 @@ def register(
         level: "token" or "sequence".
         batch: which sequences an unprefixed statistic belongs to: "answer", "refusal", "alternate" or "generic".
         each: with level="sequence": of every token's statistic, what is summed; None: it itself.
-        positions: "supervised", "real" (the prompt's tokens too), "followed" (padding too, but the last one) or "all".
+        positions: "supervised", "real" (the prompt's tokens too), "template_free" (of these the question's and the
+            answer's own), "followed" (padding too, but the last one) or "all".
         reduction: the default one; None: token_mean, or sequence_mean at sequence level.
         paper_reduction: what `reduction="paper"` is, that of the paper's equation; None: the default one.
         formula, source: for the documentation.

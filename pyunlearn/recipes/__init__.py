@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from .._hints import check_known, hint
+from .._hints import check_known, hint, near
 
 SUFFIX, AT = "+mrd", "@"
 FILE = re.compile(r"([a-z0-9][a-z0-9_.-]*)\.yaml")
@@ -75,8 +75,10 @@ def recipe(name: str) -> dict[str, Any]:
     chosen, at, setting = name.lower().partition(AT)
     base = chosen.removesuffix(SUFFIX)
     if base not in names():
-        known = [*names(), *(each + SUFFIX for each in names())]
-        raise ValueError(f"unlearn.recipe={name!r}: {hint(chosen, known)}")
+        suffix = SUFFIX if SUFFIX[0] in chosen else ""  # near names have it where it was asked for
+        close = near(chosen, (each + suffix for each in names()))
+        meant = f"did you mean {' or '.join(close)}? " if close else ""
+        raise ValueError(f"unlearn.recipe={name!r}: {meant}needs one of {', '.join(names())}; each also NAME{SUFFIX}")
     file = read(base)
     by_mrd = {"sampling": {"by": "mrd"}} if chosen != base else {}
     if not at:

@@ -51,13 +51,17 @@ def render_uwc(
     rows: Points,
     warnings: Sequence[str],
     made: Mapping[str, str],
+    verdict: Mapping[str, Any] | None = None,
 ) -> str:
-    """curve: {"a", set: {metric: mean}}; rows: of the table, as text; made: see `runs.provenance.describe`."""
+    """curve: {"a", set: {metric: mean}}; rows: of the table, as text; made: see `runs.provenance.describe`; verdict: on
+    the mixture, see `runs.verdict.Verdict`."""
     with matplotlib.rc_context(STYLE):
         svg = uwc_figure(result, kept, curve)
     return render(
-        "uwc.html", name=name, result=result, target=target, kept=kept, svg=svg, rows=rows, warnings=warnings, made=made
-    )
+        "uwc.html",
+        name=name, result=result, target=target, kept=kept, svg=svg, rows=rows, warnings=warnings, made=made,
+        verdict=verdict,
+    )  # fmt: skip
 
 
 def cru_figure(
@@ -101,14 +105,16 @@ def render_cru(
     rows: Points,
     warnings: Sequence[str],
     made: Mapping[str, str],
+    verdict: Mapping[str, Any] | None = None,
 ) -> str:
-    """Arguments as `runs.cru.CRUResult` has them; measures: what utility and forgetting are, in words."""
+    """Arguments as `runs.cru.CRUResult` has them; measures: what utility and forgetting are, in words; verdict: as
+    `render_uwc`."""
     with matplotlib.rc_context(STYLE):
         svg = cru_figure(component, order, influence, curve, k)
     return render(
         "cru.html",
         name=name, component=component, order=order, influence=influence, curve=curve, k=k, limit=limit,
-        measures=measures, counts=counts, svg=svg, rows=rows, warnings=warnings, made=made,
+        measures=measures, counts=counts, svg=svg, rows=rows, warnings=warnings, made=made, verdict=verdict,
     )  # fmt: skip
 
 

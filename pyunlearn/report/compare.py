@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class Group:
 
     values: (set, metric) -> {"before": one number a run, "after": ...}; intervals: the same, of each number that
     interval over samples that its run has, or None; settings: flat, by dotted key. steps: per run,
-    {step: {set: {metric: mean}}} of the evaluations on its way.
+    {step: {set: {metric: mean}}} of the evaluations on its way. verdicts: of those runs that have one.
     """
 
     name: str
@@ -43,6 +44,14 @@ class Group:
     values: dict[Column, dict[str, list[float]]]
     steps: list[dict[int, dict[str, dict[str, float]]]]
     intervals: dict[Column, dict[str, list[list[float] | None]]] = field(default_factory=dict)
+    verdicts: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """`forgot cleanly`, `forgot cleanly (2), lost utility (1)`, or a dash."""
+        counts = Counter(self.verdicts)
+        alone = len(counts) == 1
+        return ", ".join(name if alone else f"{name} ({n})" for name, n in counts.most_common()) or "–"
 
     def mean(self, column: Column, moment: str = "after") -> float | None:
         """Over the runs; None where they have no such value."""
@@ -111,6 +120,7 @@ class Comparison:
                     "name": group.name,
                     "runs": [str(folder) for folder in group.folders],
                     "seeds": group.seeds,
+                    "verdicts": group.verdicts,
                     "values": [
                         {"set": name, "metric": metric, "moment": moment, "values": values,
                          "mean": group.mean((name, metric), moment),
@@ -124,6 +134,21 @@ class Comparison:
             ],
             "differences": self.differences,
         }  # fmt: skip
+
+
+def as_text(value: Any) -> str:
+    """Of a setting, without what is none or empty in it; a dash for nothing."""
+    return value if isinstance(value, str) else "–" if value is None else json.dumps(bare(value), ensure_ascii=False)
+
+
+def bare(value: Any) -> Any:
+    """
+    >>> bare([{"name": "npo", "preset": None, "options": {}}])
+    [{'name': 'npo'}]
+    """
+    if isinstance(value, Mapping):
+        return {key: bare(own) for key, own in value.items() if own is not None and own != {}}
+    return [bare(own) for own in value] if isinstance(value, list) else value
 
 
 def utility_set(columns: Sequence[tuple[str, str]]) -> str:
@@ -202,14 +227,12 @@ def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
     heads = [
         {
             "name": group.name,
+            "verdict": group.verdict,
             "runs": [(seed, links[str(f)]) for seed, f in zip(group.seeds, group.folders, strict=True)],
         }
         for group in comparison.groups
     ]
-    differences = {
-        key: [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
-        for key, values in comparison.differences.items()
-    }
+    differences = {key: [as_text(value) for value in values] for key, values in comparison.differences.items()}
     seeds = any(len(group.folders) > 1 for group in comparison.groups)
     return render(
         "compare.html",
@@ -219,6 +242,7 @@ def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
         utility=utility,
         differences=differences,
         seeds=seeds,
+        samples=any(group.interval(column) for group in comparison.groups for column in comparison.columns),
         lines=any(len(way_of(steps, utility)) > 1 for group in comparison.groups for steps in group.steps),
         notes=comparison.notes,
     )

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 
 from .config import RunConfig
+from .request import RECIPE
 from .verdict import CLEAN, COLLAPSED, KNOWS, LOST, NOTHING, REWORDS, UNSURE
 
 FASTER, LONGER, HEAVIER = 3, 2, 3  # times the rate, the epochs, the coefficient
@@ -45,21 +46,29 @@ def next_changes(verdict: str, config: RunConfig, rate: float, kept: float | Non
             return [slower]
         if not unlearn.retain:
             return ["unlearn.retain=kl"]
+        if unlearn.dual is not None:  # moves the coefficient, which begins anywhere
+            return [f"unlearn.dual.step={HEAVIER * unlearn.dual.step:g}"]
         heavy = unlearn.retain[0].coefficient >= HEAVIER
         return [slower] if heavy else [f"unlearn.retain.0.coefficient={HEAVIER * unlearn.retain[0].coefficient:g}"]
     if verdict == UNSURE:
         wanted = [name for name in ("rouge_l", "fluency") if name not in config.evaluate.metrics]
         metrics = [f"evaluate.metrics=[{', '.join([*config.evaluate.metrics, *wanted])}]"] if wanted else []
-        return metrics + ([] if config.has_retain else ["data.retain=FILE", "unlearn.retain=kl"])
+        term = ["unlearn.retain=kl"] if unlearn.trains else []
+        return metrics + ([] if config.has_retain else ["data.retain=FILE", *term])
     return [f"seed={config.seed + 1}"] if verdict == CLEAN else []
 
 
 def next_command(command: str, changes: Sequence[str], output: str) -> str:
     """The command with changes, into another folder."""
     keys = [change.partition("=")[0] for change in changes]
-    if "unlearn.recipe" in keys:  # it takes the place of what is set beside it
-        keys += ["unlearn.forget", "unlearn.retain"]
+    if "unlearn.recipe" in keys:  # it takes the place of what is set beside it, and of a recipe that is the source
+        keys += ["unlearn.forget", "unlearn.retain", "unlearn.dual", "unlearn.reinforce"]
         command = without_option(command, "--recipe")
+        words = shlex.split(command)
+        if any(word.startswith(RECIPE) for word in words):
+            chosen = next(change.partition("=")[2] for change in changes if change.startswith("unlearn.recipe="))
+            changes = [change for change in changes if not change.startswith("unlearn.recipe=")]
+            command = shlex.join(RECIPE + chosen if word.startswith(RECIPE) else word for word in words)
     for key in (*keys, "output"):
         command = without(command, key)
     words = [word for change in changes for word in ("--set", change)]

@@ -19,7 +19,7 @@ from rich.table import Table
 from .._files import check_writable, write_json, write_text
 from .._terminal import print_table, shown, visible
 from ..metrics.utility import harmonic_mean
-from ..report.compare import LEVEL, Column, Comparison, Group, render_comparison, utility_set
+from ..report.compare import LEVEL, Column, Comparison, Group, as_text, render_comparison, utility_set
 from .anchors import ANCHORS
 from .evaluate import read_summaries
 from .folder import RunFolder, compared
@@ -48,8 +48,12 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     kinds: dict[str, list[Path]] = {}
     settings: dict[Path, dict[str, Any]] = {}
     tables: dict[Path, list[dict[str, Any]]] = {}
+    verdicts: dict[Path, str] = {}
     for path in paths:
-        tables[path] = load_result(path).table
+        result = load_result(path)
+        tables[path] = result.table
+        if isinstance(result.verdict, Mapping) and "name" in result.verdict:  # a run need not have one
+            verdicts[path] = str(result.verdict["name"])
         settings[path] = compared(RunFolder(path).read_config())
         if missing := [key for key in NAMES if key not in settings[path]]:
             raise ValueError(f"{RunFolder(path).config}: is damaged, it has no {' and no '.join(missing)}")
@@ -58,7 +62,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     made, note = aggregates(tables)
     for path, rows in made.items():
         tables[path] = [*tables[path], *rows]
-    groups = told_apart([make_group(members, settings, tables) for members in kinds.values()])
+    groups = told_apart([make_group(members, settings, tables, verdicts) for members in kinds.values()])
     columns = list(dict.fromkeys(column for group in groups for column in group.values))
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     values = {key: [group.settings.get(key) for group in groups] for key in keys}
@@ -109,7 +113,10 @@ def told_apart(groups: list[Group]) -> list[Group]:
 
 
 def make_group(
-    folders: list[Path], settings: Mapping[Path, dict[str, Any]], tables: Mapping[Path, list[dict[str, Any]]]
+    folders: list[Path],
+    settings: Mapping[Path, dict[str, Any]],
+    tables: Mapping[Path, list[dict[str, Any]]],
+    verdicts: Mapping[Path, str],
 ) -> Group:
     values: dict[Column, dict[str, list[float]]] = {}
     intervals: dict[Column, dict[str, list[list[float] | None]]] = {}
@@ -125,9 +132,9 @@ def make_group(
     flat = flatten({key: value for key, value in own.items() if key not in NAMES})
     name = str(own["name"]) if len({settings[folder]["name"] for folder in folders}) == 1 else folders[0].name
     seeds = [settings[folder]["seed"] for folder in folders]
-    return Group(
-        name, folders, seeds, flat, values, [read_steps(folder, tables[folder]) for folder in folders], intervals
-    )
+    steps = [read_steps(folder, tables[folder]) for folder in folders]
+    told = [verdicts[folder] for folder in folders if folder in verdicts]
+    return Group(name, folders, seeds, flat, values, steps, intervals, told)
 
 
 def read_steps(path: Path, table: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, dict[str, float]]]:
@@ -145,10 +152,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def as_csv(comparison: Comparison) -> str:
@@ -223,6 +226,7 @@ def tell(comparison: Comparison, console: Console) -> None:
     for group in groups:
         runs = f" ({len(group.folders)} seeds)" if len(group.folders) > 1 else ""
         table.add_column(shown(group.name + runs), justify="right")
+    table.add_row("verdict", "", "", *(group.verdict for group in groups), end_section=True)
     for i, column in enumerate(comparison.columns):
         last = i + 1 == len(comparison.columns)
         cells = [comparison.before(column), *(group.text(column) for group in groups)]
@@ -233,7 +237,10 @@ def tell(comparison: Comparison, console: Console) -> None:
     for note in comparison.notes:
         console.print(visible(note), highlight=False, markup=False)
     if any(len(group.folders) > 1 for group in groups):
-        console.print(f"± half of the {LEVEL:.0%} interval of the mean over seeds (Student's t)", highlight=False)
+        console.print(
+            f"± half of the {LEVEL:.0%} interval of the mean over seeds (Student's t): with few of them it is wide",
+            highlight=False,
+        )
     if any(group.interval(column) for group in groups for column in comparison.columns):
         console.print(
             f"[] the {LEVEL:.0%} interval of a run's mean over such samples (bootstrap)", highlight=False, markup=False

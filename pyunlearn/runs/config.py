@@ -182,6 +182,24 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def picks_of_what_is_kept(self) -> RunConfig:
+        pick, every, keep = self.evaluate.pick, self.evaluate.every, self.unlearn.keep_steps
+        if pick is None:
+            return self
+        if not isinstance(every, int) or keep is None or every % keep:
+            raise ValueError(
+                f"evaluate.pick: picks of models that are measured and kept: set evaluate.every=N and "
+                f"unlearn.keep_steps=N, or a number that divides it; got {every} and {keep}"
+            )
+        if pick.by not in self.evaluate.metrics:
+            raise ValueError(
+                f"evaluate.pick.by={pick.by}: needs it among evaluate.metrics, got {', '.join(self.evaluate.metrics)}"
+            )
+        if not self.has_retain:
+            raise ValueError("evaluate.pick: needs rows to retain: set data.retain=FILE, or evaluate.pick=null")
+        return self
+
+    @model_validator(mode="after")
     def retraining_is_told_how(self) -> RunConfig:
         if "retrained" in self.evaluate.anchors and self.memorise is None:
             raise ValueError(
@@ -205,6 +223,12 @@ class RunConfig(Section):
             )
         if self.geffect is not None:
             raise ValueError("geffect: is measured on what is forgotten and what is retained: set data.retain=FILE")
+        return self
+
+    @model_validator(mode="after")
+    def probed_objectives_fit(self) -> RunConfig:
+        if self.geffect is not None:
+            self.unlearn.check_probed()
         return self
 
     @property

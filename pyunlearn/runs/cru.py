@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,12 +196,13 @@ def calibrate_cru(
         more = {"calibration": told(result, component), "validation": ", ".join(f"{n} {s}" for s, n in numbers.items())}
         made = describe(job.config, [pair.attempt.record(job.data)], more)
         names = UTILITIES[measures.utility], FORGETTINGS[measures.forgetting]
+        verdict = pair.judge(table, rows_of)[1]
         page = render_cru(
-            job.config.name, component, order, influence, curve, k, limit, names, numbers, rows, warnings, made
+            job.config.name, component, order, influence, curve, k, limit, names, numbers, rows, warnings, made, verdict
         )
         write_text(pair.place.report, page)
         pair.write(calibration, table, rows_of)
-    tell(pair, result, component, names)
+    tell(pair, result, component, names, verdict)
     return result
 
 
@@ -265,7 +266,9 @@ def told(result: CRUResult, component: str) -> str:
     return f"CRU, {taken} from the unlearned model: {', '.join(result.chosen)}"
 
 
-def tell(pair: Pair, result: CRUResult, component: str, names: tuple[str, str]) -> None:
+def tell(
+    pair: Pair, result: CRUResult, component: str, names: tuple[str, str], verdict: Mapping[str, Any] | None
+) -> None:
     console = pair.job.console
     table = Table("component", title=f"each {component} alone in the original model", title_justify="left")
     for column in ("utility", "forgetting", "rank sum", "taken"):
@@ -283,4 +286,4 @@ def tell(pair: Pair, result: CRUResult, component: str, names: tuple[str, str]) 
     console.print(f"[bold]k = {result.k}[/] of {len(result.order)}: {', '.join(result.chosen)}", highlight=False)
     for warning in result.warnings:
         console.print(f"note: {visible(warning)}", highlight=False, markup=False)
-    tell_next(pair)
+    tell_next(pair, verdict)

@@ -20,7 +20,7 @@ from ..training.callbacks import read_metrics
 from ..training.probe import Probe
 from ..training.selection import selected
 from ..training.settings import GEffectConfig
-from ..training.unlearn import check_model, check_probed, make_probe
+from ..training.unlearn import check_model, make_probe
 from .config import RunConfig
 from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
@@ -118,7 +118,7 @@ def saved_models(job: Job[RunConfig]) -> dict[int, ModelConfig]:
     Raises FileNotFoundError where unlearning has saved none, or the memorised one is missing.
     """
     folder, config = job.folder, job.config
-    check_probed(config.unlearn)
+    config.unlearn.check_probed()
     paths = folder.kept_models()
     if folder.checkpoint.is_dir():
         steps = [row["step"] for row in read_metrics(folder.metrics) if row["stage"] == "unlearn"]

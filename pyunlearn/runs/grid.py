@@ -28,6 +28,7 @@ import yaml
 
 from .._hints import hint
 from ..recipes import matching, read_grid
+from ..store import digest_json
 from .config import ConfigError, RunConfig
 from .folder import compared
 from .overrides import UNREADABLE, check_order, load_config, put
@@ -36,6 +37,7 @@ from .request import KEYS, check_whole, check_words
 GRID = "grid:"
 RECIPE = "unlearn.recipe"
 OWN = {"name": "name, beside run", "output": "--out", "seed": "seeds"}  # what a grid has in the place of a run's
+LONGEST = 200  # bytes of a run's name: file systems have 255
 TOLD = 5  # problems of a grid that are told at once
 
 
@@ -99,9 +101,9 @@ def make_grid(values: Any, source: str = "grid", name: str = "sweep") -> Grid:
     for key, place in OWN.items():
         if key in run:
             raise ConfigError(f"{source}: run.{key}: is told by {place}, for all runs of the grid")
-    name = str(values.get("name", name))
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise ConfigError(f"{source}: name: needs letters, digits, _, . and - alone, got {name!r}")
+    name = str(name if values.get("name") is None else values["name"])
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise ConfigError(f"{source}: name: needs letters, digits, _, - and, but first, . alone, got {name!r}")
     return Grid(
         name,
         as_axes(values.get("axes"), source),
@@ -178,7 +180,7 @@ def combinations(axes: Mapping[str, Any], name: str) -> Iterator[tuple[str, dict
     listed = {key: value if isinstance(value, list) else [value] for key, value in axes.items()}
     if RECIPE in listed:
         try:
-            listed[RECIPE] = matching([str(each) for each in listed[RECIPE]])
+            listed[RECIPE] = matching([str(each).lower() for each in listed[RECIPE]])
         except ValueError as error:
             raise ConfigError(f"axes: {RECIPE}: {error}") from None
     told = [key for key in axes if isinstance(axes[key], list) or key == RECIPE]
@@ -189,7 +191,16 @@ def combinations(axes: Mapping[str, Any], name: str) -> Iterator[tuple[str, dict
         for key, last in zip(told, lasts, strict=True):
             called = "" if key == RECIPE else key if lasts.count(last) > 1 else last
             parts.append(f"{called}-{as_text(settings[key])}" if called else as_text(settings[key]))
-        yield re.sub(r"[^\w.-]+", "_", "-".join(parts)).strip("_") or name, settings
+        yield folder_name("-".join(parts), settings) or name, settings
+
+
+def folder_name(text: str, settings: Mapping[str, Any]) -> str:
+    """What a file system takes; of a long one the beginning, and a digest that tells it from others."""
+    name = re.sub(r"[^\w.-]+", "_", text).strip("_")
+    if len(name.encode()) <= LONGEST:
+        return name
+    digest = digest_json({key: as_text(value) for key, value in settings.items()})[:8]
+    return f"{name.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
 
 
 def as_text(value: Any) -> str:

@@ -20,6 +20,7 @@ from ..data import make_format
 from ..distributed import Processes
 from ..metrics import Endpoint
 from ..model.causal_lm import CausalLM
+from ..model.combined import parts_of
 from ..model.load import load_model
 from ..model.lora import check_peft, tried
 from ..training.arguments import check_library, check_trackers, check_values
@@ -236,8 +237,14 @@ def first_model(job: Job) -> tuple[Any, Any, Stage]:
 
 
 def check_trainings(job: Job[RunConfig], stage: Stage, model: Any) -> None:
-    """Raises what `check_model`, `trained_names`, `add_adapter` and `training_arguments` raise."""
+    """Raises what `check_model`, `trained_names`, `add_adapter` and `training_arguments` raise, and ValueError for two
+    models whose logits are combined."""
     config, lora = job.config, job.config.model.lora
+    if parts_of(model) is not None:
+        raise ValueError(
+            f"model.name_or_path={config.model.name_or_path!r}: is two models whose logits are combined, which are not "
+            "trained as one; needs a plain model"
+        )
     with nullcontext(model) if lora is None else tried(model, **lora.adapter()) as trained:
         check_model(config.unlearn, config.geffect, trained)
     if config.unlearn.trains:

@@ -31,6 +31,7 @@ from ..calibration import Tensors, write_tensors
 from ..data import QA
 from ..metrics import EvaluationResult, Kept
 from ..metrics.utility import mean
+from ..model.combined import find_combined
 from ..model.lora import find_adapter
 from ..store import Store
 from ..training.folder import write_model
@@ -195,6 +196,17 @@ class Pair:
         ]
         return tables[0], tables[1], {name: len(own) for name, own in now.items()}
 
+    def judge(
+        self, table: Sequence[Mapping[str, Any]], counts: Mapping[str, int]
+    ) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """The run's goals, of what came out, and its verdict; none where the run asks for nothing."""
+        goal = self.job.config.evaluate.goal
+        if goal is None:
+            return [], None
+        before, after = (summaries(table, moment) for moment in ("before", "after"))
+        goals = check_goals(before, after, goal, counts)
+        return goals, reach_verdict(before, goal, goals).as_dict()
+
     def write(self, calibration: Mapping[str, Any], table: list[dict[str, Any]], counts: Mapping[str, int]) -> None:
         """All that makes the folder one of a finished run; table.json last."""
         job, place = self.job, self.place
@@ -205,10 +217,7 @@ class Pair:
         write_text(place.config, text)
         shutil.copyfile(job.folder.unlearning, place.unlearning)
         write_json(place.provenance, [self.attempt.record(job.data)])
-        goal = job.config.evaluate.goal
-        before, after = (summaries(table, moment) for moment in ("before", "after"))
-        goals = [] if goal is None else check_goals(before, after, goal, counts)
-        verdict = None if goal is None else reach_verdict(before, goal, goals).as_dict()
+        goals, verdict = self.judge(table, counts)
         write_text(place.path / "table.md", table_markdown(table))
         write_json(place.path / "table.json", {"table": table, "goals": goals, "verdict": verdict})
 
@@ -218,7 +227,8 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
     """The pair of a finished run, its folder this job's alone meanwhile, and what its work needs removed afterwards.
 
     Raises FileNotFoundError for no finished run, or one whose models are gone; ValueError for a damaged one, one whose
-    data or model are others than when it ran, or several processes; InUse; Interrupted after Ctrl-C.
+    data or model are others than when it ran, one whose model is two combined, or several processes; InUse; Interrupted
+    after Ctrl-C.
     """
     path = load_result(path).folder
     if not RunFolder(path).marked:
@@ -230,6 +240,11 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
     if job.processes.count > 1:
         raise ValueError(f"{method} works in one process, got {job.processes.count}; start it without torchrun")
     pair = Pair(job, RunFolder(path / method), Attempt(command))
+    if find_combined(str(job.folder.checkpoint)) is not None:
+        raise ValueError(
+            f"RUN={str(path)!r}: its model is two whose logits are combined, and {method} mixes the weights of one; "
+            "for another strength of it set unlearn.reinforce.strength, of a run of its own"
+        )
     job.folder.check_reads(fingerprints(config, job.data))
     for folder in (job.folder.checkpoint, *([job.folder.memorised] if config.memorise is not None else [])):
         if not folder.is_dir():
@@ -290,9 +305,9 @@ def three_columns(
         {
             "set": row["set"],
             "metric": row["metric"],
-            "before": with_interval(row, "before"),
-            "unlearned": with_interval(others[row["set"], row["metric"]], "after"),
-            "calibrated": with_interval(row, "after"),
+            "before": with_interval(row, "before", 3),
+            "unlearned": with_interval(others[row["set"], row["metric"]], "after", 3),
+            "calibrated": with_interval(row, "after", 3),
             "samples": row["samples"],
         }
         for row in calibrated
@@ -311,7 +326,12 @@ def tell_table(console: Console, rows: Sequence[Mapping[str, Any]], title: str) 
     print_table(console, table)
 
 
-def tell_next(pair: Pair) -> None:
+def tell_next(pair: Pair, verdict: Mapping[str, Any] | None) -> None:
+    """The verdict on what came out, which keeping as much does not decide, and where it is."""
+    if verdict is not None:
+        style = "green" if verdict["clean"] else "red"
+        told = f"[bold {style}]verdict: {verdict['name']}[/] ({shown(verdict['reason'])})"
+        pair.job.console.print(told, highlight=False)
     place, run = shlex.quote(str(pair.place.path)), shlex.quote(str(pair.job.folder.path))
     lines = [
         f"report  {pair.place.report}",

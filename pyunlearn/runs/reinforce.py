@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from .._files import write_json
+from .._terminal import shown
 from ..model.arithmetic import negate, negate_adapter
 from ..model.combined import make_combined
 from ..model.lora import add_adapter, count_parameters, merge, read_adapter
 from ..training.callbacks import read_metrics
-from ..training.settings import ReinforceConfig, UnlearnConfig
+from ..training.settings import ReinforceConfig, TermConfig, UnlearnConfig
 from ..training.stage import Stage
 from ..training.unlearn import Unlearned, reinforce
 from .config import RunConfig
@@ -43,7 +44,7 @@ def reinforced_model(job: Job[RunConfig]) -> Any:
 def arithmetic(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any) -> Any:
     """The unlearned model, saved, where no objective is trained: `unlearn.reinforce.into` is weights or logits."""
     settings, lora = reinforcing(job), job.config.model.lora
-    job.console.print(f"[bold]unlearn[/] {told(job.config.unlearn)}")
+    job.console.print(f"[bold]unlearn[/] {shown(told(job.config.unlearn))}")
     if settings.into == "logits":
         result, changed = make_combined(model, reinforced_model(job), settings.strength), 0.0
     elif lora is not None:
@@ -80,11 +81,24 @@ def reinforcement(job: Job[RunConfig]) -> dict[str, Any]:
     return {"steps": len(rows), "learning_rate": max((row["learning_rate"] for row in rows), default=0.0)}
 
 
+def told_term(term: TermConfig) -> str:
+    """`1·ga (temperature 2, keep 0.8)`: with what is set of it beside its coefficient."""
+    keys = ("preset", "reduction", "temperature", "keep", "kept")
+    own = {key: getattr(term, key) for key in keys} | dict(term.options)
+    given = [
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in own.items()
+        if value is not None
+    ]
+    return f"{term.coefficient:g}·{term.name}" + (f" ({', '.join(given)})" if given else "")
+
+
 def told(settings: UnlearnConfig) -> str:
     """What makes a model forget, in one line: its objectives, or the arithmetic in their place."""
     made = settings.reinforce
     if made is None or settings.trains:
-        return " + ".join(f"{term.coefficient:g}·{term.name}" for term in (*settings.forget, *settings.retain))
+        terms = " + ".join(told_term(term) for term in (*settings.forget, *settings.retain))
+        return terms if settings.dual is None else f"{terms}, the retain coefficient a dual variable"
     if made.into == "weights":
         return f"θ - {made.strength:g} (θ_reinforced - θ)"
     return f"v_base - {made.strength:g} ReLU(v_reinforced - v_base) at inference"

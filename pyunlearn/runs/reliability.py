@@ -23,6 +23,7 @@ from ..calibration.reliability import PREFIX
 from ..data import QA
 from ..metrics import get_metric
 from ..metrics.utility import mean
+from ..model.combined import find_combined
 from ..model.forward import layer_number
 from ..report.calibrate import render_reliability
 from ..store import Store, digest_json
@@ -47,6 +48,7 @@ ATTACKS = {
 }
 METRICS = ("probability", "memorization_accuracy", "extraction_strength", "rouge_l")
 SETS = ("forget", "retain")
+INSIDE = ("probing", "relearning")  # those that read or train what a model has inside
 FEW = 10  # models, below which a correlation says little
 Values = dict[str, dict[str, list[float | None]]]  # set -> metric -> of each row
 
@@ -109,6 +111,15 @@ class Subject:
         """Those that these rows allow."""
         there = all(item.perturbed_answers for item in items)
         return [name for name in metrics if there or "wrong" not in get_metric(name).needs]
+
+    def check(self, attacks: Sequence[str]) -> None:
+        """Raises ValueError for an attack that reads or trains the inside of one model, where the run's is two."""
+        inside = [attack for attack in INSIDE if attack in attacks]
+        if inside and find_combined(str(self.job.folder.checkpoint)) is not None:
+            raise ValueError(
+                f"attack={inside[0]}: the model of {self.path} is two whose logits are combined, with no inside of its "
+                f"own; leave the run out, or choose of {', '.join(name for name in ATTACKS if name not in INSIDE)}"
+            )
 
     def models(self) -> dict[str, ModelConfig]:
         """The run's last model and those kept on the way, each once, by what they are called here."""
@@ -206,8 +217,9 @@ def measure_reliability(
 
     attacks: of ATTACKS; none are all.
 
-    Raises ValueError for fewer than 3 models, an unknown attack or metric, one that needs a tool, bad settings, and
-    `out` in the place of a run; what `load_result` raises; InUse; Interrupted after Ctrl-C.
+    Raises ValueError for fewer than 3 models, an unknown attack or metric, one that needs a tool, bad settings, an
+    attack on the inside of two models that are combined, and `out` in the place of a run; what `load_result` raises;
+    InUse; Interrupted after Ctrl-C.
     """
     settings = settings or Settings()
     chosen = [*attacks] or [*ATTACKS]
@@ -221,6 +233,8 @@ def measure_reliability(
         raise ValueError(f"--out {out}: is a run folder; choose a folder of its own")
     paths = {path.resolve(): path for path in map(Path, runs)}
     subjects = [Subject(path, metrics, settings, console, command) for path in paths.values()]
+    for subject in subjects:
+        subject.check(chosen)
     models = {name: (subject, model) for subject in subjects for name, model in own_names(subject, subjects).items()}
     if len(models) < 3:
         raise ValueError(

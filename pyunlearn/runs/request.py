@@ -15,7 +15,7 @@ from .._hints import path_hint
 from ..data.rows import is_hub_id
 from ..model.load import EMBEDDED
 from ..recipes import names as recipes
-from .config import RunConfig
+from .config import DEMO, RunConfig
 from .evaluate import run_of
 from .folder import MARK, RunFolder
 from .overrides import load_config
@@ -70,7 +70,7 @@ def run_config(
 
     source: of `kind_of`; None is the embedded demo. overrides: key.sub=value. recipe: by name. columns: of the files,
     as question=NAME,answer=NAME. lora: trains an adapter of the default size. words: of KEYS. A run of files is called
-    by its forget set and its recipe or objective, unless it has a name.
+    by its forget set and its recipe or objective, and one of the embedded demo by its recipe, unless it has a name.
 
     Raises what `load_config` raises, and ValueError that tells what is missing, with a command that has it.
     """
@@ -96,8 +96,12 @@ def run_config(
         check_whole(given, overrides)
     values: dict[str, Any] = {KEYS[name]: value for name, value in given.items()}
     named = any(override.startswith("name=") for override in overrides)
-    if path is None and "forget" in given and not named:
-        values["name"] = name_of(given["forget"], recipe or objective_of(overrides))
+    if path is None and not named:
+        method = recipe or objective_of(overrides)
+        if "forget" in given:
+            values["name"] = name_of(given["forget"], method)
+        elif recipe is not None:  # so that one demo after another has a folder of its own
+            values["name"] = name_of(DEMO["name"], recipe)
     if columns is not None:
         if not {"forget", "retain"} & given.keys():
             raise ValueError(

@@ -20,6 +20,7 @@ from ..report.geffect import section
 from ..report.run import render_report
 from ..report.sampling import sampling_figure
 from ..training.callbacks import Evaluations, read_metrics
+from ..training.folder import write_model
 from ..training.stage import Stage
 from ..training.unlearn import unlearn
 from .advice import next_changes, next_command
@@ -28,9 +29,10 @@ from .config import RunConfig
 from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
 from .folder import RunFolder, config_text
 from .job import Job, adapters_base, first_model, loaded, save
+from .pick import copy_model, pick_step, told_pick
 from .provenance import Attempt, describe, keep_attempt, read_attempts
 from .reinforce import arithmetic, make_reinforced, reinforced_model, reinforcement, told
-from .sections import ModelConfig
+from .sections import ModelConfig, PickConfig
 from .table import cell, columns, make_table, table_markdown
 from .tools import load_tools
 from .verdict import check_goals, reach_verdict
@@ -125,8 +127,7 @@ def compute(job: Job[RunConfig], missing: Sequence[str]) -> None:
         evaluate_moment(job, stage, "before", model, tokenizer)
     if "after" in missing:
         if job.folder.checkpoint.is_dir():
-            kind: Any = {"dtype": job.config.model.dtype, "quantize": job.config.model.quantize}
-            model, tokenizer = loaded(job, ModelConfig(name_or_path=str(job.folder.checkpoint), **kind))
+            model, tokenizer = unlearned_model(job)
         else:
             model = unlearn_model(job, stage, model, tokenizer)
         evaluate_moment(job, stage, "after", model, tokenizer)
@@ -151,6 +152,12 @@ def evaluate_moment(job: Job[RunConfig], stage: Stage, moment: str, model: Any, 
     job.processes.wait()
 
 
+def unlearned_model(job: Job[RunConfig]) -> tuple[Any, Any]:
+    """As it is loaded from the checkpoint."""
+    kind: Any = {"dtype": job.config.model.dtype, "quantize": job.config.model.quantize}
+    return loaded(job, ModelConfig(name_or_path=str(job.folder.checkpoint), **kind))
+
+
 def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any) -> Any:
     """The model after it, as it is loaded from the checkpoint that is written."""
     settings, lora = job.config.unlearn, job.config.model.lora
@@ -162,7 +169,7 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
     if lora is not None:
         model = add_adapter(model, **lora.adapter(), seed=stage.seed, base=adapters_base(job))
     merged = lora is not None and lora.save == "merged"
-    job.console.print(f"[bold]unlearn[/] {told(settings)}")
+    job.console.print(f"[bold]unlearn[/] {shown(told(settings))}")
     quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
 
     def evaluate(step: int, model: Any) -> dict[str, float]:
@@ -178,8 +185,31 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
         write_json(job.folder.unlearning, {**unlearned.as_dict(), **first})
     if merged:
         model = merge(model)
+    if job.config.evaluate.pick is not None:
+        return pick_model(job, stage, unlearned.steps, model, tokenizer)
     save(job, "unlearn", model, tokenizer)
     return merge(model) if lora is not None and not merged and job.config.model.quantize is None else model
+
+
+def pick_model(job: Job[RunConfig], stage: Stage, steps: int, model: Any, tokenizer: Any) -> Any:
+    """Measures and keeps the last model, of `steps`, too; the one that is picked is then the run's checkpoint, of which
+    it is loaded."""
+    folder, settings = job.folder, job.config.evaluate
+    evaluate_moment(job, stage, f"step-{steps}", model, tokenizer)
+    if job.processes.first:
+        if steps not in folder.kept_models():
+            write_model(folder.kept / f"step-{steps}", model, tokenizer)
+        sets = job.data.evaluated(settings.retain_limit)
+        kept = [step for step in folder.evaluated_steps() if step in folder.kept_models()]
+        means = {step: read_summaries(folder, f"step-{step}", sets) for step in kept}
+        rows = {name: len(items) for name, items in sets.items()}
+        picked = pick_step(read_summaries(folder, "before", sets), means, settings.pick or PickConfig(), rows)
+        write_json(folder.unlearning, {**read_json(folder.unlearning, "--resume unlearns again"), "picked": picked})
+        job.console.print(f"[bold]pick[/] {told_pick(picked)}", highlight=False, soft_wrap=True)
+        copy_model(folder.kept_models()[picked["step"]], folder.checkpoint)
+        folder.remove_training("unlearn")
+    job.processes.wait()
+    return unlearned_model(job)[0]
 
 
 def finish(job: Job[RunConfig]) -> RunResult:
@@ -208,7 +238,8 @@ def finish(job: Job[RunConfig]) -> RunResult:
         write_text(folder.path / "table.md", table_markdown(table))
         metrics = read_metrics(folder.metrics)
         on_the_way = {step: read_summaries(folder, f"step-{step}", sets) for step in folder.evaluated_steps()}
-        curves = {0: moments["before"], **on_the_way, unlearning["steps"]: moments["after"]} if on_the_way else {}
+        ends = {0: moments["before"], unlearning["steps"]: moments["after"]}
+        curves = dict(sorted((ends | on_the_way).items())) if on_the_way else {}  # where one is picked, the last is too
         html = render_report(
             config=config.to_dict(),
             config_text=config_text(config),
@@ -243,6 +274,8 @@ def steps_taken(config: RunConfig, unlearning: Mapping[str, Any]) -> dict[str, s
         )
     if settings.trains:
         made["steps"] = f"{unlearning['steps']}, of {batch} samples, at a learning rate of {rate}"
+    if (picked := unlearning.get("picked")) is not None:
+        made["picked"] = told_pick(picked)
     trained, every = unlearning.get("trained", 0), unlearning.get("parameters", 0)  # older runs do not tell
     part = {} if trained == every else {"trained": f"{trained:,} of {every:,} parameters ({trained / every:.2%})"}
     return made | part

@@ -261,6 +261,27 @@ class GoalConfig(Section):
     )
 
 
+KNOWN_BY = ("extraction_strength", "probability", "memorization_accuracy", "rouge_l")  # the more, the more is known
+
+
+class PickConfig(Section):
+    """Early stopping: of the models measured on the way and the last one, the run ends with the one that forgets most
+    of those that keep what is to stay."""
+
+    by: str = Field(default=KNOWN_BY[0], description="the metric, of forget rows and of those to retain")
+    kept: float = Field(default=0.9, gt=0, le=1, description="share of the value before unlearning, of rows to retain")
+
+    @field_validator("by")
+    @classmethod
+    def tells_what_is_known(cls, by: str) -> str:
+        check_known("pick.by", by, KNOWN_BY)
+        return by
+
+
+def as_pick(value: Any) -> Any:
+    return {"by": value} if isinstance(value, str) else value
+
+
 LONGEST_NAME = 100  # bytes of a set's, which is part of files' names
 SETS = ("forget", "retain", "holdout")
 ANCHORS = ("retrained", "random")
@@ -329,6 +350,9 @@ class EvaluateConfig(Section):
     )
     every: Annotated[Literal["epoch"] | int | None, BeforeValidator(as_every)] = Field(
         default=None, description="optimiser steps of the unlearning between evaluations on the way, or epoch"
+    )
+    pick: Annotated[PickConfig | None, BeforeValidator(as_pick)] = Field(
+        default=None, description="the model that the run ends with, by what is measured on the way; None: the last"
     )
     anchors: list[Literal["retrained", "random"]] = Field(
         default_factory=list,

@@ -118,7 +118,7 @@ def start_of(config: RunConfig) -> RunConfig:
     own, as the embedded model's tokenizer is made of all texts."""
     values = config.to_dict()
     values["model"]["lora"] = values["model"]["lora"] if config.model.quantize else None
-    values["evaluate"] |= {"every": None, "goal": None}
+    values["evaluate"] |= {"every": None, "pick": None, "goal": None}
     refusals = config.needs_refusals and config.data.source != EMBEDDED and config.data.refusals is None
     unlearn: dict[str, Any] = {"forget": "idk" if refusals else "ga", "retain": []}
     return RunConfig.model_validate({**values, "name": "start", "unlearn": unlearn, "geffect": None})
@@ -322,28 +322,39 @@ def finish(job: Sweep, console: Console) -> SweepResult:
         lines.append(f"what went wrong is in {job.folder / 'failed'}; the same command tries again: {job.command}")
     if comparison is not None:
         lines += [f"{what:8}{job.folder / name}" for what, name in FILES.items()]
+        every = f"{shlex.quote(str(folders[0].parent.parent))}/*/seed*"
+        beside = shlex.quote(f"{job.folder}-reliability")
+        lines += [
+            "",
+            "try next",
+            f'  for run in {every}; do pyunlearn calibrate uwc "$run"; done   # so that all keep as much',
+            f"  pyunlearn reliability {every} --out {beside}   # which metrics to trust",
+        ]
     console.print(visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
     return SweepResult(job.folder, job.cells, job.failed, comparison)
 
 
 def summary(comparison: Comparison) -> Table:
-    """A line a method, as a grid has many: the aggregates where there are some, and the main metrics."""
+    """A line a method, as a grid has many: what a screen has room for; intervals over samples are in the page."""
     utility = "holdout" if ("holdout", "probability") in comparison.columns else "retain"
-    wanted = [*((AGGREGATE, name) for name in ("both", "forgotten", "kept")), *MEASURED, (utility, "probability"),
-              (utility, "rouge_l")]  # fmt: skip
+    wanted = [(AGGREGATE, "both"), *MEASURED, (utility, "probability"), (utility, "rouge_l")]
     columns = [column for column in wanted if column in comparison.columns]
-    table = Table("", "seeds", title="after unlearning; ± half of the 95 % interval over seeds", title_justify="left")
+    title = "after unlearning; ± half of the 95 % interval of the mean over seeds (Student's t): wide with few of them"
+    table = Table("method", "seeds", "verdict", title=title, title_justify="left", collapse_padding=True)
     for name, metric in columns:
-        table.add_column(f"{name} {metric.replace('_', ' ')}", justify="right")
-    table.add_row("before", "", *(comparison.before(column) for column in columns), end_section=True)
+        words = [*([] if name == AGGREGATE else [name]), *metric.replace("probability", "prob.").split("_")]
+        table.add_column("\n".join(words), justify="right")
+    before = (comparison.before(column).partition(" [")[0] for column in columns)
+    table.add_row("before", "", "", *before, end_section=True)
     for group in comparison.groups:
-        table.add_row(shown(group.name), str(len(group.seeds)), *(group.text(column) for column in columns))
+        after = (group.text(column).partition(" [")[0] for column in columns)
+        table.add_row(shown(group.name), str(len(group.seeds)), group.verdict, *after)
     return table
 
 
 def plan_table(job: Sweep) -> Table:
     """A line a method: its seeds by their state."""
-    table = Table("", "seeds", "state")
+    table = Table("run", "seeds", "state")
     by_name: dict[str, list[Cell]] = {}
     for cell in job.cells:
         by_name.setdefault(cell.name, []).append(cell)

@@ -49,16 +49,16 @@ def columns(table: Sequence[Row]) -> list[str]:
     return [column for column in COLUMNS if any(column in row for row in table)]
 
 
-def cell(row: Row, column: str) -> str:
+def cell(row: Row, column: str, digits: int = 4) -> str:
     if column not in row:
         return ""
-    return f"{row[column]:{'+' if column == 'change' else ''}.4f}"
+    return f"{row[column]:{'+' if column == 'change' else ''}.{digits}f}"
 
 
-def with_interval(row: Row, column: str) -> str:
-    """`0.9750 [0.960, 0.990]`."""
+def with_interval(row: Row, column: str, digits: int = 4) -> str:
+    """`0.9750 [0.960, 0.990]`. digits: of the value."""
     own, sign = (row["interval"], "+") if column == "change" else (row["intervals"].get(column), "")
-    return cell(row, column) + ("" if own is None else f" [{own[0]:{sign}.3f}, {own[1]:{sign}.3f}]")
+    return cell(row, column, digits) + ("" if own is None else f" [{own[0]:{sign}.3f}, {own[1]:{sign}.3f}]")
 
 
 def table_markdown(table: Sequence[Row]) -> str:

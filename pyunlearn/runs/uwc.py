@@ -125,10 +125,11 @@ def calibrate_uwc(
         }
         write_json(pair.place.path / "uwc.json", {**numbers, "curve": curve})
         made = describe(job.config, [pair.attempt.record(job.data)], {"calibration": told(result, target, name)})
-        page = render_uwc(job.config.name, result, target, name, curve, rows, warnings, made)
+        verdict = pair.judge(table, rows_of)[1]
+        page = render_uwc(job.config.name, result, target, name, curve, rows, warnings, made, verdict)
         write_text(pair.place.report, page)
         pair.write(calibration, table, rows_of)
-    tell(pair, result, name, target, rows, warnings)
+    tell(pair, result, name, target, rows, warnings, verdict)
     return UWCResult(pair.place.path, result, name, rows, warnings)
 
 
@@ -171,7 +172,13 @@ def warn(
 
 
 def tell(
-    pair: Pair, result: Search, name: str, target: float, rows: Sequence[Mapping[str, Any]], warnings: Sequence[str]
+    pair: Pair,
+    result: Search,
+    name: str,
+    target: float,
+    rows: Sequence[Mapping[str, Any]],
+    warnings: Sequence[str],
+    verdict: Mapping[str, Any] | None,
 ) -> None:
     console, _place = pair.job.console, pair.place
     tell_table(console, rows, "before, unlearned and calibrated")
@@ -182,4 +189,4 @@ def tell(
     )
     for warning in warnings:
         console.print(f"note: {visible(warning)}", highlight=False, markup=False)
-    tell_next(pair)
+    tell_next(pair, verdict)

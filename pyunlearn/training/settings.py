@@ -57,6 +57,8 @@ class TermConfig(Section):
         """
         chosen = {key: getattr(self, key) for key in ("preset", "reduction", "temperature", "keep", "kept")}
         given = {key: value for key, value in chosen.items() if value is not None}
+        if twice := given.keys() & self.options.keys():
+            raise ValueError(f"{self.name}: {min(twice)} is given beside options and in them; needs one of them")
         try:
             parts = objectives.weighted(self.name, **given, **self.options)
         except TypeError as error:
@@ -370,8 +372,19 @@ class UnlearnConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def moves_one(self) -> UnlearnConfig:
-        if self.dual is not None and len(self.retain) != 1:
-            raise ValueError(f"dual moves the coefficient of one retain objective, got {len(self.retain)}")
+        if self.dual is None:
+            return self
+        if len(self.retain) != 1:
+            raise ValueError(
+                f"dual moves the coefficient of one retain objective, got {[term.name for term in self.retain]}; needs "
+                "rows to retain (data.retain) and one term, or dual=null"
+            )
+        (term,) = self.retain
+        if self.dual.start is not None and term.coefficient != 1:
+            raise ValueError(
+                f"dual.start={self.dual.start:g} takes the place of retain.0.coefficient={term.coefficient:g}: leave "
+                "the coefficient out, or set dual.start"
+            )
         return self
 
     @property
@@ -397,6 +410,17 @@ class UnlearnConfig(TrainingConfig):
         elif self.sampling.by != "shuffle" or self.keep_steps is not None:
             raise ValueError(f"reinforce.into={self.reinforce.into} takes no steps that sampling or keep_steps are of")
         return self
+
+    def check_probed(self) -> None:
+        """Raises ValueError for objectives that the G-effect has no samples of, or none at all."""
+        if not self.trains:
+            raise ValueError("geffect: is measured of objectives, and unlearn.reinforce takes their place")
+        made = [term.name for term in self.forget if any(part.is_of_made_text for part, _ in term.weighted())]
+        if made:
+            raise ValueError(
+                f"geffect: is measured on the rows of the data, and {', '.join(made)} is of text made here; "
+                "set geffect=null"
+            )
 
     def weighted_objectives(self) -> list[tuple[objectives.Objective, float]]:
         """What the loss is made of: every objective and its coefficient."""

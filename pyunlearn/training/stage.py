@@ -57,9 +57,9 @@ class Stage:
     def progress(self) -> bool:
         return not self.console.quiet
 
-    def rows(self, items: Sequence[QA], tokenizer: Any) -> QADataset:
+    def rows(self, items: Sequence[QA], tokenizer: Any, text_mask: bool = False) -> QADataset:
         """Tokenised as this job does. Raises as `QADataset`."""
-        return QADataset(items, tokenizer, self.max_length, prompt_format=self.prompt_format)
+        return QADataset(items, tokenizer, self.max_length, prompt_format=self.prompt_format, text_mask=text_mask)
 
 
 class Trained(NamedTuple):

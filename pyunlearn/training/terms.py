@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import objectives as registry
 from ..model.causal_lm import CausalLM
 from ..model.fingerprint import dataset_fingerprint
-from ..model.forward import POSITIONS, Layer, Supervised, select_positions, supervised_hidden
+from ..model.forward import Layer, Supervised, select_positions, supervised_hidden, widest
 from ..model.head import head_stats
 from ..model.reference import Cached, Reference, Source, as_references
 from ..model.tree import Packing
@@ -115,8 +115,8 @@ class Need:
 
     @property
     def widest(self) -> Any:
-        """The positions that hold all the others: `POSITIONS` are nested."""
-        return max(self.positions, key=POSITIONS.index)
+        """The positions that hold all the others."""
+        return widest(self.positions)  # type: ignore[arg-type]
 
 
 def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
@@ -308,15 +308,15 @@ class TermLosses:
     ) -> dict[Place, TokenInputs]:
         """Per-token statistics of one batch, by positions and layer: one run of the model, unless it was `packed`
         with others, and one `linear_token_stats`."""
-        widest = need.widest
-        supervised = packed or supervised_hidden(lm, batch, widest, layers=need.layers, through_head=bool(need.reads))
+        held = need.widest
+        supervised = packed or supervised_hidden(lm, batch, held, layers=need.layers, through_head=bool(need.reads))
         outputs, vocab_size = self.head_outputs(lm, kind, need, batch, supervised) if need.reads else ({}, None)
-        ref_states = {layer: self.references[kind].hidden(batch, widest, layer) for layer in need.reference_layers}
+        ref_states = {layer: self.references[kind].hidden(batch, held, layer) for layer in need.reference_layers}
         scalars: dict[tuple[str, float], dict[str, Tensor]] = {}
         for (where, temperature), names in need.reference_scalars.items():
             told = self.references[kind].scalars(batch, sorted(names), where, temperature)  # type: ignore[arg-type]
             scalars[where, temperature] = told
-        rows = select_positions(batch, widest)[0]
+        rows = select_positions(batch, held)[0]
         results = {}
         for place in need.places:
             positions: Any = place.positions
@@ -326,7 +326,7 @@ class TermLosses:
                 values["hidden"] = supervised.layers[place.layer]
                 ref_hidden = ref_states.get(place.layer)
             chosen, sequence_ids = rows, supervised.sequence_ids
-            if positions != widest:
+            if positions != held:
                 chosen, _, sequence_ids = select_positions(batch, positions)
                 at = torch.searchsorted(rows, chosen)
                 values = {name: value.index_select(0, at) for name, value in values.items()}

@@ -18,7 +18,7 @@ from ..distributed import whole
 from ..gradients.groups import assign_groups
 from ..model.cache import ReferenceCache
 from ..model.causal_lm import CausalLM
-from ..model.forward import PADDED, layer_number
+from ..model.forward import PADDED, layer_number, widest
 from ..model.lora import count_parameters, does_nothing
 from ..model.reference import AdapterOff, Source
 from ..mrd import check_estimator
@@ -162,10 +162,10 @@ def unlearn_selected(
     """`unlearn`, of the parameters that require gradients."""
     objectives = settings.weighted_objectives()
     needs = collect_needs(make_terms(objectives))
-    forget = stage.rows(data.forget, tokenizer)
+    forget = stage.rows(data.forget, tokenizer, without_template(needs, "forget"))
     retain = None
     if any(kind.startswith("retain") for kind in needs):
-        retain = stage.rows(retain_used(stage, settings, data), tokenizer)
+        retain = stage.rows(retain_used(stage, settings, data), tokenizer, without_template(needs, "retain"))
     written = write_rows(stage, settings, model, tokenizer, forget, needs, reinforced)
     pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to, written=written)
     references = make_references(stage, model, tokenizer, pairs, needs)
@@ -197,6 +197,11 @@ def unlearn_selected(
     )
 
 
+def without_template(needs: Mapping[str, Need], role: str) -> bool:
+    """Whether rows of this role have to tell which tokens are of the question and the answer."""
+    return any("template_free" in need.positions for kind, need in needs.items() if kind.startswith(role))
+
+
 def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: Any) -> None:
     """Raises ValueError for a layer of an objective, parameters to train or to freeze, or a group of the G-effect, that
     the model does not have, and for rows longer than its context; TypeError for an estimator of MRD that it does not
@@ -205,7 +210,7 @@ def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: A
     if settings.pad_to is not None and context is not None and settings.pad_to > context:
         raise ValueError(f"unlearn.pad_to={settings.pad_to}: the model's context is {context} tokens")
     if probing is not None:
-        check_probed(settings)
+        settings.check_probed()
     if not settings.trains:
         return
     for need in collect_needs(make_terms(settings.weighted_objectives())).values():
@@ -319,7 +324,7 @@ def make_references(
                     kl=need.kl_reference,
                     layers=need.reference_layers,
                     scalars=need.scalars,
-                    positions=need.widest if need.hidden_reference else "supervised",
+                    positions=widest({need.widest, "supervised"}) if need.hidden_reference else "supervised",
                     batch_size=stage.reference_batch_size,
                     progress=stage.progress,
                 )
@@ -361,32 +366,21 @@ def make_probe(
 ) -> Probe:
     """The objectives on samples drawn from the seed; `model`, not yet unlearned, is their reference.
 
-    Raises ValueError as `check_probed`.
+    Raises ValueError as `settings.check_probed`.
     """
-    check_probed(settings)
+    settings.check_probed()
     objectives = settings.weighted_objectives()
     needs = collect_needs(make_terms(objectives))
     drawn = {}
     for role, items in (("forget", data.forget), ("retain", data.retain)):
         count = min(len(items), getattr(probing, f"{role}_samples"))
         chosen = sorted(random.Random(f"{stage.seed}/probe/{role}").sample(range(len(items)), count))
-        drawn[role] = stage.rows([items[i] for i in chosen], tokenizer)
+        drawn[role] = stage.rows([items[i] for i in chosen], tokenizer, without_template(needs, role))
     pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, fixed=True)
     rows = {kind: rows_of(pairs, kind, tokenizer, stage.max_length) for kind in {**drawn, **needs}}
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
     losses = TermLosses(objectives, make_references(own, model, tokenizer, pairs, needs))
     return Probe(losses, rows, probing, bf16=settings.bf16, pad_to=settings.pad_to)
-
-
-def check_probed(settings: UnlearnConfig) -> None:
-    """Raises ValueError for objectives that the G-effect has no samples of, or none at all."""
-    if not settings.trains:
-        raise ValueError("geffect: is measured of objectives, and unlearn.reinforce takes their place")
-    needs = collect_needs(make_terms(settings.weighted_objectives()))
-    if own := [kind for kind, need in needs.items() if kind == "forget_generic" or need.samples is not None]:
-        raise ValueError(
-            f"geffect: is measured on the rows of the data, and the objectives are of text made here: {own}"
-        )
 
 
 def trainable(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

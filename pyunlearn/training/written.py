@@ -96,7 +96,7 @@ def alternates_of(
             )
     items = [item for item in rows.items for _ in range(wanted.count)]
     answers = [text for own in texts for text in own]
-    return QADataset(items, tokenizer, rows.max_length, answers, prompt_format)
+    return QADataset(items, tokenizer, rows.max_length, answers, prompt_format, rows.text_mask)
 
 
 def fitted(rows: QADataset, i: int, tokens: Sequence[int]) -> str:

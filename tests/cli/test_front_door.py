@@ -161,7 +161,7 @@ def test_without_rows_to_retain(call, files, model_folder):  # noqa: F811
         ("run --set unlearn.output_dir=x", ["unlearn.output_dir: unknown key; did you mean output?"]),
         ("run --set unlearn.forget=GA", ["did you mean ga or wga?"]),
         ("run --set model.dtype=bf16", ["did you mean bfloat16"]),
-        ("run --set unlearn.forget=null", ["unlearn.forget: needs a list of 1 at least"]),
+        ("run --set unlearn.forget=null", ["unlearn: forget=[]: needs an objective"]),
         ("run --set data.retain=R.jsonl", ["data: retain: needs data.forget too"]),
         ("score F.jsonl", ["--model: which model?", "  pyunlearn score --model MODEL --data F.jsonl"]),
         ("score m", ["--data: which questions and answers?", "  pyunlearn score --model m --data FILE.jsonl"]),
@@ -233,6 +233,14 @@ def test_paths_are_taken_as_they_are():
     assert (config.model.name_or_path, config.data.forget.path, config.output) == ("2024", "1e5", "[x]")
     assert (config.data.retain.path, config.name) == ("a: b.jsonl", "1e5")
     assert run_config(None, ["data.forget.limit=3"], model="m", forget="f.jsonl").data.forget.limit == 3
+
+
+def test_every_recipe_on_the_embedded_demo_has_a_folder_of_its_own():
+    assert [run_config(source).name for source in (None, "recipe:bst", "recipe:npo+mrd")] == [
+        "demo", "demo-bst", "demo-npo_mrd",
+    ]  # fmt: skip
+    assert run_config(recipe="flat").name == "demo-flat"
+    assert run_config("recipe:bst", ["name=mine"]).name == "mine"
 
 
 def test_a_written_configuration_is_whole_and_reads_as_what_was_asked(call, files, model_folder):  # noqa: F811

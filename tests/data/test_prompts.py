@@ -8,12 +8,15 @@ import re
 from dataclasses import asdict
 
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from pyunlearn.data import QA, PlainFormat, PromptFormat, QADataset, make_format, make_prompt, prompts
 from pyunlearn.data import prompt_format as module
-from pyunlearn.data.prompts import PROMPTS
+from pyunlearn.data.prompts import PROMPTS, Prompt
+from pyunlearn.data.tiny import train_tokenizer
 
 from .conftest import CHATML
 
@@ -109,6 +112,85 @@ def test_presets_token_by_token(name):
     assert tokenizer.convert_ids_to_tokens(form.begun_ids(QUESTION, ANSWER)) == prompt + answer[:1]
 
 
+def text_tokens(tokenizer, form, question=QUESTION, answer=ANSWER):
+    """(the tokens, those of them that are the question's or the answer's)."""
+    encoded = form.encode(question, answer)
+    mask = form.text_mask(question, answer, encoded)
+    tokens = tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    return tokens, [token for token, own in zip(tokens, mask, strict=True) if own]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_questions_and_the_answers_tokens_among_the_formats(name):
+    special, bos, eos, prompt, answer = PRESETS[name]
+    tokenizer = word_tokenizer(special, bos, eos)
+    tokens, own = text_tokens(tokenizer, make_format(tokenizer, make_prompt(name)))
+    assert tokens == prompt + answer
+    spaced = name in ("question_answer", "llama2")  # the tag's space is the question's first token's
+    assert own == [" Who" if spaced else "Who", " is", " it?", answer[0]]
+
+
+def test_the_questions_and_the_answers_tokens_in_a_chat():
+    special, bos, eos, *_ = PRESETS["qwen"]
+    tokenizer = word_tokenizer(special, bos, eos, CHATML)
+    system = Prompt(system=f"{QUESTION} You are a helpful assistant.")  # which has the question's words too
+    form = PromptFormat(tokenizer, system)
+    for question, reply in ((QUESTION, ANSWER), (f" {QUESTION}\n", f" {ANSWER} ")):
+        tokens, own = text_tokens(tokenizer, form, question, reply)
+        assert tokens.count(" is") == 2
+        assert own == ["Who", " is", " it?", "Ada."]
+    tokens, own = text_tokens(tokenizer, form, "assistant", "You\n\nare")
+    assert own == ["assistant", "You", "\n\n", "are"]
+    tokens, own = text_tokens(tokenizer, form, "", ANSWER)
+    assert own == ["Ada."]
+    tokenizer.chat_template = CHATML.replace("{{ m.content }}", "{{ m.content | upper }}")
+    with pytest.raises(ValueError, match=r"after its prompt, not the answer"):
+        PromptFormat(tokenizer).encode(QUESTION, ANSWER)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{{ m.content | replace('Who', 'What') }}", "{{ m.content | length }} {{ m.content }}", "{{ m.content * 2 }}"],
+)
+def test_a_template_whose_questions_cannot_be_told(written):
+    special, bos, eos, *_ = PRESETS["qwen"]
+    shown = "{% if m.role == 'user' %}" + written + "{% else %}{{ m.content }}{% endif %}"
+    tokenizer = word_tokenizer(special, bos, eos, CHATML.replace("{{ m.content }}", shown))
+    form = PromptFormat(tokenizer)
+    with pytest.raises(ValueError, match=r"^the chat template does not put the question 'Who is it\?' as it is"):
+        form.text_mask(QUESTION, ANSWER, form.encode(QUESTION, ANSWER))
+
+
+def test_tokens_of_a_tokenizer_that_does_not_tell_their_characters(monkeypatch):
+    special, bos, eos, *_ = PRESETS["llama2"]
+    tokenizer = word_tokenizer(special, bos, eos)
+    form = PromptFormat(tokenizer, make_prompt("llama2"))
+    monkeypatch.setattr(type(tokenizer), "is_fast", False)
+    with pytest.raises(ValueError, match=r"does not tell which characters its tokens are; needs a fast tokenizer"):
+        form.text_mask(QUESTION, ANSWER, form.encode(QUESTION, ANSWER))
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer():
+    """A token for each byte, which is a part of a character or all of it."""
+    tokenizer = train_tokenizer(["a"], vocab_size=259)
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@given(st.text(max_size=12), st.text(min_size=1, max_size=12), st.sampled_from(["chat", "plain", "llama2"]))
+def test_the_tokens_that_count_are_the_texts_own(byte_tokenizer, question, answer, name):
+    assume(answer.strip() and "\n" not in answer.strip())
+    form = make_format(byte_tokenizer, make_prompt(name))
+    encoded = form.encode(question, answer)
+    mask = form.text_mask(question, answer, encoded)
+    own = [token for token, counts in zip(encoded.input_ids, mask, strict=True) if counts]
+    kept = answer.strip()
+    if name == "plain":
+        kept = answer.lstrip() if question.strip() else answer
+    assert byte_tokenizer.decode(own) == question.strip() + kept
+
+
 def test_every_name_is_tested():
     assert {*PRESETS, "chat", "open_unlearning"} == set(PROMPTS)
     assert all(prompt.name == name for name, prompt in PROMPTS.items())
@@ -134,8 +216,8 @@ def test_a_template_as_open_unlearning_has_it():
 def test_a_template_with_a_system_prompt_and_a_date():
     special, bos, eos, *_ = PRESETS["qwen"]
     tokenizer = word_tokenizer(special, bos, eos, DATED)
-    for given, date in (({}, "26 Jul 2024"), ({"date": "10 Apr 2025"}, "10 Apr 2025")):
-        form = PromptFormat(tokenizer, make_prompt({"system": "Be brief.", **given}))
+    for own, date in (({}, "26 Jul 2024"), ({"date": "10 Apr 2025"}, "10 Apr 2025")):
+        form = PromptFormat(tokenizer, make_prompt({"system": "Be brief.", **own}))
         assert form.turns(" Who is it? ")[0] == {"role": "system", "content": "Be brief."}
         encoded = form.encode(QUESTION, ANSWER)
         text = tokenizer.decode(encoded.input_ids)

@@ -341,3 +341,19 @@ def test_collate_to_one_length():
         "labels": [[-100, 6, -100, -100]],
         "index": [3],
     }
+
+
+def test_rows_that_tell_their_texts_tokens(world, tokenizer):
+    rows = QADataset(world.forget, tokenizer, None, text_mask=True)
+    bare = QADataset(world.forget, tokenizer, None)
+    assert rows.fingerprint == bare.fingerprint
+    assert "text_mask" not in bare[0]
+    for i, item in enumerate(world.forget):
+        own = rows[i]["input_ids"][rows[i]["text_mask"] != 0]
+        # a space between is the tag's, unless it is a part of the first word's token
+        assert tokenizer.decode(own).replace(" ", "") == f"{item.question}{item.answer}".replace(" ", "")
+    batch = collate([rows[0], rows[1]], 0, pad_to=128)
+    for i in (0, 1):
+        assert batch["text_mask"][i, : len(rows[i]["text_mask"])].equal(rows[i]["text_mask"])
+    assert int(batch["text_mask"].sum()) == int(rows[0]["text_mask"].sum() + rows[1]["text_mask"].sum())
+    assert "text_mask" not in collate([rows[0], bare[1]], 0)  # some rows' alone would say that others have no text

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from pyunlearn.data import collate
 from pyunlearn.model import cache as caches
+from pyunlearn.model import cache_file as files
 from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.forward import supervised_stats
 from pyunlearn.store import Damaged, digest_tensors, header_of
@@ -20,7 +21,7 @@ from .small import H, V, build, make, make_rows
 
 def test_a_matching_file_is_reused(model, rows, path, monkeypatch):
     build(model, rows, path, kl=True)
-    monkeypatch.setattr(caches, "_fill", lambda *args: pytest.fail("it was built again"))
+    monkeypatch.setattr(caches, "fill", lambda *args: pytest.fail("it was built again"))
     assert build(model, rows, path, kl=True).head.weight.shape == (V, H)
     build(model, rows, path)  # hidden states do not disturb those who want none
     build(make().train(), rows, path)  # same weights, another object
@@ -74,7 +75,7 @@ def test_open_says_which_differs(model, rows, path):
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_interrupted_build_leaves_what_was_there(model, rows, path, monkeypatch, error, existing):
     before = build(make(5), rows, path).logp([0]) if existing else None
-    calls, head_stats = [], caches.head_stats
+    calls, head_stats = [], files.head_stats
 
     def stop_at_the_second_batch(*args, **options):
         calls.append(1)
@@ -82,7 +83,7 @@ def test_an_interrupted_build_leaves_what_was_there(model, rows, path, monkeypat
             raise error
         return head_stats(*args, **options)
 
-    monkeypatch.setattr(caches, "head_stats", stop_at_the_second_batch)
+    monkeypatch.setattr(files, "head_stats", stop_at_the_second_batch)
     model.train()
     with pytest.raises(error):
         build(model, rows, path, batch_size=2)
@@ -145,7 +146,7 @@ def test_other_files_are_not_overwritten(model, rows, path):
 
 
 def test_a_full_disk_is_an_error_at_once(model, rows, path, monkeypatch):
-    monkeypatch.setattr(caches.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(OSError, match=r"needs .* bytes, 10 are free"):
         build(model, rows, path)
     assert os.listdir(path.parent) == []

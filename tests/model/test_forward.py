@@ -3,6 +3,7 @@ variants.
 """
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
@@ -16,11 +17,13 @@ from transformers import (
 from pyunlearn.model import head
 from pyunlearn.model.causal_lm import CausalLM, eval_mode
 from pyunlearn.model.forward import (
+    POSITIONS,
     length_batches,
     select_positions,
     supervised_hidden,
     supervised_logits,
     supervised_stats,
+    widest,
 )
 
 from .variants import SIZES, LoraLinear, V, make
@@ -140,6 +143,16 @@ def test_select_positions_by_hand():
         [6, 7, 8, 10],
         [0, 0, 0, 1],
     ]
+    text = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 0]])  # one in padding is none
+    assert [t.tolist() for t in select_positions({**batch, "text_mask": text}, "template_free")] == [
+        [0, 2, 4],
+        [6, 8, 10],
+        [0, 0, 1],
+    ]
+    with pytest.raises(ValueError, match=r"^positions='template_free': needs batch\['text_mask'\], \(B, T\)"):
+        select_positions(batch, "template_free")
+    with pytest.raises(ValueError, match=r"batch\['text_mask'\]: needs the shape of input_ids \(2, 4\), got \(2, 3\)"):
+        select_positions({**batch, "text_mask": text[:, 1:]}, "template_free")
     assert [t.tolist() for t in select_positions(batch, "followed")] == [
         [0, 1, 2, 4, 5, 6],
         [6, 7, 8, 10, 0, 0],
@@ -152,6 +165,21 @@ def test_select_positions_by_hand():
     left = {"input_ids": ids.flip(1), "attention_mask": batch["attention_mask"].flip(1)}
     assert select_positions(left, "real")[0].tolist() == [0, 1, 2, 6]
     assert len(select_positions({"input_ids": ids}, "real")[0]) == 6
+
+
+def test_the_widest_positions_hold_all_the_others():
+    """Compared as sets of positions; the last answer token is the format's end, so that template_free lacks it."""
+    batch = {
+        "input_ids": torch.arange(12).view(2, 6),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]]),
+        "labels": torch.tensor([[-100, -100, -100, 3, 4, 5], [-100, -100, 8, 9, -100, -100]]),
+        "text_mask": torch.tensor([[0, 1, 0, 1, 1, 0], [1, 0, 1, 0, 0, 0]]),
+    }
+    held = {name: {*select_positions(batch, name)[0].tolist()} for name in POSITIONS}
+    for number in range(1, len(POSITIONS) + 1):
+        for names in combinations(POSITIONS, number):
+            fitting = [name for name in POSITIONS if all(held[name] >= held[other] for other in names)]
+            assert widest(names) == min(fitting, key=lambda name: len(held[name])), names
 
 
 def test_nothing_supervised_gives_empty_statistics_with_a_graph(llama, batch):

@@ -20,8 +20,9 @@ from pyunlearn.training.terms import TermLosses
 from .test_cache import make, make_rows
 
 BATCH = collate([make_rows()[i] for i in (2, 0, 4)], 7)
+BATCH["text_mask"] = (BATCH["input_ids"] % 3 != 0).long()
 LORA = {"r": 4, "target_modules": ["q_proj", "lm_head"]}
-POSITIONS = ("supervised", "real")
+POSITIONS = ("supervised", "template_free", "real")
 
 
 def adapted(seed=0, **options):
@@ -49,7 +50,8 @@ def references(tmp_path_factory):
 def test_all_say_what_the_model_says(references, kind):
     reference, model = references[kind], make()
     assert isinstance(reference, Reference)
-    reference.check("reference", "real", True, [1, "deep"])
+    for positions in POSITIONS:
+        reference.check("reference", positions, True, [1, "deep"])
     reference.to(torch.device("cpu"))
     close = {"rtol": 1e-6, "atol": 1e-6} if kind == "cached" else {"rtol": 0, "atol": 0}
     with torch.no_grad():
@@ -69,6 +71,13 @@ def test_all_say_what_the_model_says(references, kind):
     assert torch.equal(reference.head(torch.zeros(1)).weight, head.weight)
 
 
+def test_a_cache_of_supervised_tokens_lacks_the_questions(tmp_path):
+    cached = Cached(ReferenceCache.build(make(), make_rows(), tmp_path / "cache", kl=True, progress=False))
+    cached.check("reference", "supervised", True, [])
+    with pytest.raises(ValueError, match=r"at 'template_free' positions, the cache has 'supervised'.*positions='real'"):
+        cached.check("reference", "template_free", True, [])
+
+
 @pytest.mark.parametrize("kind", ["live", "adapter off"])
 def test_what_rows_begin_with_goes_through_once(kind):
     """Whatever it says, and however the model is left."""
@@ -76,9 +85,17 @@ def test_what_rows_begin_with_goes_through_once(kind):
     reference = Live(model) if kind == "live" else AdapterOff(model)
     batch = {name: value.clone() for name, value in BATCH.items()}
     batch["input_ids"][:, :3] = batch["input_ids"][0, :3]
-    plain = [reference.logp(batch), reference.hidden(batch, "real"), reference.hidden(batch, "supervised", 1)]
+    plain = [
+        reference.scalars(batch)["logp"],
+        reference.hidden(batch, "real"),
+        reference.hidden(batch, "supervised", 1),
+    ]
     reference.packing = Packing()
-    packed = [reference.logp(batch), reference.hidden(batch, "real"), reference.hidden(batch, "supervised", 1)]
+    packed = [
+        reference.scalars(batch)["logp"],
+        reference.hidden(batch, "real"),
+        reference.hidden(batch, "supervised", 1),
+    ]
     for one, other in zip(packed, plain, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert reference.packing.as_dict() == {"used": True, "declined": {}}

@@ -168,7 +168,8 @@ class TestNeeds:
         assert o.get("ce_u", skip=2).selection == (2, 1.0, False)
 
     def test_an_option_may_choose_the_positions(self):
-        assert [o.get("me", positions=each).positions for each in ("real", "supervised")] == ["real", "supervised"]
+        for each in ("real", "template_free", "supervised"):
+            assert o.get("me", positions=each).positions == each
 
     def test_unit_follows_the_reduction(self):
         units = {reduction: o.get("ga", reduction=reduction).unit for reduction in o.REDUCTIONS}
@@ -330,7 +331,7 @@ class TestDocumentation:
             lambda: o.pdu(uniform_ce=LOGP),
             "needs max_logp, token_stats' 'max_logp'; got None; it is asked for by outputs=",
         ),
-        (lambda: o.get("me", positions="all"), 'me: positions=\'all\': needs "real" or "supervised"'),
+        (lambda: o.get("me", positions="all"), "me: positions='all': needs one of real, template_free, supervised"),
         (lambda: o.ga(LOGP, count=-1), "count=-1: needs a finite number >= 0"),
         (lambda: o.ga(LOGP, count=math.nan), "count=nan: needs a finite number >= 0"),
         (lambda: o.ga(LOGP, count=torch.ones(2)), "count: needs a number or a 0-d tensor, got shape (2,)"),

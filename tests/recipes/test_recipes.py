@@ -102,6 +102,9 @@ PUBLISHED = [
     ("graddiff@llama-2-7b-chat-forget10-mrd", 5e-5, 5, 8, {}, 1.0),
     ("simnpo@open_unlearning", 1e-5, 10, 32, {}, 0.125),
     ("satimp@open_unlearning", 1e-5, 10, 32, {}, 0.1),
+    ("undial@open_unlearning", 1e-4, 10, 32, {}, 1.0),
+    ("pdu@open_unlearning", 1e-5, 10, 32, {}, 1.0),
+    ("bst@llama-3.2-1b-forget10", 1e-5, 10, 32, {}, 1.0),
 ]
 
 
@@ -121,6 +124,11 @@ def test_a_published_rate_is_taken_where_it_is_asked_for_alone():
     assert both["sampling"] == {"by": "mrd", "estimator": "algorithm1", "num_draws": 200, "sigma": 1e-5}
     assert recipe("po+mrd@llama-2-7b-chat-forget10")["sampling"] == {"by": "mrd"}
     assert [term["name"] for term in recipe("po@phi-1.5-forget05")["retain"]] == ["kl"]
+
+
+@pytest.mark.parametrize("name", names())
+def test_no_recipe_sets_a_rate_that_a_large_model_was_given(name):
+    assert "learning_rate" not in read(name).unlearn
 
 
 @pytest.mark.parametrize("name", [f"{name}@{own}" for name in names() for own in read(name).published])
@@ -170,7 +178,7 @@ def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
         ("unlearn.recipe=npo+mrdd", r"unlearn.recipe='npo\+mrdd': did you mean npo\+mrd or"),
         ("unlearn.recipe=npo_kl@phi-1.5-forget5", r"'npo_kl@phi-1.5-forget5': did you mean phi-1.5-forget05 or"),
         ("unlearn.recipe=me_kl@phi", "unlearn.recipe='me_kl@phi': has no published settings"),
-        ("unlearn.recipe=+mrd", r"needs one of altpo, .* cga\+mrd, "),
+        ("unlearn.recipe=+mrd", r"needs one of altpo, [^+]* wtnpo_kl; each also NAME\+mrd$"),
         ("unlearn.recipe=3", "unlearn.recipe: needs text, got 3"),
         ("unlearn.sampling=mdr", r"unlearn.sampling.by='mdr': did you mean mrd\? needs one of shuffle, uniform, mrd$"),
         ("unlearn.sampling.refresh_steps=0", "unlearn.sampling.refresh_steps: needs 1 at least, got 0"),

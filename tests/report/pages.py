@@ -188,13 +188,18 @@ ROWS = [
 ]
 
 
+VERDICT = {"name": "forgot by collapsing", "clean": False, "reason": "<fluent> 1.0 -> 0.0, wanted 0.8", "advice": "no"}
+
+
 def uwc_page() -> str:
     result = Search(0.4, 0.855, {i / 10: 0.9 - 0.1 * i / 10 for i in range(11)})
     curve = [
         {"a": a, "forget": {"extraction_strength": 0.9 * (1 - a)}, "holdout": {"extraction_strength": score}}
         for a, score in result.scores.items()
     ]
-    return render_uwc("made-up", result, 0.95, "holdout", curve, ROWS, ["few rows: too few", "of <two> kinds"], MADE)
+    return render_uwc(
+        "made-up", result, 0.95, "holdout", curve, ROWS, ["few rows: too few", "of <two> kinds"], MADE, VERDICT
+    )
 
 
 def cru_page() -> str:

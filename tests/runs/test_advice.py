@@ -6,6 +6,7 @@ import pytest
 
 from pyunlearn.runs import load_config
 from pyunlearn.runs.advice import next_changes, next_command, without, without_option
+from pyunlearn.runs.reinforce import told
 from pyunlearn.runs.verdict import ADVICE, CLEAN, COLLAPSED, KNOWS, LOST, NOTHING, REWORDS, UNSURE
 
 FILES = ["model.name_or_path=some/model", "data.forget=a.jsonl"]
@@ -27,6 +28,7 @@ BOTH = [*FILES, "data.retain=b.jsonl"]
          ["unlearn.learning_rate=1e-05"]),
         (LOST, [*FILES, "unlearn.learning_rate=3e-5"], None, ["unlearn.learning_rate=1e-05"]),
         (LOST, [*BOTH, "unlearn.retain=[]"], None, ["unlearn.retain=kl"]),
+        (LOST, [*BOTH, "unlearn.retain=gd", "unlearn.dual={eps: 0.5, step: 2}"], None, ["unlearn.dual.step=6"]),
         (COLLAPSED, [*BOTH, "unlearn.forget=wga"], None, ["unlearn.recipe=refuse"]),
         (COLLAPSED, [*BOTH, "unlearn.recipe=refuse", "unlearn.learning_rate=3e-5"], None,
          ["unlearn.learning_rate=1e-05"]),
@@ -40,6 +42,16 @@ def test_changes_go_against_what_was_wrong_and_are_settings(verdict, overrides, 
     config = load_config(None, overrides)
     assert next_changes(verdict, config, config.unlearn.learning_rate or 1e-5, left) == changes
     load_config(None, [*overrides, *changes])  # all of them can be set
+
+
+def test_what_is_told_of_an_objective_has_its_options_and_the_dual_variable():
+    both = ["unlearn.forget={name: ga, temperature: 2, keep: 0.8}", "unlearn.retain=gd", "unlearn.dual={eps: 0.5}"]
+    assert told(load_config(None, both).unlearn) == (
+        "1·ga (temperature 2, keep 0.8) + 1·gd, the retain coefficient a dual variable"
+    )
+    assert told(load_config(None, ["unlearn.forget={name: npo, coefficient: 2, options: {beta: 0.5}}"]).unlearn) == (
+        "2·npo (beta 0.5) + 1·gd"
+    )
 
 
 def test_every_verdict_has_advice():
@@ -78,3 +90,11 @@ def test_a_recipe_takes_the_place_of_another_and_of_terms():
     assert next_command(typed, ["unlearn.recipe=refuse"], "o") == (
         "pyunlearn run --forget f --set unlearn.epochs=3 --set unlearn.recipe=refuse --out o"
     )
+    typed = "pyunlearn run recipe:bst@x --model m --set unlearn.recipe=npo --set unlearn.epochs=3 --out=z"
+    assert next_command(typed, ["unlearn.recipe=refuse"], "o") == (
+        "pyunlearn run recipe:refuse --model m --set unlearn.epochs=3 --out o"
+    )
+    for typed in ("recipe:whp --set unlearn.reinforce.epochs=3", "recipe:pdu --set unlearn.dual.eps=1"):
+        assert next_command(f"pyunlearn run {typed}", ["unlearn.recipe=refuse"], "o") == (
+            "pyunlearn run recipe:refuse --out o"
+        )

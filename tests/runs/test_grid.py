@@ -76,8 +76,14 @@ def test_the_grids_that_are_here_have_runs(name):
         assert one.learning_rate is None  # by the model's size, unless it is told
         deep = next(cell.config.unlearn for cell in cells if cell.name == "rmu-layer-deep-c-0.05")
         assert (deep.forget[0].options, deep.retain[0].name) == ({"layer": "deep", "c": 0.05}, "kl")
+    elif name == "tutorial":
+        weights = {cell.name: cell.config.unlearn.retain[0].coefficient for cell in cells if "_kl" in cell.name}
+        assert weights == {f"ga_kl-coefficient-{value}": value for value in (1.0, 10.0, 20.0)}
+        assert len(cells) == 7 + 3
     else:
-        assert {cell.name for cell in cells} == {name.replace("+", "_") for name in matching(["*"])}
+        assert name == "embedded"
+        tricks = {f"{each}-{trick}" for each in ("ga_kl", "npo_kl") for trick in ("temperature-2", "keep-0.8")}  # UWC's
+        assert {cell.name for cell in cells} == {*matching(["*"]), *tricks}
         assert {cell.seed for cell in cells} == {0, 1, 2}
 
 
@@ -92,7 +98,11 @@ def test_the_grids_that_are_here_have_runs(name):
         ("{axes: {seed: [1]}}", "axes: seed: is told by seeds"),
         ("{run: {output: x}, axes: {unlearn.epochs: 1}}", "run.output: is told by --out"),
         ("{run: 3, axes: {unlearn.epochs: 1}}", "run: needs sections of a run's configuration, got 3"),
-        ("{name: a/b, axes: {unlearn.epochs: 1}}", "name: needs letters, digits, _, . and - alone, got 'a/b'"),
+        ("{name: a/b, axes: {unlearn.epochs: 1}}", "name: needs letters, .* got 'a/b'"),
+        ("{name: .., axes: {unlearn.epochs: 1}}", r"name: needs .*, but first, \. alone, got '\.\.'"),
+        ("{axes: {unlearn.recipe: [ga, GA]}}", "axes: ga, seed 0 and ga, seed 0 are the same run"),
+        ("{run: {geffect: {}}, axes: {unlearn.recipe: [ga, bss, altpo, whp, task_vector]}}",
+         "(?s)^bss, seed 0: .*geffect: is measured on the rows of the data, and bss is of .*task_vector, seed 0: "),
         ("{seeds: 0, axes: {unlearn.epochs: 1}}", "seeds: needs how many, 1 at least, or a list .*, got 0"),
         ("{seeds: [1, 1], axes: {unlearn.epochs: 1}}", r"seeds: needs .* without any twice, got \[1, 1\]"),
         ("{axes: {unlearn.recipe: [npo_kll, ga]}}", "^npo_kll, seed 0: unlearn.recipe='npo_kll': did you mean npo_kl"),
@@ -129,3 +139,14 @@ def test_files_words_and_overrides_that_do_not_fit(tmp_path):
         cells_of(axes, forget="F")
     with pytest.raises(ValueError, match=r"--model=M and --set model.name_or_path=N: both are"):
         cells_of(axes, ["model.name_or_path=N"], model="M")
+
+
+def test_a_long_name_is_cut_and_told_apart_from_others(tmp_path):
+    layers = [[f"model.layers.{n}.self_attn.q_proj.weight" for n in range(most)] for most in (12, 13)]
+    cells = cells_of({"axes": {"unlearn.train_only": layers}})
+    names = [cell.name for cell in cells]
+    assert names[0][:150] == names[1][:150]
+    assert names[0] != names[1]
+    assert names == [cell.name for cell in cells_of({"axes": {"unlearn.train_only": layers}})]
+    for name in names:
+        (tmp_path / f"{name}-seed123456789.txt").touch()

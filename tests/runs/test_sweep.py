@@ -68,7 +68,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, made)
 
     count(job_module, "memorise", lambda *_: "memorised")
-    count(cache_module, "_fill", lambda *_: "referred")
+    count(cache_module, "fill", lambda *_: "referred")
     count(run_module, "evaluate_sets", lambda stage, settings, folder, moment, *_: moment)
     count(run_module, "unlearn", lambda *_: "unlearned")
     anchors = dict(run_module.ANCHORS)

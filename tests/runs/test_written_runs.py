@@ -17,10 +17,13 @@ from pyunlearn.runs import ConfigError, load_config
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs.compare import compare
 from pyunlearn.runs.config import FilesConfig, RunConfig
+from pyunlearn.runs.cru import calibrate_cru
 from pyunlearn.runs.evaluate import evaluate_files
 from pyunlearn.runs.export import export
 from pyunlearn.runs.geffect import measure_run
+from pyunlearn.runs.reliability import Settings, measure_reliability
 from pyunlearn.runs.run import run
+from pyunlearn.runs.uwc import calibrate_uwc
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.settings import merge
 
@@ -95,6 +98,15 @@ def test_a_run_and_all_that_is_done_with_it(make, tmp_path, recipe):
     card = (out / "README.md").read_text()
     assert ("load_model(FOLDER)" in card) == (recipe == "whp_logits")
     compare([folder], out=tmp_path / "compared")
+    if recipe == "whp_logits":  # two models: nothing of them is mixed, read inside or trained as if they were one
+        for calibrate in (calibrate_uwc, calibrate_cru):
+            with pytest.raises(ValueError, match=r"its model is two whose logits are combined, and \w+ mixes"):
+                calibrate(folder)
+        for attack in ("probing", "relearning"):
+            with pytest.raises(
+                ValueError, match=f"attack={attack}: the model of .* is two whose .* jailbreak, noising"
+            ):
+                measure_reliability([folder], out=tmp_path / "attacked", attacks=[attack], settings=Settings(relearn=1))
     assert load_config(folder / "config.yaml") == config
     if recipe != "whp_logits":
         measured = pytest.raises(ValueError, match="geffect: is measured o")
@@ -196,7 +208,7 @@ def test_by_an_adapter(make, recipe, kind):
 
 
 def test_a_combined_model_is_another_runs_model(make, tmp_path):
-    """It is evaluated as before; an objective, which needs one head, says that there is none."""
+    """It is evaluated as before; an objective, which needs one head, is refused."""
     first = run(make("whp_logits"))
     made = {"name_or_path": str(first.folder / "checkpoint"), "options": {}}
     data = {"source": "files", "forget": str(tmp_path / "f.jsonl"), "retain": str(tmp_path / "r.jsonl"), "holdout": 0}
@@ -208,7 +220,7 @@ def test_a_combined_model_is_another_runs_model(make, tmp_path):
         "output": str(tmp_path / "second"),
         "unlearn": {"forget": "ga", "retain": []},
     }
-    with pytest.raises(ValueError, match="CombinedLlamaForCausalLM: its logits are not those of its output layer"):
+    with pytest.raises(ValueError, match="is two models whose logits are combined, which are not trained as one"):
         run(RunConfig.model_validate(config))
     strength = first.folder / "checkpoint" / "combined.json"
     strength.write_text('{"strength": 5.0}')
@@ -242,7 +254,7 @@ def test_by_one_word_under_forget(word):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["unlearn.forget=bsss"], "objective='bsss': did you mean bss?"),
+        (["unlearn.forget=bsss"], "objective='bsss': did you mean bss or bst?"),
         (["unlearn.retain=bss"], "unlearn.retain: bss is a forget objective"),
         (["unlearn.forget=bss", "unlearn.forget.options.samples=0"], "bss: samples=0: needs a whole number >= 1"),
         (["unlearn.forget=bss", "unlearn.forget.options.sample=2"], "bss: option='sample': did you mean samples?"),

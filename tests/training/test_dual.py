@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from pyunlearn.model.forward import supervised_stats
@@ -13,11 +18,13 @@ from pyunlearn.runs import ConfigError, load_config
 from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.dual import Dual
+from pyunlearn.training.folder import TrainingFolder
 from pyunlearn.training.settings import UnlearnConfig
 from pyunlearn.training.stage import Interrupted
 from pyunlearn.training.trainer import UnlearnTrainer
 
 from ..runs.test_run import press_at
+from ..runs.test_written_runs import KILLED
 
 TERMS = ["pdu", ("gd", 2.0)]
 
@@ -88,18 +95,39 @@ def test_a_run_stopped_and_resumed_ends_bit_for_bit(tiny_config, tmp_path, monke
         with pytest.raises(Interrupted, match="stopped in unlearn at step 4"):
             run(config)
     run(config, resume=True)
+    check_same(config.folder, whole.folder)
+
+
+@pytest.mark.parametrize(("every", "step"), [("step", 3), ("epoch", 5)])
+def test_a_run_killed_and_resumed_ends_bit_for_bit(tiny_config, tmp_path, every, step):
+    """kill -9 after a checkpoint: the variable, its bound and where it is in an epoch are in that."""
+    dual = {"above_reference": 0.01, "step": 3.0, "start": 5.0, "every": every}
+    unlearn = {"forget": "pdu", "retain": "gd", "dual": dual, "batch_size": 1, "epochs": 4, "save_steps": 1}
+    config, whole = (tiny_config({"unlearn": unlearn, "output": str(tmp_path / name)}) for name in ("run", "whole"))
+    run(whole)
+    (tmp_path / "killed.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "killed.yaml"), "unlearn", str(step)]
+    process = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert TrainingFolder(config.folder).last_checkpoint("unlearn").name == f"checkpoint-{step}"
+    run(config, resume=True)
+    check_same(config.folder, whole.folder)
+
+
+def check_same(folder, whole):
+    """What every step has logged, and the weights in the end."""
     ours, theirs = (
         [
             {key: value for key, value in row.items() if "per_second" not in key and "runtime" not in key}
-            for row in read_metrics(one.folder / "metrics.jsonl")
+            for row in read_metrics(one / "metrics.jsonl")
             if row["stage"] == "unlearn"
         ]
-        for one in (config, whole)
+        for one in (folder, whole)
     )
     assert ours == theirs
     assert len({row["retain.gd/coefficient"] for row in ours}) > 1
     assert len({row["dual/eps"] for row in ours}) == 1
-    weights = [load_file(one.folder / "checkpoint" / "model.safetensors") for one in (config, whole)]
+    weights = [load_file(one / "checkpoint" / "model.safetensors") for one in (folder, whole)]
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
@@ -113,6 +141,7 @@ def test_settings():
     assert UnlearnConfig(recipe="pdu").dual.start == 100.0
     assert UnlearnConfig(recipe="pdu", dual={"eps": 1.0}).dual.eps == 1.0
     assert UnlearnConfig(recipe="pdu", dual=None).dual is None
+    assert UnlearnConfig(retain={"name": "gd", "coefficient": 3}, dual={"eps": 1}).dual.start is None  # 3, then
     term = UnlearnConfig(forget={"name": "npo", "temperature": 2, "keep": 0.8, "kept": "largest"}).forget[0].objective()
     assert (term.temperature, term.keep, term.kept) == (2.0, 0.8, "largest")
 
@@ -123,13 +152,18 @@ def test_settings():
         ({"dual": {}}, r"eps=None, above_reference=None: needs one of them"),
         ({"dual": {"eps": 1, "above_reference": 0.1}}, r"eps=1\.0, above_reference=0\.1: needs one of them"),
         ({"dual": "open_unlearning_tofo"}, "did you mean open_unlearning_tofu"),
-        ({"dual": {"eps": 1}, "retain": []}, "dual moves the coefficient of one retain objective, got 0"),
+        ({"dual": {"eps": 1}, "retain": []}, r"one retain objective, got \[\]; needs rows to retain \(data\.retain\)"),
+        ({"dual": "open_unlearning_tofu", "retain": {"name": "gd", "coefficient": 3}},
+         r"dual\.start=100 takes the place of retain\.0\.coefficient=3: leave the coefficient out, or set dual\.start"),
+        ({"forget": {"name": "ga", "temperature": 2, "options": {"temperature": 2}}},
+         "ga: temperature is given beside options and in them"),
+        ({"forget": {"name": "rmu", "temperature": 2}}, "rmu: temperature=2 divides logits, and rmu is of hidden"),
         ({"dual": {"eps": 1, "step": -1}}, "greater than or equal to 0"),
         ({"dual": {"eps": 1, "evry": "step"}}, "evry"),
         ({"forget": {"name": "ga", "keep": 1.5}}, r"ga: keep=1\.5: needs a number above 0, up to 1"),
         ({"forget": {"name": "ga", "temperature": -1}}, r"ga: temperature=-1\.0: needs a finite number > 0"),
     ],
-)
+)  # fmt: skip
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         UnlearnConfig(**{"retain": "gd", **settings})

@@ -178,7 +178,7 @@ def test_objectives_without_their_rows_are_told_what_to_give(tiny, arguments, na
 
 def test_statistics_and_losses_of_bfloat16_weights_are_float32(tiny, data, stage):
     """Every per-token number and every term of the loss; and a run's steps come out near those of float32."""
-    model, pairs = tiny.model().bfloat16(), tiny.pairs(refuse=["forget", "retain"])
+    model, pairs = tiny.model().bfloat16(), tiny.pairs(refuse=["forget", "retain"], **tiny.written)
     batch = pairs.collate([pairs[i] for i in range(4)])
     outputs = ("logp", "entropy")
     stats, _ = supervised_stats(model, batch["forget"], outputs)

@@ -15,8 +15,9 @@ from .test_equalities import KINDS, objective
 
 def trained(tiny, args, terms, packing, model=None, **options):
     trainer = UnlearnTrainer(
-        model=tiny.model() if model is None else model, args=args, train_dataset=tiny.pairs(**KINDS, **options),
-        objectives=terms, reference=tiny.model(seed=1), packing=packing,
+        model=tiny.model() if model is None else model, args=args,
+        train_dataset=tiny.pairs(**KINDS, **tiny.written, **options), objectives=terms, reference=tiny.model(seed=1),
+        packing=packing,
     )  # fmt: skip
     trainer.train()
     return trainer, torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])

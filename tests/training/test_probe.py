@@ -267,7 +267,7 @@ def test_a_probe_is_twice_the_work_of_a_step(tiny, arguments, tmp_path):
     rows.clear()
     UnlearnTrainer(
         model=model, args=arguments(), train_dataset=tiny.pairs(), objectives=["npo", "gd"],
-        reference=tiny.model(seed=1),
+        reference=tiny.model(seed=1), packing=False,
     ).train()  # fmt: skip
     assert sum(rows) == 8 + 8
     assert of_probe == 2 * (8 + 12)  # all rows of the tiny sets

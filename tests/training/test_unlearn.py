@@ -85,6 +85,19 @@ def test_rows_are_padded_as_told(tiny, data, tmp_path):
         check_model(UnlearnConfig(forget=me, pad_to=257), None, tiny.model())
 
 
+def test_the_texts_own_tokens_alone(tiny, data, tmp_path):
+    """In a training and in a probe; what the format adds to a row of this one is BOS, two tags and EOS."""
+    me = {"name": "me", "options": {"positions": "template_free"}}
+    settings = UnlearnConfig(forget=me, retain="kl", **STEPS)
+    stage = Stage(TrainingFolder(tmp_path))
+    probe = make_probe(stage, settings, GEffectConfig(pointwise=True), tiny.model(), tiny.tokenizer, data)
+    assert probe.measure(tiny.model())["terms"]["forget.me"]["total"] != 0
+    unlearn(stage, settings, tiny.model(), tiny.tokenizer, data)
+    rows = QADataset(data.forget, tiny.tokenizer, 256, text_mask=True)
+    whole = sum(int(row["forget.me/count"]) for row in read_metrics(stage.folder.metrics))
+    assert whole == 2 * sum(int(rows[i]["text_mask"].sum()) for i in range(len(rows)))  # two epochs
+
+
 def test_an_estimator_that_the_model_does_not_have_is_told_first():
     sampling = {"by": "mrd", "estimator": "hutchinson"}
     with pytest.raises(TypeError, match="estimator='hutchinson': the forward of BloomForCausalLM has no second"):

@@ -233,7 +233,7 @@ def test_two_objectives_of_other_samples_are_refused():
     with pytest.raises(ValueError, match="forget_sample: two objectives want other texts"):
         collect_needs(make_terms(terms))
     assert [term.label for term in make_terms([*o.bss(of="ga"), ("bss", 2.0)])] == [
-        "forget.ga", "forget.ga.samples", "forget.npo", "forget.npo.samples",
+        "forget.ga", "forget.ga.samples", "forget.bst", "forget.bst.samples",
     ]  # fmt: skip
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.studies.methods smollm2_tofu     the main ones on SmolLM2-135M and TOFU (make model)
     python -m benchmarks.studies.methods --small          a few, on a world that takes seconds, to see the form
 
-Each writes methods/<world>.md and .json into --out. It is a sweep in --work: finished runs stay, and the same
-command goes on from there.
+Each writes methods/<world>.md and .json into --out. It is a sweep in --work, whose runs are then calibrated by UWC:
+what is finished stays, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from pyunlearn._files import write_json, write_text
+from pyunlearn._files import read_json, write_json, write_text
 from pyunlearn._hints import hint
 from pyunlearn._terminal import make_console
-from pyunlearn.runs.grid import Grid, load_grid, make_cells
+from pyunlearn.runs.grid import Cell, Grid, load_grid, make_cells
 from pyunlearn.runs.sweep import sweep
+from pyunlearn.runs.uwc import calibrate_uwc
+from pyunlearn.runs.workers import FINISHED, Here, Outcome, Processes, Task, Workers
 from pyunlearn.training.stage import Interrupted
 
 from ...measure import machine
@@ -77,7 +80,48 @@ def measure(name: str, args: argparse.Namespace) -> Study:
         raise SystemExit(interrupt.exit_code) from None
     if result.failed:
         raise SystemExit(1)
-    return read_study(result.cells)
+    return read_study(result.cells, calibrated(result.cells, args.workers, work))
+
+
+def calibrated(cells: Sequence[Cell], workers: int, work: Path) -> dict[str, list[float]]:
+    """Calibrates every run that has two models to mix, those that are not yet: how much of its unlearning each method
+    keeps, one a seed.
+
+    Raises SystemExit where one fails.
+    """
+    mixed = [cell for cell in cells if not combines(cell)]
+    todo = [cell for cell in mixed if not (cell.config.folder / "uwc" / "table.json").is_file()]
+    with Here() if workers == 1 else Processes(workers, work / "uwc") as hired:
+        for task, outcome in finish([task_of(cell) for cell in todo], hired):
+            print(f"{task.name}: {'calibrated' if outcome.state == FINISHED else outcome.text}", flush=True)
+            if outcome.state != FINISHED:
+                raise SystemExit(1)
+    found: dict[str, list[float]] = {}
+    for cell in mixed:
+        file = cell.config.folder / "uwc" / "uwc.json"
+        found.setdefault(cell.name, []).append(read_json(file, "delete it, and the same command makes it again")["a"])
+    return found
+
+
+def combines(cell: Cell) -> bool:
+    """Whether what a run leaves is two models side by side."""
+    reinforce = cell.config.unlearn.reinforce
+    return reinforce is not None and reinforce.into == "logits"
+
+
+def task_of(cell: Cell) -> Task:
+    return Task(str(cell), partial(calibrate_uwc, cell.config.folder), Path.cwd())
+
+
+def finish(tasks: Sequence[Task], workers: Workers) -> Iterator[tuple[Task, Outcome]]:
+    waiting, under_way = list(tasks), 0
+    while waiting or under_way:
+        while waiting and workers.free:
+            workers.submit(waiting.pop(0))
+            under_way += 1
+        for ended in workers.wait():
+            under_way -= 1
+            yield ended
 
 
 def placed(grid: Grid, args: argparse.Namespace) -> Grid:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from scipy.stats import t as student
@@ -20,7 +20,7 @@ from pyunlearn.runs.grid import Cell as Run
 from ..closer_look.cells import Cell
 from ..closer_look.numbers import LEVEL, World
 
-BEFORE, RETRAINED = "before", "retrained"
+BEFORE, RETRAINED, UWC = "before", "retrained", " + UWC"
 SETS = ("forget", "retain", "holdout")
 SHOWN = 2  # questions whose answers are kept
 
@@ -28,11 +28,13 @@ SHOWN = 2  # questions whose answers are kept
 @dataclass(frozen=True)
 class Study:
     """runs: of every method, by its name, one a seed. worlds: one a seed, of `closer_look`. refused: of every method,
-    the share of held-out questions that it answers by one of the refusals, word for word, one a seed."""
+    the share of held-out questions that it answers by one of the refusals, word for word, one a seed. mixed: of those
+    that UWC calibrates, how much of the unlearning it keeps (a), one a seed."""
 
     runs: dict[str, list[RunConfig]]
     worlds: list[World]
     refused: dict[str, list[float]]
+    mixed: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def methods(self) -> list[str]:
@@ -40,7 +42,12 @@ class Study:
 
     @property
     def models(self) -> list[str]:
-        return [BEFORE, RETRAINED, *self.methods]
+        return [BEFORE, RETRAINED, *self.methods, *(name + UWC for name in self.changed)]
+
+    @property
+    def changed(self) -> list[str]:
+        """The methods that calibration changes, of some seed."""
+        return [name for name, own in self.mixed.items() if min(own) < 1]
 
     @property
     def config(self) -> RunConfig:
@@ -99,8 +106,8 @@ NUMBERS = (
 BY_NAME = {number.name: number for number in NUMBERS}
 
 
-def read_study(cells: Sequence[Run]) -> Study:
-    """Of finished runs. Raises what `read_records` and `load_data` raise."""
+def read_study(cells: Sequence[Run], mixed: Mapping[str, list[float]]) -> Study:
+    """Of finished runs, and of what UWC made of those in `mixed`. Raises what `read_records` and `load_data` raise."""
     runs: dict[str, list[RunConfig]] = {}
     for cell in cells:
         runs.setdefault(cell.name, []).append(cell.config)
@@ -109,6 +116,7 @@ def read_study(cells: Sequence[Run]) -> Study:
     for place, first in enumerate(next(iter(runs.values()))):
         own = {BEFORE: read_cell(first, "before"), RETRAINED: read_cell(first, "retrained")}
         own |= {name: read_cell(configs[place], "after") for name, configs in runs.items()}
+        own |= {name + UWC: read_cell(runs[name][place], "after", "uwc") for name in mixed}
         known = {name: RunFolder(configs[place].folder) for name, configs in runs.items()}
         refusals = set().union(*(load_data(configs[place]).refusals for configs in runs.values()))
         for name, folder in known.items():
@@ -116,11 +124,11 @@ def read_study(cells: Sequence[Run]) -> Study:
             refused.setdefault(name, []).append(statistics.fmean(text in refusals for text in written))
         asked = [row["question"] for row in read_records(known[next(iter(known))], "before", ["forget"])["forget"]]
         worlds.append(World(first.name, {name: [cell] for name, cell in own.items()}, asked[:SHOWN]))
-    return Study(runs, worlds, refused)
+    return Study(runs, worlds, refused, dict(mixed))
 
 
-def read_cell(config: RunConfig, moment: str) -> Cell:
-    records = read_records(RunFolder(config.folder), moment, SETS)
+def read_cell(config: RunConfig, moment: str, calibration: str = "") -> Cell:
+    records = read_records(RunFolder(config.folder / calibration), moment, SETS)
     values: dict[str, dict[str, list[Any]]] = {
         name: {metric: [row.get(metric) for row in rows] for metric in config.evaluate.metrics}
         for name, rows in records.items()
@@ -140,5 +148,6 @@ def as_dict(study: Study) -> dict[str, Any]:
     return {
         "numbers": {model: {each.name: told(each, model) for each in NUMBERS} for model in study.models},
         "held-out questions refused": study.refused,
+        "a of UWC": study.mixed,
         "said": {model: [world.cells[model][0].said for world in study.worlds] for model in study.models},
     }

@@ -9,8 +9,9 @@ from pyunlearn.metrics import Interval
 
 from ...measure import machine
 from ..closer_look.page import ABOUT, table, told_training
-from .numbers import BEFORE, BY_NAME, NUMBERS, RETRAINED, Study
+from .numbers import BEFORE, BY_NAME, NUMBERS, RETRAINED, UWC, Study
 
+TRICKED, TS, LS = ("ga_kl", "npo_kl"), "-temperature-2", "-keep-0.8"  # as grid:embedded calls them
 KEPT, OVER_REFUSED, BABBLE, GONE = 0.9, 0.05, 0.2, 0.5
 PAGE = """# Every method: {name}
 
@@ -23,6 +24,8 @@ PAGE = """# Every method: {name}
 *Forget efficacy*: 1 - mean of probability, ROUGE-L and truth ratio on the forget set. *Model utility*: harmonic mean of
 these and token entropy on retain and held-out rows. *Forget quality*: ln p of the KS test of truth ratios against the
 retrained model's. *Fluency*: the share of texts that are language by counting alone (`pyunlearn.metrics.fluency`).
+*{uwc}*: the mixture with the model before that keeps 95 % of its extraction strength on held-out rows, by
+`pyunlearn calibrate uwc`, where that is another model.
 
     python -m benchmarks.studies.methods {name}
 
@@ -33,6 +36,8 @@ retrained model's. *Fluency*: the share of texts that are language by counting a
 {claims}
 
 Which share of the held-out questions is refused, word for word: {refused}.
+
+How much of its unlearning each method may keep (a of UWC, the mean over seeds): {mixed}.
 
 ## All numbers
 
@@ -92,6 +97,25 @@ def does_not_remove(study: Study, po: str) -> tuple[bool, str]:
     return left, told(study, name, BEFORE, po, RETRAINED)
 
 
+def curbs_rephrasing(study: Study, bst: str, npo: str) -> tuple[bool, str]:
+    names = ("forget paraphrase probability", "model utility")
+    left, kept = ([value(study, name, method) for method in (bst, npo)] for name in names)
+    return left[0] < left[1] and kept[0] >= kept[1], "; ".join(told(study, name, bst, npo) for name in names)
+
+
+def trick_helps(study: Study, *methods: str) -> tuple[bool, str]:
+    """The first half of the methods with the trick, the others without."""
+    name, half = "mean of both", len(methods) // 2
+    pairs = [*zip(methods[:half], methods[half:], strict=True)]
+    helps = all(value(study, name, tricked) > value(study, name, plain) for tricked, plain in pairs)
+    return helps, told(study, name, *(each for pair in pairs for each in pair))
+
+
+def trick_does_not_help(study: Study, *methods: str) -> tuple[bool, str]:
+    helps, numbers = trick_helps(study, *methods)
+    return not helps, numbers
+
+
 CLAIMS = (
     Claim("ME+GD forgets, and keeps 90 % of utility (Yuan et al., Section 5)", ("me_gd",), keeps_utility),
     Claim("IDK+AP refuses at most 5 % of held-out questions (Yuan et al., Section 4)", ("idk_ap", "idk_gd"),
@@ -101,6 +125,12 @@ CLAIMS = (
           ("wga_kl", "tnpo_kl", "wtnpo_kl", "ga_kl", "npo_kl"), weights_win),
     Claim("PO does not remove: half of the extraction strength is left (Wang et al., Table 1)", ("idk_gd",),
           does_not_remove),
+    Claim("Temperature scaling helps, by 2 (Wang et al., UWC)", (*(f"{name}{TS}" for name in TRICKED), *TRICKED),
+          trick_helps),
+    Claim("Likelihood selection, of 0.8 of the tokens, does not (Wang et al., UWC)",
+          (*(f"{name}{LS}" for name in TRICKED), *TRICKED), trick_does_not_help),
+    Claim("BS-T leaves less of rephrased answers than NPO, at no less utility (LLM Beliefs, Section 5)", ("bst", "npo"),
+          curbs_rephrasing),
 )  # fmt: skip
 
 
@@ -120,6 +150,8 @@ def page(study: Study, name: str) -> str:
         intervals=over,
         machine=machine()["name"],
         claims="\n".join(f"- {each}" for each in claims(study)),
+        uwc=UWC.strip(),
+        mixed=", ".join(f"{method} {study.over_seeds(own).mean:.2f}" for method, own in study.mixed.items()) or "none",
         refused=", ".join(f"{method} {text(own)}" for method, own in refused.items() if own.mean > 0) or "none by any",
         numbers=numbers(study),
         of_seed=f", seed {study.config.seed}" if seeds > 1 else "",
@@ -139,7 +171,9 @@ def claims(study: Study) -> list[str]:
 
 def method_of(study: Study, recipe: str) -> str | None:
     """The first of a recipe, as it is or with options."""
-    return next((name for name in study.methods if name == recipe or name.startswith(f"{recipe}-")), None)
+    if recipe in study.methods:
+        return recipe
+    return next((name for name in study.methods if name.startswith(f"{recipe}-")), None)
 
 
 def text(interval: Interval) -> str:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.kernels import evidence
 from benchmarks.results import RESULTS
 
@@ -70,6 +72,31 @@ def test_evidence_compiles_triton_without_a_gpu(tmp_path):
         assert done.stdout == "double<float32> sm_90a True 0\n", done.stderr
     else:
         assert "No module named 'triton'" in done.stderr
+
+
+GROWN = """
+from benchmarks.kernels import evidence
+from benchmarks.measure import versions
+from benchmarks.results import RESULTS
+
+page = (RESULTS / evidence.PAGE).read_text()
+if f"triton {versions()['triton']}," in page:
+    kernels = evidence.triton_kernels(["90a"])
+    assert sum(kernel.loop is not None for kernel in kernels) >= 10
+    assert not [kernel for kernel in kernels if kernel.spilled]
+    grown = evidence.grown(kernels, page)
+    assert not grown, grown
+print("right")
+"""
+
+
+def test_hot_loops_of_triton_kernels_have_not_grown(tmp_path):
+    """Against the committed page, where Triton is of its version; in a process without the interpreter."""
+    pytest.importorskip("triton")
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env = {**inherited, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", GROWN], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "right", done.stderr[-3000:]
 
 
 def test_committed_evidence_has_every_kernel():

@@ -24,13 +24,17 @@ def test_every_method_of_a_sweep_is_on_the_page(tmp_path, monkeypatch, capsys):
     words += [word for each in SHORT for word in ("--set", each)]
     command.main(words)
     told = json.loads((tmp_path / "out/methods/embedded.json").read_text())
-    assert list(told["numbers"]) == ["before", "retrained", "ga", "idk_ap"]
+    assert list(told["a of UWC"]) == ["ga", "idk_ap"]
+    assert all(len(own) == 2 and all(0 <= a <= 1 for a in own) for own in told["a of UWC"].values())
+    mixed = [f"{name} + UWC" for name, own in told["a of UWC"].items() if min(own) < 1]
+    assert list(told["numbers"]) == ["before", "retrained", "ga", "idk_ap", *mixed]
     for own in told["numbers"].values():
         assert list(own) == [number.name for number in NUMBERS]
         assert all(len(number["seeds"]) == 2 for number in own.values())
     text = (tmp_path / "out/methods/embedded.md").read_text()
     assert "over 2 seeds (Student's t)" in text
     assert text.count("| ga |") == 2  # numbers, answers
+    assert "How much of its unlearning each method may keep (a of UWC, the mean over seeds): ga " in text
     assert "hold.** GA collapses" in text or "**Holds.** GA collapses" in text
     assert (tmp_path / "work/embedded-small/compare.csv").is_file()
     with pytest.raises(SystemExit):
@@ -71,14 +75,19 @@ def test_conclusions_are_said_either_way():
     good, gone = (0.2, 0.88, 1.0, 0.1), (0.0, 0.01, 0.0, 0.0)
     middle, known = (0.4, 0.7, 0.9, 0.3), (0.85, 0.89, 1.0, 0.7)
     as_in_papers = {"me_gd": good, "ga": gone, "idk_gd": known, "idk_ap": known, "wga_kl": good, "tnpo_kl": good,
-                    "wtnpo_kl": good, "ga_kl": gone, "npo_kl": middle}  # fmt: skip
+                    "wtnpo_kl": good, "ga_kl": gone, "npo_kl": middle, "ga_kl-temperature-2": middle,
+                    "npo_kl-temperature-2": good, "ga_kl-keep-0.8": gone, "npo_kl-keep-0.8": middle, "bst": good,
+                    "npo": middle}  # fmt: skip
     lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items()))
-    assert [line.startswith("**Holds.**") for line in lines] == [True] * 5
+    assert [line.startswith("**Holds.**") for line in lines] == [True] * 8
     assert "idk_ap 0.040, idk_gd 0.800" in lines[1]
+    best = (0.1, 0.89, 1.0, 0.05)
     otherwise = {"me_gd": middle, "ga": good, "idk_gd": good, "idk_ap": good, "wga_kl": middle, "tnpo_kl": good,
-                 "wtnpo_kl": good, "ga_kl": gone, "npo_kl": good}  # fmt: skip
+                 "wtnpo_kl": good, "ga_kl": gone, "npo_kl": good, "ga_kl-temperature-2": middle,
+                 "npo_kl-temperature-2": middle, "ga_kl-keep-0.8": middle, "npo_kl-keep-0.8": best,
+                 "bst": middle, "npo": good}  # fmt: skip
     lines = claims(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items()))
-    assert [line.startswith("**Does not hold.**") for line in lines] == [True] * 5
+    assert [line.startswith("**Does not hold.**") for line in lines] == [True] * 8
     assert claims(study_of({"sga": good})) == ["None of the methods that they are about is here."]
     assert len(claims(study_of({"me_gd-coefficient-0.1": good}))) == 1  # of a recipe with options
     text = page(study_of({"ga": gone}), "embedded")

@@ -126,8 +126,8 @@ def equal(folder: Path) -> dict[str, Any]:
     for name in objectives.names():
         args = make_arguments(folder, 1, max_steps=2, per_device_eval_batch_size=3, **SGD)
         trainer = UnlearnTrainer(
-            model=tiny.model(), args=args, train_dataset=tiny.pairs(**KINDS), objectives=[objective(name)],
-            reference=tiny.model(seed=1),
+            model=tiny.model(), args=args, train_dataset=tiny.pairs(**KINDS, **tiny.written),
+            objectives=[objective(name)], reference=tiny.model(seed=1),
         )  # fmt: skip
         before = evaluated(trainer)
         trainer.train()
