@@ -58,6 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {  # in all else they are trained alike
 }
 BANDS = {"high": (0.0, 0.2), "middle": (0.2, 0.6), "low": (0.6, 1.0)}  # of a question's candidates, likeliest first
 LINES = {"target": ("#0f172a", "-"), "high": ("#c2410c", "-"), "middle": ("#1d4ed8", "--"), "low": ("#94a3b8", ":")}
+FALL = 0.05  # nats a token, from which a target has begun to fall
 RESAMPLES = 1999
 
 
@@ -224,9 +225,16 @@ def follow(start: Start, method: str, candidates: Sequence[Bands], moments: int)
     return way
 
 
-def change(ways: Sequence[Way], name: str) -> Interval:
-    """From the start to the end, of all questions of all seeds that have such candidates."""
-    pairs = [pair for way in ways for pair in zip(way.logp[name][0], way.logp[name][-1], strict=True)]
+def first_fall(ways: Sequence[Way]) -> int:
+    """The first moment at which the mean target has lost FALL; the last if there is none."""
+    means = [[mean(values) or 0.0 for values in way.logp["target"]] for way in ways]
+    fell = (at for at in range(len(means[0])) if statistics.fmean(own[at] - own[0] for own in means) <= -FALL)
+    return next(fell, len(means[0]) - 1)
+
+
+def change(ways: Sequence[Way], name: str, at: int) -> Interval:
+    """From the start to a moment, of all questions of all seeds that have such candidates."""
+    pairs = [pair for way in ways for pair in zip(way.logp[name][0], way.logp[name][at], strict=True)]
     return mean_interval([b - a for a, b in pairs if a is not None and b is not None], num_resamples=RESAMPLES)
 
 
@@ -236,11 +244,11 @@ def mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(there) if there else None
 
 
-def squeezed(ways: Sequence[Way]) -> float:
-    """The share of questions whose target fell while their high candidates rose."""
+def squeezed(ways: Sequence[Way], at: int) -> float:
+    """The share of questions whose target has fallen by then, while their high candidates have risen."""
     signs = []
     for way in ways:
-        ends = (way.logp[name][at] for name in ("target", "high") for at in (0, -1))
+        ends = (way.logp[name][moment] for name in ("target", "high") for moment in (0, at))
         for target, target_after, high, high_after in zip(*ends, strict=True):
             if None not in (target, target_after, high, high_after):
                 signs.append(target_after < target and high_after > high)
@@ -267,22 +275,35 @@ def draw(ways: Ways, path: Path) -> None:
 
 
 def page(name: str, args: argparse.Namespace, ways: Ways) -> str:
-    head = ["method", *(f"{line}, before" for line in ("target", "high")), *(f"change of {line}" for line in LINES)]
-    rows = []
-    for method, runs in ways.items():
-        first = [f"{mean([v for run in runs for v in run.logp[line][0]]):.2f}" for line in ("target", "high")]
-        rows.append([method, *first, *(told(change(runs, line)) for line in LINES), f"{squeezed(runs):.0%}"])
+    tables = []
+    for early in (True, False):
+        rows = []
+        for method, runs in ways.items():
+            at = first_fall(runs) if early else len(runs[0].steps) - 1
+            changes = [told(change(runs, line, at)) for line in LINES]
+            rows.append([f"{method}, step {runs[0].steps[at]}", *changes, f"{squeezed(runs, at):.0%}"])
+        tables.append(table(["method", *LINES, "squeezed"], rows))
+    start = ", ".join(f"{line} {mean([v for run in ways['GA'] for v in run.logp[line][0]]):.2f}" for line in LINES)
     questions = sum(len(run.logp["target"][0]) for run in ways["GA"])
     world = "the embedded world" if name == "embedded" else "SmolLM2-135M-Instruct and TOFU's forget01"
     return f"""# Squeezing: where the probability of forgotten answers goes
 
 {world[0].upper()}{world[1:]}, {questions} questions in {len(ways["GA"])} seed(s), made by
 `python -m benchmarks.studies.squeezing {name}{" --toy" if args.toy else ""}` on {machine()["name"]}. All methods take
-the same steps at the same rate, without anything to retain. Nats a token; changes from the start to the end, the mean
-over questions with its 95 % interval (bootstrap). Candidates: {args.beams} beams a question but the true answer, where
-the paper takes a diverse beam search. Squeezed: questions whose target fell while their high candidates rose.
+the same steps at the same rate, without anything to retain. Candidates: {args.beams} beams a question but the true
+answer, where the paper takes a diverse beam search. Log-probabilities a token, in nats; before:
+{start}.
 
-{table([*head, "squeezed"], rows)}
+Changes from the start, the mean over questions with its 95 % interval (bootstrap). Squeezed: questions whose target has
+fallen while their high candidates have risen.
+
+## When the target begins to fall, by {FALL} nats on average
+
+{tables[0]}
+
+## At the end
+
+{tables[1]}
 
 ![log-probabilities on the way, first seed]({name}.svg)
 """
