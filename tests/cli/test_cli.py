@@ -96,7 +96,7 @@ def test_a_sweep_is_planned_run_and_compared(call, tmp_path):
     code, text, _ = call("sweep", "grid.yaml")
     assert code == 0
     assert re.search(r"done npo_kl, seed 0: forget probability 0\.\d+ -> 0\.\d+, holdout probability", text)
-    assert re.search(r"\Wnpo_kl\W+1\W+0\.\d+", text)
+    assert re.search(r"\Wnpo_kl\W+1\W+there was nothing to forget\W+0\.\d+", text)
     assert "runs/small/compare.csv" in text
     code, text, _ = call("sweep", "grid.yaml", "--plan")
     assert "2 runs from 1 start; 2 finished" in text

@@ -61,7 +61,8 @@ def test_two_processes_train_every_objective_as_one(tiny, arguments, tmp_path):
     for name in objectives.names():
         trainer = UnlearnTrainer(
             model=tiny.model(), args=arguments(max_steps=2, per_device_train_batch_size=4),
-            train_dataset=tiny.pairs(**KINDS), objectives=[objective(name)], reference=tiny.model(seed=1),
+            train_dataset=tiny.pairs(**KINDS, **tiny.written), objectives=[objective(name)],
+            reference=tiny.model(seed=1),
         )  # fmt: skip
         before = evaluated(trainer)
         trainer.train()
