@@ -62,16 +62,18 @@ template <class R, class F> PU_FN F load_as(const R* p, int64_t n, F) {
   }
 }
 
-// Reference logits, in a dtype of their own. `T` is the logits', which most have.
-template <class T> struct Reference {
+// Reference logits. kAlike: in the dtype T of the logits, which is not asked for at every load; else in their own.
+template <class T, bool kAlike> struct Reference {
   using F = typename LaneOf<T>::type;
   const void* data;
   DType dtype;
-  bool alike;
-  explicit PU_FN Reference(const Piece& piece)
-      : data(piece.r), dtype(piece.ref_dtype), alike(piece.dtype == piece.ref_dtype) {}
-  PU_FN F load_lanes(int64_t i, int64_t n = Lane<F>::count) const {
-    if (alike) return load_as(static_cast<const T*>(data) + i, n, F{});
+  explicit PU_FN Reference(const Piece& piece) : data(piece.r), dtype(piece.ref_dtype) {}
+  PU_FN F load_lanes(int64_t i) const {
+    if constexpr (kAlike) return load(static_cast<const T*>(data) + i);
+    else return load_lanes(i, Lane<F>::count);
+  }
+  PU_FN F load_lanes(int64_t i, int64_t n) const {
+    if constexpr (kAlike) return load_as(static_cast<const T*>(data) + i, n, F{});
     switch (dtype) {
       case DType::kFloat32: return load_as(static_cast<const float*>(data) + i, n, F{});
       case DType::kBFloat16: return load_as(static_cast<const BFloat16*>(data) + i, n, F{});
@@ -92,7 +94,7 @@ PU_FN double keep(double v, int64_t n, int64_t without, double otherwise) {
 
 // ---- accumulate ---------------------------------------------------------------------------------------------------
 
-template <class T, unsigned kWants, bool kSoftcap>
+template <class T, unsigned kWants, bool kSoftcap, bool kAlike = true>
 void accumulate_piece(const Transform& transform, const Piece& piece, bool greedy, void* state) {
   using F = typename LaneOf<T>::type;
   using A = typename Lane<F>::Scalar;
@@ -100,7 +102,7 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   constexpr bool kReference = kWants & kReferenceSums;
   constexpr int G = 16;  // vectors between looks at the running maximum, and in the first level of the sums
   const T* x = static_cast<const T*>(piece.x);
-  const Reference<T> r(piece);
+  const Reference<T, kAlike> r(piece);
   const Curve<A> curve(transform);
   const int64_t n = piece.n, target = piece.target - piece.first;
   RowState<F> s = RowState<F>::empty(F{});
@@ -170,7 +172,7 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
 
 // ---- gradient -----------------------------------------------------------------------------------------------------
 
-template <class T, bool kLogs, bool kReference, bool kSoftcap>
+template <class T, bool kLogs, bool kReference, bool kSoftcap, bool kAlike = true>
 void gradient_piece(const Transform& transform, const Piece& piece, const void* coefficients, const Belief& belief,
                     void* out) {
   using F = typename LaneOf<T>::type;
@@ -178,7 +180,7 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   constexpr int L = Lane<F>::count;
   constexpr int kMaxFixed = 257;  // lanes set apart: the target and the top k
   const T* x = static_cast<const T*>(piece.x);
-  const Reference<T> r(piece);
+  const Reference<T, kAlike> r(piece);
   T* dx = static_cast<T*>(out);
   const Curve<A> curve(transform);
   // a copy: what is stored to dx cannot change it
@@ -263,7 +265,8 @@ void accumulate(const Transform& t, const Piece& p, unsigned wants, bool greedy,
     with_flag(t.softcap > 0, [&](auto softcap) {
       using T = decltype(like);
       constexpr bool S = decltype(softcap)::value;
-      if (p.r) accumulate_piece<T, kEverything, S>(t, p, greedy, state);
+      if (p.r && p.ref_dtype != p.dtype) accumulate_piece<T, kEverything, S, false>(t, p, greedy, state);
+      else if (p.r) accumulate_piece<T, kEverything, S>(t, p, greedy, state);
       else if (wants & ~kShifted) accumulate_piece<T, kMoments, S>(t, p, greedy, state);
       else if (wants) accumulate_piece<T, kShifted, S>(t, p, greedy, state);
       else accumulate_piece<T, 0, S>(t, p, greedy, state);
@@ -276,7 +279,8 @@ void gradient(const Transform& t, const Piece& p, const void* c, int kind, const
     with_flag(t.softcap > 0, [&](auto softcap) {
       using T = decltype(like);
       constexpr bool S = decltype(softcap)::value;
-      if (kind == 2) gradient_piece<T, true, true, S>(t, p, c, belief, out);
+      if (kind == 2 && p.ref_dtype != p.dtype) gradient_piece<T, true, true, S, false>(t, p, c, belief, out);
+      else if (kind == 2) gradient_piece<T, true, true, S>(t, p, c, belief, out);
       else if (kind == 1) gradient_piece<T, true, false, S>(t, p, c, belief, out);
       else gradient_piece<T, false, false, S>(t, p, c, belief, out);
     });
