@@ -28,8 +28,8 @@ from pyunlearn.data.tiny import train_tokenizer
 from pyunlearn.geffect import gradient_of, pointwise_g_effect
 from pyunlearn.metrics import Kept, read_rows
 from pyunlearn.model.forward import supervised_hidden, supervised_stats
+from pyunlearn.model.packing import PACKED, Packing
 from pyunlearn.model.reference import AdapterOff
-from pyunlearn.model.tree import PACKED, Packing
 
 from .model.test_packed import make_rows
 from .model.zoo import V, make

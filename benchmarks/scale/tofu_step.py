@@ -38,7 +38,7 @@ from pyunlearn.data import QA, ForgetRetainDataset, QADataset, load_qa
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.model.compiled import Compiling
 from pyunlearn.model.load import load_model
-from pyunlearn.model.tree import Packing
+from pyunlearn.model.packing import Packing
 from pyunlearn.training.terms import TermLosses, count_items
 
 from ..measure import commit, machine, peak_bytes, release, synchronize, versions

@@ -27,7 +27,7 @@ from pyunlearn.runs import RunConfig, load_config
 from pyunlearn.runs.job import Job, first_model
 from pyunlearn.store import Store
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.unlearn import unlearn
 

@@ -39,7 +39,7 @@ from pyunlearn.runs import load_config
 from pyunlearn.store import Store
 from pyunlearn.training.callbacks import Evaluations
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Interrupted
 from pyunlearn.training.unlearn import unlearn
 

@@ -145,8 +145,8 @@ def evaluate(
             "judge": None if judge is None else {"url": judge, "model": judge_model},
         }  # fmt: skip
         if suite is None:
-            from ..runs.config import FilesConfig
             from ..runs.evaluate import evaluate_files
+            from ..runs.files_config import FilesConfig
 
             with problems_told():
                 files = FilesConfig.of(
@@ -156,7 +156,7 @@ def evaluate(
                 )  # fmt: skip
             evaluate_files(files, out=out, console=console, command=command)
         else:
-            from ..runs.config import SuiteConfig
+            from ..runs.files_config import SuiteConfig
             from ..runs.suite import evaluate_suite_files
 
             logs = {key: log for key, log in (("retain", retain_log), ("full", full_log)) if log is not None}

@@ -15,7 +15,7 @@ def metrics(debug: Debug = False) -> None:
     """List the metrics: what each measures, what it needs, and its options with their defaults; and the suites."""
     with clean_errors(debug):
         from ..metrics import METRICS, SUITES
-        from ..runs.config import BENCHMARKS
+        from ..runs.files_config import BENCHMARKS
 
         title = "evaluate.metrics=[NAME, ...], evaluate.options.NAME.OPTION=...; a tool in brackets may be left out"
         needs = (

@@ -80,7 +80,7 @@ def score(
     """
     with clean_errors(debug):
         from ..runs import load_config
-        from ..runs.config import FilesConfig
+        from ..runs.files_config import FilesConfig
         from ..runs.overrides import problems_told
         from ..runs.request import check_pair, columns_of, of_source, prompt_of
         from ..runs.score import score as score_job

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .. import objectives
 from .._hints import check_known
 from ..model.forward import IGNORE_INDEX
-from ..training.settings import TermConfig
+from ..training.method import TermConfig
 from ..training.terms import TermLosses, count_items
 
 PREFIX = "pyunlearn_"

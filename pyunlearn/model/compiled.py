@@ -20,7 +20,7 @@ from .._declined import decline
 from .causal_lm import CausalLM
 from .forward import supervised_hidden
 from .packed import WINDOWS
-from .tree import Packing, tolerance_of
+from .packing import Packing, tolerance_of
 
 COMPILED = "compiled blocks"  # the optimisation, for those told that it is not used
 TRIED = ((8, 56), (6, 47))  # rows and tokens of the batch that graphs are made on, and of one that they have to serve

@@ -22,7 +22,7 @@ from .cache import ReferenceCache
 from .causal_lm import CausalLM, eval_mode
 from .forward import PADDED, Layer, Positions, Supervised, select_positions, supervised_hidden, widest
 from .head import Head, head_stats
-from .tree import Packing
+from .packing import Packing
 
 Batch: TypeAlias = Mapping[str, Tensor]
 

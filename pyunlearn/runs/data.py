@@ -21,7 +21,8 @@ from ..data.qa import read_qa
 from ..metrics import get_suite
 from ..model.load import EMBEDDED
 from ..training.unlearn import UnlearnData
-from .config import BENCHMARKS, FilesConfig, RunConfig, SuiteConfig
+from .config import RunConfig
+from .files_config import BENCHMARKS, FilesConfig, SuiteConfig
 from .sections import DataConfig, SourceConfig
 
 

@@ -18,11 +18,11 @@ from .._terminal import print_table, visible
 from ..data import QA
 from ..metrics import EvaluationResult, Kept, cache_folder, evaluate, mean_interval
 from ..training.stage import Stage
-from .config import FilesConfig
+from .evaluate_config import EvaluateConfig
+from .files_config import FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
 from .outputs import check_records_file
-from .sections import EvaluateConfig
 from .table import RESAMPLES
 from .tools import load_tools
 

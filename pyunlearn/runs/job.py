@@ -29,8 +29,9 @@ from ..training.generic import read_anchors
 from ..training.selection import trained_names
 from ..training.stage import Interrupted, Stage, training_arguments
 from ..training.unlearn import check_model, memorise, rows_trained, to_memorise
-from .config import FilesConfig, RunConfig
+from .config import RunConfig
 from .data import RunData, load_data
+from .files_config import FilesConfig
 from .fingerprint import fingerprints
 from .folder import MARK, WAYS_OUT, RunFolder
 from .lock import held

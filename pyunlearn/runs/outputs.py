@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .._files import check_writable
 from ..store import belongs
-from .config import FilesConfig, RunConfig, SuiteConfig
+from .config import RunConfig
+from .files_config import FilesConfig, SuiteConfig
 from .folder import SCORE_FILES, RunFolder, is_run_file
 
 NUMBERS = "numbers.json"  # of an evaluation by a suite, which is known by it

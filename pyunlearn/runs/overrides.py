@@ -14,7 +14,8 @@ from pydantic import BaseModel, ValidationError
 
 from .._hints import hint, near
 from ..recipes import recipe
-from ..training.settings import DEFAULT_TERMS, merge
+from ..training.method import DEFAULT_TERMS
+from ..training.settings import merge
 from .config import ConfigError, RunConfig, as_meant, defaults_of, lacks_retain
 
 QUOTED = r"'([^']*)'"

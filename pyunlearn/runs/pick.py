@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_folder
-from .sections import PickConfig
+from .evaluate_config import PickConfig
 from .verdict import Summaries, utility_set
 
 

@@ -21,8 +21,9 @@ from .._files import read_json, write_json
 from ..data import Prompt
 from ..model.load import EMBEDDED
 from ..training.settings import TrainingConfig
-from .config import FilesConfig, RunConfig
+from .config import RunConfig
 from .data import RunData
+from .files_config import FilesConfig
 from .folder import RunFolder, versions
 from .sections import DataConfig, ModelConfig, SourceConfig
 

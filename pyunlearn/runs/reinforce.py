@@ -10,7 +10,8 @@ from ..model.arithmetic import negate, negate_adapter
 from ..model.combined import make_combined
 from ..model.lora import add_adapter, count_parameters, merge, read_adapter
 from ..training.callbacks import read_metrics
-from ..training.settings import ReinforceConfig, TermConfig, UnlearnConfig
+from ..training.method import TermConfig, UnlearnConfig
+from ..training.settings import ReinforceConfig
 from ..training.stage import Stage
 from ..training.unlearn import Unlearned, reinforce
 from .config import RunConfig

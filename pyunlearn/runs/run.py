@@ -27,12 +27,13 @@ from .advice import next_changes, next_command
 from .anchors import ANCHORS
 from .config import RunConfig
 from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
+from .evaluate_config import PickConfig
 from .folder import RunFolder, config_text
 from .job import Job, adapters_base, first_model, loaded, save
 from .pick import copy_model, pick_step, told_pick
 from .provenance import Attempt, describe, keep_attempt, read_attempts
 from .reinforce import arithmetic, make_reinforced, reinforced_model, reinforcement, told
-from .sections import ModelConfig, PickConfig
+from .sections import ModelConfig
 from .table import cell, columns, make_table, table_markdown
 from .tools import load_tools
 from .verdict import check_goals, reach_verdict

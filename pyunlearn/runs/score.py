@@ -21,7 +21,8 @@ from ..mrd import LABELS, Labels, MRDResult, check_arguments, mrd, scored_rows
 from ..mrd.characteristics import text_characteristics
 from ..report.score import all_checks, render_score_report, scored_part
 from ..store import OthersFolder
-from .config import FilesConfig, RunConfig
+from .config import RunConfig
+from .files_config import FilesConfig
 from .job import Job, first_model
 from .outputs import check_score_files, score_files
 from .provenance import Attempt, describe

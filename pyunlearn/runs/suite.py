@@ -10,8 +10,8 @@ from rich.table import Table
 from .._files import write_json
 from .._terminal import print_table, shown, visible
 from ..metrics import Number, SuiteResult, cache_folder, evaluate_suite, read_log, write_log
-from .config import SuiteConfig
 from .evaluate import check_cache
+from .files_config import SuiteConfig
 from .job import Job, first_model
 from .outputs import NUMBERS, check_suite_files
 from .tools import load_models

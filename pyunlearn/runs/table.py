@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics import Interval, difference_interval, mean_interval
-from .sections import ANCHORS
+from .evaluate_config import ANCHORS
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record a sample

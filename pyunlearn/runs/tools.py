@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..metrics import Classifier, Embedder, Endpoint, cache_folder, get_metric
-from .sections import EndpointConfig, EvaluateConfig
+from .evaluate_config import EndpointConfig, EvaluateConfig
 
 
 def load_tools(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .sections import GoalConfig
+from .evaluate_config import GoalConfig
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
 NOTHING = "there was nothing to forget"

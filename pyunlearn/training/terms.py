@@ -15,8 +15,8 @@ from ..model.causal_lm import CausalLM
 from ..model.fingerprint import dataset_fingerprint
 from ..model.forward import Layer, Supervised, select_positions, supervised_hidden, widest
 from ..model.head import head_stats
+from ..model.packing import Packing
 from ..model.reference import Cached, Reference, Source, as_references
-from ..model.tree import Packing
 from ..objectives import Objective, Samples, TokenInputs
 from ..objectives.reduction import Selection
 from ..ops.contract import NEEDS_REFERENCE

@@ -20,8 +20,8 @@ from ..data import collate
 from ..model.causal_lm import eval_mode
 from ..model.compiled import Compiling
 from ..model.forward import layer_number, length_batches
+from ..model.packing import Packing
 from ..model.reference import Live, Source, check_apart
-from ..model.tree import Packing
 from .arguments import check_arguments, check_router
 from .as_found import left_as_found
 from .dual import Dual
@@ -56,7 +56,7 @@ class UnlearnTrainer(TermLosses, Trainer):
     `pyunlearn.model.reference.AdapterOff(model)`. sampler: draws the forget rows of every step (in full batches, with
     replacement) in place of one shuffled pass an epoch; the train_dataset must be a ForgetRetainDataset. dual: moves
     the coefficient of the retain objective, of which there is then one. packing: the batches of a step go through the
-    model together, without padding, what their rows begin with once (`pyunlearn.model.tree`), where a trial in the
+    model together, without padding, what their rows begin with once (`pyunlearn.model.packing`), where a trial in the
     first step shows that the model says the same of them; `trainer.packing.declined` says why it does not.
     compile: forwards that need gradients, and their backwards, run the blocks as torch.compile makes them
     (`pyunlearn.model.compiled`), where a trial before the first step shows that they say the same;

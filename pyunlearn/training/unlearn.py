@@ -27,11 +27,12 @@ from .callbacks import KeepCheckpoints
 from .dual import Dual
 from .folder import TrainingFolder
 from .generic import generic_rows, read_anchors
+from .method import UnlearnConfig
 from .probe import GEffectCallback, Probe
 from .rate import rate_for
 from .sampling import ForgetSampler, Forgotten
 from .selection import selected
-from .settings import GEffectConfig, MemoriseConfig, ReinforceConfig, UnlearnConfig
+from .settings import GEffectConfig, MemoriseConfig, ReinforceConfig
 from .stage import Stage, train
 from .terms import Need, TermLosses, check_top, collect_needs, make_terms
 from .written import Resample, alternates_of, samples_of, texts_of
@@ -57,8 +58,8 @@ class Unlearned:
     """How an unlearning went.
 
     steps: optimiser steps. packing: whether the rows of a step went through the model together, and why not, or not
-    wholly (`pyunlearn.model.tree.Packing.as_dict`); None: it was switched off. compiling: the same, of compiled blocks
-    (`pyunlearn.model.compiled.Compiling.as_dict`). learning_rate: at its highest.
+    wholly (`pyunlearn.model.packing.Packing.as_dict`); None: it was switched off. compiling: the same, of compiled
+    blocks (`pyunlearn.model.compiled.Compiling.as_dict`). learning_rate: at its highest.
     mean_absolute_change: of a trained weight (Figure 3 of arXiv:2504.06658). trained: how many weights were, of how
     many `parameters` (those of adapters too). With a sampler:
     limits, what EL and MA had to fall below; refreshed_at, the steps at which MRD was computed; samples, one record a

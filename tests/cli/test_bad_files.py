@@ -21,12 +21,13 @@ from pyunlearn.runs import load_config
 from pyunlearn.runs import score as score_module
 from pyunlearn.runs.config import ConfigError
 from pyunlearn.runs.evaluate import read_records, read_summaries
+from pyunlearn.runs.evaluate_config import SETS
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result
-from pyunlearn.runs.sections import SETS, ModelConfig
+from pyunlearn.runs.sections import ModelConfig
 from pyunlearn.store import Damaged, Store
 from pyunlearn.training.folder import TrainingFolder, named_failures, write_model
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.unlearn import UnlearnData, unlearn
 

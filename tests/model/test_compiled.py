@@ -19,7 +19,7 @@ from pyunlearn import _declined
 from pyunlearn.model import compiled as module
 from pyunlearn.model.compiled import COMPILED, Compiling, agree
 from pyunlearn.model.forward import supervised_hidden
-from pyunlearn.model.tree import Packing
+from pyunlearn.model.packing import Packing
 
 from .test_tree import gradients, make_batch
 from .zoo import make

@@ -13,8 +13,8 @@ from pyunlearn.data import collate
 from pyunlearn.model.cache import ReferenceCache
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden, supervised_stats
+from pyunlearn.model.packing import Packing
 from pyunlearn.model.reference import AdapterOff, Cached, Live, Reference, as_reference, as_references
-from pyunlearn.model.tree import Packing
 from pyunlearn.training.terms import TermLosses
 
 from .test_cache import make, make_rows

@@ -17,7 +17,7 @@ from pyunlearn.report.compare import Comparison, Group, render_comparison
 from pyunlearn.report.geffect import render_geffect, section
 from pyunlearn.report.run import render_report
 from pyunlearn.report.score import render_score_report
-from pyunlearn.runs.sections import GoalConfig
+from pyunlearn.runs.evaluate_config import GoalConfig
 from pyunlearn.runs.table import make_table
 from pyunlearn.runs.verdict import check_goals, reach_verdict
 

@@ -8,7 +8,7 @@ import pytest
 from pyunlearn.metrics import mean_interval
 from pyunlearn.report.figures import as_label
 from pyunlearn.report.run import curves_figure, metrics_figure, render_report
-from pyunlearn.runs.sections import GoalConfig
+from pyunlearn.runs.evaluate_config import GoalConfig
 from pyunlearn.runs.table import RESAMPLES, columns, make_table, table_markdown
 from pyunlearn.runs.verdict import check_goals, reach_verdict
 

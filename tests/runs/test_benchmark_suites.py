@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from pyunlearn.cli import app
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import SUITES, read_log
-from pyunlearn.runs.config import BENCHMARKS, SuiteConfig
+from pyunlearn.runs.files_config import BENCHMARKS, SuiteConfig
 
 from ..metrics.small_encoders import save_bert, save_classifier
 from ..metrics.test_endpoint import reply, server  # noqa: F401 (a fixture)

@@ -20,9 +20,10 @@ from pyunlearn.model.forward import supervised_stats
 from pyunlearn.model.load import load_model
 from pyunlearn.model.lora import add_adapter, count_parameters
 from pyunlearn.runs import job as job_module
-from pyunlearn.runs.config import ConfigError, FilesConfig, RunConfig
+from pyunlearn.runs.config import ConfigError, RunConfig
 from pyunlearn.runs.data import load_data
 from pyunlearn.runs.evaluate import evaluate_files
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.fingerprint import model_fingerprints
 from pyunlearn.runs.geffect import measure_run
 from pyunlearn.runs.overrides import load_config

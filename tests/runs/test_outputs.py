@@ -10,8 +10,8 @@ import pytest
 from pyunlearn._files import check_writable, write_json
 from pyunlearn.runs import evaluate as evaluate_module
 from pyunlearn.runs import score as score_module
-from pyunlearn.runs.config import FilesConfig
 from pyunlearn.runs.evaluate import evaluate_files
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.score import score
 from pyunlearn.store import Store, belongs

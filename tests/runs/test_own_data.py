@@ -10,8 +10,9 @@ from rich.console import Console
 
 from pyunlearn.data import QA, PlainFormat, PromptFormat, QADataset, make_prompt
 from pyunlearn.runs import load_config
-from pyunlearn.runs.config import ConfigError, FilesConfig
+from pyunlearn.runs.config import ConfigError
 from pyunlearn.runs.evaluate import evaluate_files
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.provenance import describe, read_attempts
 from pyunlearn.runs.run import run

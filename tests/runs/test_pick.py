@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from pyunlearn._files import check_seal
 from pyunlearn.runs import ConfigError, load_config
 from pyunlearn.runs import run as run_module
+from pyunlearn.runs.evaluate_config import PickConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.pick import pick_step, told_pick
 from pyunlearn.runs.run import run
-from pyunlearn.runs.sections import PickConfig
 
 from .test_written_runs import KILLED, same
 

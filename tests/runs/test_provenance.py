@@ -11,8 +11,8 @@ import pytest
 from pyunlearn import __version__
 from pyunlearn.data import QA
 from pyunlearn.runs import provenance
-from pyunlearn.runs.config import FilesConfig
 from pyunlearn.runs.data import RunData
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.provenance import Attempt, commit, describe, duration, keep_attempt, read_attempts
 

@@ -17,9 +17,9 @@ from pyunlearn.runs import job as job_module
 from pyunlearn.runs import run as run_module
 from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.evaluate import evaluate_sets
+from pyunlearn.runs.evaluate_config import SETS, EvaluateConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result, run
-from pyunlearn.runs.sections import SETS, EvaluateConfig
 from pyunlearn.training.callbacks import MetricsWriter, read_metrics
 from pyunlearn.training.settings import merge
 from pyunlearn.training.stage import Interrupted, Stage

@@ -15,7 +15,7 @@ from pyunlearn.data import QADataset, collate
 from pyunlearn.model.load import load_model
 from pyunlearn.mrd import MRDResult
 from pyunlearn.report.score import render_score_report, running, self_checks, thirds
-from pyunlearn.runs.config import FilesConfig
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.job import load_data
 from pyunlearn.runs.score import score
 from pyunlearn.store import Store

@@ -13,7 +13,7 @@ from pyunlearn.data import QA, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import SUITES, read_log, teacher_forced
 from pyunlearn.runs import suite as suite_module
-from pyunlearn.runs.config import SuiteConfig
+from pyunlearn.runs.files_config import SuiteConfig
 
 NAMES = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 COUNTS = dict(zip(NAMES, (5, 4, 3, 4), strict=True))

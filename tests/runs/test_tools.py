@@ -8,11 +8,12 @@ import shutil
 import pytest
 
 from pyunlearn.metrics import Classifier, Embedder
-from pyunlearn.runs.config import ConfigError, FilesConfig
+from pyunlearn.runs.config import ConfigError
 from pyunlearn.runs.evaluate import evaluate_files
+from pyunlearn.runs.evaluate_config import EvaluateConfig
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.overrides import load_config
 from pyunlearn.runs.run import run
-from pyunlearn.runs.sections import EvaluateConfig
 from pyunlearn.runs.tools import load_tools
 
 from ..metrics.small_encoders import save_bert, save_classifier

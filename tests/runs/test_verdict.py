@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyunlearn.runs.sections import GoalConfig
+from pyunlearn.runs.evaluate_config import GoalConfig
 from pyunlearn.runs.verdict import (
     ADVICE,
     CLEAN,

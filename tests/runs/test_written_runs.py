@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from pyunlearn.runs import ConfigError, load_config
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs.compare import compare
-from pyunlearn.runs.config import FilesConfig, RunConfig
+from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.cru import calibrate_cru
 from pyunlearn.runs.evaluate import evaluate_files
 from pyunlearn.runs.export import export
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.geffect import measure_run
 from pyunlearn.runs.reliability import Settings, measure_reliability
 from pyunlearn.runs.run import run

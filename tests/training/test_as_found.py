@@ -14,7 +14,8 @@ from pyunlearn.metrics import teacher_forced
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.training.as_found import SWITCHES, left_as_found
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import MemoriseConfig, UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
+from pyunlearn.training.settings import MemoriseConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.trainer import UnlearnTrainer
 from pyunlearn.training.unlearn import UnlearnData, memorise, unlearn

@@ -10,7 +10,7 @@ import pytest
 from pyunlearn._files import check_seal, seal
 from pyunlearn.training.callbacks import MetricsWriter, append_metrics, read_metrics
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.unlearn import UnlearnData, unlearn
 

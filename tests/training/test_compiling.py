@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 
 from pyunlearn.model.compiled import COMPILED
 from pyunlearn.runs.run import run
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.trainer import UnlearnTrainer
 
 from ..model.test_compiled import needs_compiler, traced  # noqa: F401 (a fixture)

@@ -19,7 +19,7 @@ from pyunlearn.runs.run import run
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.dual import Dual
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Interrupted
 from pyunlearn.training.trainer import UnlearnTrainer
 

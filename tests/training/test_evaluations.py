@@ -12,7 +12,7 @@ import torch
 from pyunlearn.metrics import evaluate
 from pyunlearn.training.callbacks import Evaluations, read_metrics
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.unlearn import UnlearnData, unlearn
 

@@ -15,7 +15,8 @@ from pyunlearn.training import arguments as arguments_module
 from pyunlearn.training.arguments import check_library, check_values
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import OPTIMIZER, MemoriseConfig, UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
+from pyunlearn.training.settings import OPTIMIZER, MemoriseConfig
 from pyunlearn.training.stage import Stage, planned_steps, training_arguments
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyunlearn import objectives
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.trainer import UnlearnTrainer
 
 from .test_equalities import KINDS, objective

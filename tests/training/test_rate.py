@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from pyunlearn.training.folder import TrainingFolder
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.rate import LARGE, rate_for
-from pyunlearn.training.settings import UnlearnConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.unlearn import UnlearnData, unlearn
 

@@ -9,8 +9,9 @@ from pydantic import ValidationError
 from pyunlearn.model.lora import add_adapter
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.selection import selected, trained_names
-from pyunlearn.training.settings import GEffectConfig, MemoriseConfig, UnlearnConfig
+from pyunlearn.training.settings import GEffectConfig, MemoriseConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.trainer import UnlearnTrainer
 from pyunlearn.training.unlearn import UnlearnData, check_model, memorise, unlearn

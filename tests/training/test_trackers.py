@@ -10,7 +10,7 @@ import pytest
 from pyunlearn.runs.run import run
 from pyunlearn.training.arguments import check_trackers
 from pyunlearn.training.callbacks import read_metrics
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.trainer import UnlearnTrainer
 
 SHORT = {

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from pyunlearn.data import QADataset, generate_authors
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder, numbered
-from pyunlearn.training.settings import GEffectConfig, MemoriseConfig, UnlearnConfig, merge
+from pyunlearn.training.method import UnlearnConfig
+from pyunlearn.training.settings import GEffectConfig, MemoriseConfig, merge
 from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.unlearn import UnlearnData, Unlearned, check_model, make_probe, memorise, unlearn
 

@@ -20,7 +20,7 @@ from pyunlearn.store import Store
 from pyunlearn.training import written as module
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Interrupted, Stage
 from pyunlearn.training.terms import TermLosses, collect_needs, make_terms
 from pyunlearn.training.unlearn import UnlearnData, unlearn

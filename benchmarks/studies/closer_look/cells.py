@@ -21,7 +21,7 @@ from pyunlearn.runs.job import Job, first_model
 from pyunlearn.runs.tools import load_tools
 from pyunlearn.store import Store
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.unlearn import unlearn
 

@@ -19,7 +19,7 @@ from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.job import Job, first_model, quiet_libraries
 from pyunlearn.store import Store, digest_json
 from pyunlearn.training.folder import TrainingFolder
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.unlearn import UnlearnData, unlearn
 

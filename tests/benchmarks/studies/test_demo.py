@@ -7,7 +7,7 @@ import pytest
 from benchmarks.results import RESULTS
 from benchmarks.studies import demo
 from pyunlearn.runs import load_config
-from pyunlearn.training.settings import UnlearnConfig
+from pyunlearn.training.method import UnlearnConfig
 
 TINY = {
     "model.options": "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2, "

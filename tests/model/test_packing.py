@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyunlearn import _declined
-from pyunlearn.model import tree as tree_module
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_hidden
-from pyunlearn.model.tree import Packing, Rows, attending, grow
+from pyunlearn.model.packing import Packing, attending
+from pyunlearn.model.tree import Rows, Tree, grow
 
 from .test_packed import Tokens
 from .zoo import MORE, ZOO, V, make
@@ -342,7 +342,7 @@ def test_the_backward_has_to_be_inside():
 def test_a_model_that_says_otherwise_is_found_out(monkeypatch):
     """One that does not go by position_ids, one whose attention looks elsewhere: for good, not for a batch."""
     model, packing = make("llama"), Packing()
-    monkeypatch.setattr(tree_module.Tree, "inputs", property(lambda tree: {**INPUTS(tree), "position_ids": None}))
+    monkeypatch.setattr(Tree, "inputs", property(lambda tree: {**INPUTS(tree), "position_ids": None}))
     assert not together(model, packing=packing)[0]
     assert "are others" in packing.declined["packed rows"]
     monkeypatch.undo()
@@ -350,7 +350,7 @@ def test_a_model_that_says_otherwise_is_found_out(monkeypatch):
     assert together(model)[0]
 
 
-INPUTS = tree_module.Tree.inputs.fget
+INPUTS = Tree.inputs.fget
 
 
 def test_a_model_is_left_as_found():
