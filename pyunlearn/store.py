@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ from .distributed import Processes
 T = TypeVar("T")
 Identity = Mapping[str, Any]
 OWNER = "job.json"
+LONGEST_TOLD = 80  # characters of a value that differs
 JSON, TENSORS = ".json", ".safetensors"
 HEADER = "pyunlearn"  # key of a safetensors file's metadata
 UNREADABLE = (SafetensorError, KeyError, ValueError)  # what safetensors raises for a file that it cannot read
@@ -168,8 +170,12 @@ def differences(there: Any, here: Any, prefix: str = "") -> list[str]:
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             changes += differences(old, new, f"{prefix}{key}.")
         elif old != new:
-            changes.append(f"{prefix}{key}: {old!r} -> {new!r}")
+            changes.append(f"{prefix}{key}: {shortened(old)} -> {shortened(new)}")
     return changes
+
+
+def shortened(value: Any) -> str:
+    return textwrap.shorten(repr(value), LONGEST_TOLD, placeholder=" ...")
 
 
 def plain(identity: Identity | None) -> dict[str, Any]:

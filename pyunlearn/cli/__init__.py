@@ -28,6 +28,7 @@ from . import (
     score,
     sweep,
 )
+from .shared import prose
 
 app = typer.Typer(
     name="pyunlearn",
@@ -56,23 +57,23 @@ def root(
     pass
 
 
-app.command(epilog=run.EXAMPLES)(run.run)
-app.command(epilog=init.EXAMPLES)(init.init)
-app.command(epilog=score.EXAMPLES)(score.score)
-app.command(epilog=geffect.EXAMPLES)(geffect.geffect)
-app.command(epilog=evaluate.EXAMPLES)(evaluate.evaluate)
+app.command(epilog=run.EXAMPLES)(prose(run.run))
+app.command(epilog=init.EXAMPLES)(prose(init.init))
+app.command(epilog=score.EXAMPLES)(prose(score.score))
+app.command(epilog=geffect.EXAMPLES)(prose(geffect.geffect))
+app.command(epilog=evaluate.EXAMPLES)(prose(evaluate.evaluate))
 app.add_typer(calibrate.app, name="calibrate")
-app.command(epilog=compare.EXAMPLES)(compare.compare)
-app.command(epilog=reliability.EXAMPLES)(reliability.reliability)
-app.command(epilog=sweep.EXAMPLES)(sweep.sweep)
-app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=compare.EXAMPLES)(prose(compare.compare))
+app.command(epilog=reliability.EXAMPLES)(prose(reliability.reliability))
+app.command(epilog=sweep.EXAMPLES)(prose(sweep.sweep))
+app.command(epilog=export.EXAMPLES)(prose(export.export))
 app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
-    bench.bench
+    prose(bench.bench)
 )
-app.command()(metrics.metrics)
-app.command()(objectives.objectives)
-app.command(epilog=recipes.EXAMPLES)(recipes.recipes)
-app.command()(doctor.doctor)
+app.command()(prose(metrics.metrics))
+app.command()(prose(objectives.objectives))
+app.command(epilog=recipes.EXAMPLES)(prose(recipes.recipes))
+app.command()(prose(doctor.doctor))
 
 
 def main() -> None:

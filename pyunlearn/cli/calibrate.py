@@ -8,15 +8,18 @@ from typing import Annotated
 import typer
 
 from .._terminal import make_console
-from .shared import Debug, clean_errors, command_line
+from .shared import Debug, clean_errors, command_line, prose
 
 UWC_EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn calibrate uwc runs/demo                      Ctrl-C, then the same command, goes on
+  # Ctrl-C, then the same command, goes on
+  pyunlearn calibrate uwc runs/demo
 
-  pyunlearn calibrate uwc runs/demo --target 0.9         what is measured already is not measured again
+  # what is measured already is not measured again
+  pyunlearn calibrate uwc runs/demo --target 0.9
 
-  pyunlearn compare runs/demo runs/demo/uwc              what it gave back, and what it kept forgotten
+  # what it gave back, and what it kept forgotten
+  pyunlearn compare runs/demo runs/demo/uwc
 """
 Run = Annotated[Path, typer.Argument(help="Folder of a finished run.", show_default=False, metavar="RUN")]
 
@@ -28,6 +31,7 @@ app = typer.Typer(
 
 
 @app.command(epilog=UWC_EXAMPLES)
+@prose
 def uwc(
     run: Run,
     target: Annotated[
@@ -59,15 +63,19 @@ def uwc(
 
 CRU_EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn calibrate cru runs/demo                      Ctrl-C, then the same command, goes on
+  # Ctrl-C, then the same command, goes on
+  pyunlearn calibrate cru runs/demo
 
-  pyunlearn calibrate cru runs/demo --component mlp      of each layer its MLP alone
+  # of each layer its MLP alone
+  pyunlearn calibrate cru runs/demo --component mlp
 
-  pyunlearn compare runs/demo runs/demo/cru              what that gave back, and what it kept forgotten
+  # what that gave back, and what it kept forgotten
+  pyunlearn compare runs/demo runs/demo/cru
 """
 
 
 @app.command(epilog=CRU_EXAMPLES)
+@prose
 def cru(
     run: Run,
     component: Annotated[str, typer.Option(help="layer, or of each its attention, mlp or norm.")] = "layer",

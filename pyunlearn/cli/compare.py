@@ -12,9 +12,11 @@ from .shared import Debug, clean_errors
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn compare runs/demo runs/npo                   a table on the screen
+  # a table on the screen
+  pyunlearn compare runs/demo runs/npo
 
-  pyunlearn compare runs/npo-* --out runs/comparison     with a page, CSV, JSON and LaTeX; seeds become intervals
+  # with a page, CSV, JSON and LaTeX; seeds become intervals
+  pyunlearn compare runs/npo-* --out runs/comparison
 """
 
 

@@ -25,13 +25,17 @@ from .shared import (
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl --out records.jsonl
+  pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl \\
+      --out records.jsonl
 
-  pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl --metric rouge_l --metric fluency
+  pyunlearn evaluate --model runs/demo/checkpoint --data forget.jsonl \\
+      --metric rouge_l --metric fluency
 
-  pyunlearn evaluate --suite tofu --model runs/x/checkpoint --data tofu --retain-log retain90/TOFU_EVAL.json --out eval
+  pyunlearn evaluate --suite tofu --model runs/x/checkpoint --data tofu \\
+      --retain-log retain90/TOFU_EVAL.json --out eval
 
-  pyunlearn evaluate --suite whp --model runs/x/checkpoint --data hp --text wikitext.txt --task boolq --task piqa
+  pyunlearn evaluate --suite whp --model runs/x/checkpoint --data hp \\
+      --text wikitext.txt --task boolq --task piqa
 """
 Log = Annotated[str | None, typer.Option(help="Log of a reference model, from --out or OpenUnlearning or TOFU.")]
 

@@ -12,9 +12,11 @@ from .shared import Debug, clean_errors
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn export runs/demo --out model                 the unlearned model, adapters merged, with a model card
+  # the unlearned model, adapters merged, with a model card
+  pyunlearn export runs/demo --out model
 
-  pyunlearn export runs/demo --out model --push me/name  and onto the Hub, as a private repository
+  # and onto the Hub, as a private repository
+  pyunlearn export runs/demo --out model --push me/name
 """
 
 

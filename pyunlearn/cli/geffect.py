@@ -12,13 +12,17 @@ from .shared import Debug, Overwrite, clean_errors, command_line
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn run --set unlearn.keep_steps=5               a run that keeps its model every 5 steps
+  # a run that keeps its model every 5 steps
+  pyunlearn run --set unlearn.keep_steps=5
 
-  pyunlearn geffect runs/demo                            all of them; Ctrl-C, then the same command, goes on
+  # all of them; Ctrl-C, then the same command, goes on
+  pyunlearn geffect runs/demo
 
-  pyunlearn geffect runs/demo --pointwise --overwrite                each sample's own too
+  # each sample's own too
+  pyunlearn geffect runs/demo --pointwise --overwrite
 
-  pyunlearn run --set geffect.every=5                    while training instead, into the run's report
+  # while training instead, into the run's report
+  pyunlearn run --set geffect.every=5
 """
 
 

@@ -13,7 +13,8 @@ from .shared import Columns, Debug, Forget, GgufFile, Model, Prompt, Recipe, Ret
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn init --model M --forget F.jsonl --retain R.jsonl --recipe npo      writes run.yaml
+  # writes run.yaml
+  pyunlearn init --model M --forget F.jsonl --retain R.jsonl --recipe npo
 
   pyunlearn init run.yaml --model M --forget F.csv && pyunlearn run run.yaml
 """

@@ -14,11 +14,14 @@ from .shared import Debug, clean_errors
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn recipes                                        all of them
+  # all of them
+  pyunlearn recipes
 
-  pyunlearn recipes npo_kl                                 one, with its sources and what was published
+  # one, with its sources and what was published
+  pyunlearn recipes npo_kl
 
-  pyunlearn recipes npo_kl@phi-1.5-forget05                what a run of it with published settings takes
+  # what a run of it with published settings takes
+  pyunlearn recipes npo_kl@phi-1.5-forget05
 """
 
 

@@ -12,11 +12,14 @@ from .shared import Debug, clean_errors, command_line
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn reliability runs/npo runs/ga runs/idk        Ctrl-C, then the same command, goes on
+  # Ctrl-C, then the same command, goes on
+  pyunlearn reliability runs/npo runs/ga runs/idk
 
-  pyunlearn reliability runs/npo-* --attack relearning --relearn 8 --metric extraction_strength
+  pyunlearn reliability runs/npo-* --attack relearning --relearn 8 \\
+      --metric extraction_strength
 
-  pyunlearn run --set unlearn.keep_steps=5               models on the way count, too
+  # models on the way count, too
+  pyunlearn run --set unlearn.keep_steps=5
 """
 
 

@@ -26,21 +26,29 @@ from .shared import (
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn run                                            the embedded demo: no network, a minute or two
+  # the embedded demo: no network, a minute or two
+  pyunlearn run
 
-  pyunlearn run --model M --forget F.jsonl --retain R.csv  your own model (folder or Hub id) and files
+  # your own model (folder or Hub id) and files
+  pyunlearn run --model M --forget F.jsonl --retain R.csv
 
-  pyunlearn run F.jsonl --model M --recipe npo --lora      a method by name, training a small adapter alone
+  # a method by name, training a small adapter alone
+  pyunlearn run F.jsonl --model M --recipe npo --lora
 
-  pyunlearn run recipe:npo+mrd                             a method on the embedded demo, samples drawn by MRD
+  # a method on the embedded demo, samples drawn by MRD
+  pyunlearn run recipe:npo+mrd
 
-  pyunlearn run examples/smollm2_tofu.yaml                 a configuration (pyunlearn init writes one)
+  # a configuration (pyunlearn init writes one)
+  pyunlearn run examples/smollm2_tofu.yaml
 
-  pyunlearn run --set unlearn.retain='\\[kl, gd]'            any key of it; here two retain terms
+  # any key of it; here two retain terms
+  pyunlearn run --set unlearn.retain='\\[kl, gd]'
 
-  pyunlearn run --resume runs/demo                         go on after Ctrl-C or a crash
+  # go on after Ctrl-C or a crash
+  pyunlearn run --resume runs/demo
 
-  pyunlearn run --retrain --resume runs/demo               beside a model that has never seen the forget set
+  # beside a model that has never seen the forget set
+  pyunlearn run --retrain --resume runs/demo
 """
 MISSED, MISSED_STRICTLY = 1, 3
 

@@ -27,13 +27,17 @@ from .shared import (
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn score                                          the embedded demo: no network, a minute or two
+  # the embedded demo: no network, a minute or two
+  pyunlearn score
 
-  pyunlearn score --estimator gradient                     the same in seconds, to leading order
+  # the same in seconds, to leading order
+  pyunlearn score --estimator gradient
 
   pyunlearn score --model FOLDER --data forget.jsonl --out scores.jsonl
 
-  torchrun --nproc_per_node 8 -m pyunlearn.cli score --model FOLDER --data forget.jsonl     draws shared out
+  # draws shared out
+  torchrun --nproc_per_node 8 -m pyunlearn.cli score --model FOLDER \\
+      --data forget.jsonl
 """
 
 

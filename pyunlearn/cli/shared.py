@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, TypeVar
 
@@ -65,6 +66,13 @@ Limit = Annotated[int | None, typer.Option(min=1, help="Only the first samples o
 BatchSize = Annotated[int, typer.Option(min=1, help="Samples of a forward.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete what was finished earlier, and begin anew.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def prose(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with each paragraph of its help on one line: a terminal folds it where it is."""
+    paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
+    command.__doc__ = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    return command
 
 
 @contextmanager

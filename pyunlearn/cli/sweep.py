@@ -12,24 +12,26 @@ from .shared import Debug, Forget, GgufFile, Model, Prompt, Retain, Set, Tokeniz
 
 EXAMPLES = """[bold]Examples[/bold]
 
-  pyunlearn sweep grid.yaml --plan                         what it would run: every run is checked before any begins
+  # what it would run: every run is checked before any begins
+  pyunlearn sweep grid.yaml --plan
 
-  pyunlearn sweep grid.yaml --workers 4                    four at a time; Ctrl-C, and the same command goes on
+  # four at a time; Ctrl-C, and the same command goes on
+  pyunlearn sweep grid.yaml --workers 4
 
-  pyunlearn sweep grid:embedded                            every recipe on the embedded world, three seeds
+  # every recipe on the embedded world, three seeds
+  pyunlearn sweep grid:embedded
 
-  pyunlearn sweep grid:uwc --model M --forget F --retain R     alpha, beta and c as UWC tunes them, your model and files
+  # alpha, beta and c as UWC tunes them, your model and files
+  pyunlearn sweep grid:uwc --model M --forget F --retain R
 
 [bold]A grid[/bold]
 
-  run:                                      what all runs share, as in a run's configuration
-
+  run:  # what all runs share, as in a run's configuration
     model: {name_or_path: MODEL}
-
     data: {forget: forget.jsonl, retain: retain.jsonl}
-
-  axes: {unlearn.recipe: \\[npo_kl, wga_kl], unlearn.learning_rate: \\[1e-5, 5e-5]}
-
+  axes:  # every combination is a run
+    unlearn.recipe: \\[npo_kl, "wga*"]
+    unlearn.learning_rate: \\[1.0e-5, 5.0e-5]
   seeds: 3
 """
 FAILED = 1

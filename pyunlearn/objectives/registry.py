@@ -68,12 +68,14 @@ def get(
     definition = DEFINITIONS[name]
     preset, variant = definition.variant(preset)
     for option in options:
-        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction", "temperature", "keep"))
+        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction", "temperature", "keep", "kept"))
     if not is_finite(temperature) or temperature <= 0:
         raise ValueError(f"{name}: temperature={temperature!r}: needs a finite number > 0")
     if not is_finite(keep) or not 0 < keep <= 1:
         raise ValueError(f"{name}: keep={keep!r}: needs a number above 0, up to 1")
     check_known(f"{name}: kept", kept, KEPT)
+    if kept != KEPT[0] and keep == 1:
+        raise ValueError(f"{name}: kept={kept!r}: says which tokens keep leaves; needs keep below 1, e.g. keep=0.8")
     reduction = variant.reduction if reduction is None else reduction
     check_known(f"{name}: reduction", reduction, (*variant.reductions, "paper"))
     reduction = definition.paper_reduction if reduction == "paper" else reduction

@@ -84,6 +84,8 @@ def recipe(name: str) -> dict[str, Any]:
     if not at:
         return file.unlearn | by_mrd
     if setting not in file.published:
+        if setting.endswith(SUFFIX) and setting.removesuffix(SUFFIX) in file.published:
+            raise ValueError(f"unlearn.recipe={name!r}: needs {base}{SUFFIX}{AT}{setting.removesuffix(SUFFIX)}")
         what = hint(setting, file.published) if file.published else "has no published settings"
         raise ValueError(f"unlearn.recipe={name!r}: {what}")
     return file.unlearn | by_mrd | file.published[setting]["unlearn"]

@@ -21,7 +21,9 @@ from .figures import STYLE, as_label, new_figure, render, to_panels
 MARKERS = "osD^vPX*"
 DASHES = ("-", "--", ":", "-.")
 HUES = ("#c2410c", "#1d4ed8", "#0f766e", "#7c3aed", "#a16207", "#be185d")
+TOLD_APART = math.lcm(len(MARKERS), len(HUES))  # until both begin anew together
 METRIC = "probability"
+MANY, LEGEND = 8, 3  # groups that have a column each, and room beside the points; columns of the legend of more
 
 LEVEL = 0.95  # of intervals over seeds
 NO_OTHER_SAMPLES = {"data.refusals", "data.max_length", "data.num_unknown"}  # settings that leave sets as they are
@@ -167,11 +169,12 @@ def way_of(steps: Mapping[int, Mapping[str, Mapping[str, float]]], utility: str)
 
 def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
     """Forgetting to the right, utility to the top, as probabilities of right answers; lines go along the steps."""
-    figure = new_figure(1, 1, height=3.4)
+    many = len(groups) > MANY
+    figure = new_figure(1, 1, height=3.4 + (0.16 * (len(groups) // LEGEND + 2) if many else 0))
     figure.set_figwidth(5.4)
     axes, data = figure.axes[0], []
     for i, group in enumerate(groups):
-        style: dict[str, Any] = {"color": HUES[i % len(HUES)], "label": as_label(group.name)}
+        style: dict[str, Any] = {"color": HUES[(i + i // TOLD_APART) % len(HUES)], "label": as_label(group.name)}
         for seed, steps in zip(group.seeds, group.steps, strict=True):
             way = way_of(steps, utility)
             axes.plot(
@@ -205,7 +208,10 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
         axes.plot(1 - forget, kept, "o", mfc="white", mec="#334155", markersize=7, label="before")
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.set(xlabel="forgotten: 1 - probability of forget answers", ylabel=f"kept: probability of {utility} answers")
-    axes.legend(fontsize=8, frameon=False, loc="lower left")
+    if many:
+        axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.16), ncols=LEGEND)
+    else:
+        axes.legend(fontsize=8, frameon=False, loc="lower left")
     return to_panels(figure, "Forgetting against utility of every run", data)
 
 
@@ -243,6 +249,7 @@ def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
         differences=differences,
         seeds=seeds,
         samples=any(group.interval(column) for group in comparison.groups for column in comparison.columns),
+        many=len(heads) > MANY,
         lines=any(len(way_of(steps, utility)) > 1 for group in comparison.groups for steps in group.steps),
         notes=comparison.notes,
     )

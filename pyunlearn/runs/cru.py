@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 
 from .._files import write_json, write_text
 from .._hints import check_known
@@ -38,6 +39,7 @@ FORGETTINGS = {
     "forget_quality": "ln of the KS p-value of truth ratios against the retrained model's",
 }
 OTHERS = ("real_authors", "world_facts")  # sets that TOFU's model utility needs
+FEWEST, AGREES = 4, 0.5  # components whose order can be told to be noise; the rank correlation below which it is
 Score = tuple[float, float]  # utility, forgetting
 
 
@@ -103,11 +105,18 @@ class Measures:
             wanted["forget"].append("truth_ratio")
         return wanted
 
-    def of(self, model: Any, tokenizer: Any) -> Score:
+    def of(self, model: Any, tokenizer: Any) -> list[Score]:
+        """On all rows, and on every other one from the first and from the second on: whether halves agree."""
         found = examine(self.pair.job, model, tokenizer, self.sets, self.metrics)
+        parts = [slice(None)]
+        if all(len(own.records) > 1 for own in found.values()):
+            parts += [slice(0, None, 2), slice(1, None, 2)]
+        return [self.reduce({name: own.records[part] for name, own in found.items()}) for part in parts]
+
+    def reduce(self, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> Score:
         values = {
-            (name, metric): [record[metric] for record in own.records if record.get(metric) is not None]
-            for name, own in found.items()
+            (name, metric): [record[metric] for record in own if record.get(metric) is not None]
+            for name, own in records.items()
             for metric in self.metrics[name]
         }
         utility = mean(values["retain", "probability"])
@@ -161,16 +170,20 @@ def calibrate_cru(
         if measures.forgetting == "forget_quality":
             identity["retrained"] = digest_json(retrained_ratios(pair))
 
-        def score(taken: Sequence[str]) -> Score:
+        def scores(taken: Sequence[str]) -> list[Score]:
             names = sorted(taken)
-            unit = f"{component}-{digest_json(names)[:16]}"
+            unit = f"{component}-halves-{digest_json(names)[:16]}"
             found = store.compute(unit, {**identity, "parts": names}, lambda: measures.of(*hybrids.become(taken)))
-            return found[0], found[1]
+            return [(utility, forgetting) for utility, forgetting in found]
+
+        def score(taken: Sequence[str]) -> Score:
+            return scores(taken)[0]
 
         show = not job.console.quiet
         original, whole = score(()), score([*hybrids.parts])
         choose_count([original, whole], target)  # whether there is anything to choose by
-        influence = {part: score((part,)) for part in track([*hybrids.parts], f"{component}s", show, size=lambda _: 1)}
+        alone = {part: scores((part,)) for part in track([*hybrids.parts], f"{component}s", show, size=lambda _: 1)}
+        influence = {part: own[0] for part, own in alone.items()}
         order = influence_order(influence)
         counts = range(1, len(order) + 1)
         first = [[name for name, _ in order[:k]] for k in counts]
@@ -178,7 +191,8 @@ def calibrate_cru(
         k, limit = choose_count(curve, target)
         chosen = [name for name, _ in order[:k]]
         numbers = {name: len(own) for name, own in drawn.items()}
-        warnings = few(numbers) + warn(k, curve)
+        agreement = agreement_of(alone)
+        warnings = few(numbers) + warn(k, curve, agreement)
         pair.begin_result()
         pair.write_checkpoint(*hybrids.become(chosen))
         table, unlearned, rows_of = pair.evaluate(*hybrids.become(chosen), {n: set(own) for n, own in drawn.items()})
@@ -190,11 +204,11 @@ def calibrate_cru(
         result = CRUResult(pair.place.path, k, order, influence, curve, numbers, rows, warnings)
         kept = {
             **calibration, "limit": limit, "chosen": chosen, "rows": drawn, "order": order, "influence": influence,
-            "curve": curve, "warnings": warnings,
+            "curve": curve, "agreement": agreement, "warnings": warnings,
         }  # fmt: skip
         write_json(pair.place.path / "cru.json", kept)
         more = {"calibration": told(result, component), "validation": ", ".join(f"{n} {s}" for s, n in numbers.items())}
-        made = describe(job.config, [pair.attempt.record(job.data)], more)
+        made = describe(job.config, pair.attempts, more)
         names = UTILITIES[measures.utility], FORGETTINGS[measures.forgetting]
         verdict = pair.judge(table, rows_of)[1]
         page = render_cru(
@@ -255,10 +269,26 @@ def retrained_ratios(pair: Pair) -> list[float]:
     return [row["truth_ratio"] for row in rows if row.get("truth_ratio") is not None]
 
 
-def warn(k: int, curve: Sequence[Score]) -> list[str]:
+def agreement_of(alone: Mapping[str, Sequence[Score]]) -> float | None:
+    """Spearman's rho of the components' rank sums by one half of the validation rows and by the other; None where it
+    cannot be told."""
+    if len(alone) < FEWEST or any(len(scores) < 3 for scores in alone.values()):
+        return None
+    halves = [dict(influence_order({part: scores[i] for part, scores in alone.items()})) for i in (1, 2)]
+    rho = float(spearmanr(*([half[part] for part in alone] for half in halves)).statistic)
+    return None if math.isnan(rho) else rho
+
+
+def warn(k: int, curve: Sequence[Score], agreement: float | None) -> list[str]:
+    told = []
+    if agreement is not None and agreement < AGREES:
+        told.append(
+            f"the order is noise for the most part: by one half of the validation rows and by the other it agrees with "
+            f"a rank correlation of {agreement:.2f}; more rows (--validation) tell the parts apart better"
+        )
     if k == len(curve) - 1:
-        return ["no hybrid that forgets enough is of more use than the unlearned model: it is left as it is"]
-    return []
+        told.append("no hybrid that forgets enough is of more use than the unlearned model: it is left as it is")
+    return told
 
 
 def told(result: CRUResult, component: str) -> str:

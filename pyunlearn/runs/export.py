@@ -17,6 +17,7 @@ from ..model.load import load_model
 from ..training.folder import write_model
 from .config import RunConfig, as_meant
 from .folder import RunFolder, versions
+from .job import quiet_libraries
 from .provenance import describe, read_attempts
 from .reinforce import told
 from .run import RunResult, load_result, steps_taken
@@ -42,6 +43,7 @@ def export(run: str | Path, out: str | Path, *, push: str | None = None, console
     if out.exists() and not (done and push) and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"--out={out}: is there already; choose a new folder")
     console = console or Console(quiet=True)
+    quiet_libraries()
     if push is not None:  # before the work
         url = ask_hub(push, lambda hub: hub.create_repo(push, private=True, exist_ok=True))
     if not done:

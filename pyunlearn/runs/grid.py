@@ -30,6 +30,7 @@ from .._hints import hint
 from ..recipes import matching, read_grid
 from ..store import digest_json
 from .config import ConfigError, RunConfig
+from .fits import check_fits
 from .folder import compared
 from .overrides import UNREADABLE, check_order, load_config, put
 from .request import KEYS, check_whole, check_words
@@ -163,6 +164,7 @@ def make_cells(
                 asked = [f"{key}={as_yaml(value)}" for key, value in settings.items()]
                 try:
                     cells.append(Cell(name, load_config(None, [*overrides, *asked], given=own, under=base)))
+                    check_fits(cells[-1].config)
                 except ValueError as error:
                     for problem in str(error).splitlines():
                         problems.setdefault(problem, []).append(f"{name}, seed {seed}")

@@ -41,7 +41,7 @@ from .fingerprint import digest_pairs, fingerprints, model_fingerprints
 from .folder import RunFolder, versions
 from .job import Job, loaded, starting_model
 from .overrides import load_config
-from .provenance import Attempt
+from .provenance import Attempt, Record, read_attempts
 from .run import load_result
 from .sections import ModelConfig
 from .table import make_table, table_markdown, with_interval
@@ -158,6 +158,11 @@ class Pair:
 
     # ---- what comes out ----------------------------------------------------------------------------------------------
 
+    @property
+    def attempts(self) -> list[Record]:
+        """Those of the run, and this one."""
+        return [*read_attempts(self.job.folder), self.attempt.record(self.job.data)]
+
     def begin_result(self) -> None:
         """What was finished before is no longer: the model is about to be another."""
         (self.place.path / "table.json").unlink(missing_ok=True)
@@ -216,7 +221,7 @@ class Pair:
         )
         write_text(place.config, text)
         shutil.copyfile(job.folder.unlearning, place.unlearning)
-        write_json(place.provenance, [self.attempt.record(job.data)])
+        write_json(place.provenance, self.attempts)
         goals, verdict = self.judge(table, counts)
         write_text(place.path / "table.md", table_markdown(table))
         write_json(place.path / "table.json", {"table": table, "goals": goals, "verdict": verdict})

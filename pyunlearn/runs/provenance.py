@@ -136,7 +136,8 @@ def describe(
         "machine": name_machine(last),
         "versions": ", ".join(f"{name} {version}" for name, version in last["versions"].items()),
     }
-    return {"command": last["command"], **known, **told, **{name: text for name, text in took.items() if text}}
+    commands = dict.fromkeys(attempt["command"] for attempt in attempts)
+    return {"command": " && ".join(commands), **known, **told, **{name: text for name, text in took.items() if text}}
 
 
 def name_model(config: RunConfig | FilesConfig) -> str:

@@ -263,6 +263,8 @@ def work(job: Sweep, todo: Sequence[Cell], workers: Workers, console: Console) -
                 while ready and workers.free:
                     unit = ready.popleft()
                     under_way[unit.task.name] = unit
+                    if unit.cell is None:
+                        tell_begun(unit.start.name, len(waiting[unit.start]), console)
                     workers.submit(unit.task)
                 bar.update(row, description=told_names(list(under_way)))
                 for task, outcome in workers.wait():
@@ -290,6 +292,11 @@ def bar_of(console: Console) -> Progress:
         BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
     )  # fmt: skip
     return Progress(*columns, console=console, transient=not console.is_terminal, disable=console.quiet)
+
+
+def tell_begun(name: str, count: int, console: Console) -> None:
+    """Of a start, which takes a while and has no line of its own."""
+    console.print(f"begins {shown(name)}: what {count} run{'s' if count > 1 else ''} will start from", highlight=False)
 
 
 def tell_ended(job: Sweep, cell: Cell, outcome: Outcome, console: Console) -> None:

@@ -124,7 +124,7 @@ def calibrate_uwc(
             "warnings": warnings,
         }
         write_json(pair.place.path / "uwc.json", {**numbers, "curve": curve})
-        made = describe(job.config, [pair.attempt.record(job.data)], {"calibration": told(result, target, name)})
+        made = describe(job.config, pair.attempts, {"calibration": told(result, target, name)})
         verdict = pair.judge(table, rows_of)[1]
         page = render_uwc(job.config.name, result, target, name, curve, rows, warnings, made, verdict)
         write_text(pair.place.report, page)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from .._hints import check_known
+from .remembering import Remembering
 
 EVERY = ("step", "epoch")
 
@@ -30,7 +30,7 @@ class DualState:
     steps: int = 0
 
 
-class Dual(TrainerCallback, ExportableState):
+class Dual(Remembering):
     """lam <- max(0, lam + step (retain loss - eps)); `UnlearnTrainer(..., dual=)` asks it for lam.
 
     start: lam until the first move; None: the coefficient of the retain term. eps: the bound, a number; None: (1 +
@@ -41,6 +41,8 @@ class Dual(TrainerCallback, ExportableState):
     The state is in the checkpoint's trainer_state.json; all ranks have the same.
     Raises ValueError for what does not fit, TypeError for eps or above_reference that are both given or both missing.
     """
+
+    absent = "the checkpoint has no dual variable: it is from a run without unlearn.dual"
 
     def __init__(
         self,
@@ -76,18 +78,10 @@ class Dual(TrainerCallback, ExportableState):
         """The retain loss of the step that is going on."""
         self._loss, self.used = loss, self.memory.value
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": asdict(self.memory)}
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step > 0:
-            stored: Any = state.stateful_callbacks or {}
-            memory = stored.get(type(self).__name__)
-            if memory is None:
-                raise ValueError("the checkpoint has no dual variable: it is from a run without unlearn.dual")
-            self.memory = DualState(**memory["attributes"])
+        if self.remembers(state):
             return
         if self.start is None or self.measure is None:
             raise ValueError("dual: goes to UnlearnTrainer as dual=, which tells it the retain term")

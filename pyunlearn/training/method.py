@@ -37,6 +37,8 @@ class TermConfig(Section):
         """
         chosen = {key: getattr(self, key) for key in ("preset", "reduction", "temperature", "keep", "kept")}
         given = {key: value for key, value in chosen.items() if value is not None}
+        if self.kept is not None and self.keep is None:
+            raise ValueError(f"{self.name}: kept={self.kept}: says which tokens keep leaves; set keep, e.g. to 0.8")
         if twice := given.keys() & self.options.keys():
             raise ValueError(f"{self.name}: {min(twice)} is given beside options and in them; needs one of them")
         try:

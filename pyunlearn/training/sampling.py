@@ -8,17 +8,17 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..data import QADataset, collate
 from ..metrics import extraction_likelihood, teacher_forced
 from ..mrd import Labels, check_arguments, mrd, scored_rows
 from .as_found import left_as_found
+from .remembering import Remembering
 
 logger = logging.getLogger(__name__)
 WEIGHTINGS = ("algorithm2", "inverse")
@@ -88,7 +88,7 @@ class SamplerState:
         return cls([0] * count, [None] * count)
 
 
-class ForgetSampler(TrainerCallback, ExportableState):
+class ForgetSampler(Remembering):
     """Draws the forget samples of every step, with replacement; `UnlearnTrainer(..., sampler=)` asks it.
 
     rows: the forget set of the trainer's ForgetRetainDataset. weighting: None draws uniformly; "algorithm2" with
@@ -105,6 +105,8 @@ class ForgetSampler(TrainerCallback, ExportableState):
     Raises ValueError for an unknown weighting or labels, refresh_steps < 1, options that `mrd` refuses, and during
     training for weights that are all 0 or (1 / MRD) not finite.
     """
+
+    absent = "the checkpoint has no state of the sampler: it is from a run with another sampling"
 
     def __init__(
         self,
@@ -170,18 +172,10 @@ class ForgetSampler(TrainerCallback, ExportableState):
         self.memory.scores = scores
         self.memory.refreshed_at.append(step)
 
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": asdict(self.memory)}
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        if state.global_step > 0:
-            stored: Any = state.stateful_callbacks or {}
-            memory = stored.get(type(self).__name__)
-            if memory is None:
-                raise ValueError("the checkpoint has no state of the sampler: it is from a run with another sampling")
-            self.memory = SamplerState(**memory["attributes"])
+        if self.remembers(state):
             return
         self.memory = SamplerState.of(len(self.rows))
         if self.forgotten is not None:

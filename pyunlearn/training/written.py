@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..data import ForgetRetainDataset, QADataset
 from ..data.prompt_format import IGNORE_INDEX
@@ -23,6 +22,7 @@ from ..model.causal_lm import CausalLM
 from ..objectives import Samples
 from ..store import Store
 from .as_found import left_as_found, random_as_found
+from .remembering import Remembering
 from .stage import Stage
 
 logger = logging.getLogger("pyunlearn")
@@ -145,7 +145,15 @@ def name_of(store: Store) -> str:
     return "" if store.place is None else store.place.name
 
 
-class Resample(TrainerCallback, ExportableState):
+@dataclass
+class Drawn:
+    """epoch: of the last drawing. by: the model's name among those whose texts are kept."""
+
+    epoch: int
+    by: str
+
+
+class Resample(Remembering):
     """Draws the samples of a training anew, by its model as it is then, whenever so many epochs have gone by.
 
     Which model's samples a checkpoint goes on with is in its trainer_state.json, the samples themselves are in the
@@ -155,12 +163,11 @@ class Resample(TrainerCallback, ExportableState):
     that are gone.
     """
 
+    absent = "the checkpoint has no state of the samples: it is from a training that drew none anew"
+
     def __init__(self, stage: Stage, tokenizer: Any, pairs: ForgetRetainDataset, wanted: Samples, start: Store):
         self.stage, self.tokenizer, self.pairs, self.wanted = stage, tokenizer, pairs, wanted
-        self.start, self.epoch, self.by = start, 0, name_of(start)
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"epoch": self.epoch, "by": self.by}}
+        self.start, self.memory = start, Drawn(0, name_of(start))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -169,15 +176,8 @@ class Resample(TrainerCallback, ExportableState):
             raise ValueError("bss: samples of a sharded model are drawn once, before training; set refresh_epochs=0")
         if args.dataloader_persistent_workers:
             raise ValueError("bss: dataloader_persistent_workers keeps the first epoch's samples; set refresh_epochs=0")
-        stored: Any = state.stateful_callbacks or {}
-        memory = stored.get(type(self).__name__)
-        if state.global_step == 0:
-            return
-        if memory is None:
-            raise ValueError("the checkpoint has no state of the samples: it is from a training that drew none anew")
-        self.epoch, self.by = memory["attributes"]["epoch"], memory["attributes"]["by"]
-        if self.by != name_of(self.start):
-            folder = self.stage.folder.texts / self.by
+        if self.remembers(state) and self.memory.by != name_of(self.start):
+            folder = self.stage.folder.texts / self.memory.by
             questions = {item.question for item in self.pairs.forget.items}
             if not folder.is_dir() or len(Store(folder).names()) < len(questions):
                 raise ValueError(
@@ -190,11 +190,11 @@ class Resample(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         epoch = int(state.epoch or 0)
-        if epoch == self.epoch or epoch % self.wanted.refresh_epochs:
+        if epoch == self.memory.epoch or epoch % self.wanted.refresh_epochs:
             return
         store, count = texts_of(self.stage, model), self.wanted.count * len(self.pairs.forget)
         self.stage.console.print(f"epoch {epoch}: the model as it is draws {count} samples anew")
-        self.epoch, self.by = epoch, name_of(store)
+        self.memory = Drawn(epoch, name_of(store))
         self.take(model, store)
 
     def take(self, model: Any, store: Store) -> None:

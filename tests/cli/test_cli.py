@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.text import Text
 from typer.testing import CliRunner
 
 import pyunlearn
@@ -64,6 +66,22 @@ def test_version_and_help(call):
     assert code == 0
     for word in ("--set", "--resume", "--overwrite", "--retrain", "Examples", "pyunlearn run --resume"):
         assert word in text
+
+
+COMMANDS = [("run",), ("init",), ("score",), ("geffect",), ("evaluate",), ("calibrate", "uwc"), ("calibrate", "cru"),
+            ("compare",), ("reliability",), ("sweep",), ("export",), ("recipes",)]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_examples_stand_in_80_columns_as_they_are_written(call, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    module = importlib.import_module(f"pyunlearn.cli.{command[0]}")
+    own = {"uwc": "UWC_EXAMPLES", "cru": "CRU_EXAMPLES"}.get(command[-1], "EXAMPLES")
+    text = call(*command, "--help")[1]
+    shown = [line.strip() for line in text.partition("Examples")[2].splitlines() if line.strip()]
+    written = Text.from_markup(getattr(module, own)).plain.splitlines()[1:]
+    assert shown == [line.strip() for line in written if line.strip()]
+    assert all(len(line) < 80 for line in written)
 
 
 def test_recipes_lists_every_one_and_shows_one_whole(call):

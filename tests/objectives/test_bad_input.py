@@ -38,6 +38,10 @@ IDS = torch.tensor([0, 0, 0, 1, 1, 1])
         ),
         (lambda: o.get("wga", reduction="mean"), "wga: reduction='mean': did you mean token_mean"),
         (lambda: o.get("dpo", reduction="token_mean"), "needs one of sequence_mean, sum"),
+        (
+            lambda: o.get("npo", kept="largest"),
+            "npo: kept='largest': says which tokens keep leaves; needs keep below 1",
+        ),
         (lambda: o.get("npo", beta=0), "npo: beta=0: needs a finite number > 0"),
         (lambda: o.get("npo", beta=math.inf), "npo: beta=inf: needs a finite number > 0"),
         (lambda: o.get("npo", beta=math.nan), "npo: beta=nan: needs a finite number > 0"),

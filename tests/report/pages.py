@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ def geffect_page(num_models: int = 2) -> str:
     return render_geffect("made-up", probes(num_models), MADE)
 
 
-def compare_page() -> str:
+def compare_page(more: int = 0) -> str:
     def group(name: str, forgotten: float, seeds: list[int]) -> Group:
         values = {
             (which, metric): {"before": [0.9] * len(seeds), "after": [at + seed / 100 for seed in seeds]}
@@ -169,8 +170,10 @@ def compare_page() -> str:
         return Group(name, [Path(f"runs/{name}-{seed}") for seed in seeds], seeds, {}, values, steps)
 
     groups = [group("npo-with-a-long-name-of-its-own", 0.1, [0, 1, 2]), group("ga", 0.01, [0])]
+    groups += [group(f"method-{i}", i / more, [0]) for i in range(more)]
     columns = list(groups[0].values)
-    comparison = Comparison(groups, columns, {"unlearn.forget": [[{"name": "npo", "beta": 0.1}], [{"name": "ga"}]]})
+    terms = [[{"name": "npo", "beta": 0.1}], *([{"name": "ga"}] for _ in groups[1:])]
+    comparison = Comparison(groups, columns, {"unlearn.forget": terms})
     return render_comparison(comparison, {str(f): f"{f}/report.html" for g in groups for f in g.folders})
 
 
@@ -238,6 +241,7 @@ def reliability_page() -> str:
 
 
 PAGES = {
-    "run": run_page, "score": score_page, "geffect": geffect_page, "compare": compare_page, "uwc": uwc_page,
+    "run": run_page, "score": score_page, "geffect": geffect_page, "compare": compare_page,
+    "compare many": partial(compare_page, 38), "uwc": uwc_page,
     "cru": cru_page, "reliability": reliability_page,
 }  # fmt: skip

@@ -11,7 +11,10 @@ from urllib.parse import unquote
 import matplotlib
 import pytest
 
+from pyunlearn.report.compare import HUES, MARKERS, TOLD_APART
 from pyunlearn.report.figures import COLOURS, STYLE, as_file, new_figure, to_panels, to_svg
+
+from .pages import compare_page
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -77,3 +80,16 @@ def test_forget_and_retain_differ_in_lightness():
     light, dark = sorted(map(luminance, (COLOURS["forget"], COLOURS["retain"])), reverse=True)
     assert (light + 0.05) / (dark + 0.05) > 1.7
     assert 1.05 / (light + 0.05) > 4.5  # on white
+
+
+def test_a_figure_of_many_runs_keeps_room_for_its_points(recwarn):
+    page = compare_page(38)
+    assert not [warning for warning in recwarn if "constrained_layout" in str(warning.message)]
+    (panel,) = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    for name in ("ga", "method-0", "method-37", "before"):
+        assert name in texts(panel)
+    height = float(ET.fromstring(panel).get("viewBox").split()[3])
+    assert height > 72 * (2.5 + 41 / 3 * 0.15)
+    kinds = {(MARKERS[i % len(MARKERS)], HUES[(i + i // TOLD_APART) % len(HUES)]) for i in range(40)}
+    assert len(kinds) == 40
+    assert '<td class="stay">method-37<br>' in page

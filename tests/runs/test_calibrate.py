@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from scipy.stats import ks_2samp
+from scipy.stats import ks_2samp, spearmanr
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from pyunlearn.calibration import Tensors
@@ -20,7 +20,15 @@ from pyunlearn.model.load import load_model
 from pyunlearn.runs import uwc as uwc_module
 from pyunlearn.runs.compare import compare_runs
 from pyunlearn.runs.config import RunConfig
-from pyunlearn.runs.cru import Hybrids, Measures, calibrate_cru, choose_measures, retrained_ratios
+from pyunlearn.runs.cru import (
+    Hybrids,
+    Measures,
+    agreement_of,
+    calibrate_cru,
+    choose_measures,
+    retrained_ratios,
+    warn,
+)
 from pyunlearn.runs.export import export
 from pyunlearn.runs.pair import Pair, examine, opened
 from pyunlearn.runs.run import load_result, run
@@ -200,6 +208,20 @@ def test_cru_puts_together_what_forgets_at_little_cost(folder):
     assert [group.name for group in compare_runs([folder, place]).groups] == ["tiny", "tiny-cru"]
 
 
+def test_an_order_on_which_halves_of_the_rows_do_not_agree_is_told_to_be_noise():
+    scores = [(0.9, 0.1), (0.8, 0.3), (0.7, 0.2), (0.4, 0.6), (0.3, 0.9)]
+    alike = {f"layer {i}": [score] * 3 for i, score in enumerate(scores)}
+    assert agreement_of(alike) == pytest.approx(1)
+    turned = {name: [own[0], own[0], (1 - i / 9, 1 - i / 9)] for i, (name, own) in enumerate(alike.items())}
+    sums = [1 + 5, 2 + 3, 3 + 4, 4 + 2, 5 + 1], [1 + 1, 2 + 2, 3 + 3, 4 + 4, 5 + 5]  # of ranks in each, by hand
+    assert agreement_of(turned) == pytest.approx(spearmanr(*sums).statistic)
+    curve = [(1.0, 0.0), (0.9, 0.5), (0.8, 1.0)]
+    assert [*warn(1, curve, None), *warn(1, curve, 0.5)] == []
+    assert "rank correlation of 0.10" in warn(1, curve, 0.1)[0]
+    assert agreement_of({name: own[:1] for name, own in alike.items()}) is None  # sets of one row have no halves
+    assert agreement_of(dict([*alike.items()][:3])) is None
+
+
 def test_all_of_the_components_are_the_unlearned_model_and_none_the_original(folder):
     with opened(folder, "cru", None, "") as pair:
         adapted = pair.adapter is not None
@@ -244,10 +266,14 @@ def test_forget_quality_against_a_retrained_model(tiny_settings, tmp_path):
         assert retrained_ratios(pair) == [json.loads(line)["truth_ratio"] for line in lines]
         assert choose_measures(pair, None, None) == ("probability", "forget_quality")
         model, tokenizer = Hybrids(pair, "layer").become([])
-        measures = Measures(pair, "probability", "forget_quality", pair.sets())
-        utility, quality = measures.of(model, tokenizer)
+        sets = {name: pair.sets()[name] for name in ("forget", "retain")}
+        measures = Measures(pair, "probability", "forget_quality", sets)
+        (utility, quality), *halves = measures.of(model, tokenizer)
+        count = len(sets["retain"])
     table = {(row["set"], row["metric"]): row for row in load_result(tmp_path / "run").table}
     assert utility == pytest.approx(table["retain", "probability"]["before"])
+    sizes = (count + 1) // 2, count // 2
+    assert utility * count == pytest.approx(sum(n * half[0] for n, half in zip(sizes, halves, strict=True)))
     before = (tmp_path / "run/evaluation/before-forget.jsonl").read_text().splitlines()
     p = ks_2samp([json.loads(line)["truth_ratio"] for line in before], retrained_ratios(pair)).pvalue
     assert quality == pytest.approx(math.log(p))
@@ -265,7 +291,7 @@ def test_model_utility_of_tofus_sets(tiny, tiny_settings, tmp_path):
     with opened(tmp_path / "run", "cru", None, "") as pair:
         assert choose_measures(pair, None, None) == ("model_utility", "forgotten")
         measures = Measures(pair, "model_utility", "forgotten", pair.sets())
-        utility, forgotten = measures.of(*Hybrids(pair, "layer").become([]))
+        (utility, forgotten), *_ = measures.of(*Hybrids(pair, "layer").become([]))
     table = {(row["set"], row["metric"]): row["before"] for row in load_result(tmp_path / "run").table}
     nine = []
     for name in ("retain", *sets):

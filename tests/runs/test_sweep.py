@@ -22,11 +22,12 @@ from safetensors.torch import load_file
 import pyunlearn.model.cache as cache_module
 import pyunlearn.runs.job as job_module
 import pyunlearn.runs.run as run_module
-from pyunlearn.runs.config import RunConfig
+from pyunlearn.runs.config import ConfigError, RunConfig
 from pyunlearn.runs.grid import make_cells, make_grid
 from pyunlearn.runs.lock import InUse, held
 from pyunlearn.runs.run import run
 from pyunlearn.runs.sweep import Sweep, sweep, told_plan
+from pyunlearn.training.folder import write_model
 from pyunlearn.training.settings import merge
 from pyunlearn.training.stage import Interrupted
 
@@ -194,10 +195,23 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     assert not list((out / "failed").iterdir())
 
 
-def test_a_layer_that_the_model_lacks_fails_its_run(tmp_path):
-    result = go(grid_of(("rmu",), **{"unlearn.forget.options.layer": [1, 9]}), tmp_path / "out")
-    assert list(result.failed) == ["rmu-layer-9, seed 0"]
-    assert "layer=9: LlamaForCausalLM has 2 layers, needs 1 to 2" in result.failed["rmu-layer-9, seed 0"]
+@pytest.mark.parametrize("place", ["embedded", "a folder"])
+@pytest.mark.parametrize(
+    ("recipe", "option", "says"),
+    [
+        ("rmu", {"layer": [1, 9]}, r"rmu-layer-9, seed 0: unlearn.forget: rmu: layer=9: .* has 2 layers, needs 1 to 2"),
+        ("bst", {"k": [4, 99999]}, r"bst-k-99999, seed 0: unlearn.forget: bst: k=99999: the vocabulary of .* has"),
+    ],
+)
+def test_what_the_model_lacks_is_told_before_anything_runs(tmp_path, tiny, place, recipe, option, says):
+    axes = {f"unlearn.forget.options.{key}": values for key, values in option.items()}
+    grid = grid_of((recipe,), **axes)
+    if place == "a folder":
+        write_model(tmp_path / "model", tiny.model(), tiny.tokenizer)
+        grid.run["model"] = {"name_or_path": str(tmp_path / "model")}
+    with pytest.raises(ConfigError, match=says) as told:
+        make_cells(grid, tmp_path / "out")
+    assert len(str(told.value).splitlines()) == 1
 
 
 def test_a_start_that_fails_fails_its_runs_alone(tmp_path, monkeypatch):

@@ -4,8 +4,9 @@
     python -m benchmarks.studies.methods smollm2_tofu     the main ones on SmolLM2-135M and TOFU (make model)
     python -m benchmarks.studies.methods --small          a few, on a world that takes seconds, to see the form
 
-Each writes methods/<world>.md and .json into --out. It is a sweep in --work, whose runs are then calibrated by UWC:
-what is finished stays, and the same command goes on from there.
+Each writes methods/<world>.md and .json into --out. It is a sweep in --work, whose runs are then calibrated by UWC, the
+plain ones by CRU too, and those of the first seed attacked, to see which metrics say the same then: what is finished
+stays, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -13,15 +14,17 @@ from __future__ import annotations
 import argparse
 import copy
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from pyunlearn._files import read_json, write_json, write_text
+from pyunlearn._files import write_json, write_text
 from pyunlearn._hints import hint
 from pyunlearn._terminal import make_console
+from pyunlearn.runs.cru import calibrate_cru
 from pyunlearn.runs.grid import Cell, Grid, load_grid, make_cells
+from pyunlearn.runs.reliability import Settings, measure_reliability
 from pyunlearn.runs.sweep import sweep
 from pyunlearn.runs.uwc import calibrate_uwc
 from pyunlearn.runs.workers import FINISHED, Here, Outcome, Processes, Task, Workers
@@ -30,10 +33,12 @@ from pyunlearn.training.stage import Interrupted
 from ...measure import machine
 from ...results import RESULTS
 from ..closer_look.__main__ import TOY
-from .numbers import Study, as_dict, read_study
+from .numbers import FEWEST, PLAIN, Study, as_dict, read_study
 from .page import page
 
 WORLDS = {"embedded": "grid:embedded", "smollm2_tofu": str(Path(__file__).parent / "smollm2_tofu.yaml")}
+SETTINGS = Settings(samples=40)  # of the attacks
+NOTHING = "has forgotten nothing"  # in what CRU says then
 FEW = ("ga", "graddiff", "me_gd", "idk_gd", "idk_ap", "wga_kl")
 
 
@@ -80,27 +85,32 @@ def measure(name: str, args: argparse.Namespace) -> Study:
         raise SystemExit(interrupt.exit_code) from None
     if result.failed:
         raise SystemExit(1)
-    return read_study(result.cells, calibrated(result.cells, args.workers, work))
+    mixed = [cell for cell in result.cells if not combines(cell)]
+    calibrate("uwc", mixed, args.workers, work)
+    layered = calibrate("cru", [cell for cell in mixed if cell.name in PLAIN], args.workers, work)
+    attacked = [cell.config.folder for cell in mixed if cell.seed == grid.seeds[0]]
+    reliable = work / "reliability"
+    if len(attacked) >= FEWEST:
+        measure_reliability(attacked, out=reliable, settings=SETTINGS, console=make_console(), command=command)
+    return read_study(result.cells, mixed, layered, reliable)
 
 
-def calibrated(cells: Sequence[Cell], workers: int, work: Path) -> dict[str, list[float]]:
-    """Calibrates every run that has two models to mix, those that are not yet: how much of its unlearning each method
-    keeps, one a seed.
+def calibrate(method: str, cells: Sequence[Cell], workers: int, work: Path) -> list[Cell]:
+    """Those that are calibrated, now or before: without what has forgotten nothing, of which CRU cannot choose layers.
 
-    Raises SystemExit where one fails.
+    Raises SystemExit where one fails otherwise.
     """
-    mixed = [cell for cell in cells if not combines(cell)]
-    todo = [cell for cell in mixed if not (cell.config.folder / "uwc" / "table.json").is_file()]
-    with Here() if workers == 1 else Processes(workers, work / "uwc") as hired:
-        for task, outcome in finish([task_of(cell) for cell in todo], hired):
-            print(f"{task.name}: {'calibrated' if outcome.state == FINISHED else outcome.text}", flush=True)
-            if outcome.state != FINISHED:
+    todo = [cell for cell in cells if not (cell.config.folder / method / "table.json").is_file()]
+    done = [cell for cell in cells if cell not in todo]
+    with Here() if workers == 1 else Processes(workers, work / method) as hired:
+        by_name = {str(cell): cell for cell in todo}
+        for task, outcome in finish([task_of(method, cell) for cell in todo], hired):
+            print(f"{method} of {task.name}: {outcome.text or 'done'}", flush=True)
+            if outcome.state == FINISHED:
+                done.append(by_name[task.name])
+            elif NOTHING not in outcome.text:
                 raise SystemExit(1)
-    found: dict[str, list[float]] = {}
-    for cell in mixed:
-        file = cell.config.folder / "uwc" / "uwc.json"
-        found.setdefault(cell.name, []).append(read_json(file, "delete it, and the same command makes it again")["a"])
-    return found
+    return [cell for cell in cells if cell in done]
 
 
 def combines(cell: Cell) -> bool:
@@ -109,8 +119,9 @@ def combines(cell: Cell) -> bool:
     return reinforce is not None and reinforce.into == "logits"
 
 
-def task_of(cell: Cell) -> Task:
-    return Task(str(cell), partial(calibrate_uwc, cell.config.folder), Path.cwd())
+def task_of(method: str, cell: Cell) -> Task:
+    by: Callable[[Path], object] = calibrate_uwc if method == "uwc" else calibrate_cru
+    return Task(str(cell), partial(by, cell.config.folder), Path.cwd())
 
 
 def finish(tasks: Sequence[Task], workers: Workers) -> Iterator[tuple[Task, Outcome]]:

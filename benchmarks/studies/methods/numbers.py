@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from scipy.stats import t as student
 
+from pyunlearn._files import read_json
 from pyunlearn.metrics import Interval
 from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.data import load_data
@@ -20,8 +22,11 @@ from pyunlearn.runs.grid import Cell as Run
 from ..closer_look.cells import Cell
 from ..closer_look.numbers import LEVEL, World
 
-BEFORE, RETRAINED, UWC = "before", "retrained", " + UWC"
+BEFORE, RETRAINED, UWC, CRU = "before", "retrained", " + UWC", " + CRU"
+PLAIN = ("ga", "npo")  # that nothing keeps in place but CRU
+FEWEST = 3  # models that a correlation needs
 SETS = ("forget", "retain", "holdout")
+REMEDY = "delete it, and the same command makes it again"
 SHOWN = 2  # questions whose answers are kept
 
 
@@ -29,12 +34,15 @@ SHOWN = 2  # questions whose answers are kept
 class Study:
     """runs: of every method, by its name, one a seed. worlds: one a seed, of `closer_look`. refused: of every method,
     the share of held-out questions that it answers by one of the refusals, word for word, one a seed. mixed: of those
-    that UWC calibrates, how much of the unlearning it keeps (a), one a seed."""
+    that UWC calibrates, how much of the unlearning it keeps (a), one a seed. layered: of those that CRU does, which
+    layers of how many. reliability: Pearson's r and its interval, as `pyunlearn reliability` writes them."""
 
     runs: dict[str, list[RunConfig]]
     worlds: list[World]
     refused: dict[str, list[float]]
     mixed: dict[str, list[float]] = field(default_factory=dict)
+    layered: dict[str, list[str]] = field(default_factory=dict)
+    reliability: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def methods(self) -> list[str]:
@@ -42,7 +50,8 @@ class Study:
 
     @property
     def models(self) -> list[str]:
-        return [BEFORE, RETRAINED, *self.methods, *(name + UWC for name in self.changed)]
+        calibrated = [name + UWC for name in self.changed] + [name + CRU for name in self.layered]
+        return [BEFORE, RETRAINED, *self.methods, *calibrated]
 
     @property
     def changed(self) -> list[str]:
@@ -106,17 +115,24 @@ NUMBERS = (
 BY_NAME = {number.name: number for number in NUMBERS}
 
 
-def read_study(cells: Sequence[Run], mixed: Mapping[str, list[float]]) -> Study:
-    """Of finished runs, and of what UWC made of those in `mixed`. Raises what `read_records` and `load_data` raise."""
+def read_study(cells: Sequence[Run], mixed: Sequence[Run], layered: Sequence[Run], reliability: Path) -> Study:
+    """Of finished runs, of what UWC and CRU made of some of them, and of a folder of `pyunlearn reliability`.
+
+    Raises what `read_records` and `load_data` raise.
+    """
     runs: dict[str, list[RunConfig]] = {}
     for cell in cells:
         runs.setdefault(cell.name, []).append(cell.config)
     refused: dict[str, list[float]] = {}
     worlds = []
+    shares = by_name(mixed, lambda run: told_of(run, "uwc")["a"])
+    chosen = by_name(layered, layers_of)
+    chosen = {name: own for name, own in chosen.items() if len(own) == len(runs[name])}  # of every seed
     for place, first in enumerate(next(iter(runs.values()))):
         own = {BEFORE: read_cell(first, "before"), RETRAINED: read_cell(first, "retrained")}
         own |= {name: read_cell(configs[place], "after") for name, configs in runs.items()}
-        own |= {name + UWC: read_cell(runs[name][place], "after", "uwc") for name in mixed}
+        own |= {name + UWC: read_cell(runs[name][place], "after", "uwc") for name in shares}
+        own |= {name + CRU: read_cell(runs[name][place], "after", "cru") for name in chosen}
         known = {name: RunFolder(configs[place].folder) for name, configs in runs.items()}
         refusals = set().union(*(load_data(configs[place]).refusals for configs in runs.values()))
         for name, folder in known.items():
@@ -124,7 +140,26 @@ def read_study(cells: Sequence[Run], mixed: Mapping[str, list[float]]) -> Study:
             refused.setdefault(name, []).append(statistics.fmean(text in refusals for text in written))
         asked = [row["question"] for row in read_records(known[next(iter(known))], "before", ["forget"])["forget"]]
         worlds.append(World(first.name, {name: [cell] for name, cell in own.items()}, asked[:SHOWN]))
-    return Study(runs, worlds, refused, dict(mixed))
+    file = reliability / "reliability.json"
+    correlations = read_json(file, REMEDY)["correlations"] if file.is_file() else []
+    return Study(runs, worlds, refused, shares, chosen, correlations)
+
+
+def by_name(cells: Sequence[Run], of: Callable[[Run], Any]) -> dict[str, list[Any]]:
+    """One a seed."""
+    found: dict[str, list[Any]] = {}
+    for cell in cells:
+        found.setdefault(cell.name, []).append(of(cell))
+    return found
+
+
+def layers_of(run: Run) -> str:
+    own = told_of(run, "cru")
+    return f"{own['k']} of {own['of']} ({', '.join(own['chosen'])})"
+
+
+def told_of(run: Run, method: str) -> dict[str, Any]:
+    return dict(read_json(run.config.folder / method / f"{method}.json", REMEDY))
 
 
 def read_cell(config: RunConfig, moment: str, calibration: str = "") -> Cell:
@@ -149,5 +184,7 @@ def as_dict(study: Study) -> dict[str, Any]:
         "numbers": {model: {each.name: told(each, model) for each in NUMBERS} for model in study.models},
         "held-out questions refused": study.refused,
         "a of UWC": study.mixed,
+        "components of CRU": study.layered,
+        "reliability": study.reliability,
         "said": {model: [world.cells[model][0].said for world in study.worlds] for model in study.models},
     }

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from pyunlearn.metrics import Interval
 
 from ...measure import machine
 from ..closer_look.page import ABOUT, table, told_training
-from .numbers import BEFORE, BY_NAME, NUMBERS, RETRAINED, UWC, Study
+from .numbers import BEFORE, BY_NAME, CRU, NUMBERS, RETRAINED, UWC, Study
 
 TRICKED, TS, LS = ("ga_kl", "npo_kl"), "-temperature-2", "-keep-0.8"  # as grid:embedded calls them
 KEPT, OVER_REFUSED, BABBLE, GONE = 0.9, 0.05, 0.2, 0.5
@@ -25,7 +26,8 @@ PAGE = """# Every method: {name}
 these and token entropy on retain and held-out rows. *Forget quality*: ln p of the KS test of truth ratios against the
 retrained model's. *Fluency*: the share of texts that are language by counting alone (`pyunlearn.metrics.fluency`).
 *{uwc}*: the mixture with the model before that keeps 95 % of its extraction strength on held-out rows, by
-`pyunlearn calibrate uwc`, where that is another model.
+`pyunlearn calibrate uwc`, where that is another model. *{cru}*: the layers of the unlearned model that forget at little
+cost, in the model before, by `pyunlearn calibrate cru` on a fifth of the rows, which are among those counted here.
 
     python -m benchmarks.studies.methods {name}
 
@@ -38,6 +40,12 @@ retrained model's. *Fluency*: the share of texts that are language by counting a
 Which share of the held-out questions is refused, word for word: {refused}.
 
 How much of its unlearning each method may keep (a of UWC, the mean over seeds): {mixed}.
+
+What CRU takes from the unlearned model{by_seed}: {layered}.
+
+## Which metrics say the same after an attack
+
+{reliability}
 
 ## All numbers
 
@@ -91,6 +99,16 @@ def weights_win(study: Study, *methods: str) -> tuple[bool, str]:
     return newer < min(order.index(name) for name in methods[3:]), told(study, "mean of both", *order)
 
 
+def steadiest(study: Study) -> tuple[bool, str]:
+    """By the smallest r over attacks and sets."""
+    least: dict[str, float] = {}
+    for row in study.reliability:
+        r = -1.0 if row["r"] is None else row["r"]
+        least[row["metric"]] = min(r, least.get(row["metric"], 1.0))
+    order = sorted(least, key=least.__getitem__, reverse=True)
+    return order[0] == "extraction_strength", "the least r: " + ", ".join(f"{n} {least[n]:.2f}" for n in order)
+
+
 def does_not_remove(study: Study, po: str) -> tuple[bool, str]:
     name = "forget extraction strength"
     left = value(study, name, po) >= GONE * value(study, name, BEFORE)
@@ -101,6 +119,13 @@ def curbs_rephrasing(study: Study, bst: str, npo: str) -> tuple[bool, str]:
     names = ("forget paraphrase probability", "model utility")
     left, kept = ([value(study, name, method) for method in (bst, npo)] for name in names)
     return left[0] < left[1] and kept[0] >= kept[1], "; ".join(told(study, name, bst, npo) for name in names)
+
+
+def layers_win(study: Study, ga: str, npo: str, *others: str) -> tuple[bool, str]:
+    """Against retaining by training, and by more and more KL."""
+    own = [name + CRU for name in (ga, npo) if name in study.layered]
+    order = BY_NAME["mean of both"].order(study, [*own, ga, npo, *others])
+    return bool(own) and order[: len(own)] == sorted(own, key=order.index), told(study, "mean of both", *order)
 
 
 def trick_helps(study: Study, *methods: str) -> tuple[bool, str]:
@@ -129,6 +154,10 @@ CLAIMS = (
           trick_helps),
     Claim("Likelihood selection, of 0.8 of the tokens, does not (Wang et al., UWC)",
           (*(f"{name}{LS}" for name in TRICKED), *TRICKED), trick_does_not_help),
+    Claim("CRU of GA and of NPO trades better than +RT and than KL of 1, 10 and 20 (the tutorial's main result)",
+          ("ga", "npo", "npo_gd", "ga_kl", "ga_kl-coefficient-10.0", "ga_kl-coefficient-20.0"), layers_win),
+    Claim("Of all metrics, extraction strength says most surely the same after every attack (Wang et al., UWC)",
+          (), steadiest),
     Claim("BS-T leaves less of rephrased answers than NPO, at no less utility (LLM Beliefs, Section 5)", ("bst", "npo"),
           curbs_rephrasing),
 )  # fmt: skip
@@ -152,6 +181,10 @@ def page(study: Study, name: str) -> str:
         claims="\n".join(f"- {each}" for each in claims(study)),
         uwc=UWC.strip(),
         mixed=", ".join(f"{method} {study.over_seeds(own).mean:.2f}" for method, own in study.mixed.items()) or "none",
+        cru=CRU.strip(),
+        by_seed=", seed by seed" if seeds > 1 else "",
+        layered="; ".join(f"{method}: {' / '.join(own)}" for method, own in study.layered.items()) or "nothing",
+        reliability=reliability(study),
         refused=", ".join(f"{method} {text(own)}" for method, own in refused.items() if own.mean > 0) or "none by any",
         numbers=numbers(study),
         of_seed=f", seed {study.config.seed}" if seeds > 1 else "",
@@ -163,7 +196,7 @@ def claims(study: Study) -> list[str]:
     lines = []
     for claim in CLAIMS:
         found = [method_of(study, name) for name in claim.of]
-        if None not in found:
+        if None not in found and (found or study.reliability):
             holds, why = claim.holds(study, *found)
             lines.append(f"**{'Holds' if holds else 'Does not hold'}.** {claim.text}. {why}.")
     return lines or ["None of the methods that they are about is here."]
@@ -186,6 +219,29 @@ def numbers(study: Study) -> str:
     head = ["", *(f"{number.name} {arrows[number.better]}" for number in NUMBERS)]
     rows = [[model, *(text(number.get(study, model)) for number in NUMBERS)] for model in study.models]
     return table(head, rows)
+
+
+def reliability(study: Study) -> str:
+    """A row a metric, its r of forget and of retain rows by attack."""
+    if not study.reliability:
+        return "Not measured: a correlation needs three models of one seed."
+    cells = {(row["metric"], row["set"], row["attack"]): row for row in study.reliability}
+    attacks = [*dict.fromkeys(attack for _, _, attack in cells)]
+    rows = [
+        [f"{metric.replace('_', ' ')}, {which}", *(correlation(cells[metric, which, attack]) for attack in attacks)]
+        for metric, which in dict.fromkeys((metric, which) for metric, which, _ in cells)
+    ]
+    count = max(row["count"] for row in study.reliability)
+    about = (
+        f"Pearson's r of a metric's means over the {count} models of the first seed before and after an attack, with "
+        "Fisher's 95 % interval (`pyunlearn reliability`): near 1, a metric tells what a model knows, and not what it "
+        "happens to say."
+    )
+    return f"{about}\n\n{table(['', *attacks], rows)}"
+
+
+def correlation(row: Mapping[str, Any]) -> str:
+    return "–" if row["r"] is None else text(Interval(row["r"], row["low"], row["high"], row["count"]))
 
 
 def answers(study: Study) -> str:

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.studies.closer_look.cells import METRICS, Cell
 from benchmarks.studies.closer_look.numbers import World
 from benchmarks.studies.methods import __main__ as command
-from benchmarks.studies.methods.numbers import BY_NAME, NUMBERS, Study
+from benchmarks.studies.methods.numbers import BY_NAME, CRU, NUMBERS, PLAIN, Study
 from benchmarks.studies.methods.page import claims, page
 from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.grid import load_grid, make_cells
@@ -25,8 +25,11 @@ def test_every_method_of_a_sweep_is_on_the_page(tmp_path, monkeypatch, capsys):
     command.main(words)
     told = json.loads((tmp_path / "out/methods/embedded.json").read_text())
     assert list(told["a of UWC"]) == ["ga", "idk_ap"]
+    assert set(told["components of CRU"]) <= {"ga"}  # where it has forgotten
+    assert told["reliability"] == []  # of two models
     assert all(len(own) == 2 and all(0 <= a <= 1 for a in own) for own in told["a of UWC"].values())
     mixed = [f"{name} + UWC" for name, own in told["a of UWC"].items() if min(own) < 1]
+    mixed += [f"{name} + CRU" for name in told["components of CRU"]]
     assert list(told["numbers"]) == ["before", "retrained", "ga", "idk_ap", *mixed]
     for own in told["numbers"].values():
         assert list(own) == [number.name for number in NUMBERS]
@@ -45,7 +48,7 @@ def test_every_method_of_a_sweep_is_on_the_page(tmp_path, monkeypatch, capsys):
 def test_the_main_methods_on_smollm2_are_runs():
     cells = make_cells(load_grid(command.WORLDS["smollm2_tofu"]), "out")
     own = {cell.name: cell.config.unlearn for cell in cells}
-    assert len(cells) == len(own) == 17
+    assert len(cells) == len(own) == 20
     assert own["wga_kl"].forget[0].options == {"alpha": 5.0}
     assert own["wtnpo_kl"].forget[0].options == {"alpha": 1.5, "beta": 5.0}
     for name in ("po-retain-kl", "rmu-retain-kl"):
@@ -53,8 +56,9 @@ def test_the_main_methods_on_smollm2_are_runs():
     assert [own[f"me_gd-coefficient-{alpha}"].forget[0].coefficient for alpha in (0.1, 1.0)] == [0.1, 1.0]
 
 
-def study_of(left, refused=()):
-    """left: method -> (of the forget set, of what is kept, fluency, extraction strength)."""
+def study_of(left, refused=(), layered=(), least=()):
+    """left: method -> (of the forget set, of what is kept, fluency, extraction strength). layered: methods whose CRU is
+    in `left`. least: of metrics, their smallest r."""
 
     def cell(forget, kept, fluent, strength):
         def values(level):
@@ -65,10 +69,18 @@ def study_of(left, refused=()):
 
     left = {"before": (0.9, 0.9, 1.0, 0.8), "retrained": (0.2, 0.9, 1.0, 0.1), **left}
     world = World("known", {name: [cell(*own)] for name, own in left.items()}, ["one?", "two?"])
-    methods = [name for name in left if name not in ("before", "retrained")]
+    methods = [name for name in left if name not in ("before", "retrained") and not name.endswith(CRU)]
     config = RunConfig.model_validate({})
     shares = {name: [dict(refused).get(name, 0.0)] for name in methods}
-    return Study({name: [config] for name in methods}, [world], shares)
+    correlations = [
+        {"attack": attack, "metric": metric, "set": which, "r": None if r is None else min(1.0, r + more),
+         "low": None, "high": None, "count": 12}
+        for metric, r in dict(least).items() for which in ("forget", "retain")
+        for attack, more in (("jailbreak", 0.1), ("relearning", 0.0))
+    ]  # fmt: skip
+    return Study(
+        {name: [config] for name in methods}, [world], shares, {}, {name: ["2 of 5"] for name in layered}, correlations
+    )
 
 
 def test_conclusions_are_said_either_way():
@@ -77,22 +89,32 @@ def test_conclusions_are_said_either_way():
     as_in_papers = {"me_gd": good, "ga": gone, "idk_gd": known, "idk_ap": known, "wga_kl": good, "tnpo_kl": good,
                     "wtnpo_kl": good, "ga_kl": gone, "npo_kl": middle, "ga_kl-temperature-2": middle,
                     "npo_kl-temperature-2": good, "ga_kl-keep-0.8": gone, "npo_kl-keep-0.8": middle, "bst": good,
-                    "npo": middle}  # fmt: skip
-    lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items()))
-    assert [line.startswith("**Holds.**") for line in lines] == [True] * 8
+                    "npo": middle, "npo_gd": middle, "ga_kl-coefficient-10.0": middle,
+                    "ga_kl-coefficient-20.0": middle, "ga + CRU": (0.2, 0.89, 1.0, 0.1), "npo + CRU": good}  # fmt: skip
+    least = {"extraction_strength": 0.9, "probability": 0.5, "rouge_l": None}
+    lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items(), PLAIN, least.items()))
+    assert [line.startswith("**Holds.**") for line in lines] == [True] * 10
+    assert "the least r: extraction_strength 0.90, probability 0.50, rouge_l -1.00" in lines[8]
     assert "idk_ap 0.040, idk_gd 0.800" in lines[1]
     best = (0.1, 0.89, 1.0, 0.05)
     otherwise = {"me_gd": middle, "ga": good, "idk_gd": good, "idk_ap": good, "wga_kl": middle, "tnpo_kl": good,
                  "wtnpo_kl": good, "ga_kl": gone, "npo_kl": good, "ga_kl-temperature-2": middle,
                  "npo_kl-temperature-2": middle, "ga_kl-keep-0.8": middle, "npo_kl-keep-0.8": best,
-                 "bst": middle, "npo": good}  # fmt: skip
-    lines = claims(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items()))
-    assert [line.startswith("**Does not hold.**") for line in lines] == [True] * 8
+                 "bst": middle, "npo": good, "npo_gd": good, "ga_kl-coefficient-10.0": best,
+                 "ga_kl-coefficient-20.0": good, "ga + CRU": good, "npo + CRU": middle}  # fmt: skip
+    least = {"extraction_strength": 0.5, "probability": 0.9}
+    lines = claims(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items(), PLAIN, least.items()))
+    assert [line.startswith("**Does not hold.**") for line in lines] == [True] * 10
     assert claims(study_of({"sga": good})) == ["None of the methods that they are about is here."]
     assert len(claims(study_of({"me_gd-coefficient-0.1": good}))) == 1  # of a recipe with options
     text = page(study_of({"ga": gone}), "embedded")
     assert "bootstrap intervals" in text
     assert "none by any" in text
+    assert "Not measured: a correlation needs three models" in text
+    text = page(study_of({"ga": gone, "ga + CRU": good}, layered=("ga",), least=least.items()), "embedded")
+    assert "What CRU takes from the unlearned model: ga: 2 of 5." in text
+    assert "| extraction strength, forget | 0.600 | 0.500 |" in text
+    assert "over the 12 models of the first seed" in text
 
 
 def test_over_seeds_students_interval():
