@@ -55,6 +55,9 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", type=Path, default=Path("models"), help="folder of the GGUF file (default models)")
     parser.add_argument("--workers", type=int, default=1, help="runs at once")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="changes every run")
+    parser.add_argument(
+        "--runs-alone", action="store_true", help="no calibration and no attacks, which take as long again"
+    )
     parser.add_argument("--small", action="store_true", help="a few methods on a tiny embedded world")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/<device>)")
     parser.add_argument("--work", type=Path, default=Path("runs/methods"), help="where runs are kept")
@@ -86,6 +89,8 @@ def measure(name: str, args: argparse.Namespace) -> Study:
         raise SystemExit(interrupt.exit_code) from None
     if result.failed:
         raise SystemExit(1)
+    if args.runs_alone:
+        return read_study(result.cells)
     mixed = [cell for cell in result.cells if not combines(cell)]
     calibrate("uwc", mixed, args.workers, work)
     layered = calibrate("cru", [cell for cell in mixed if cell.name in PLAIN], args.workers, work)

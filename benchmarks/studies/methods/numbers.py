@@ -115,7 +115,9 @@ NUMBERS = (
 BY_NAME = {number.name: number for number in NUMBERS}
 
 
-def read_study(cells: Sequence[Run], mixed: Sequence[Run], layered: Sequence[Run], reliability: Path) -> Study:
+def read_study(
+    cells: Sequence[Run], mixed: Sequence[Run] = (), layered: Sequence[Run] = (), reliability: Path | None = None
+) -> Study:
     """Of finished runs, of what UWC and CRU made of some of them, and of a folder of `pyunlearn reliability`.
 
     Raises what `read_records` and `load_data` raise.
@@ -140,8 +142,8 @@ def read_study(cells: Sequence[Run], mixed: Sequence[Run], layered: Sequence[Run
             refused.setdefault(name, []).append(statistics.fmean(text in refusals for text in written))
         asked = [row["question"] for row in read_records(known[next(iter(known))], "before", ["forget"])["forget"]]
         worlds.append(World(first.name, {name: [cell] for name, cell in own.items()}, asked[:SHOWN]))
-    file = reliability / "reliability.json"
-    correlations = read_json(file, REMEDY)["correlations"] if file.is_file() else []
+    file = None if reliability is None else reliability / "reliability.json"
+    correlations = read_json(file, REMEDY)["correlations"] if file is not None and file.is_file() else []
     return Study(runs, worlds, refused, shares, chosen, correlations)
 
 

@@ -224,7 +224,7 @@ def numbers(study: Study) -> str:
 def reliability(study: Study) -> str:
     """A row a metric, its r of forget and of retain rows by attack."""
     if not study.reliability:
-        return "Not measured: a correlation needs three models of one seed."
+        return "Not measured: no attacks were asked for, or there are fewer than three models of the first seed."
     cells = {(row["metric"], row["set"], row["attack"]): row for row in study.reliability}
     attacks = [*dict.fromkeys(attack for _, _, attack in cells)]
     rows = [

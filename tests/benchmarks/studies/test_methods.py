@@ -110,7 +110,7 @@ def test_conclusions_are_said_either_way():
     text = page(study_of({"ga": gone}), "embedded")
     assert "bootstrap intervals" in text
     assert "none by any" in text
-    assert "Not measured: a correlation needs three models" in text
+    assert "Not measured: no attacks were asked for" in text
     text = page(study_of({"ga": gone, "ga + CRU": good}, layered=("ga",), least=least.items()), "embedded")
     assert "What CRU takes from the unlearned model: ga: 2 of 5." in text
     assert "| extraction strength, forget | 0.600 | 0.500 |" in text
