@@ -79,11 +79,14 @@ def test_the_grids_that_are_here_have_runs(name):
     elif name == "tutorial":
         weights = {cell.name: cell.config.unlearn.retain[0].coefficient for cell in cells if "_kl" in cell.name}
         assert weights == {f"ga_kl-coefficient-{value}": value for value in (1.0, 10.0, 20.0)}
-        assert len(cells) == 7 + 3
+        assert len(cells) == 8 + 1 + 3
+        (plain,) = (cell.config.unlearn for cell in cells if cell.name == "npo-retain-none")
+        assert ([term.name for term in plain.forget], plain.retain) == (["npo"], [])
     else:
         assert name == "embedded"
         tricks = {f"{each}-{trick}" for each in ("ga_kl", "npo_kl") for trick in ("temperature-2", "keep-0.8")}  # UWC's
-        assert {cell.name for cell in cells} == {*matching(["*"]), *tricks}
+        more = {"npo-retain-none", "ga_kl-coefficient-10.0", "ga_kl-coefficient-20.0"}  # the tutorial's
+        assert {cell.name for cell in cells} == {*matching(["*"]), *tricks, *more}
         assert {cell.seed for cell in cells} == {0, 1, 2}
 
 

@@ -34,7 +34,7 @@ from pyunlearn.training.stage import Interrupted
 from ...measure import machine
 from ...results import RESULTS
 from ..closer_look.__main__ import TOY
-from .numbers import FEWEST, PLAIN, Study, as_dict, read_study
+from .numbers import FEWEST, GROUPS, Study, as_dict, read_study
 from .page import page
 
 WORLDS = {"embedded": "grid:embedded", "smollm2_tofu": str(Path(__file__).parent / "smollm2_tofu.yaml")}
@@ -93,7 +93,7 @@ def measure(name: str, args: argparse.Namespace) -> Study:
         return read_study(result.cells)
     mixed = [cell for cell in result.cells if not combines(cell)]
     calibrate("uwc", mixed, args.workers, work)
-    layered = calibrate("cru", [cell for cell in mixed if cell.name in PLAIN], args.workers, work)
+    layered = calibrate("cru", [cell for cell in mixed if cell.name in GROUPS], args.workers, work)
     attacked = [cell.config.folder for cell in mixed if cell.seed == grid.seeds[0]]
     reliable = work / "reliability"
     if len(attacked) >= FEWEST:

@@ -23,7 +23,11 @@ from ..closer_look.cells import Cell
 from ..closer_look.numbers import LEVEL, World
 
 BEFORE, RETRAINED, UWC, CRU = "before", "retrained", " + UWC", " + CRU"
-PLAIN = ("ga", "npo")  # that nothing keeps in place but CRU
+# As the tutorial's table has them: what nothing keeps in place, and what CRU of that is held against.
+GROUPS = {
+    "npo-retain-none": ("npo", "npo_gd", "flat", "tnpo", "wtnpo", "altpo"),
+    "ga": ("ga_kl", *(f"ga_kl-coefficient-{share}" for share in (1.0, 10.0, 20.0)), "wga", "satimp"),
+}
 FEWEST = 3  # models that a correlation needs
 SETS = ("forget", "retain", "holdout")
 REMEDY = "delete it, and the same command makes it again"

@@ -9,7 +9,7 @@ import pytest
 from benchmarks.studies.closer_look.cells import METRICS, Cell
 from benchmarks.studies.closer_look.numbers import World
 from benchmarks.studies.methods import __main__ as command
-from benchmarks.studies.methods.numbers import BY_NAME, CRU, NUMBERS, PLAIN, Study
+from benchmarks.studies.methods.numbers import BY_NAME, CRU, GROUPS, NUMBERS, Study
 from benchmarks.studies.methods.page import claims, page
 from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.grid import load_grid, make_cells
@@ -89,10 +89,10 @@ def test_conclusions_are_said_either_way():
     as_in_papers = {"me_gd": good, "ga": gone, "idk_gd": known, "idk_ap": known, "wga_kl": good, "tnpo_kl": good,
                     "wtnpo_kl": good, "ga_kl": gone, "npo_kl": middle, "ga_kl-temperature-2": middle,
                     "npo_kl-temperature-2": good, "ga_kl-keep-0.8": gone, "npo_kl-keep-0.8": middle, "bst": good,
-                    "npo": middle, "npo_gd": middle, "ga_kl-coefficient-10.0": middle,
-                    "ga_kl-coefficient-20.0": middle, "ga + CRU": (0.2, 0.89, 1.0, 0.1), "npo + CRU": good}  # fmt: skip
+                    "npo": middle, "npo-retain-none": gone, "ga_kl-coefficient-10.0": middle,
+                    "ga + CRU": (0.2, 0.89, 1.0, 0.1), "npo-retain-none + CRU": good}  # fmt: skip
     least = {"extraction_strength": 0.9, "probability": 0.5, "rouge_l": None}
-    lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items(), PLAIN, least.items()))
+    lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items(), GROUPS, least.items()))
     assert [line.startswith("**Holds.**") for line in lines] == [True] * 10
     assert "the least r: extraction_strength 0.90, probability 0.50, rouge_l -1.00" in lines[8]
     assert "idk_ap 0.040, idk_gd 0.800" in lines[1]
@@ -100,10 +100,10 @@ def test_conclusions_are_said_either_way():
     otherwise = {"me_gd": middle, "ga": good, "idk_gd": good, "idk_ap": good, "wga_kl": middle, "tnpo_kl": good,
                  "wtnpo_kl": good, "ga_kl": gone, "npo_kl": good, "ga_kl-temperature-2": middle,
                  "npo_kl-temperature-2": middle, "ga_kl-keep-0.8": middle, "npo_kl-keep-0.8": best,
-                 "bst": middle, "npo": good, "npo_gd": good, "ga_kl-coefficient-10.0": best,
-                 "ga_kl-coefficient-20.0": good, "ga + CRU": good, "npo + CRU": middle}  # fmt: skip
+                 "bst": middle, "npo": good, "npo-retain-none": gone, "ga_kl-coefficient-10.0": best,
+                 "ga + CRU": good, "npo-retain-none + CRU": best}  # fmt: skip
     least = {"extraction_strength": 0.5, "probability": 0.9}
-    lines = claims(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items(), PLAIN, least.items()))
+    lines = claims(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items(), GROUPS, least.items()))
     assert [line.startswith("**Does not hold.**") for line in lines] == [True] * 10
     assert claims(study_of({"sga": good})) == ["None of the methods that they are about is here."]
     assert len(claims(study_of({"me_gd-coefficient-0.1": good}))) == 1  # of a recipe with options
@@ -113,6 +113,7 @@ def test_conclusions_are_said_either_way():
     assert "Not measured: no attacks were asked for" in text
     text = page(study_of({"ga": gone, "ga + CRU": good}, layered=("ga",), least=least.items()), "embedded")
     assert "What CRU takes from the unlearned model: ga: 2 of 5." in text
+    assert text.count("| ga + CRU |") == 3  # the tutorial's table, all numbers, answers
     assert "| extraction strength, forget | 0.600 | 0.500 |" in text
     assert "over the 12 models of the first seed" in text
 
