@@ -263,7 +263,7 @@ def work(job: Sweep, todo: Sequence[Cell], workers: Workers, console: Console) -
                 while ready and workers.free:
                     unit = ready.popleft()
                     under_way[unit.task.name] = unit
-                    if unit.cell is None:
+                    if unit.cell is None and unmeasured(RunFolder(unit.start), ("before",)):
                         tell_begun(unit.start.name, len(waiting[unit.start]), console)
                     workers.submit(unit.task)
                 bar.update(row, description=told_names(list(under_way)))
