@@ -68,7 +68,7 @@ def get(
     definition = DEFINITIONS[name]
     preset, variant = definition.variant(preset)
     for option in options:
-        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction", "temperature", "keep", "kept"))
+        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction", "temperature", "keep"))
     if not is_finite(temperature) or temperature <= 0:
         raise ValueError(f"{name}: temperature={temperature!r}: needs a finite number > 0")
     if not is_finite(keep) or not 0 < keep <= 1:

@@ -181,7 +181,11 @@ def calibrate_cru(
 
         show = not job.console.quiet
         original, whole = score(()), score([*hybrids.parts])
-        choose_count([original, whole], target)  # whether there is anything to choose by
+        try:
+            choose_count([original, whole], target)  # whether there is anything to choose by
+        except ValueError as error:
+            other = "" if measures.forgetting == "forgotten" else "; by probabilities: --forgetting forgotten"
+            raise ValueError(f"forgetting={measures.forgetting}: {error}{other}") from None
         alone = {part: scores((part,)) for part in track([*hybrids.parts], f"{component}s", show, size=lambda _: 1)}
         influence = {part: own[0] for part, own in alone.items()}
         order = influence_order(influence)

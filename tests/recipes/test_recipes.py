@@ -177,7 +177,7 @@ def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
         ("unlearn.recipe=npoo", r"unlearn.recipe='npoo': did you mean npo or"),
         ("unlearn.recipe=npo+mrdd", r"unlearn.recipe='npo\+mrdd': did you mean npo\+mrd or"),
         ("unlearn.recipe=npo_kl@phi-1.5-forget5", r"'npo_kl@phi-1.5-forget5': did you mean phi-1.5-forget05 or"),
-        ("unlearn.recipe=npo_kl@phi-1.5-forget05+mrd", "needs npo_kl+mrd@phi-1.5-forget05"),
+        ("unlearn.recipe=npo_kl@phi-1.5-forget05+mrd", r"needs npo_kl\+mrd@phi-1.5-forget05$"),
         ("unlearn.recipe=me_kl@phi", "unlearn.recipe='me_kl@phi': has no published settings"),
         ("unlearn.recipe=+mrd", r"needs one of altpo, [^+]* wtnpo_kl; each also NAME\+mrd$"),
         ("unlearn.recipe=3", "unlearn.recipe: needs text, got 3"),

@@ -129,7 +129,8 @@ def combines(cell: Cell) -> bool:
 
 
 def task_of(method: str, cell: Cell) -> Task:
-    by: Callable[[Path], object] = calibrate_uwc if method == "uwc" else calibrate_cru
+    # by probabilities, as truth ratios of what collapses may be no nearer to the retrained model's
+    by: Callable[[Path], object] = calibrate_uwc if method == "uwc" else partial(calibrate_cru, forgetting="forgotten")
     return Task(str(cell), partial(by, cell.config.folder), Path.cwd())
 
 

@@ -36,7 +36,7 @@ def test_every_method_of_a_sweep_is_on_the_page(tmp_path, monkeypatch, capsys):
         assert all(len(number["seeds"]) == 2 for number in own.values())
     text = (tmp_path / "out/methods/embedded.md").read_text()
     assert "over 2 seeds (Student's t)" in text
-    assert text.count("| ga |") == 2  # numbers, answers
+    assert text.count("| ga |") == 3  # the tutorial's table, numbers, answers
     assert "How much of its unlearning each method may keep (a of UWC, the mean over seeds): ga " in text
     assert "hold.** GA collapses" in text or "**Holds.** GA collapses" in text
     assert (tmp_path / "work/embedded-small/compare.csv").is_file()
