@@ -85,6 +85,10 @@ class Number:
     better: int
     of: Callable[[World, str], Interval | float]
 
+    def value(self, world: World, model: str) -> float:
+        found = self.of(world, model)
+        return found.mean if isinstance(found, Interval) else found
+
     def get(self, study: Study, model: str) -> Interval:
         return study.over_seeds([self.of(world, model) for world in study.worlds])
 
@@ -182,8 +186,7 @@ def as_dict(study: Study) -> dict[str, Any]:
 
     def told(number: Number, model: str) -> dict[str, Any]:
         found = number.get(study, model)
-        own = [number.of(world, model) for world in study.worlds]
-        values = [each.mean if isinstance(each, Interval) else each for each in own]
+        values = [number.value(world, model) for world in study.worlds]
         return {"mean": found.mean, "low": found.low, "high": found.high, "seeds": values}
 
     return {

@@ -1,20 +1,18 @@
-"""The page of one world: a table of all methods, and which of the papers' conclusions hold here."""
+"""The page of one world: a table of all methods, and what the papers conclude."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 from pyunlearn.metrics import Interval
 
 from ...measure import machine
 from ..closer_look.page import ABOUT, table, told_training
-from .numbers import BEFORE, BY_NAME, CRU, GROUPS, NUMBERS, RETRAINED, UWC, Study
+from .claims import claims, group, text
+from .numbers import BEFORE, BY_NAME, CRU, GROUPS, NUMBERS, UWC, Study
 
-TRICKED, TS, LS = ("ga_kl", "npo_kl"), "-temperature-2", "-keep-0.8"  # as grid:embedded calls them
 ARROWS = {1: "↑", -1: "↓"}
-KEPT, OVER_REFUSED, BABBLE, GONE = 0.9, 0.05, 0.2, 0.5
 PAGE = """# Every method: {name}
 
 {about}
@@ -35,6 +33,8 @@ cost, in the model before, by `pyunlearn calibrate cru` on a fifth of the rows, 
 {machine}
 
 ## What the papers conclude, here
+
+Methods are compared by their differences seed by seed, with the interval of that.
 
 {claims}
 
@@ -60,117 +60,6 @@ What CRU takes from the unlearned model{by_seed}: {layered}.
 
 {answers}
 """
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a paper concludes. of: the recipes it is about; holds: whether it does here, and by which numbers."""
-
-    text: str
-    of: tuple[str, ...]
-    holds: Callable[..., tuple[bool, str]]  # of the study and the methods of these recipes
-
-
-def value(study: Study, name: str, model: str) -> float:
-    return BY_NAME[name].get(study, model).mean
-
-
-def told(study: Study, name: str, *models: str) -> str:
-    return f"{name}: " + ", ".join(f"{model} {text(BY_NAME[name].get(study, model))}" for model in models)
-
-
-def keeps_utility(study: Study, me: str) -> tuple[bool, str]:
-    kept = value(study, "model utility", me) >= KEPT * value(study, "model utility", BEFORE)
-    forgets = value(study, "forget efficacy", me) > value(study, "forget efficacy", BEFORE)
-    both = (told(study, name, BEFORE, me, RETRAINED) for name in ("model utility", "forget efficacy"))
-    return kept and forgets, "; ".join(both)
-
-
-def refuses_little(study: Study, ap: str, gd: str) -> tuple[bool, str]:
-    share = {name: study.over_seeds(study.refused[name]) for name in (ap, gd)}
-    numbers = ", ".join(f"{name} {text(own)}" for name, own in share.items())
-    return share[ap].mean <= OVER_REFUSED, f"held-out questions refused: {numbers}"
-
-
-def collapses(study: Study, ga: str) -> tuple[bool, str]:
-    lost = value(study, "held-out probability", ga) < (1 - KEPT) * value(study, "held-out probability", BEFORE)
-    both = (told(study, name, BEFORE, ga) for name in ("forget fluency", "held-out probability"))
-    return value(study, "forget fluency", ga) < BABBLE and lost, "; ".join(both)
-
-
-def weights_win(study: Study, *methods: str) -> tuple[bool, str]:
-    order = BY_NAME["mean of both"].order(study, methods)
-    newer = max(order.index(name) for name in methods[:3])
-    return newer < min(order.index(name) for name in methods[3:]), told(study, "mean of both", *order)
-
-
-def steadiest(study: Study) -> tuple[bool, str]:
-    """By the smallest r over attacks and sets."""
-    least: dict[str, float] = {}
-    for row in study.reliability:
-        r = -1.0 if row["r"] is None else row["r"]
-        least[row["metric"]] = min(r, least.get(row["metric"], 1.0))
-    order = sorted(least, key=least.__getitem__, reverse=True)
-    return order[0] == "extraction_strength", "the least r: " + ", ".join(f"{n} {least[n]:.2f}" for n in order)
-
-
-def does_not_remove(study: Study, po: str) -> tuple[bool, str]:
-    name = "forget extraction strength"
-    left = value(study, name, po) >= GONE * value(study, name, BEFORE)
-    return left, told(study, name, BEFORE, po, RETRAINED)
-
-
-def curbs_rephrasing(study: Study, bst: str, npo: str) -> tuple[bool, str]:
-    names = ("forget paraphrase probability", "model utility")
-    left, kept = ([value(study, name, method) for method in (bst, npo)] for name in names)
-    return left[0] < left[1] and kept[0] >= kept[1], "; ".join(told(study, name, bst, npo) for name in names)
-
-
-def layers_win(study: Study, *plain: str) -> tuple[bool, str]:
-    """Of both groups: CRU is above all that it is held against."""
-    orders = [BY_NAME["mean of both"].order(study, group(study, name)) for name in plain]
-    first = [order[0] == name + CRU for name, order in zip(plain, orders, strict=True)]
-    return all(first), "; ".join(told(study, "mean of both", *order) for order in orders)
-
-
-def group(study: Study, plain: str) -> list[str]:
-    own = [plain, *(name for name in GROUPS[plain] if name in study.methods)]
-    return own + ([plain + CRU] if plain in study.layered else [])
-
-
-def trick_helps(study: Study, *methods: str) -> tuple[bool, str]:
-    """The first half of the methods with the trick, the others without."""
-    name, half = "mean of both", len(methods) // 2
-    pairs = [*zip(methods[:half], methods[half:], strict=True)]
-    helps = all(value(study, name, tricked) > value(study, name, plain) for tricked, plain in pairs)
-    return helps, told(study, name, *(each for pair in pairs for each in pair))
-
-
-def trick_does_not_help(study: Study, *methods: str) -> tuple[bool, str]:
-    helps, numbers = trick_helps(study, *methods)
-    return not helps, numbers
-
-
-CLAIMS = (
-    Claim("ME+GD forgets, and keeps 90 % of utility (Yuan et al., Section 5)", ("me_gd",), keeps_utility),
-    Claim("IDK+AP refuses at most 5 % of held-out questions (Yuan et al., Section 4)", ("idk_ap", "idk_gd"),
-          refuses_little),
-    Claim("GA collapses: neither language nor knowledge is left (both papers)", ("ga",), collapses),
-    Claim("WGA, TNPO and WTNPO are above GA and NPO, all with KL (Wang et al., Table 1)",
-          ("wga_kl", "tnpo_kl", "wtnpo_kl", "ga_kl", "npo_kl"), weights_win),
-    Claim("PO does not remove: half of the extraction strength is left (Wang et al., Table 1)", ("idk_gd",),
-          does_not_remove),
-    Claim("Temperature scaling helps, by 2 (Wang et al., UWC)", (*(f"{name}{TS}" for name in TRICKED), *TRICKED),
-          trick_helps),
-    Claim("Likelihood selection, of 0.8 of the tokens, does not (Wang et al., UWC)",
-          (*(f"{name}{LS}" for name in TRICKED), *TRICKED), trick_does_not_help),
-    Claim("CRU of NPO and of GA trades better than what each is held against (the tutorial's main result)",
-          tuple(GROUPS), layers_win),
-    Claim("Of all metrics, extraction strength says most surely the same after every attack (Wang et al., UWC)",
-          (), steadiest),
-    Claim("BS-T leaves less of rephrased answers than NPO, at no less utility (LLM Beliefs, Section 5)", ("bst", "npo"),
-          curbs_rephrasing),
-)  # fmt: skip
 
 
 def page(study: Study, name: str) -> str:
@@ -201,28 +90,6 @@ def page(study: Study, name: str) -> str:
         of_seed=f", seed {study.config.seed}" if seeds > 1 else "",
         answers=answers(study),
     )
-
-
-def claims(study: Study) -> list[str]:
-    lines = []
-    for claim in CLAIMS:
-        found = [method_of(study, name) for name in claim.of]
-        if None not in found and (found or study.reliability):
-            holds, why = claim.holds(study, *found)
-            lines.append(f"**{'Holds' if holds else 'Does not hold'}.** {claim.text}. {why}.")
-    return lines or ["None of the methods that they are about is here."]
-
-
-def method_of(study: Study, recipe: str) -> str | None:
-    """The first of a recipe, as it is or with options."""
-    if recipe in study.methods:
-        return recipe
-    return next((name for name in study.methods if name.startswith(f"{recipe}-")), None)
-
-
-def text(interval: Interval) -> str:
-    bounds = "" if interval.low is None else f" [{interval.low:.3f}, {interval.high:.3f}]"
-    return f"{interval.mean:.3f}{bounds}"
 
 
 def numbers(study: Study) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.studies.closer_look.cells import METRICS, Cell
 from benchmarks.studies.closer_look.numbers import World
 from benchmarks.studies.methods import __main__ as command
+from benchmarks.studies.methods.claims import claims
 from benchmarks.studies.methods.numbers import BY_NAME, CRU, GROUPS, NUMBERS, Study
-from benchmarks.studies.methods.page import claims, page
+from benchmarks.studies.methods.page import page
 from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.grid import load_grid, make_cells
 
@@ -48,7 +50,7 @@ def test_every_method_of_a_sweep_is_on_the_page(tmp_path, monkeypatch, capsys):
 def test_the_main_methods_on_smollm2_are_runs():
     cells = make_cells(load_grid(command.WORLDS["smollm2_tofu"]), "out")
     own = {cell.name: cell.config.unlearn for cell in cells}
-    assert len(cells) == len(own) == 20
+    assert len(cells) == len(own) == 17
     assert own["wga_kl"].forget[0].options == {"alpha": 5.0}
     assert own["wtnpo_kl"].forget[0].options == {"alpha": 1.5, "beta": 5.0}
     for name in ("po-retain-kl", "rmu-retain-kl"):
@@ -94,7 +96,7 @@ def test_conclusions_are_said_either_way():
     least = {"extraction_strength": 0.9, "probability": 0.5, "rouge_l": None}
     lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items(), GROUPS, least.items()))
     assert [line.startswith("**Holds.**") for line in lines] == [True] * 10
-    assert "the least r: extraction_strength 0.90, probability 0.50, rouge_l -1.00" in lines[8]
+    assert "the least r: extraction_strength 0.900, probability 0.500, rouge_l -1.000" in lines[8]
     assert "idk_ap 0.040, idk_gd 0.800" in lines[1]
     best = (0.1, 0.89, 1.0, 0.05)
     otherwise = {"me_gd": middle, "ga": good, "idk_gd": good, "idk_ap": good, "wga_kl": middle, "tnpo_kl": good,
@@ -116,6 +118,22 @@ def test_conclusions_are_said_either_way():
     assert text.count("| ga + CRU |") == 3  # the tutorial's table, all numbers, answers
     assert "| extraction strength, forget | 0.600 | 0.500 |" in text
     assert "over the 12 models of the first seed" in text
+
+
+@pytest.mark.parametrize(
+    ("gains", "word"),
+    [((0.1, 0.11, 0.12), "Holds"), ((-0.1, -0.11, -0.12), "Does not hold"), ((0.1, -0.1, 0.02), "Open")],
+)
+def test_what_seeds_leave_open_is_said(gains, word):
+    """BS-T against NPO, more and less apart than the seeds are."""
+
+    def world(gain):
+        return study_of({"bst": (0.3, 0.5 + gain, 1.0, 0.1), "npo": (0.3 + gain, 0.5, 1.0, 0.1)}).worlds[0]
+
+    one = study_of({"bst": (0.3, 0.5, 1.0, 0.1), "npo": (0.4, 0.5, 1.0, 0.1)})
+    (line,) = claims(replace(one, worlds=[world(gain) for gain in gains]))
+    assert line.startswith(f"**{word}")
+    assert "npo - bst" in line
 
 
 def test_over_seeds_students_interval():
