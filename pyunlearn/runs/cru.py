@@ -279,8 +279,9 @@ def agreement_of(alone: Mapping[str, Sequence[Score]]) -> float | None:
     if len(alone) < FEWEST or any(len(scores) < 3 for scores in alone.values()):
         return None
     halves = [dict(influence_order({part: scores[i] for part, scores in alone.items()})) for i in (1, 2)]
-    rho = float(spearmanr(*([half[part] for part in alone] for half in halves)).statistic)
-    return None if math.isnan(rho) else rho
+    if any(len({*half.values()}) == 1 for half in halves):
+        return None
+    return float(spearmanr(*([half[part] for part in alone] for half in halves)).statistic)
 
 
 def warn(k: int, curve: Sequence[Score], agreement: float | None) -> list[str]:

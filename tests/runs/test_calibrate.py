@@ -220,6 +220,7 @@ def test_an_order_on_which_halves_of_the_rows_do_not_agree_is_told_to_be_noise()
     assert "rank correlation of 0.10" in warn(1, curve, 0.1)[0]
     assert agreement_of({name: own[:1] for name, own in alike.items()}) is None  # sets of one row have no halves
     assert agreement_of(dict([*alike.items()][:3])) is None
+    assert agreement_of(dict.fromkeys(alike, [scores[0]] * 3)) is None  # no order
 
 
 def test_all_of_the_components_are_the_unlearned_model_and_none_the_original(folder):
