@@ -13,7 +13,7 @@ TRICKED, TS, LS = ("ga_kl", "npo_kl"), "-temperature-2", "-keep-0.8"  # as grid:
 KEPT, OVER_REFUSED, BABBLE, GONE = 0.9, 0.05, 0.2, 0.5
 BOTH, STRENGTH = "mean of both", "extraction_strength"
 Found = tuple[bool | None, str]  # whether it holds, None where seeds leave that open; and by which numbers
-WORDS = {True: "Holds", False: "Does not hold", None: "Open: the interval of what decides it holds 0"}
+WORDS = {True: "Holds", False: "Does not hold", None: "Open, the interval of what decides it includes 0"}
 
 
 @dataclass(frozen=True)
