@@ -174,9 +174,14 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
       if (!(left & 1)) continue;
       const int32_t j = i + b * kStride<T>;
       Pack<T> own = px[0], ref = pr[0];
+      if (kSoftcap) {  // arithmetic is its limit, and tanh's registers are wanted: px and pr are not kept
+        own = load_again(x + j);
+        if (kReference) ref = load_again(reinterpret_cast<const T*>(r.data) + j);
+      } else {
 #pragma unroll
-      for (int k = 1; k < kBatch; ++k)
-        if (b == k) own = px[k], ref = pr[kReference ? k : 0];
+        for (int k = 1; k < kBatch; ++k)
+          if (b == k) own = px[k], ref = pr[kReference ? k : 0];
+      }
       if (!whole && below(own, ref, j)) continue;
       float zs[P], qs[P];
       points(own, ref, zs, qs);

@@ -119,6 +119,15 @@ template <class T> struct alignas(16) Pack {
   T lane[count];
 };
 template <class T> __device__ Pack<T> load(const T* p) { return *reinterpret_cast<const Pack<T>*>(p); }
+template <class T>
+__device__ Pack<T> load_again(const T* p) {  // from the cache: not among the wide loads of a hot loop
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) words[w] = reinterpret_cast<const uint32_t*>(p)[w];
+  Pack<T> v;
+  memcpy(&v, words, sizeof words);
+  return v;
+}
 template <class T> __device__ void store(T* p, const Pack<T>& v) { *reinterpret_cast<Pack<T>*>(p) = v; }
 
 template <class T> __device__ void unpack(const Pack<T>& p, float (&v)[Pack<T>::count]) {
