@@ -63,7 +63,7 @@ template <class T = float> T* data_of(const Matrix& m) { return reinterpret_cast
 struct Arguments {
   Rows logits, targets, reference;
   int64_t rows, columns, first_column, vocabulary, ignore_index;
-  float scale, softcap, per_softcap, slope;  // slope: d(z / (scale softcap)) / dz
+  float scale, softcap, per_softcap, per_z;  // per_z: 1 / (scale softcap)
   uint32_t outputs;
   bool wide_targets;  // int64
   DType ref_type;
@@ -74,9 +74,15 @@ struct Arguments {
     return product(kSoftcap ? softcap * tanh_lanes(x * per_softcap) : x,
                    scale);  // less the maximum it is exactly 0 there
   }
-  template <bool kSoftcap> __device__ float dx(float dz, float z) const {
-    const float y = z * slope;
-    return kSoftcap ? dz * scale * (1 - y * y) : dz * scale;
+  // z and dz/dx over scale. kCoarse: good enough for a gradient in 16 bits; tanh is off by 3e-7.
+  struct Point { float z, slope; };
+  template <bool kSoftcap, bool kCoarse> __device__ Point point(float x) const {
+    if constexpr (kSoftcap && kCoarse) {  // tanh y = 1 - 2 r and its slope 4 r (1 - r), r = 1 / (1 + e^2y)
+      const float r = reciprocal(1 + exp2_lanes(x * (2 * kLog2e * per_softcap))), top = softcap * scale;
+      return {fmaf(-2 * top, r, top), 4 * fmaf(-r, r, r)};
+    }
+    const float z = this->z<kSoftcap>(x), y = z * per_z;
+    return {z, kSoftcap ? 1 - y * y : 1.0f};
   }
 };
 
@@ -113,25 +119,64 @@ template <class T> struct alignas(16) Pack {
   T lane[count];
 };
 template <class T> __device__ Pack<T> load(const T* p) { return *reinterpret_cast<const Pack<T>*>(p); }
+template <class T>
+__device__ Pack<T> load_again(const T* p) {  // from the cache: not among the wide loads of a hot loop
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) words[w] = reinterpret_cast<const uint32_t*>(p)[w];
+  Pack<T> v;
+  memcpy(&v, words, sizeof words);
+  return v;
+}
 template <class T> __device__ void store(T* p, const Pack<T>& v) { *reinterpret_cast<Pack<T>*>(p) = v; }
+
+template <class T> __device__ void unpack(const Pack<T>& p, float (&v)[Pack<T>::count]) {
+  uint32_t words[4];
+  memcpy(words, &p, sizeof words);
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    constexpr int kEach = Pack<T>::count / 4;
+    float own[kEach];
+    values_of(words[w], own, T{});
+#pragma unroll
+    for (int l = 0; l < kEach; ++l) v[w * kEach + l] = own[l];
+  }
+}
+template <class T> __device__ Pack<T> packed(const float (&v)[Pack<T>::count]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    constexpr int kEach = Pack<T>::count / 4;
+    float own[kEach];
+#pragma unroll
+    for (int l = 0; l < kEach; ++l) own[l] = v[w * kEach + l];
+    words[w] = word_of(own, T{});
+  }
+  Pack<T> p;
+  memcpy(&p, words, sizeof words);
+  return p;
+}
 
 template <class T> __device__ bool same_phase(const T* a, const T* b) {
   return (reinterpret_cast<uintptr_t>(a) ^ reinterpret_cast<uintptr_t>(b)) % 16 == 0;
 }
 
-// Shares the columns of a span out among the block's threads, in a fixed order. batch(i, end): packs of T at i,
-// i + kStride<T>, ... below end, kBatch at most. single(i): the columns before the first aligned pack of x and after the
-// last one, and all of them where not `aligned`.
-template <class T> constexpr int32_t kStride = kThreads * Pack<T>::count;
-template <class T, class Batch, class Single>
-__device__ void sweep(const T* x, Span span, bool aligned, Batch batch, Single single) {
-  constexpr int P = Pack<T>::count;
+// The columns of a span that are aligned packs of x: [begin, end). None where not `aligned`.
+template <class T> __device__ Span packs_of(const T* x, Span span, bool aligned) {
   const int32_t misses = int32_t((16 - reinterpret_cast<uintptr_t>(x + span.begin) % 16) % 16 / sizeof(T));
   const int32_t head = aligned && misses < span.end - span.begin ? span.begin + misses : span.end;
-  const int32_t body = head + (span.end - head) / P * P;
-  for (int32_t i = span.begin + int32_t(threadIdx.x); i < head; i += kThreads) single(i);
-  for (int32_t i = head + int32_t(threadIdx.x) * P; i < body; i += kBatch * kStride<T>) batch(i, body);
-  for (int32_t j = body + int32_t(threadIdx.x); j < span.end; j += kThreads) single(j);
+  return {head, head + (span.end - head) / Pack<T>::count * Pack<T>::count};
+}
+
+// Shares the columns of a span out among the block's threads, in a fixed order. batch(i, end): packs of T at i,
+// i + kStride<T>, ... below end, kBatch at most. single(i): the columns that are in no pack, after the packs.
+template <class T> constexpr int32_t kStride = kThreads * Pack<T>::count;
+template <class T, class Batch, class Single> __device__ void sweep(Span span, Span packs, Batch batch, Single single) {
+  constexpr int32_t P = Pack<T>::count;
+  for (int32_t i = packs.begin + int32_t(threadIdx.x) * P; i < packs.end; i += kBatch * kStride<T>) batch(i, packs.end);
+  const int32_t head = packs.begin - span.begin, edges = head + span.end - packs.end;
+  for (int32_t k = int32_t(threadIdx.x); k < edges; k += kThreads)
+    single(k < head ? span.begin + k : packs.end + k - head);
 }
 
 // ---- the whole block ------------------------------------------------------------------------------------------------
@@ -152,74 +197,6 @@ __device__ inline float sum_over_block(float v, float* room) {
 __device__ inline float max_over_block(float v, float* room) {
   return over_block(v, room, [](float a, float b) { return max_lanes(a, b); });
 }
-
-// What one thread needs to take in its columns of a row part. All threads of the block share origin and offset.
-template <class T, unsigned kWants, bool kSoftcap> struct Reader {
-  static constexpr int P = Pack<T>::count;
-  static constexpr bool kReference = kWants & kReferenceSums;
-  const Arguments& a;
-  const T* const x;
-  const Lanes r;
-  const int64_t target;  // a column of these logits, or outside of them
-  RowState<float> s = RowState<float>::empty(0.0f);
-
-  __device__ Reader(const Arguments& arguments, const T* logits, Lanes reference, Span span, int64_t column)
-      : a(arguments), x(logits), r(reference), target(column) {
-    const float first = z(value_of(x[span.begin])), gap = kReference ? first - z(r[span.begin]) : 0.0f;
-    s.origin = first - first == 0 ? first : 0.0f;
-    s.offset = gap - gap == 0 ? gap : 0.0f;
-  }
-  __device__ float z(float v) const { return a.template z<kSoftcap>(v); }
-
-  template <int N> __device__ void take(float (&z)[N], float (&q)[N], int32_t i) {
-    const bool around = target >= i && target < i + N;  // one lane is the target's: it goes in as -inf
-    float total = s.total;
-    if (around) {
-#pragma unroll
-      for (int l = 0; l < N; ++l) {
-        if (i + l == target) z[l] = q[l] = -std::numeric_limits<float>::infinity();
-        else if (kWants & kTotal) total += z[l] - s.origin;
-        if (i + l < target) s.before = max_lanes(z[l], s.before);
-      }
-    }
-    const float top = absorb<kWants>(s, z, q, N);
-    if (i + N <= target) s.before = max_lanes(top, s.before);
-    if ((kWants & kTotal) && around) s.total = total;
-  }
-  __device__ void pack(const Pack<T>& px, const Pack<T>& pr, int32_t i) {
-    float zs[P], qs[P];
-#pragma unroll
-    for (int l = 0; l < P; ++l) zs[l] = z(value_of(px.lane[l])), qs[l] = kReference ? z(value_of(pr.lane[l])) : 0.0f;
-    take(zs, qs, i);
-  }
-  __device__ void single(int32_t i) {
-    float zs[1] = {z(value_of(x[i]))}, qs[1] = {kReference ? z(r[i]) : 0.0f};
-    take(zs, qs, i);
-  }
-
-  // The state of the block's whole span, in every thread. `room` is kWarps floats of shared memory.
-  __device__ RowState<float> joined(Span span, float* room) {
-    const float max = max_over_block(s.max, room);
-    raise_max<kWants>(s, max);
-    s.ones = sum_over_block(s.ones, room);
-    s.rest = sum_over_block(s.rest, room);
-    s.before = max_over_block(s.before, room);
-    if (kWants & kShifted) s.shifted = sum_over_block(s.shifted, room);
-    if (kWants & kSquared) s.squared = sum_over_block(s.squared, room);
-    if (kWants & kTotal) s.total = sum_over_block(s.total, room);
-    if (kReference) {
-      const float ref_max = max_over_block(s.ref_max, room);
-      raise_ref_max(s, ref_max);
-      s.gap = sum_over_block(s.gap, room);
-      s.ref_sum = sum_over_block(s.ref_sum, room);
-      s.ref_gap = sum_over_block(s.ref_gap, room);
-    }
-    const bool here = target >= span.begin && target < span.end;
-    if (here) s.target = z(value_of(x[target])), s.ref_target = kReference ? z(r[target]) : 0.0f;
-    s.count = float(span.end - span.begin - here);
-    return s;
-  }
-};
 
 // ---- launching ------------------------------------------------------------------------------------------------------
 

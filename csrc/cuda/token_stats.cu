@@ -4,7 +4,7 @@
 // leaves about 14 issue slots. What the machine code takes of them is in benchmarks/results/not-run-on-a-gpu-yet.md.
 // backward: one read and one write of its columns, 2 N V (3 N V with a reference).
 // Few rows are split into parts so that every SM has work; their states merge in a fixed order. No float atomics.
-#include "row.cuh"
+#include "reader.cuh"
 
 namespace pu::cuda {
 namespace {
@@ -26,22 +26,10 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kWants& kReferenceSums))
   const Lanes ref = row_of(a.reference, a.ref_type, row);
   const T* r = kReference ? reinterpret_cast<const T*>(ref.data) : x;
   Reader<T, kWants, kSoftcap> reader(a, x, ref, span, column - a.first_column);
-  auto batch = [&](int32_t i, int32_t end) {
-    Pack<T> px[kBatch], pr[kReference ? kBatch : 1];
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int32_t j = i + b * kStride<T>;
-      if (j < end) px[b] = load(x + j);
-      if (kReference && j < end) pr[kReference ? b : 0] = load(r + j);
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      const int32_t j = i + b * kStride<T>;
-      if (j < end) reader.pack(px[b], pr[kReference ? b : 0], j);
-    }
-  };
-  const bool packs = !kReference || (ref.type == kType<T> && same_phase(x, r));
-  sweep(x, span, packs, batch, [&](int32_t i) { reader.single(i); });
+  const Span packs = packs_of(x, span, !kReference || (ref.type == kType<T> && same_phase(x, r)));
+  reader.prime(packs, room);
+  auto batch = [&](int32_t i, int32_t end) { reader.batch(i, end, [](int32_t, const Pack<T>&) {}); };
+  sweep<T>(span, packs, batch, [&](int32_t i) { reader.single(i); });
   RowState<float> s = reader.joined(span, room);
   if (threadIdx.x != 0) return;
   if (!fresh) {
@@ -86,6 +74,7 @@ __global__ void __launch_bounds__(128) finish_kernel(Arguments a, const RowState
 template <class T, bool kLogs, bool kReference, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
     backward_kernel(Arguments a, const float* grad, const float* stats, const float* saved, Belief belief, Rows out) {
+  constexpr int P = Pack<T>::count;
   const int64_t row = blockIdx.x, column = a.target(row), target = column - a.first_column;
   const Span span = span_of(a.columns, blockIdx.y, gridDim.y);
   const T* x = a.logits.row<T>(row);
@@ -108,23 +97,25 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
     auto batch = [&](int32_t i, int32_t end) {
       for (int b = 0; b < kBatch && i < end; ++b, i += kStride<T>) store(dx + i, zeros);
     };
-    sweep<T>(dx, span, true, batch, [&](int32_t i) { dx[i] = stored<T>(0.0f); });
+    sweep<T>(span, packs_of(dx, span, true), batch, [&](int32_t i) { dx[i] = stored<T>(0.0f); });
     return;
   }
 #pragma unroll
   for (int k = 0; k < kSavedCount; ++k) keep[k] = saved[k * a.rows + row];
-  const RowCoefficients<float> c = row_coefficients(up, value, keep, a.vocabulary);
-  auto lane = [&](T xv, float rv) {
-    const float z = a.z<kSoftcap>(value_of(xv)), q = kReference ? a.z<kSoftcap>(rv) : 0.0f;
-    return stored<T>(a.dx<kSoftcap>(lane_gradient<kLogs, kReference>(z, q, c), z));
+  const RowCoefficients<float> c = scaled(row_coefficients(up, value, keep, a.vocabulary), a.scale);
+  auto lane = [&](float x, float r) {
+    const auto at = a.point<kSoftcap, sizeof(T) == 2>(x);
+    const float q = kReference ? a.point<kSoftcap, sizeof(T) == 2>(r).z : 0.0f;
+    return lane_gradient<kLogs, kReference>(at.z, q, c) * at.slope;
   };
 
   // The lanes that do not follow the common formula, the top k (one a thread) and the target (thread 0), are worked out
   // before anything is overwritten (dx may be x) and written after everything else.
   auto special = [&](int64_t j, bool at_target, float more) {
-    const float z = a.z<kSoftcap>(value_of(x[j])), q = kReference ? a.z<kSoftcap>(ref[j]) : 0.0f;
-    const float dz = at_target ? target_gradient<kReference>(q, c) : lane_gradient<kLogs, kReference>(z, q, c);
-    return stored<T>(a.dx<kSoftcap>(dz + more, z));
+    const auto at = a.point<kSoftcap, false>(value_of(x[j]));
+    const float q = kReference ? a.z<kSoftcap>(ref[j]) : 0.0f;
+    const float dz = at_target ? target_gradient<kReference>(q, c) : lane_gradient<kLogs, kReference>(at.z, q, c);
+    return stored<T>((dz + more) * at.slope);
   };
   auto inside = [&](int64_t j) { return j >= span.begin && j < span.end; };
   __shared__ float target_belief;
@@ -155,15 +146,18 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kReference))
     for (int b = 0; b < kBatch; ++b) {
       const int32_t j = i + b * kStride<T>;
       if (j >= end) break;
+      float v[P], q[P] = {};
+      unpack(px[b], v);
+      if (kReference) unpack(pr[kReference ? b : 0], q);
 #pragma unroll
-      for (int l = 0; l < Pack<T>::count; ++l)
-        px[b].lane[l] = lane(px[b].lane[l], kReference ? value_of(pr[kReference ? b : 0].lane[l]) : 0.0f);
-      store(dx + j, px[b]);
+      for (int l = 0; l < P; ++l) v[l] = lane(v[l], q[l]);
+      store(dx + j, packed<T>(v));
     }
   };
-  const bool packs =
+  const bool aligned =
       same_phase(x, static_cast<const T*>(dx)) && (!kReference || (ref.type == kType<T> && same_phase(x, r)));
-  sweep(x, span, packs, batch, [&](int32_t i) { dx[i] = lane(x[i], kReference ? ref[i] : 0.0f); });
+  auto single = [&](int32_t i) { dx[i] = stored<T>(lane(value_of(x[i]), kReference ? ref[i] : 0.0f)); };
+  sweep<T>(span, packs_of(x, span, aligned), batch, single);
   __syncthreads();
   if (inside(own)) dx[own] = own_value;
   if (threadIdx.x == 0 && inside(target)) dx[target] = target_value;

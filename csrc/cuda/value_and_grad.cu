@@ -4,7 +4,7 @@
 #include <cooperative_groups.h>
 
 #include "../math/token_rule.h"
-#include "row.cuh"
+#include "reader.cuh"
 
 namespace pu::cuda {
 namespace {
@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     auto batch = [&](int32_t i, int32_t end) {
       for (int b = 0; b < kBatch && i < end; ++b, i += kStride<T>) store(dx + i, zeros);
     };
-    sweep<T>(dx, span, true, batch, [&](int32_t i) { dx[i] = stored<T>(0.0f); });
+    sweep<T>(span, packs_of(dx, span, true), batch, [&](int32_t i) { dx[i] = stored<T>(0.0f); });
     if (part == 0 && threadIdx.x == 0)
       for (int line = 0, o = 0; o < kOutputCount; ++o)
         if (a.outputs >> o & 1) stats[line++ * a.rows + row] = 0;
@@ -52,24 +52,16 @@ __global__ void __launch_bounds__(kThreads, 3)
   RowState<float> s = RowState<float>::empty(0.0f);
   if (span.begin < span.end) {
     Reader<T, kWants, kSoftcap> reader(a, x, Lanes{}, span, target);
+    const Span packs = packs_of(x, span, true);
+    reader.prime(packs, room);
     auto batch = [&](int32_t i, int32_t end) {
-      Pack<T> px[kBatch];
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b)
-        if (i + b * kStride<T> < end) px[b] = load(x + i + b * kStride<T>);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int32_t j = i + b * kStride<T>;
-        if (j >= end) break;
-        store(at + j, px[b]);
-        reader.pack(px[b], px[b], j);
-      }
+      reader.batch(i, end, [&](int32_t j, const Pack<T>& px) { store(at + j, px); });
     };
     auto single = [&](int32_t i) {
       at[i] = x[i];
       reader.single(i);
     };
-    sweep(x, span, true, batch, single);
+    sweep<T>(span, packs, batch, single);
     s = reader.joined(span, room);
   }
   if (threadIdx.x == 0) mine = s;
@@ -89,32 +81,34 @@ __global__ void __launch_bounds__(kThreads, 3)
     }
     const bool has_floor = weights.floor != nullptr;
     up[kLogp] = times(up[kLogp], rule_weight(weights.rule, keep, has_floor, has_floor ? weights.floor[row] : 0.0f));
-    coefficients = row_coefficients(up, value, keep, a.vocabulary);
+    coefficients = scaled(row_coefficients(up, value, keep, a.vocabulary), a.scale);
   }
   cluster.barrier_arrive();  // done with the others' memory
   __syncthreads();
 
   const RowCoefficients<float> c = coefficients;
-  auto lane = [&](T xv) {
-    const float z = a.z<kSoftcap>(value_of(xv));
-    return stored<T>(a.dx<kSoftcap>(lane_gradient<(kWants != 0), false>(z, 0.0f, c), z));
+  auto lane = [&](float x) {
+    const auto at = a.point<kSoftcap, sizeof(T) == 2>(x);
+    return lane_gradient<(kWants != 0), false>(at.z, 0.0f, c) * at.slope;
   };
   auto batch = [&](int32_t i, int32_t end) {
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       const int32_t j = i + b * kStride<T>;
       if (j >= end) break;
-      Pack<T> p = load(at + j);
+      float v[Pack<T>::count];
+      unpack(load(at + j), v);
 #pragma unroll
-      for (int l = 0; l < Pack<T>::count; ++l) p.lane[l] = lane(p.lane[l]);
-      store(dx + j, p);
+      for (int l = 0; l < Pack<T>::count; ++l) v[l] = lane(v[l]);
+      store(dx + j, packed<T>(v));
     }
   };
-  sweep(static_cast<const T*>(x), span, aligned, batch, [&](int32_t i) { dx[i] = lane(at[i]); });
+  auto single = [&](int32_t i) { dx[i] = stored<T>(lane(value_of(at[i]))); };
+  sweep<T>(span, packs_of(x, span, aligned), batch, single);
   __syncthreads();
   if (threadIdx.x == 0 && target >= span.begin && target < span.end) {
-    const float z = a.z<kSoftcap>(value_of(at[target]));
-    dx[target] = stored<T>(a.dx<kSoftcap>(target_gradient<false>(0.0f, c), z));
+    const float slope = a.point<kSoftcap, false>(value_of(at[target])).slope;
+    dx[target] = stored<T>(target_gradient<false>(0.0f, c) * slope);
   }
   cluster.barrier_wait();  // the others may still read this block's state until here
 #endif

@@ -6,6 +6,7 @@
 #pragma once
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -24,20 +25,36 @@
 namespace pu {
 inline namespace PU_ISA {
 
+template <class To, class From> PU_FN To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From), "same size");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
 // ---- scalar lanes -------------------------------------------------------------------------------------------------
 
 PU_FN float select(bool condition, float yes, float no) { return condition ? yes : no; }
 PU_FN double select(bool condition, double yes, double no) { return condition ? yes : no; }
 PU_FN bool any(bool condition) { return condition; }
 
+constexpr float kLog2e = 1.44269504f;
 PU_FN double exp_lanes(double x) { return exp(x); }
 #if defined(__CUDA_ARCH__)
-PU_FN float exp_lanes(float x) {  // one instruction of the special function unit, 2 ulp; no denormals
+PU_FN float exp2_lanes(float x) {  // one instruction of the special function unit, 2 ulp; no denormals
   float e;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(x));
   return e;
 }
+PU_FN float exp_lanes(float x) { return exp2_lanes(x * kLog2e); }
+PU_FN float reciprocal(float x) {  // 1 ulp
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 #else
+PU_FN float exp2_lanes(float x) { return exp2f(x); }
+PU_FN float reciprocal(float x) { return 1 / x; }
 PU_FN float exp_lanes(float x) { return expf(x); }
 #endif
 PU_FN double tanh_lanes(double x) { return tanh(x); }
@@ -65,12 +82,6 @@ template <> struct Lane<Floats> {
   static constexpr int count = PU_LANES;
 };
 
-template <class To, class From> PU_FN To bits_of(From from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
-}
 PU_FN Floats broadcast(float x, Floats) { return Floats{} + x; }
 PU_FN Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
 PU_FN float largest_lane(Floats v) {
@@ -178,6 +189,12 @@ template <class F, class S> PU_FN F product(F a, S b) {
   return ab;
 #endif
 }
+
+// e^(x - less), `less` the same in many lanes.
+template <class F, class S> PU_FN F exp_less(F x, S less) { return exp_lanes(x - less); }
+#if defined(__CUDA_ARCH__)
+PU_FN float exp_less(float x, float less) { return exp2_lanes(fmaf(x, kLog2e, -less * kLog2e)); }
+#endif
 
 // Nothing of anything is nothing, even of infinity.
 template <class A> PU_FN A times(A weight, A value) { return weight == 0 ? A(0) : weight * value; }

@@ -62,15 +62,15 @@ template <class A> PU_FN RowCoefficients<A> scaled(RowCoefficients<A> c, A scale
 // Lanes that are neither the target nor in the top k. kCoarse: good enough for a gradient in 16 bits.
 template <bool kLogs, bool kReference, bool kCoarse = false, class F, class A>
 PU_FN F lane_gradient(F z, F r, const RowCoefficients<A>& c) {
-  const F shifted = z - c.max, logp = shifted - c.log_sum;
-  const F exponent = kLogs ? logp - c.log_scale : shifted - (c.log_sum + c.log_scale);
-  const F p = kCoarse ? exp_coarse(exponent) : exp_lanes(exponent);
+  const F shifted = z - c.max;
+  const A less = c.log_sum + c.log_scale;
+  const F p = kCoarse ? exp_coarse(shifted - less) : exp_less(shifted, less);
   F weight = broadcast(c.on_p, z), dz = broadcast(c.constant, z);
-  if (kLogs) weight += c.on_logp * logp;
+  if (kLogs) weight += c.on_logp * (shifted - c.log_sum);
   if (kReference) {
-    const F logq = (r - c.ref_max) - c.ref_log_sum;
+    const F ref_shifted = r - c.ref_max, logq = ref_shifted - c.ref_log_sum;
     weight += c.on_logq != 0 ? c.on_logq * logq : F{};  // logq may be -inf
-    dz += c.on_q * (kCoarse ? exp_coarse(logq) : exp_lanes(logq));
+    dz += c.on_q * (kCoarse ? exp_coarse(logq) : exp_less(ref_shifted, c.ref_log_sum));
   }
   return dz + (kLogs || kReference ? select(p == 0, F{}, p * weight) : p * weight);
 }

@@ -188,6 +188,21 @@ def test_a_peak_is_exact_at_any_temperature(offset, softcap, fused):
             assert bool((grad.sum(-1).abs() <= 1e-6).all()), grad.sum(-1)
 
 
+@pytest.mark.parametrize(("base", "step"), [(2.0**24, 2.0), (-(2.0**24), 2.0), (-1e9, 64.0)])
+def test_rows_far_from_zero(base, step, fused):
+    """Where float32 has whole numbers alone, differences of logits are exact still: so must their softmax be."""
+    n, v = 3, 4100 if interpreted(fused) else 9000
+    logits = base + step * torch.randint(0, 4, (n, v))
+    targets, names = torch.tensor([0, 2000, v - 1]), ("logp", "entropy")
+    upstream = {name: torch.linspace(0.5, 1.5, n).double() for name in names}
+    ours, d_ours = run(logits, targets, None, upstream, names, fused)
+    eager, d_eager = run(logits, targets, None, upstream, names, "eager")
+    oracle, d_oracle = run(logits.double(), targets, None, upstream, names, "eager")
+    for name in names:
+        assert_within_budget(ours[name], eager[name], oracle[name], 4e-6, name)
+    assert_within_budget(d_ours, d_eager, d_oracle, 4e-6, "gradient")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_point_masses(dtype, backend):
     """One lane 60 above or below all others, the target it or another."""

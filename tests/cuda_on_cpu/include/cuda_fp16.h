@@ -6,6 +6,7 @@
 #endif
 
 struct __half { uint16_t bits; };
+struct __half2 { __half x, y; };
 
 #if defined(__F16C__)
 inline float __half2float(__half v) { return _cvtsh_ss(v.bits); }
@@ -23,3 +24,6 @@ inline __half __float2half_rn(float x) {
   return v;
 }
 #endif
+inline float __low2float(__half2 v) { return __half2float(v.x); }
+inline float __high2float(__half2 v) { return __half2float(v.y); }
+inline __half2 __floats2half2_rn(float x, float y) { return {__float2half_rn(x), __float2half_rn(y)}; }
