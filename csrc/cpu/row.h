@@ -6,9 +6,6 @@
 #include "../math/token_gradient.h"
 #include "lane_functions.h"
 #include "parallel.h"
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 namespace pu::cpu {
 
@@ -26,18 +23,6 @@ inline void check_range(const Call& call) {
                               ", needs 0 <= target < " + std::to_string(call.vocabulary) +
                               " or ignore_index=" + std::to_string(call.ignore_index));
   }
-}
-
-// Fresh memory is first touched here: huge pages spare one page fault in 4 KB of it.
-inline void advise(const Matrix& m) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = 2u << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(m.data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(m.data) + m.rows * m.columns * size_of(m.dtype)) / kHuge * kHuge;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)m;
-#endif
 }
 
 inline int64_t pieces_of(const Matrix& logits) { return (logits.columns + kPiece - 1) / kPiece; }

@@ -44,19 +44,24 @@ PU_FN Words bfloat16_bits(Floats v) {  // round to nearest even; NaN stays NaN
 }
 PU_FN void store(BFloat16* p, Floats v) { store_words(p, bfloat16_bits(v)); }
 
-// With the instruction for it, where `native` says that the CPU has it (it makes 0 of denormals).
-template <class T, class F> PU_FN void store(T* p, F v, bool) { store(p, v); }
-#if defined(__AVX512F__)
-PU_FN bool has_native_bfloat16() { return __builtin_cpu_supports("avx512bf16"); }
-PU_FN void store(BFloat16* p, Floats v, bool native) {
-  if (!native) return store(p, v);
-  __m256i h;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(h) : "v"(v));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
+// Two vectors of a row, in an order of their own: those of bfloat16 take every other element.
+template <class T, class F> PU_FN void load_pair(const T* p, F& a, F& b) { a = load(p), b = load(p + Lane<F>::count); }
+template <class T, class F> PU_FN void store_pair(T* p, F a, F b) { store(p, a), store(p + Lane<F>::count, b); }
+PU_FN void load_pair(const BFloat16* p, Floats& a, Floats& b) {
+  Words w;
+  __builtin_memcpy(&w, p, sizeof w);
+  a = bits_of<Floats>(w << 16), b = bits_of<Floats>(w & 0xffff0000u);
 }
+// To the nearest, of two the one that is larger in magnitude. NaN stays NaN if its low 16 bits are 0.
+PU_FN void store_pair(BFloat16* p, Floats a, Floats b) {
+  const Words low = (bits_of<Words>(a) + 0x8000u) >> 16, high = bits_of<Words>(b) + 0x8000u;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const Words w = Words(_mm256_blend_epi16(__m256i(low), __m256i(high), 0xaa));
 #else
-PU_FN bool has_native_bfloat16() { return false; }
+  const Words w = low | (high & 0xffff0000u);
 #endif
+  __builtin_memcpy(p, &w, sizeof w);
+}
 
 PU_FN Floats load(const Float16* p) {
 #if defined(__AVX512F__)

@@ -87,7 +87,6 @@ void finish(const Call& call) {
   call.state.dtype == DType::kFloat64 ? finish_as<double>(call) : finish_as<float>(call);
 }
 void backward(const Call& call) {
-  if (call.grad_logits.data != call.logits.data) advise(call.grad_logits);
   call.logits.dtype == DType::kFloat64 ? backward_as<double>(call) : backward_as<float>(call);
 }
 

@@ -17,6 +17,8 @@ PU_FN float sum_lanes(Floats v) {
 }
 PU_FN double sum_lanes(double v) { return v; }
 
+template <bool kValue> struct Flag { static constexpr bool value = kValue; };
+
 // ---- z and its slope ----------------------------------------------------------------------------------------------
 
 template <class A> struct Curve {
@@ -24,10 +26,13 @@ template <class A> struct Curve {
   explicit PU_FN Curve(const Transform& t)
       : scale(A(1 / t.temperature)), softcap(A(t.softcap)), per_softcap(A(t.softcap > 0 ? 1 / t.softcap : 0)),
         temperature(A(t.temperature)) {}
-  template <bool kSoftcap, class F> PU_FN F z(F x) const {
+  template <bool kSoftcap, bool kUnit = false, class F> PU_FN F z(F x) const {
+    if (kUnit) return x;
     return product(kSoftcap ? softcap * tanh_lanes(x * per_softcap) : x,
                    scale);  // less the maximum it is exactly 0 there
   }
+  // whether z = x: who asks once saves the products
+  template <bool kSoftcap> PU_FN bool is_unit() const { return !kSoftcap && scale == 1; }
   // scale * dz -> dx
   template <bool kSoftcap, class F> PU_FN F dx(F dz, F z) const {
     if (!kSoftcap) return dz;
@@ -68,9 +73,10 @@ template <class T, bool kAlike> struct Reference {
   const void* data;
   DType dtype;
   explicit PU_FN Reference(const Piece& piece) : data(piece.r), dtype(piece.ref_dtype) {}
-  PU_FN F load_lanes(int64_t i) const {
-    if constexpr (kAlike) return load(static_cast<const T*>(data) + i);
-    else return load_lanes(i, Lane<F>::count);
+  PU_FN void load_two(int64_t i, F& a, F& b) const {
+    constexpr int L = Lane<F>::count;
+    if constexpr (kAlike) load_pair(static_cast<const T*>(data) + i, a, b);
+    else a = load_lanes(i, L), b = load_lanes(i + L, L);
   }
   PU_FN F load_lanes(int64_t i, int64_t n) const {
     if constexpr (kAlike) return load_as(static_cast<const T*>(data) + i, n, F{});
@@ -82,6 +88,12 @@ template <class T, bool kAlike> struct Reference {
     }
   }
 };
+
+// Two vectors of the logits, in the order in which the reference's come.
+template <bool kAlike, class T, class F> PU_FN void load_two(const T* p, F& a, F& b) {
+  if constexpr (kAlike) load_pair(p, a, b);
+  else a = load(p), b = load(p + Lane<F>::count);
+}
 
 PU_FN Floats keep(Floats v, int64_t n, int64_t without, float otherwise) {  // lanes [0, n) except one
   for (int i = 0; i < PU_LANES; ++i)
@@ -107,7 +119,6 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   const int64_t n = piece.n, target = piece.target - piece.first;
   RowState<F> s = RowState<F>::empty(F{});
   auto z_at = [&](int64_t i) PU_LAMBDA { return curve.template z<kSoftcap>(load(x + i)); };
-  auto r_at = [&](int64_t i) PU_LAMBDA { return kReference ? curve.template z<kSoftcap>(r.load_lanes(i)) : F{}; };
   auto one = [&](int64_t i) PU_LAMBDA { return lane0(curve.template z<kSoftcap>(load_some(x + i, 1))); };
   auto ref_one = [&](int64_t i) PU_LAMBDA { return lane0(curve.template z<kSoftcap>(r.load_lanes(i, 1))); };
 
@@ -115,16 +126,17 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
   s.origin = broadcast(first - first == 0 ? first : A(0), F{});
   s.offset = broadcast(gap - gap == 0 ? gap : A(0), F{});
 
-  auto run = [&](int64_t i, int64_t end) PU_LAMBDA {
-    for (; i + G * L <= end; i += G * L) {
-      F z[G], q[G];
-      if (!kSoftcap && curve.scale == 1) {  // a look ahead of 16 vectors costs less than 16 products
-        for (int g = 0; g < G; ++g) z[g] = load(x + i + g * L), q[g] = kReference ? r.load_lanes(i + g * L) : F{};
-      } else {
-        for (int g = 0; g < G; ++g) z[g] = z_at(i + g * L), q[g] = r_at(i + g * L);
+  auto groups = [&](int64_t i, int64_t end, auto unit) PU_LAMBDA {
+    auto load_group = [&](int g, F* z, F* q) PU_LAMBDA {
+      load_two<kAlike>(x + i + g * L, z[0], z[1]);
+      if (kReference) r.load_two(i + g * L, q[0], q[1]);
+      else q[0] = q[1] = F{};
+      for (int k = 0; k < 2; ++k) {
+        z[k] = curve.template z<kSoftcap, decltype(unit)::value>(z[k]);
+        q[k] = curve.template z<kSoftcap, decltype(unit)::value>(q[k]);
       }
-      absorb<kWants>(s, z, q, G);
-    }
+    };
+    for (; i < end; i += G * L) absorb<kWants, 2>(s, load_group, G);
   };
   auto edge = [&](int64_t i, int64_t count, int64_t without) PU_LAMBDA {
     const A low = -std::numeric_limits<A>::infinity();
@@ -134,18 +146,20 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
     absorb<kWants>(s, &z, &q, 1);
     s.total = total + keep(z - s.origin, count, without, A(0));
   };
-  auto stretch = [&](int64_t i, int64_t end) PU_LAMBDA {  // whole vectors in groups, then what is left
-    const int64_t whole = i + (end - i) / (G * L) * (G * L);
-    run(i, whole);
-    for (i = whole; i < end; i += L) edge(i, end - i < L ? end - i : L, -1);
-  };
-  const int64_t block = target >= 0 && target < n ? target / L * L : n;
-  stretch(0, block);
-  if (block < n) {
-    const int64_t count = n - block < L ? n - block : L;
-    edge(block, count, target - block);
-    stretch(block + count, n);
+  const int64_t block = target >= 0 && target < n ? target / L * L : n, after = block + L < n ? block + L : n;
+  for (int right = 0; right < 2; ++right) {  // of the target's block: vectors in groups, then what is left
+    const int64_t begin = right ? after : 0, end = right ? n : block;
+    const int64_t whole = begin + (end - begin) / (G * L) * (G * L);
+    curve.template is_unit<kSoftcap>() ? groups(begin, whole, Flag<true>{}) : groups(begin, whole, Flag<false>{});
+    auto load_vector = [&](int g, F* z, F* q) PU_LAMBDA {
+      *z = curve.template z<kSoftcap>(load(x + whole + g * L));
+      *q = kReference ? curve.template z<kSoftcap>(r.load_lanes(whole + g * L, L)) : F{};
+    };
+    const int vectors = int(end - whole) / L;
+    if (vectors > 0) absorb<kWants, 1>(s, load_vector, vectors);
+    if (whole + vectors * L < end) edge(whole + vectors * L, end - whole - vectors * L, -1);
   }
+  if (block < n) edge(block, after - block, target - block);
 
   const A top = largest_lane(s.max), ref_top = largest_lane(s.ref_max);
   raise_max<kWants>(s, broadcast(top, F{}));
@@ -184,11 +198,13 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   T* dx = static_cast<T*>(out);
   const Curve<A> curve(transform);
   // a copy: what is stored to dx cannot change it
-  const RowCoefficients<A> c = scaled(*static_cast<const RowCoefficients<A>*>(coefficients), curve.scale);
+  RowCoefficients<A> c = scaled(*static_cast<const RowCoefficients<A>*>(coefficients), curve.scale);
+  for (A* a = &c.max; a <= &c.target_p; ++a)  // for store_pair: NaN of one form, which arithmetic leaves as it is
+    if (*a != *a) *a = std::numeric_limits<A>::quiet_NaN();
   const int64_t n = piece.n;
-  auto lanes = [&](F xv, F rv) PU_LAMBDA {
-    const F z = curve.template z<kSoftcap>(xv);
-    const F q = kReference ? curve.template z<kSoftcap>(rv) : F{};
+  auto lanes = [&](F xv, F rv, auto unit) PU_LAMBDA {
+    const F z = curve.template z<kSoftcap, decltype(unit)::value>(xv);
+    const F q = kReference ? curve.template z<kSoftcap, decltype(unit)::value>(rv) : F{};
     return curve.template dx<kSoftcap>(lane_gradient<kLogs, kReference, sizeof(T) == 2>(z, q, c), z);
   };
 
@@ -214,9 +230,22 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   if (target >= 0 && target < n) fix(target, target_belief, true);
 
   int64_t i = 0;
-  for (const bool native = has_native_bfloat16(); i + L <= n; i += L)
-    store(dx + i, lanes(load(x + i), kReference ? r.load_lanes(i) : F{}), native);
-  if (i < n) store_some(dx + i, lanes(load_some(x + i, n - i), kReference ? r.load_lanes(i, n - i) : F{}), n - i);
+  auto run = [&](auto unit) PU_LAMBDA {
+    for (; i + 2 * L <= n; i += 2 * L) {
+      F a, b, p{}, q{};
+      load_two<kAlike>(x + i, a, b);
+      if (kReference) r.load_two(i, p, q);
+      a = lanes(a, p, unit), b = lanes(b, q, unit);
+      if constexpr (kAlike) store_pair(dx + i, a, b);
+      else store(dx + i, a), store(dx + i + L, b);
+    }
+  };
+  curve.template is_unit<kSoftcap>() ? run(Flag<true>{}) : run(Flag<false>{});
+  for (int64_t count; i < n; i += count) {
+    count = n - i < L ? n - i : L;
+    const F q = kReference ? r.load_lanes(i, count) : F{};
+    store_some(dx + i, lanes(load_some(x + i, count), q, Flag<false>{}), count);
+  }
   for (int f = 0; f < fixed; ++f) store_some(dx + column[f], broadcast(value[f], F{}), 1);
 }
 
@@ -257,7 +286,6 @@ template <class Call> PU_FN void with_dtype(DType t, Call call) {
     default: return call(double{});
   }
 }
-template <bool kValue> struct Flag { static constexpr bool value = kValue; };
 template <class Call> PU_FN void with_flag(bool value, Call call) { value ? call(Flag<true>{}) : call(Flag<false>{}); }
 
 void accumulate(const Transform& t, const Piece& p, unsigned wants, bool greedy, void* state) {
@@ -265,11 +293,13 @@ void accumulate(const Transform& t, const Piece& p, unsigned wants, bool greedy,
     with_flag(t.softcap > 0, [&](auto softcap) {
       using T = decltype(like);
       constexpr bool S = decltype(softcap)::value;
+      constexpr unsigned kPrecision = sizeof(T) == 2 ? unsigned(kCoarse) : 0;
       if (p.r && p.ref_dtype != p.dtype) accumulate_piece<T, kEverything, S, false>(t, p, greedy, state);
-      else if (p.r) accumulate_piece<T, kEverything, S>(t, p, greedy, state);
+      else if (p.r && wants) accumulate_piece<T, kEverything, S>(t, p, greedy, state);
+      else if (p.r) accumulate_piece<T, kReferenceSums, S>(t, p, greedy, state);
       else if (wants & ~kShifted) accumulate_piece<T, kMoments, S>(t, p, greedy, state);
-      else if (wants) accumulate_piece<T, kShifted, S>(t, p, greedy, state);
-      else accumulate_piece<T, 0, S>(t, p, greedy, state);
+      else if (wants) accumulate_piece<T, kShifted | kPrecision, S>(t, p, greedy, state);
+      else accumulate_piece<T, kPrecision, S>(t, p, greedy, state);
     });
   });
 }

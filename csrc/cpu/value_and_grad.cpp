@@ -35,7 +35,6 @@ template <class A> void value_and_grad_as(const Call& call) {
 const char* value_and_grad(const Call& call) {
   if (call.logits.rows < call.threads) return "fewer rows than threads, which share rows in two passes";
   check_range(call);
-  if (call.grad_logits.data != call.logits.data) advise(call.grad_logits);
   call.logits.dtype == DType::kFloat64 ? value_and_grad_as<double>(call) : value_and_grad_as<float>(call);
   return nullptr;
 }

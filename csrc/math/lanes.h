@@ -39,6 +39,22 @@ PU_FN double select(bool condition, double yes, double no) { return condition ? 
 PU_FN bool any(bool condition) { return condition; }
 
 constexpr float kLog2e = 1.44269504f;
+template <class F> PU_FN F max_lanes(F a, F b) { return select(a > b, a, b); }  // NaN in `a` gives `b`
+#if defined(__CUDA_ARCH__)
+template <> PU_FN float max_lanes(float a, float b) { return fmaxf(a, b); }
+#endif
+
+// e^x of the bound and below is 0, and 0 times it still is. NaN stays.
+PU_FN double bounded(double x) { return max_lanes(-800.0, x); }
+PU_FN float bounded(float x) {
+#if defined(__CUDA_ARCH__)
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-104.0f));
+  return x;
+#else
+  return max_lanes(-104.0f, x);
+#endif
+}
+
 PU_FN double exp_lanes(double x) { return exp(x); }
 #if defined(__CUDA_ARCH__)
 PU_FN float exp2_lanes(float x) {  // one instruction of the special function unit, 2 ulp; no denormals
@@ -84,6 +100,22 @@ template <> struct Lane<Floats> {
 
 PU_FN Floats broadcast(float x, Floats) { return Floats{} + x; }
 PU_FN Floats select(Ints condition, Floats yes, Floats no) { return condition ? yes : no; }
+PU_FN Floats max_lanes(Floats a, Floats b) {  // GCC makes two instructions of the template
+#if defined(__AVX512F__)
+  return _mm512_max_ps(__m512(a), __m512(b));
+#elif defined(__AVX2__)
+  return _mm256_max_ps(__m256(a), __m256(b));
+#else
+  return select(a > b, a, b);
+#endif
+}
+PU_FN Floats bounded(Floats x) {
+#if defined(__AVX512F__)
+  return max_lanes(Floats{} - 104.0f, x);
+#else
+  return max_lanes(Floats{} - 88.0296919f, x);  // -127 ln 2: n = -127, and the bits of 2^n are 0
+#endif
+}
 PU_FN float largest_lane(Floats v) {
   float m = v[0];
   for (int i = 1; i < PU_LANES; ++i) m = v[i] > m ? v[i] : m;
@@ -101,33 +133,30 @@ PU_FN bool any(Ints condition) {
 #endif
 }
 
-// e^x = 2^n * 2^r with x log2(e) = n + r, |r| <= 1/2. NaN stays NaN; far below 0 it is 0.
+// e^x = 2^n * 2^r with x log2(e) = n + r, |r| <= 1/2. NaN stays NaN. `log2(e)` is 1.3e-8 off, less than the difference
+// of logits that x is may be.
 struct Exponent {
-  Floats x, n;
+  Floats n, r;
   explicit PU_FN Exponent(Floats from) {
+    const Floats x = bounded(from);
 #if defined(__AVX512F__)
-    x = _mm512_max_ps(_mm512_set1_ps(-104), __m512(from));
     n = _mm512_roundscale_ps(__m512(x * 1.44269502f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    r = _mm512_fmsub_ps(__m512(x), _mm512_set1_ps(1.44269502f), __m512(n));  // rounded once
   }
-  // rounded once
-  PU_FN Floats remainder() const { return _mm512_fmsub_ps(__m512(x), _mm512_set1_ps(1.44269502f), __m512(n)); }
   PU_FN Floats times_power(Floats p) const { return _mm512_scalef_ps(__m512(p), __m512(n)); }
 #else
     // 1.5 * 2^23: adding it rounds to an integer, and 127 is the exponent's bias
     const float magic = 12582912.0f + 127;
-    x = from, shifted = x * 1.44269502f + magic, n = shifted - magic;
+    n = x * 1.44269502f + magic;
+    r = x * 1.44269502f - (n - magic);
   }
-  PU_FN Floats remainder() const { return x * 1.44269502f - n; }
-  PU_FN Floats times_power(Floats p) const {
-    return select(x < -87.0f, Floats{}, p * bits_of<Floats>(bits_of<Ints>(shifted) << 23));
-  }
-  Floats shifted;
+  PU_FN Floats times_power(Floats p) const { return p * bits_of<Floats>(bits_of<Ints>(n) << 23); }
 #endif
 };
 
-PU_FN Floats exp_lanes(Floats from) {  // degree-5 minimax, 1.7e-7 relative; log2(e) in two parts
+PU_FN Floats exp_lanes(Floats from) {  // degree-5 minimax, 1.7e-7 relative
   const Exponent e(from);
-  const Floats r = e.x * 1.92596303e-8f + e.remainder();
+  const Floats r = e.r;
   Floats p = r * 0.00132647273f + 0.00967151299f;
   p = p * r + 0.0555073358f;
   p = p * r + 0.240222424f;
@@ -136,9 +165,9 @@ PU_FN Floats exp_lanes(Floats from) {  // degree-5 minimax, 1.7e-7 relative; log
   return e.times_power(p);
 }
 
-PU_FN Floats exp_coarse(Floats from) {  // for results kept in 16 bits: degree-4 minimax, 4e-6 relative
+PU_FN Floats exp_coarse(Floats from) {  // beside 16 bits: degree-4 minimax, 4e-6 relative
   const Exponent e(from);
-  const Floats r = e.remainder();
+  const Floats r = e.r;
   Floats p = r * 0.00957010221f + 0.0559178591f;
   p = p * r + 0.240247443f;
   p = p * r + 0.693121791f;
@@ -164,11 +193,6 @@ PU_FN Floats tanh_lanes(Floats x) {
 PU_FN float exp_coarse(float x) { return exp_lanes(x); }
 #endif
 PU_FN double exp_coarse(double x) { return exp_lanes(x); }
-
-template <class F> PU_FN F max_lanes(F a, F b) { return select(a > b, a, b); }  // NaN in `a` gives `b`
-#if defined(__CUDA_ARCH__)
-template <> PU_FN float max_lanes(float a, float b) { return fmaxf(a, b); }
-#endif
 
 // a * b, rounded: no compiler makes one operation of it and the sum or difference that follows.
 template <class F, class S> PU_FN F product(F a, S b) {

@@ -31,10 +31,16 @@ template <class F> struct RowState {
 };
 
 // The sums a pass keeps besides S: the least that the outputs asked for need.
-enum Want : unsigned { kShifted = 1, kSquared = 2, kTotal = 4, kReferenceSums = 8, kMoments = 7, kEverything = 15 };
-
-// e^d of this and below is 0, and 0 times it still is.
-template <class F> PU_FN F bounded(F d) { return max_lanes(d, broadcast(typename Lane<F>::Scalar(-800), d)); }
+// kCoarse: good enough for logits in 16 bits, where nothing but S and U is kept, which do not cancel.
+enum Want : unsigned {
+  kShifted = 1,
+  kSquared = 2,
+  kTotal = 4,
+  kReferenceSums = 8,
+  kMoments = 7,
+  kEverything = 15,
+  kCoarse = 16
+};
 
 // Moves the sums to the new maximum m >= s.max. An empty state (max = lowest) moves to zero sums.
 template <unsigned kWants, class F> PU_FN void raise_max(RowState<F>& s, F m) {
@@ -55,29 +61,34 @@ template <class F> PU_FN void raise_ref_max(RowState<F>& s, F m) {
 }
 
 // The group's sums start at zero: two levels of summation keep the rounding of a long row small.
-template <unsigned kWants, bool kAtMax, class F> PU_FN void push(RowState<F>& s, const F* z, const F* r, int n) {
+template <unsigned kWants, bool kAtMax, int kStep, class F, class Load>
+PU_FN void push(RowState<F>& s, const Load& load, int n) {
   F ones{}, rest{}, shifted{}, squared{}, total{}, gap{}, ref_sum{}, ref_gap{};
-  for (int i = 0; i < n; ++i) {
-    const F d = z[i] - s.max;
-    const F e = exp_lanes(d);
-    if (kAtMax) {
-      ones += select(d == 0, broadcast(typename Lane<F>::Scalar(1), d), F{});
-      rest += select(d == 0, F{}, e);
-    } else {
-      rest += e;
-    }
-    if (kWants & (kShifted | kSquared)) {
-      const F ed = e * bounded(d);
-      shifted += ed;
-      if (kWants & kSquared) squared += ed * bounded(d);
-    }
-    if (kWants & kTotal) total += z[i] - s.origin;
-    if (kWants & kReferenceSums) {
-      const F q = exp_lanes(r[i] - s.ref_max);
-      const F difference = (z[i] - r[i]) - s.offset;
-      ref_sum += q;
-      gap += select(e > 0, e * difference, F{});
-      ref_gap += select(q > 0, q * difference, F{});
+  for (int i = 0; i < n; i += kStep) {
+    F z[kStep], r[kStep];
+    load(i, z, r);
+    for (int k = 0; k < kStep; ++k) {
+      const F d = z[k] - s.max;
+      const F e = kWants & kCoarse ? exp_coarse(d) : exp_lanes(d);
+      if (kAtMax) {
+        ones += select(d == 0, broadcast(typename Lane<F>::Scalar(1), d), F{});
+        rest += select(d == 0, F{}, e);
+      } else {
+        rest += e;
+      }
+      if (kWants & (kShifted | kSquared)) {
+        const F ed = e * bounded(d);
+        shifted += ed;
+        if (kWants & kSquared) squared += ed * bounded(d);
+      }
+      if (kWants & kTotal) total += z[k] - s.origin;
+      if (kWants & kReferenceSums) {
+        const F q = exp_lanes(r[k] - s.ref_max);
+        const F difference = (z[k] - r[k]) - s.offset;
+        ref_sum += q;
+        gap += e * select(e > 0, difference, F{});
+        ref_gap += q * select(q > 0, difference, F{});
+      }
     }
   }
   s.rest += rest;
@@ -91,21 +102,35 @@ template <unsigned kWants, bool kAtMax, class F> PU_FN void push(RowState<F>& s,
 template <class F> PU_FN F largest_of_both(F a, F b) { return broadcast(largest_lane(max_lanes(a, b)), b); }
 
 // Takes in n groups of lanes and returns their maximum. A lane at -inf has p = 0 and adds nothing but to `total`; NaN stays.
-template <unsigned kWants, class F> PU_FN F absorb(RowState<F>& s, const F* z, const F* r, int n) {
-  F top = z[0], ref_top = r[0];
-  for (int i = 1; i < n; ++i) {
-    top = max_lanes(z[i], top);
-    if (kWants & kReferenceSums) ref_top = max_lanes(r[i], ref_top);
+// load(i, z, r) puts kStep groups there, the first of them number i; each is asked for twice, which costs less than to
+// keep them.
+template <unsigned kWants, int kStep, class F, class Load> PU_FN F absorb(RowState<F>& s, const Load& load, int n) {
+  F top{}, ref_top{};
+  for (int i = 0; i < n; i += kStep) {
+    F z[kStep], r[kStep];
+    load(i, z, r);
+    for (int k = 0; k < kStep; ++k) {
+      top = i + k > 0 ? max_lanes(z[k], top) : z[k];
+      if (kWants & kReferenceSums) ref_top = i + k > 0 ? max_lanes(r[k], ref_top) : r[k];
+    }
   }
   if (any(top >= s.max)) {  // seldom, once a row is under way: all lanes move to the largest of them
     raise_max<kWants>(s, largest_of_both(top, s.max));
     if (kWants & kReferenceSums) raise_ref_max(s, largest_of_both(ref_top, s.ref_max));
-    push<kWants, true>(s, z, r, n);
+    push<kWants, true, kStep>(s, load, n);
   } else {
     if ((kWants & kReferenceSums) && any(ref_top > s.ref_max)) raise_ref_max(s, largest_of_both(ref_top, s.ref_max));
-    push<kWants, false>(s, z, r, n);
+    push<kWants, false, kStep>(s, load, n);
   }
   return top;
+}
+
+template <class F> struct Held {
+  const F *z, *r;
+  PU_FN void operator()(int i, F* z_to, F* r_to) const { *z_to = z[i], *r_to = r[i]; }
+};
+template <unsigned kWants, class F> PU_FN F absorb(RowState<F>& s, const F* z, const F* r, int n) {
+  return absorb<kWants, 1>(s, Held<F>{z, r}, n);
 }
 
 // Joins two scalar states of the same row.

@@ -13,9 +13,9 @@ namespace pu {
 inline namespace PU_ISA {
 
 template <class A> struct RowCoefficients {
-  A max, log_sum, log_scale;  // P_j = exp(z_j - max - log_sum - log_scale)
+  A max, log_sum;  // P_j = exp(e_j), e_j = z_j - max - log_sum, which is log p_j or less by a constant
   A ref_max, ref_log_sum;
-  // dz_j = P_j (on_p + on_logp logp_j + on_logq logq_j) + on_q q_j + constant
+  // dz_j = P_j (on_p + on_logp e_j + on_logq logq_j) + on_q q_j + constant
   A constant, on_p, on_logp, on_logq, on_q;
   A on_belief;  // times b_j, on the top-k lanes
   // dz_t = at_target + p_t (at_target_p + at_target_logq logq_t) + on_q q_t + constant
@@ -35,12 +35,12 @@ PU_FN RowCoefficients<A> row_coefficients(const A* up, const A* value, const A* 
   const A shared = up[kUniformCe] + up[kLse] + up[kKlQp] - up[kTopk] - times(up[kEntropy], value[kEntropy]) -
                    times(up[kKlPq], value[kKlPq]);
   RowCoefficients<A> c;
-  c.max = saved[kMax], c.log_sum = saved[kLogSum], c.log_scale = log_scale;
+  c.max = saved[kMax], c.log_sum = saved[kLogSum] + log_scale;
   c.ref_max = saved[kRefMax], c.ref_log_sum = saved[kRefLogSum];
   c.constant = -up[kUniformCe] / A(vocabulary);
   const A per_nll = rescale ? up[kLogNll] : times(up[kLogNll], 1 / nll);
-  c.on_p = (shared - up[kLogp]) * unscale + per_nll;
   c.on_logp = on_logp * unscale;
+  c.on_p = (shared - up[kLogp]) * unscale + per_nll + times(c.on_logp, log_scale);
   c.on_logq = -up[kKlPq] * unscale;
   c.on_q = -up[kKlQp];
   c.on_belief = up[kTopk];
@@ -62,17 +62,17 @@ template <class A> PU_FN RowCoefficients<A> scaled(RowCoefficients<A> c, A scale
 // Lanes that are neither the target nor in the top k. kCoarse: good enough for a gradient in 16 bits.
 template <bool kLogs, bool kReference, bool kCoarse = false, class F, class A>
 PU_FN F lane_gradient(F z, F r, const RowCoefficients<A>& c) {
-  const F shifted = z - c.max;
-  const A less = c.log_sum + c.log_scale;
-  const F p = kCoarse ? exp_coarse(shifted - less) : exp_less(shifted, less);
+  const F shifted = z - c.max, exponent = shifted - c.log_sum;
+  const F p = kCoarse ? exp_coarse(exponent) : exp_less(shifted, c.log_sum);
   F weight = broadcast(c.on_p, z), dz = broadcast(c.constant, z);
-  if (kLogs) weight += c.on_logp * (shifted - c.log_sum);
+  if (kLogs) weight += c.on_logp * bounded(exponent);
   if (kReference) {
     const F ref_shifted = r - c.ref_max, logq = ref_shifted - c.ref_log_sum;
-    weight += c.on_logq != 0 ? c.on_logq * logq : F{};  // logq may be -inf
-    dz += c.on_q * (kCoarse ? exp_coarse(logq) : exp_less(ref_shifted, c.ref_log_sum));
+    if (c.on_logq != 0) weight += c.on_logq * logq;
+    if (c.on_q != 0) dz += c.on_q * (kCoarse ? exp_coarse(logq) : exp_less(ref_shifted, c.ref_log_sum));
+    weight = select(p == 0, F{}, weight);  // logq may be -inf
   }
-  return dz + (kLogs || kReference ? select(p == 0, F{}, p * weight) : p * weight);
+  return dz + p * weight;
 }
 
 template <bool kReference, class A> PU_FN A target_gradient(A r, const RowCoefficients<A>& c) {

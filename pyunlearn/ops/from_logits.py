@@ -12,6 +12,7 @@ from .._declined import decline
 from .backends import choose, eager, kernels, why_eager
 from .contract import Options, TokenStats, check_logits, make_options, shares_memory, unpack
 from .first_order import first_order, owner, refuse_tangents
+from .memory import empty
 
 Forward = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -154,7 +155,7 @@ class _TokenStats(torch.autograd.Function):
                 "token_stats: a second backward after inplace_backward=True: logits now hold their gradient"
             )
         logits, targets, reference, stats, saved, index, belief = ctx.saved_tensors
-        out = logits.detach() if ctx.inplace else torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+        out = logits.detach() if ctx.inplace else empty(logits.shape, logits.dtype, logits.device)
         rest = (reference, index, belief, ctx.options, out)
         kernels(ctx.backend).backward(grad, stats, saved, logits, targets, *rest)
         if ctx.inplace:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from .._declined import decline
 from .contract import shares_memory
 from .guard import Uncopied
-from .memory import free_bytes
+from .memory import empty, free_bytes
 from .noise import LARGEST, Plan
 from .parameters import Weight, point
 from .pieces import Noise, Piece, parameter_id
@@ -118,7 +118,7 @@ def room_for(sizes: dict[Kind, int]) -> bool:
 
 
 def new_scratch(sizes: dict[Kind, int]) -> dict[Kind, Tensor]:
-    return {(device, dtype): torch.empty(n, device=device, dtype=dtype) for (device, dtype), n in sizes.items()}
+    return {(device, dtype): empty((n,), dtype, device) for (device, dtype), n in sizes.items()}
 
 
 class Moves:

@@ -28,6 +28,7 @@ from .contract import (
 )
 from .first_order import in_functions, owner, refuse_tangents
 from .from_logits import check_writable, forward, in_rows, stacked_stats
+from .memory import empty
 
 FACTOR_ONE = TokenRule()
 
@@ -165,7 +166,7 @@ def two_passes(
 
 
 def new_like(logits: Tensor) -> Tensor:
-    return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    return empty(logits.shape, logits.dtype, logits.device)
 
 
 def check_weights(weights: Mapping[str, Tensor], rule: TokenRule, floor: Tensor | None, targets: Tensor) -> None:

@@ -27,7 +27,7 @@ from .backends import kernels
 from .contract import NEEDS_REFERENCE, Options, statistics_dtype
 from .first_order import first_order, in_functions, refuse_tangents
 from .from_logits import stacked_stats
-from .memory import free_bytes
+from .memory import empty, free_bytes
 from .products import FLOAT32_PRODUCTS, product, slices, wide_product
 from .sharded import Columns
 
@@ -71,7 +71,15 @@ class Projection:
         if dtype != self.inputs[0].dtype:
             return self.wide_logits(columns, dtype)
         bias = None if self.bias is None else self.bias[columns]
-        logits = F.linear(self.inputs[0], self.weights[0][columns], bias)
+        first, weight = self.inputs[0], self.weights[0][columns]
+        if first.is_cuda or torch.is_grad_enabled() or in_functions("linear_token_stats", "eager"):
+            logits = F.linear(first, weight, bias)
+        else:
+            logits = empty((first.size(0), weight.size(0)), dtype, first.device)
+            if bias is None:
+                torch.mm(first, weight.t(), out=logits)
+            else:
+                torch.addmm(bias, first, weight.t(), out=logits)
         for x, weight in zip(self.inputs[1:], self.weights[1:], strict=True):
             logits = logits.addmm_(x, weight[columns].t())
         return logits
@@ -86,7 +94,7 @@ class Projection:
                 for x, weight in zip(self.inputs[1:], weights[1:], strict=True):
                     logits = logits + x.to(dtype) @ weight.to(dtype).t()
                 return logits
-            logits = weights[0].new_empty(self.inputs[0].size(0), weights[0].size(0), dtype=dtype)
+            logits = empty((self.inputs[0].size(0), weights[0].size(0)), dtype, weights[0].device)
             whole = logits.is_cuda and FLOAT32_PRODUCTS
             for part in slices(logits.size(1), logits.size(1) if whole else NARROWEST):
                 block = logits[:, part]

@@ -14,6 +14,7 @@ from .backends import kernels
 from .contract import SAVED, Options, statistics_dtype
 from .from_logits import forward
 from .ghost import dots_of
+from .memory import empty
 from .segment_dot import stacked_dots
 
 DEVICES = ("cpu", "cuda")
@@ -68,7 +69,7 @@ def token_stats_backward(
     backend: str,
 ) -> Tensor:
     options = Options.of(outputs, temperature, softcap, ignore_index, k)
-    out = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    out = empty(logits.shape, logits.dtype, logits.device)
     rest = (reference, index, belief, options, out)
     return kernels(backend).backward(grad_stats, stats, saved, logits, targets, *rest)
 

@@ -237,3 +237,15 @@ def test_a_confident_bfloat16_rows_target_lane(fused):
     mine, theirs = ((of_target[name] - right).abs() / right.abs() for name in (fused, "eager"))
     assert mine.max() <= (2**-7 if interpreted(fused) else 2**-8)  # triton's interpreter cuts the bits off
     assert mine.max() <= 4 * theirs.max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_of_any_form_stays_nan(dtype, fused):
+    """The upstream gradient's too, with all bits set: an addition that rounds it to bfloat16 would make -0 of it."""
+    logits, device = torch.randn(1, 600).to(dtype), device_of(fused)
+    for bits in (0x7FFFFFFF, -1):
+        upstream = torch.tensor([bits], dtype=torch.int32).view(torch.float32).to(device)
+        for name in ("logp", "entropy"):
+            x = logits.to(device).requires_grad_()
+            stats = pu.token_stats(x, torch.tensor([3], device=device), (name,), backend=fused)
+            assert torch.autograd.grad(getattr(stats, name), x, upstream)[0].isnan().all()

@@ -1,11 +1,17 @@
-"""Free memory: the machine's, or what a container's limit leaves of it."""
+"""Free memory: the machine's, or what a container's limit leaves of it; and huge pages for fresh outputs."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+from torch import nn
 
+import pyunlearn as pu
 from pyunlearn.ops import memory
+from pyunlearn.ops.projection import Projection
 
 MB = 1 << 20
 
@@ -52,3 +58,59 @@ def test_without_control_groups_the_machine_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_in_machine", lambda: 50 * MB)
     monkeypatch.setattr(memory, "free_in_container", lambda: 40 * MB)
     assert memory.free_bytes(torch.device("cpu")) == 40 * MB
+
+
+# ---- huge pages ------------------------------------------------------------------------------------------------------
+
+
+def flags_at(address: int) -> list[str]:
+    """What the kernel notes of the mapping around `address`; hg: asked to be in huge pages."""
+    around = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            around = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif around and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise AssertionError(f"nothing is at {address:#x}")
+
+
+def gradient() -> torch.Tensor:
+    logits = torch.randn(64, 1 << 15, requires_grad=True)
+    return torch.autograd.grad(pu.token_stats(logits, torch.arange(64)).logp.sum(), logits)[0]
+
+
+def gradient_at_once() -> torch.Tensor:
+    return pu.value_and_grad(torch.randn(64, 1 << 15), torch.arange(64), {"logp": torch.ones(64)})[1]
+
+
+def logits_of_a_head(dtype: torch.dtype) -> torch.Tensor:
+    """Of one in bfloat16."""
+    head = Projection.of(None, torch.randn(64, 8).bfloat16(), torch.randn(1 << 16, 8).bfloat16())
+    with torch.no_grad():
+        logits = head.logits(slice(None), dtype)
+    right = head.inputs[0].float() @ head.weights[0].float().t()
+    torch.testing.assert_close(logits.float(), right, atol=0.05, rtol=0.01)
+    return logits
+
+
+def scratch() -> torch.Tensor:
+    model = nn.Linear(2048, 1024)
+    with pu.perturbed(model, sigma=1e-5, seed=0, draw=0, mode="overlay"):
+        return model.weight.data
+
+
+FRESH = {
+    "gradient": gradient,
+    "gradient at once": gradient_at_once,
+    "head": lambda: logits_of_a_head(torch.bfloat16),
+    "head in float32": lambda: logits_of_a_head(torch.float32),
+    "overlay": scratch,
+}
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no huge pages")
+@pytest.mark.parametrize("make", FRESH.values(), ids=FRESH)
+def test_large_fresh_outputs_ask_for_huge_pages(make):
+    plain, fresh = torch.empty(64 << 20, dtype=torch.uint8), make()
+    assert "hg" in flags_at(fresh.data_ptr() + fresh.nbytes // 2)
+    assert "hg" not in flags_at(plain.data_ptr() + plain.nbytes // 2)
