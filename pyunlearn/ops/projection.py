@@ -28,7 +28,7 @@ from .contract import NEEDS_REFERENCE, Options, statistics_dtype
 from .first_order import first_order, in_functions, refuse_tangents
 from .from_logits import stacked_stats
 from .memory import free_bytes
-from .products import FLOAT32_PRODUCTS, product, slices, wide_product
+from .products import FLOAT32_PRODUCTS, product, slices
 from .sharded import Columns
 
 NARROWEST = 256  # columns of a slice
@@ -90,9 +90,8 @@ class Projection:
             whole = logits.is_cuda and FLOAT32_PRODUCTS
             for part in slices(logits.size(1), logits.size(1) if whole else NARROWEST):
                 block = logits[:, part]
-                block.copy_(wide_product(self.inputs[0], weights[0][part].t()))
-                for x, weight in zip(self.inputs[1:], weights[1:], strict=True):
-                    block += wide_product(x, weight[part].t())
+                for i, (x, weight) in enumerate(zip(self.inputs, weights, strict=True)):
+                    product(x, weight[part].t(), block, add=i > 0)
                 if bias is not None:
                     block += bias[part]
             return logits
