@@ -7,7 +7,7 @@ from torch import Tensor
 
 STEP = 256  # columns that are widened at a time
 FLOAT32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8, and only its GPU kernels
-FLOAT32_SUMS = torch.__version__ >= (2, 10)  # they also add to float32
+FLOAT32_SUMS = torch.__version__ >= "2.10"  # they also add to float32
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
