@@ -87,7 +87,7 @@ KERNELS = {
     "token_stats": (55, 128, 64),  # 36 accumulate, 18 backward, 1 finish
     "topk": (6, 48, 13 << 10),
     "segment_dot": (2, 80, 6 << 10),
-    "value_and_grad": (18, 80, 256),
+    "value_and_grad": (18, 80, 448),
     "perturb": (8, 64, 0),  # pairs of source and target dtypes
 }
 

@@ -1,8 +1,9 @@
 """What a GPU kernel's hot loop costs, read off its machine code: issue slots, special functions and loads an element.
 
-The hot loop is the innermost one with the most wide loads. The path through it that counts is the shortest of those
-that make all of its wide loads and at least `special` special functions (MUFU) an element: neither a row's edges, which
-load less, nor a new maximum and the target's columns, which are seldom and take more.
+The hot loop is the innermost one with the most wide loads from global memory; where a row is copied to shared memory
+ahead, from there, of the loops that write nothing to global memory. The path through it that counts is the shortest of
+those that make all of its wide loads and at least `special` special functions (MUFU) an element: neither a row's edges,
+which load less, nor a new maximum and the target's columns, which are seldom and take more.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ class Instruction(NamedTuple):
         return int(found[1], 16) if found else None
 
     @property
-    def loaded(self) -> int:
-        """Bytes of a load from global memory."""
-        if not self.op.startswith("LDG."):
-            return 0
+    def bytes(self) -> int:
+        """Of a load or a store."""
         bits = re.search(r"\.(?:[US]?(8|16|64|128|256))(?:\.|$)", self.op)
         return int(bits[1]) // 8 if bits else 4
+
+    def loaded(self, memory: str = "LDG") -> int:
+        """Bytes of a load from global memory, or from shared memory ("LDS")."""
+        return self.bytes if self.op.split(".")[0] == memory else 0
 
 
 class Loop(NamedTuple):
@@ -142,7 +145,7 @@ class Graph:
                 found[start] = new
         return found
 
-    def rounds(self, head: int, body: set[int]) -> dict[tuple[int, int], int]:
+    def rounds(self, head: int, body: set[int], memory: str = "LDG") -> dict[tuple[int, int], int]:
         """(wide loads, special functions) of a way round the loop -> its fewest issue slots."""
         ways: dict[int, dict[tuple[int, int], int]] = {head: {(0, 0): 0}}
         whole: dict[tuple[int, int], int] = {}
@@ -150,7 +153,7 @@ class Graph:
             for (loads, special), slots in ways.get(start, {}).items():
                 block = self.blocks[start]
                 so_far = (
-                    loads + sum(one.loaded >= WIDE for one in block),
+                    loads + sum(one.loaded(memory) >= WIDE for one in block),
                     special + sum(one.op.startswith("MUFU") for one in block),
                 )
                 for other in self.next[start]:
@@ -181,19 +184,22 @@ def hot_loop(code: list[Instruction], registers: int, threads: int, item: int, r
 
     Raises ValueError where no loop has wide loads and that many special functions an element."""
     graph = Graph(code)
+    for memory in ("LDG", "LDS"):
 
-    def wide(body: set[int]) -> int:
-        return sum(one.loaded >= WIDE for start in body for one in graph.blocks[start])
+        def count(op: str, body: set[int]) -> int:
+            return sum(one.op.startswith(op) and one.bytes >= WIDE for start in body for one in graph.blocks[start])
 
-    loops = sorted(graph.loops(), key=lambda loop: (wide(loop[1]), -len(loop[1])))
-    for head, body in reversed(loops):
-        ways = graph.rounds(head, body)
-        loads = max((loads for loads, _ in ways), default=0)
-        elements = loads * WIDE // (item * rows)
-        enough = {slots: mufu for (n, mufu), slots in ways.items() if n == loads > 0 and mufu >= special * elements}
-        if enough:
-            slots = min(enough)
-            blocks = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads)
-            width = max(one.loaded for start in body for one in graph.blocks[start])
-            return Loop(slots / elements, enough[slots] / elements, width, loads * WIDE * threads * blocks)
+        loops = sorted(graph.loops(), key=lambda loop: (count(memory, loop[1]), -len(loop[1])))
+        for head, body in reversed(loops):
+            if memory == "LDS" and count("STG", body):
+                continue
+            ways = graph.rounds(head, body, memory)
+            loads = max((loads for loads, _ in ways), default=0)
+            elements = loads * WIDE // (item * rows)
+            enough = {slots: mufu for (n, mufu), slots in ways.items() if n == loads > 0 and mufu >= special * elements}
+            if enough:
+                slots = min(enough)
+                blocks = min(REGISTERS // (-(-registers // 8) * 8 * threads), THREADS // threads)
+                width = max(one.loaded(memory) for start in body for one in graph.blocks[start])
+                return Loop(slots / elements, enough[slots] / elements, width, loads * WIDE * threads * blocks)
     raise ValueError(f"no loop with wide loads and {special} special functions an element")

@@ -21,7 +21,8 @@ def ours(backend: str, inplace: bool = False) -> Impl:
         if isinstance(case, Linear):
             reference = (t["ref_hidden"], t["ref_weight"]) if case.kind.reference else None
             tensors, how = (t["hidden"], t["weight"], t["targets"]), {"reference": reference, "backend": backend}
-            stats = pu.linear_token_stats(*tensors, outputs=case.kind.outputs, budget_bytes=case.budget_bytes, **how)
+            how |= {"budget_bytes": case.budget_bytes, "ignore_index": None}  # every target counts: nothing waits
+            stats = pu.linear_token_stats(*tensors, outputs=case.kind.outputs, **how)
             return case.gradients(t, stats.as_dict())
         if case.kind.at_once:
             how = {"inplace": inplace, "backend": backend}
@@ -30,6 +31,20 @@ def ours(backend: str, inplace: bool = False) -> Impl:
         how = {"reference": t["reference"], "inplace_backward": inplace, "backend": backend}
         values = pu.token_stats(t["logits"], t["targets"], case.kind.outputs, **how).as_dict()
         return case.gradients(t, values) if case.kind.backward else list(values.values())
+
+    return Impl(run)
+
+
+def ours_at_once(backend: str) -> Impl:
+    """The weights are known beforehand: no logits are kept for a backward."""
+
+    def run(case: Linear, t: dict) -> list[torch.Tensor]:
+        weights = t["weights"] if case.kind.weighted else torch.full_like(t["weights"], -1 / case.n)
+        reference = (t["ref_hidden"], t["ref_weight"]) if case.kind.reference else None
+        how: dict[str, Any] = {"reference": reference, "ignore_index": None, "backend": backend}
+        tensors = (t["hidden"], t["weight"], t["targets"], dict.fromkeys(case.kind.outputs, weights))
+        _, gradients = pu.linear_value_and_grad(*tensors, **how)
+        return [d for d in gradients[:2] if d is not None]
 
     return Impl(run)
 
@@ -82,6 +97,8 @@ def implementations(case: Case) -> dict[str, Impl]:
     names = fused(case.device)
     impls = {name: ours(name) for name in names}
     if isinstance(case, Linear):
+        if case.kind.budget is None:
+            impls |= {f"{name} at once": ours_at_once(name) for name in names}
         impls["eager"] = Impl(eager)
         if case.name in (MEAN, BEYOND, FROZEN) and hasattr(F, "linear_cross_entropy"):
             impls["torch linear_cross_entropy"] = Impl(torch_linear_cross_entropy)

@@ -22,6 +22,8 @@ NOTES = {
     "JSD kernel with beta 1, the mean alone",
     "liger sum": "less: the sum of the NLL, no weight per token; overwrites the logits",
     "quack": "without gradient and at once less: NLL alone, no entropy, no weight per token",
+    "quack scaled exp": "less: one number, the mean; its first GEMM writes powers of e instead of logits, which the "
+    "other two scale as they read them: no d(logits) are written",
     "trl": "its fused log-probability and entropy kernels; from hidden states in chunks; KL: the divergence alone",
     "cut-cross-entropy": "NLL alone, also where entropy is asked for; leaves out gradients below 2^-12 (its default)",
     "torch linear_cross_entropy": "the mean NLL",
@@ -69,6 +71,7 @@ def linear(case: Linear) -> dict[tuple[str, str], Peer]:
         return {
             ("liger_kernel", "liger"): (liger_linear,),
             ("quack", "quack"): (quack_linear,),
+            ("quack", "quack scaled exp"): (quack_scaled_exp,),
             ("cut_cross_entropy", "cut-cross-entropy"): (cce_mean,),
         }
     if case.name == cases.LINEAR_KL:
@@ -164,11 +167,16 @@ def quack_at_once(case: Logits, t: dict) -> list[Tensor]:
     return [gradient, -nll]
 
 
-def quack_linear(case: Linear, t: dict) -> list[Tensor]:
+def quack_linear(case: Linear, t: dict, scaled_exp: bool = False) -> list[Tensor]:
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    loss = chunked_linear_cross_entropy(t["hidden"], t["weight"], t["targets"], chunk_size=4096)
+    how: dict[str, Any] = {"chunk_size": 4096, "use_scaled_exp": scaled_exp}
+    loss = chunked_linear_cross_entropy(t["hidden"], t["weight"], t["targets"], **how)
     return list(torch.autograd.grad(loss, case.leaves(t)))
+
+
+def quack_scaled_exp(case: Linear, t: dict) -> list[Tensor]:
+    return quack_linear(case, t, scaled_exp=True)
 
 
 # ---- trl -------------------------------------------------------------------------------------------------------------

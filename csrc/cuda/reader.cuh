@@ -189,6 +189,15 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
       level = Level::of(s.max), ref_level = Level::of(s.ref_max);
     }
   }
+  // One that is at hand.
+  __device__ void pack(const Pack<T>& px, const Pack<T>& pr, int32_t i) {
+    if (below(px, pr, i)) return;
+    float zs[P], qs[P];
+    points(px, pr, zs, qs);
+    take(zs, qs, i);
+    level = Level::of(s.max), ref_level = Level::of(s.ref_max);
+  }
+  // After the last pack: `level` stays as it was.
   __device__ void single(int32_t i) {
     float zs[1] = {z(value_of(x[i]))}, qs[1] = {kReference ? z(r[i]) : 0.0f};
     take(zs, qs, i);

@@ -1,16 +1,24 @@
 // Statistics and d(logits) in one pass where the gradient of each token's statistics is known from the token alone: the
 // row stays on chip, in the shared memory of a cluster of blocks, and the logits are read once and the gradient written
-// once (2 N V). Needs thread block clusters (sm_90 and newer).
+// once (2 N V). Needs thread block clusters and the copy engine (sm_90 and newer).
+//
+// A block's whole piece of the row is on its way before anything is summed. The sums of every warp go to shared memory; one
+// barrier of the cluster later, the first warp of each block joins those of all warps, and one thread has the coefficients.
 #include <cooperative_groups.h>
 
 #include "../math/token_rule.h"
+#include "bulk_copy.cuh"
 #include "reader.cuh"
 
 namespace pu::cuda {
 namespace {
 
-constexpr int64_t kPieceBytes = 72 << 10;  // three blocks of an SM's 227 KB: one loads while another stores
-constexpr int kLargestCluster = 8;         // the portable limit
+// A third of an SM's 228 KB, less the 1 KB a block that the system takes and what is static: three blocks, of which one
+// loads while another stores. Rows of 152064 columns in 16 bits are four pieces.
+constexpr int64_t kPieceBytes = (228 << 10) / 3 - 1024 - 512;
+static_assert(4 * kPieceBytes >= 152064 * 2);
+constexpr int kLargestCluster = 8;  // the portable limit
+constexpr int kMostCopies = 16;     // kBatch packs a thread each: 16 KB of the 227 KB that a piece can have
 
 struct Weights {
   const float* of_stats;  // (outputs, rows)
@@ -18,14 +26,63 @@ struct Weights {
   Rule<float> rule;
 };
 
+// The outputs that these sums make; no others are asked of a kernel.
+constexpr uint32_t outputs_of(unsigned wants) {
+  uint32_t made = 0;
+  for (int o = 0; o < kTopk; ++o)
+    if (o != kKlPq && o != kKlQp && !(wants_of(1u << o) & ~wants)) made |= 1u << o;
+  return made;
+}
+
+// op over what a state of a part of the row has beside its maxima.
+template <unsigned kWants, class Op> __device__ void each_sum(RowState<float>& s, Op op) {
+  op(s.ones), op(s.rest);
+  if (kWants & kShifted) op(s.shifted);
+  if (kWants & kSquared) op(s.squared);
+  if (kWants & kTotal) op(s.total);
+}
+template <unsigned kWants>
+constexpr int kFields = 4 + bool(kWants & kShifted) + bool(kWants & kSquared) + bool(kWants & kTotal);
+
+// The states of a warp's threads become that of them all, in every one of them.
+template <unsigned kWants> __device__ void join_warp(RowState<float>& s) {
+  float max = s.max;
+  for (int by = 16; by > 0; by /= 2) {
+    max = max_lanes(max, __shfl_xor_sync(0xffffffffu, max, by));
+    s.before = max_lanes(s.before, __shfl_xor_sync(0xffffffffu, s.before, by));
+  }
+  raise_max<kWants>(s, max);
+  each_sum<kWants>(s, [](float& sum) {
+    for (int by = 16; by > 0; by /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, by);
+  });
+}
+
+template <unsigned kWants> __device__ void write(float* fields, RowState<float> s) {
+  fields[0] = s.max, fields[1] = s.before;
+  int i = 2;
+  each_sum<kWants>(s, [&](float& sum) { fields[i++] = sum; });
+}
+// What `write` wrote joins a state.
+template <unsigned kWants> __device__ void join(RowState<float>& s, const float* fields) {
+  RowState<float> other = s;
+  other.max = fields[0];
+  int i = 2;
+  each_sum<kWants>(other, [&](float& sum) { sum = fields[i++]; });
+  const float max = max_lanes(other.max, s.max);
+  raise_max<kWants>(other, max), raise_max<kWants>(s, max);
+  s.before = max_lanes(fields[1], s.before);
+  s.ones += other.ones, s.rest += other.rest;
+  s.shifted += other.shifted, s.squared += other.squared, s.total += other.total;
+}
+
 template <class T, unsigned kWants, bool kSoftcap>
 __global__ void __launch_bounds__(kThreads, 3)
     value_and_grad_kernel(Arguments a, Weights weights, float* stats, Rows out) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   namespace cg = cooperative_groups;
   PU_DYNAMIC_SHARED(memory);
-  __shared__ float room[kWarps];
-  __shared__ RowState<float> mine;
+  __shared__ Arrival arrivals[kMostCopies];
+  __shared__ float sums[kWarps][kFields<kWants>], room[kWarps];
   __shared__ RowCoefficients<float> coefficients;
   T* onchip = reinterpret_cast<T*>(memory);  // column i of the span is onchip[i - span.begin + phase]
   const cg::cluster_group cluster = cg::this_cluster();
@@ -49,32 +106,61 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int32_t phase = int32_t(reinterpret_cast<uintptr_t>(x + span.begin) % 16 / sizeof(T));
   T* at = onchip + phase - span.begin;  // the phase of x
 
-  RowState<float> s = RowState<float>::empty(0.0f);
-  if (span.begin < span.end) {
-    Reader<T, kWants, kSoftcap> reader(a, x, Lanes{}, span, target);
-    const Span packs = packs_of(x, span, true);
-    reader.prime(packs, room);
-    auto batch = [&](int32_t i, int32_t end) {
-      reader.batch(i, end, [&](int32_t j, const Pack<T>& px) { store(at + j, px); });
-    };
-    auto single = [&](int32_t i) {
-      at[i] = x[i];
-      reader.single(i);
-    };
-    sweep<T>(span, packs, batch, single);
-    s = reader.joined(span, room);
-  }
-  if (threadIdx.x == 0) mine = s;
-  cluster.sync();
+  constexpr int32_t kCopy = kBatch * kStride<T>;  // columns
+  const Span body = packs_of(x, span, true);
+  const int copies = (body.end - body.begin + kCopy - 1) / kCopy;
   if (threadIdx.x == 0) {
-    RowState<float> whole = *cluster.map_shared_rank(&mine, 0);
-    for (int other = 1; other < parts; ++other) merge(whole, *cluster.map_shared_rank(&mine, other));
+    for (int c = 0; c < copies; ++c) arrivals[c].prepare();
+    Arrival::publish();
+    for (int c = 0; c < copies; ++c) {
+      const int32_t i = body.begin + c * kCopy, count = body.end - i < kCopy ? body.end - i : kCopy;
+      arrivals[c].copy(at + i, x + i, uint32_t(count * sizeof(T)));
+    }
+  }
+  __syncthreads();
+
+  // What lies in other blocks' pieces, the origin and the target, is read before they may write their gradient there.
+  Reader<T, kWants, kSoftcap> reader(a, x, Lanes{}, Span{0, 0}, target);
+  float target_z = std::numeric_limits<float>::quiet_NaN();  // of a target that is no column
+  if (threadIdx.x == 0 && target >= 0 && target < a.columns) target_z = reader.z(value_of(x[target]));
+  reader.prime(body, room);
+  for (int c = 0; c < copies; ++c) {
+    arrivals[c].wait();
+    const int32_t i = body.begin + c * kCopy + int32_t(threadIdx.x) * Pack<T>::count;
+    Pack<T> px[kBatch];
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (i + b * kStride<T> < body.end) px[b] = load(at + i + b * kStride<T>);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b)
+      if (i + b * kStride<T> < body.end) reader.pack(px[b], px[b], i + b * kStride<T>);
+  }
+  auto edge = [&](int32_t i) {
+    at[i] = x[i];
+    reader.single(i);
+  };
+  for (int32_t i = span.begin + int32_t(threadIdx.x); i < body.begin; i += kThreads) edge(i);
+  for (int32_t i = body.end + int32_t(threadIdx.x); i < span.end; i += kThreads) edge(i);
+  const int warp = int(threadIdx.x) / 32, lane_in_warp = int(threadIdx.x) % 32;
+  RowState<float> whole = reader.s;
+  join_warp<kWants>(whole);
+  if (lane_in_warp == 0) write<kWants>(sums[warp], whole);
+  cluster.sync();
+  if (warp == 0) {
+    whole = RowState<float>::empty(0.0f);
+    for (int i = lane_in_warp; i < parts * kWarps; i += 32)
+      join<kWants>(whole, cluster.map_shared_rank(sums[i % kWarps], unsigned(i / kWarps)));
+    join_warp<kWants>(whole);
+  }
+  if (threadIdx.x == 0) {
+    whole.origin = reader.s.origin, whole.target = target_z, whole.count = float(a.columns - 1);
     float value[kOutputCount], keep[kSavedCount], up[kOutputCount] = {};
     finish(whole, a.vocabulary, false, value, keep);
+    constexpr uint32_t kMade = outputs_of(kWants);
     int64_t line = 0;
 #pragma unroll
     for (int o = 0; o < kOutputCount; ++o) {
-      if (!(a.outputs >> o & 1)) continue;
+      if (!(kMade >> o & 1) || !(a.outputs >> o & 1)) continue;
       if (part == 0) stats[line * a.rows + row] = value[o];
       if (o != kVariance && o != kGreedy) up[o] = weights.of_stats[line * a.rows + row];
       ++line;

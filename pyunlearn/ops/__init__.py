@@ -7,12 +7,14 @@ from .from_logits import token_stats
 from .ghost import ghost_dot
 from .noise import gaussian_noise
 from .one_pass import value_and_grad
+from .one_pass_hidden import LinearGradients, linear_value_and_grad
 from .outer_sum import OuterSum
 from .perturbation import perturbed
 from .segment_dot import SegmentDots, segment_dot
 
 __all__ = [
     "OUTPUTS",
+    "LinearGradients",
     "OuterSum",
     "SegmentDots",
     "TokenRule",
@@ -20,6 +22,7 @@ __all__ = [
     "gaussian_noise",
     "ghost_dot",
     "linear_token_stats",
+    "linear_value_and_grad",
     "perturbed",
     "schemas",
     "segment_dot",

@@ -35,6 +35,7 @@ NEEDS_REFERENCE = frozenset({"kl_pq", "kl_qp"})
 NO_GRADIENT = frozenset({"variance", "greedy"})
 MAX_K = 256  # lanes the kernels set apart
 SAVED = 5  # scalars a row keeps for backward: max, log sum, log-odds, reference max, reference log sum
+NO_INDEX = -(2**31)  # an ignore_index that is nowhere: no position is looked for
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 

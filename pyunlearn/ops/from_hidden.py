@@ -14,6 +14,8 @@ from .._declined import decline
 from .backends import choose, why_eager
 from .contract import (
     NO_GRADIENT,
+    NO_INDEX,
+    Options,
     TokenStats,
     check_dtype,
     check_range,
@@ -28,7 +30,6 @@ from .projection import Projection, both_logits, stats_in_budget
 from .sharded import Columns
 
 Reference = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias)
-NO_INDEX = -(2**31)  # an ignore_index that is nowhere
 NEEDS_WHOLE_ROWS = "the eager backend, top k, torch.compile and torch.func need whole rows: the head is gathered"
 
 
@@ -61,12 +62,12 @@ def linear_token_stats(
         ignore_index: as in `token_stats`. Finding the rows that count is a sync on a GPU, which their GEMMs outweigh;
             None: all count, and nothing waits.
         budget_bytes: logits (the reference's included) that may be held at once; default a quarter of the free memory
-            of the device, on a CPU without a graph or top k 2 MiB, which its cache holds. Beyond it: slices of the
-            vocabulary, never narrower than 256 columns, recomputed in backward; always so with 0, which leaves a
-            checkpoint around this call nothing to save. With kl_pq, kl_qp, entropy or variance among the outputs the
-            logits of bfloat16 and float16 are held in float32, twice the bytes, and on a CPU multiplied in float32:
-            rounded, they would spoil what is left of sums that cancel. Slicing moves the last bits: give a budget where
-            they matter. Under torch.compile and torch.func it is not looked at.
+            of the device (a GPU's driver is asked once), on a CPU without a graph or top k 2 MiB, which its cache
+            holds. Beyond it: slices of the vocabulary, never narrower than 256 columns, recomputed in backward; always
+            so with 0, which leaves a checkpoint around this call nothing to save. With kl_pq, kl_qp, entropy or
+            variance among the outputs the logits of bfloat16 and float16 are held in float32, twice the bytes, and on a
+            CPU multiplied in float32: rounded, they would spoil what is left of sums that cancel. Slicing moves the
+            last bits: give a budget where they matter. Under torch.compile and torch.func it is not looked at.
         adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
             x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
 
@@ -91,16 +92,7 @@ def linear_token_stats(
     """
     index = NO_INDEX if ignore_index is None else ignore_index
     options = make_options(outputs, temperature, softcap, index, k, reference is not None)
-    if budget_bytes is not None and budget_bytes < 0:
-        raise ValueError(f"budget_bytes={budget_bytes!r}: needs None or a number of bytes >= 0")
-    check_head(hidden, weight, bias, "hidden", "weight", "bias")
-    check_targets(targets, hidden.shape[:-1], "hidden", hidden)
-    if adapter is not None:
-        check_adapter(adapter, hidden, weight)
-    if reference is not None:
-        check_reference(reference, hidden, weight)
-    if "topk" in options.outputs and k > weight.size(0):
-        raise ValueError(f"k={k}: needs at most V={weight.size(0)}")
+    check_call(hidden, weight, targets, bias, options, reference, budget_bytes, adapter)
     chosen = choose(backend, hidden.device)
     compiling = torch.compiler.is_compiling() or in_functions("linear_token_stats", chosen)
     declined = why_eager(hidden.device) if backend is None and chosen == "eager" else {}
@@ -175,6 +167,28 @@ def autocast(tensor: Tensor) -> Tensor:
     device = tensor.device.type
     wanted = torch.is_autocast_enabled(device) and tensor.dtype != torch.float64
     return tensor.to(torch.get_autocast_dtype(device)) if wanted else tensor
+
+
+def check_call(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    reference: Reference | None,
+    budget_bytes: int | None,
+    adapter: tuple[Tensor, Tensor] | None,
+) -> None:
+    if budget_bytes is not None and budget_bytes < 0:
+        raise ValueError(f"budget_bytes={budget_bytes!r}: needs None or a number of bytes >= 0")
+    check_head(hidden, weight, bias, "hidden", "weight", "bias")
+    check_targets(targets, hidden.shape[:-1], "hidden", hidden)
+    if adapter is not None:
+        check_adapter(adapter, hidden, weight)
+    if reference is not None:
+        check_reference(reference, hidden, weight)
+    if "topk" in options.outputs and options.k > weight.size(0):
+        raise ValueError(f"k={options.k}: needs at most V={weight.size(0)}")
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *names: str) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -34,6 +35,19 @@ def free_bytes(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     return min(free_in_machine(), free_in_container())
+
+
+def budget_of(device: torch.device) -> int:
+    """A quarter of the free memory. The driver of a GPU is asked once, so that no step waits for its answer."""
+    if device.type == "cuda":
+        return max(0, torchs_share(device) - torch.cuda.memory_allocated(device)) // 4
+    return free_bytes(device) // 4
+
+
+@cache
+def torchs_share(device: torch.device) -> int:
+    """Of a GPU: what nothing but torch held when this was first asked."""
+    return free_bytes(device) + torch.cuda.memory_allocated(device)
 
 
 def free_in_machine() -> int:

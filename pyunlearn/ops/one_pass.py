@@ -73,9 +73,9 @@ def value_and_grad(
     >>> stats.logp.tolist(), d_logits.tolist()
     ([-1.3862943649291992], [[0.25, -0.75, 0.25, 0.25]])
     """
-    weights = {"logp": weights} if isinstance(weights, Tensor) else dict(weights)
-    names = tuple(weights) if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
-    options = make_options((*names, *weights), temperature, softcap, ignore_index, k, reference is not None)
+    weights = by_name(weights)
+    names = wanted(weights, outputs)
+    options = make_options(names, temperature, softcap, ignore_index, k, reference is not None)
     check_logits(logits, targets, reference, options)
     check_weights(weights, rule, floor, targets)
     if inplace:
@@ -87,26 +87,12 @@ def value_and_grad(
 
     shape = targets.shape
     source, targets, reference = in_rows(logits.detach(), targets, reference)
-    dtype = statistics_dtype(logits)
-    lines = [
-        per_token_of(weights[name], targets.shape, dtype)
-        if name in weights
-        else targets.new_zeros(targets.shape, dtype=dtype)
-        for name in options.outputs
-    ]
-    ups = torch.stack(lines)
-    floor = None if floor is None else per_token_of(floor, targets.shape, dtype)
+    ups, floor = per_token(weights, floor, options, targets.shape, statistics_dtype(logits))
     with torch.no_grad():
-        owned = owner("value_and_grad", chosen, source, targets, reference)
-        reason = why_not(chosen, reference, options) or ("the dispatcher sees two ops" if owned else "")
-        d_logits, stats = source if inplace else None, torch.empty_like(ups)
-        if not reason:
-            d_logits = new_like(source) if d_logits is None else d_logits
-            reason = native.value_and_grad(source, targets, ups, rule, floor, options, stats, d_logits)
-        if reason or d_logits is None:
-            rest = (rule, floor, options, chosen, d_logits, bool(owned))
-            stats, d_logits = two_passes(source, targets, reference, ups, *rest)
-            declined = {**declined, "one pass": decline("one pass", reason)}
+        out = source if inplace else None
+        stats, d_logits, reason = at_once(source, targets, reference, ups, rule, floor, options, chosen, out)
+    if reason:
+        declined = {**declined, "one pass": decline("one pass", reason)}
     if inplace:
         torch.autograd.graph.increment_version(logits)
     mask = (targets != ignore_index).view(shape)
@@ -114,8 +100,51 @@ def value_and_grad(
     return unpack(stats, options.outputs, mask, declined), d_logits.reshape(logits.shape)
 
 
-def per_token_of(tensor: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    return tensor.detach().to(dtype).reshape(shape).contiguous()
+def by_name(weights: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {"logp": weights} if isinstance(weights, Tensor) else dict(weights)
+
+
+def wanted(weights: Mapping[str, Tensor], outputs: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Outputs to return, and those that have weights."""
+    names = tuple(weights) if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    return (*names, *weights)
+
+
+def per_token(
+    weights: Mapping[str, Tensor], floor: Tensor | None, options: Options, shape: torch.Size, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Upstream gradients (outputs, *shape), 0 where an output has no weight, and the floor."""
+
+    def of(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(dtype).reshape(shape).contiguous()
+
+    like = next(iter(weights.values())) if weights else torch.empty(shape)
+    lines = [of(weights[n]) if n in weights else like.new_zeros(shape, dtype=dtype) for n in options.outputs]
+    return torch.stack(lines), None if floor is None else of(floor)
+
+
+def at_once(
+    logits: Tensor,
+    targets: Tensor,
+    reference: Tensor | None,
+    ups: Tensor,
+    rule: TokenRule,
+    floor: Tensor | None,
+    options: Options,
+    backend: str,
+    out: Tensor | None,
+) -> tuple[Tensor, Tensor, str]:
+    """The statistics, d(logits), which is written into `out`, if there is one (it may be `logits`), and why two passes
+    were made, or ""."""
+    owned = owner("value_and_grad", backend, logits, targets, reference)
+    reason = why_not(backend, reference, options) or ("the dispatcher sees two ops" if owned else "")
+    if not reason:
+        stats, d_logits = torch.empty_like(ups), new_like(logits) if out is None else out
+        reason = native.value_and_grad(logits, targets, ups, rule, floor, options, stats, d_logits)
+        if not reason:
+            return stats, d_logits, ""
+    rest = (rule, floor, options, backend, out, bool(owned))
+    return *two_passes(logits, targets, reference, ups, *rest), reason
 
 
 def why_not(backend: str, reference: Tensor | None, options: Options) -> str:

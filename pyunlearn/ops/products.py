@@ -7,27 +7,36 @@ from torch import Tensor
 
 STEP = 256  # columns that are widened at a time
 FLOAT32_PRODUCTS = "dtype" in torch.ops.aten.mm.overloads()  # torch >= 2.8, and only its GPU kernels
+FLOAT32_SUMS = torch.__version__ >= "2.10"  # they also add to float32
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out = a @ b, or out += a @ b with nothing rounded to less than out's dtype on the way."""
-    if not add and a.dtype == b.dtype:
-        torch.mm(a, b, out=out)
-    elif not add and b.numel() <= out.numel():  # a is wider than b and out: rows of out at a time
-        b = b.to(a.dtype)
-        for part in slices(out.size(0), STEP):
-            out[part] = a[part] @ b
-    elif not add:
-        wide = out.new_zeros(out.shape, dtype=a.dtype)
-        product(a, b, wide, True)
-        out.copy_(wide)
-    elif out.dtype == a.dtype == b.dtype:
-        out.addmm_(a, b)
-    elif out.is_cuda and a.dtype == b.dtype and FLOAT32_PRODUCTS:
-        out += wide_product(a, b)
-    else:  # half precision is exact in float32, and in TF32 where a GPU may use it
+    """out = a @ b, or out += a @ b, with nothing rounded to less than out's dtype on the way.
+
+    Where the GEMM adds up itself there is no memory beyond `out`; else there is that of STEP columns or rows.
+    """
+    if out.dtype == a.dtype == b.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif out.is_cuda and out.dtype == torch.float32 and a.dtype == b.dtype and FLOAT32_PRODUCTS:
+        if not add:
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
+        elif FLOAT32_SUMS:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            out += wide_product(a, b)
+    elif add:  # half precision is exact in float32, and in TF32 where a GPU may use it
         for part in slices(a.size(1), STEP):
             out.addmm_(a[:, part].to(out.dtype), b[part].to(out.dtype))
+    else:
+        wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), out.dtype)
+        if out.dtype == wide or b.numel() <= out.numel():  # whole sums: one over parts is rounded more often
+            b = b.to(wide)
+            for part in slices(out.size(0), STEP):
+                out[part] = a[part].to(wide) @ b
+        else:
+            sums = out.new_zeros(out.shape, dtype=wide)
+            product(a, b, sums, True)
+            out.copy_(sums)
 
 
 def wide_product(a: Tensor, b: Tensor) -> Tensor:

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from .._declined import decline
 from .backends import kernels
-from .contract import NEEDS_REFERENCE, Options, statistics_dtype
+from .contract import NEEDS_REFERENCE, NO_INDEX, Options, statistics_dtype
 from .first_order import first_order, in_functions, refuse_tangents
 from .from_logits import stacked_stats
-from .memory import empty, free_bytes
-from .products import FLOAT32_PRODUCTS, product, slices, wide_product
+from .memory import budget_of, empty
+from .products import FLOAT32_PRODUCTS, product, slices
 from .sharded import Columns
 
 NARROWEST = 256  # columns of a slice
@@ -98,9 +98,8 @@ class Projection:
             whole = logits.is_cuda and FLOAT32_PRODUCTS
             for part in slices(logits.size(1), logits.size(1) if whole else NARROWEST):
                 block = logits[:, part]
-                block.copy_(wide_product(self.inputs[0], weights[0][part].t()))
-                for x, weight in zip(self.inputs[1:], weights[1:], strict=True):
-                    block += wide_product(x, weight[part].t())
+                for i, (x, weight) in enumerate(zip(self.inputs, weights, strict=True)):
+                    product(x, weight[part].t(), block, add=i > 0)
                 if bias is not None:
                     block += bias[part]
             return logits
@@ -130,7 +129,7 @@ def stats_in_budget(
         graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in head.tensors)
         # A CPU writes logits to memory, pages it never touched, only where backward or top k reads them again.
         streams = targets.device.type == "cpu" and not graph and "topk" not in options.outputs
-        budget = CACHED if streams else free_bytes(targets.device) // 4
+        budget = CACHED if streams else budget_of(targets.device)
     column_bytes = n * sum(p.dtype(options).itemsize for p in (head, reference) if p is not None)
     fits = column_bytes * width <= budget
     declined = {} if fits or streams else {"kept logits": decline("kept logits", BEYOND_BUDGET)}
@@ -195,9 +194,9 @@ class _ByColumns(torch.autograd.Function):
         whole, ctx.logits = ctx.logits, None  # the buffer becomes d(logits) and is gone with this call
 
         # Rows of weight 0 meet no GEMM: always where logits are made again, else where copying the others pays, and
-        # never at the price of a sync for a GPU that has its logits already.
+        # never at the price of a sync for a GPU that has its logits already, or whose caller looks for no position.
         rows, n = None, grad.size(1)
-        if not (ctx.keep and grad.is_cuda):
+        if not (grad.is_cuda and (ctx.keep or ctx.options.ignore_index == NO_INDEX)):
             rows = grad.ne(0).any(0).nonzero().squeeze(-1)
             rows = rows if rows.numel() <= (n // 2 if ctx.keep else n - 1) else None
         if rows is not None:

@@ -45,6 +45,34 @@ void exchanges(float* out) {  // right: every block gets the sum over its cluste
   if (threadIdx.x == 0) out[blockIdx.y] = sum;
   cluster.barrier_wait();
 }
+void copies(float* out) {  // reads 1.5 after the wait; what was there before it is NaN
+  PU_DYNAMIC_SHARED(memory);
+  __shared__ pu::cuda::Arrival arrival;
+  alignas(16) static const float source[4] = {1.5f, 2, 3, 4};
+  const float* brought = reinterpret_cast<const float*>(memory);
+  if (threadIdx.x == 0) arrival.prepare(), arrival.publish(), arrival.copy(memory, source, 16);
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  out[1] = brought[0];
+  arrival.wait();
+  out[0] = brought[0], out[2] = brought[3];
+}
+void copies_unprepared(float*) {
+  PU_DYNAMIC_SHARED(memory);
+  __shared__ pu::cuda::Arrival arrival;
+  alignas(16) static const float source[4] = {};
+  if (threadIdx.x == 0) arrival.copy(memory, source, 16);
+}
+void copies_odd_bytes(float*) {
+  PU_DYNAMIC_SHARED(memory);
+  __shared__ pu::cuda::Arrival arrival;
+  alignas(16) static const float source[4] = {};
+  if (threadIdx.x == 0) arrival.prepare(), arrival.copy(memory, source, 12);
+}
+void waits_for_no_copy(float*) {
+  __shared__ pu::cuda::Arrival arrival;
+  arrival.wait();
+}
 void nothing(float*) {}
 
 void launch(const char* name, void (*kernel)(float*), dim3 grid = dim3(1), unsigned cluster = 1, size_t shared = 0) {
@@ -66,6 +94,8 @@ int main() {
   launch("arrives alone", arrives_alone), launch("waits alone", waits_alone), launch("arrives twice", arrives_twice);
   launch("one block fails", one_block_fails, dim3(1, 2), 2);
   launch("exchanges", exchanges, dim3(2, 4), 4);
+  launch("copies", copies, dim3(1), 1, 16), launch("copies unprepared", copies_unprepared, dim3(1), 1, 16);
+  launch("copies odd bytes", copies_odd_bytes, dim3(1), 1, 16), launch("waits for no copy", waits_for_no_copy);
   launch("tall grid", nothing, dim3(1, 65536)), launch("empty grid", nothing, dim3(0));
   launch("large cluster", nothing, dim3(1, 16), 16), launch("odd cluster", nothing, dim3(1, 3), 2);
   launch("shared", nothing, dim3(1), 1, 49 << 10);

@@ -27,7 +27,11 @@ def test_faults_are_told(tmp_path):
     assert told.pop("waits alone").startswith(f"a wait {arrivals} an arrival, line ")
     assert told.pop("arrives twice").startswith(f"two arrivals {arrivals} a wait, line ")
     assert told.pop("one block fails").startswith(f"a wait {arrivals} an arrival, line ")
+    assert told.pop("copies") in ("1.5 nan 4 0", "1.5 -nan 4 0")
     assert told == {
+        "copies unprepared": "a copy whose arrival was not prepared (block 0, 0)",
+        "copies odd bytes": "a copy of no whole 16 bytes (block 0, 0)",
+        "waits for no copy": "threads wait for each other at different barriers",
         "half a warp": "threads wait for each other at different barriers",
         "arrives alone": "a thread ends between arriving at the cluster's barrier and waiting there (block 0, 0)",
         "exchanges": "10 10 10 10",

@@ -229,6 +229,19 @@ def test_free_memory_of_a_gpu_counts_what_torch_has_cached(monkeypatch):
     assert memory.free_bytes(torch.device("cuda", 0)) == 1400
 
 
+def test_the_driver_of_a_gpu_is_asked_once(monkeypatch):
+    """From then on torch's own counters say what is left of its share."""
+    asked, taken = [], iter([300, 300, 700, 5000])
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: next(taken))
+    memory.torchs_share.cache_clear()
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: asked.append(device) or 1400)
+    budgets = [memory.budget_of(device) for _ in range(3)]
+    memory.torchs_share.cache_clear()
+    assert budgets == [(1700 - 300) // 4, (1700 - 700) // 4, 0]
+    assert asked == [device]
+
+
 T = torch.zeros(2, dtype=torch.long)
 ARGUMENTS = {"hidden": torch.randn(2, 8), "weight": torch.randn(9, 8), "targets": T}
 BAD = [

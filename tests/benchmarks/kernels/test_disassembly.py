@@ -34,7 +34,7 @@ SASS = """
 
 def test_the_path_that_counts():
     code = [*instructions(SASS)]
-    assert [one.loaded for one in code if one.loaded] == [2, 16, 16, 4]
+    assert [one.loaded() for one in code if one.loaded()] == [2, 16, 16, 4]
     graph = Graph(code)
     loops = dict(graph.loops())
     assert loops.keys() == {0x80, 0x120, 0x220, 0x250}
@@ -48,6 +48,22 @@ def test_the_path_that_counts():
     assert hot_loop(code, 40, 256, item=16) == Loop(9 / 2, 1.0, 16, 2 * 16 * 256 * 6)
     with pytest.raises(ValueError, match="no loop with wide loads and 1 special functions an element"):
         hot_loop(code, 80, 256, item=4)
+
+
+def test_a_row_that_was_copied_ahead():
+    """What counts reads shared memory and writes no result."""
+    sass = """
+        /*0000*/                   LDS.128 R4, [R2] ;
+        /*0010*/                   MUFU.EX2 R4, R4 ;
+        /*0020*/                   FADD R0, R0, R4 ;
+        /*0030*/              @!P0 BRA 0x0 ;
+        /*0040*/                   LDS.128 R4, [R2] ;
+        /*0050*/                   STG.E.128 desc[UR4][R8.64], R4 ;
+        /*0060*/              @!P0 BRA 0x40 ;
+        /*0070*/                   EXIT ;
+"""
+    code = [*instructions(sass)]
+    assert hot_loop(code, 80, 256, item=4, special=0) == Loop(4 / 4, 1 / 4, 16, 16 * 256 * 3)
 
 
 def test_a_page_that_grows():

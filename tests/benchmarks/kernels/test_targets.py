@@ -23,6 +23,8 @@ def test_targets_say_met_missed_or_not_measured():
         record("cuda", limit / 0.95), record("triton", limit / 0.5), record("trl", limit), record("eager", limit * 5),
         record("cuda", 1.0, n=64), record("trl", 1.1, n=64),
         record("cuda", 21.0, cases.TOKENS_ENTROPY, **shape),
+        record("cuda", 17.2, cases.MEAN, **shape), record("quack", 16.8, cases.MEAN, **shape),
+        record("quack scaled exp", 14.5, cases.MEAN, **shape),
         record("cuda", 100.0, peak=50, **one_b), record("eager", 120.0, peak=100, **one_b),
     ]  # fmt: skip
     lines = {line.split(" | ")[0].lstrip("| "): line for line in targets.markdown(records)}
@@ -37,5 +39,7 @@ def test_targets_say_met_missed_or_not_measured():
     assert verdict("logp + entropy >= 4x eager").endswith(" | met |")
     assert verdict("logp + entropy >= 3x torch.compile").endswith(" | not measured |")
     assert verdict("weighted NLL + entropy from hidden").endswith(" | met |")
+    assert verdict("mean NLL from hidden states").endswith(" | met |")
+    assert "0.98x quack |" in verdict("mean NLL from hidden states")
     assert verdict("whole step at 1B >= 1.3x").endswith(" | missed at 1 of 1 |")
     assert verdict("whole step at 1B <= 0.6x").endswith(" | met |")

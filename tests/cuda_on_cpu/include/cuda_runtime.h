@@ -211,6 +211,33 @@ template <class V> V atomicAdd(V* at, V by) {
   return before;
 }
 
+// ---- csrc/cuda/bulk_copy.cuh ------------------------------------------------------------------------------------------
+
+#define PU_BULK_COPY
+namespace pu::cuda {
+
+struct Arrival {  // the copy is made when it is waited for: what is read before is NaN
+  enum State : uint32_t { kPrepared = 1, kAsked, kThere } state;
+  uint32_t bytes;
+  void* to;
+  const void* from;
+
+  void prepare() { state = kPrepared; }
+  static void publish() {}
+  void copy(void* target, const void* source, uint32_t count) {
+    if (state != kPrepared) cuda_on_cpu::fail("a copy whose arrival was not prepared");
+    if ((reinterpret_cast<uintptr_t>(target) | reinterpret_cast<uintptr_t>(source) | count) % 16 != 0 || count == 0)
+      cuda_on_cpu::fail("a copy of no whole 16 bytes");
+    to = target, from = source, bytes = count, state = kAsked;
+  }
+  void wait() {
+    while (state != kAsked && state != kThere) cuda_on_cpu::yield();
+    if (state == kAsked) std::memcpy(to, from, bytes), state = kThere;
+  }
+};
+
+}  // namespace pu::cuda
+
 // ---- the runtime --------------------------------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
