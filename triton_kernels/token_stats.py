@@ -36,8 +36,9 @@ from .lanes import (
 )
 
 # A thread works on BYTES while twice as many are on their way (half of them from the reference where there is one; half
-# as many where loads are not 16 bytes wide, and in double precision). Memory of 4.3 TB/s, 0.7 us away, asks for 23 KB
-# in flight on each of 132 SMs. RESIDENT programs have up to 48 KB, so a thread may take REGISTERS of the 65536.
+# as many where loads are not 16 bytes wide, with a softcap, and in double precision). Memory of 4.3 TB/s, 0.7 us away,
+# asks for 23 KB in flight on each of 132 SMs. RESIDENT programs have up to 48 KB, so a thread may take REGISTERS of the
+# 65536.
 # At that rate an SM of 1.75 GHz has slots for 13 instructions a bfloat16 element it reads or writes. What the machine
 # code takes of them is in benchmarks/results/not-run-on-a-gpu-yet.md. No GPU has timed this yet.
 BYTES, RESIDENT, REGISTERS = 64, 3, 168

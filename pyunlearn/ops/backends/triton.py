@@ -93,11 +93,12 @@ def compiled_for(options: Options, read: Sequence[Tensor], written: Sequence[Ten
     curve = lanes.SCALED if options.temperature != 1 else lanes.IDENTITY
     size = read[0].element_size()
     wide = in_phase([*read, *written], 16 // size)
+    whole = wide and size < 8 and not options.softcap  # else half as much at a time, for the registers
     return dict(
         CURVE=(lanes.SOFTCAPPED if options.softcap else curve).value,
         WIDE=wide,
         VEC=16 // size,
-        BLOCK=lanes.THREADS.value * kernels.BYTES // size // len(read) // (1 if wide and size < 8 else 2),
+        BLOCK=lanes.THREADS.value * kernels.BYTES // size // len(read) // (1 if whole else 2),
     )
 
 
