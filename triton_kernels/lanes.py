@@ -83,11 +83,12 @@ def opened(x, T: tl.constexpr, A: tl.constexpr):
     """Loaded logits of dtype T, or pairs of them packed in 32 bits, in the statistics' type A."""
     if x.dtype == tl.int32:
         if T.is_bf16():
-            low, high = (x << 16).to(A, bitcast=True), (x & -0x10000).to(A, bitcast=True)
+            low = (x << 16).to(tl.float32, bitcast=True).to(A)
+            high = (x & -0x10000).to(tl.float32, bitcast=True).to(A)
         else:
             low = (x & 0xFFFF).to(tl.uint16).to(T, bitcast=True).to(A)
             high = ((x >> 16) & 0xFFFF).to(tl.uint16).to(T, bitcast=True).to(A)
-        return tl.reshape(tl.join(low, high), (x.shape[0], 2 * x.shape[1]))
+        return together(low, high)
     else:
         return x.to(A)
 
@@ -118,48 +119,103 @@ def slope(dz, y, scale, CURVE: tl.constexpr):
 
 
 # ---- where lanes are -------------------------------------------------------------------------------------------------
-# ALIGNED is what the launcher has looked up: rows start at whole 16 bytes and are a whole number of them. The compiler
-# is told, and makes loads and stores that wide.
+# A thread has PACKS times VEC lanes of a chunk. WIDE is what the launcher has looked up: a row begins as far into 16
+# bytes in all of its tensors. Then packs are whole 16 bytes, as the compiler is told, and those at a row's ends may
+# have lanes that are not its own: they are read and left out. Else lanes side by side go to a warp's threads.
+
+THREADS = tl.constexpr(128)
 
 
 @triton.jit
-def row_of(tensor, row, inner, outer_stride, inner_stride, column, ALIGNED: tl.constexpr):
+def row_of(tensor, row, inner, outer_stride, inner_stride, column):
     """A row's `column`, under two leading dimensions of which the second has size `inner`. The row is 64 bits wide:
     tensors have more than 2^31 elements."""
-    start = tensor + ((row // inner) * outer_stride + (row % inner) * inner_stride + column)
-    if ALIGNED:
-        return tl.multiple_of(start, 16)
-    else:
-        return start
+    return tensor + ((row // inner) * outer_stride + (row % inner) * inner_stride + column)
 
 
 @triton.jit
-def whole(columns, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    if ALIGNED:
-        return tl.multiple_of(columns // VEC * VEC, VEC)
+def phase_of(row, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """How many lanes a row begins after the last multiple of VEC."""
+    if WIDE:
+        SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+        return (row.to(tl.int64) // SIZE % VEC).to(tl.int32)
     else:
-        return columns
+        return tl.full((), 0, tl.int32)
 
 
 @triton.jit
-def lanes_of(GROUPS: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """(GROUPS, VEC) columns. A thread holds whole groups: 16 bytes, or lanes that lie side by side across a warp."""
-    group, lane = tl.arange(0, GROUPS)[:, None], tl.arange(0, VEC)[None, :]
-    if ALIGNED:
-        return group * VEC + lane
+def moved_to_pack(row, lanes, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """A row `lanes` further on, where the compiler is told that packs begin."""
+    if WIDE:
+        SIZE: tl.constexpr = row.dtype.element_ty.primitive_bitwidth // 8
+        return tl.multiple_of(row + lanes, VEC * SIZE if VEC * SIZE < 16 else 16)
     else:
-        return lane * GROUPS + group
+        return row + lanes
 
 
 @triton.jit
-def fetched(row, start, n, GROUPS: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr):
-    """Columns `start + lanes_of(...)` of a row, -inf from column n on. 16 bits stay packed: half the registers."""
+def lanes_of(PACKS: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """(PACKS, THREADS, VEC): the lanes of a chunk."""
+    pack, thread = tl.arange(0, PACKS)[:, None, None], tl.arange(0, THREADS)[None, :, None]
+    lane = tl.arange(0, VEC)[None, None, :]
+    if WIDE:
+        return (pack * THREADS + thread) * VEC + lane
+    else:
+        return (pack * VEC + lane) * THREADS + thread
+
+
+@triton.jit
+def fetched(row, start, n, PACKS: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr):
+    """Lanes `start + lanes_of(...)`; from lane n on anything. 16 bits stay packed: half the registers."""
     T: tl.constexpr = row.dtype.element_ty
-    if ALIGNED and T.primitive_bitwidth == 16:
-        pairs = start // 2 + lanes_of(GROUPS, VEC // 2, True)
-        pointer = tl.multiple_of(row.to(tl.pointer_type(tl.int32), bitcast=True), 16)
-        nothing: tl.constexpr = -0x7F0080 if T.is_bf16() else -0x3FF0400  # a pair of -inf
-        return tl.load(pointer + pairs, mask=pairs < tl.multiple_of(n // 2, VEC // 2), other=nothing)
+    if WIDE:
+        pack = tl.arange(0, PACKS)[:, None, None] * THREADS + tl.arange(0, THREADS)[None, :, None]
+        pack = tl.minimum(start // VEC + pack, (n - 1) // VEC).to(tl.int64)  # an address in one instruction
+        if T.primitive_bitwidth == 16:
+            pairs = tl.multiple_of(row.to(tl.pointer_type(tl.int32), bitcast=True), 2 * VEC if VEC < 8 else 16)
+            return tl.load(pairs + (pack * (VEC // 2) + tl.arange(0, VEC // 2)[None, None, :]))
+        else:
+            return tl.load(row + (pack * VEC + tl.arange(0, VEC)[None, None, :]))
     else:
-        lanes = start + lanes_of(GROUPS, VEC, ALIGNED)
-        return tl.load(row + lanes, mask=lanes < n, other=-INFINITY)
+        lanes = start + lanes_of(PACKS, VEC, WIDE)
+        return tl.load(row + lanes, mask=lanes < n, other=0.0)
+
+
+@triton.jit
+def largest(chunk):
+    """(THREADS,): of each thread's lanes."""
+    return tl.max(tl.max(chunk, 2), 0)
+
+
+@triton.jit
+def added(chunk):
+    return tl.sum(tl.sum(chunk, 2), 0)
+
+
+@triton.jit
+def least_of(a, b):
+    """NaN is least."""
+    return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def apart(chunk):
+    """The larger and the smaller of lanes side by side."""
+    a, b = tl.split(tl.reshape(chunk, (chunk.shape[0], chunk.shape[1], chunk.shape[2] // 2, 2)))
+    return tl.maximum(a, b), least_of(a, b)
+
+
+@triton.jit
+def together(a, b):
+    return tl.reshape(tl.join(a, b), (a.shape[0], a.shape[1], 2 * a.shape[2]))
+
+
+@triton.jit
+def swapped(chunk, hand):
+    """-> what the chunk has but for its largest lanes, which the new hand holds, and what they have put out of it."""
+    large, small = apart(chunk)
+    if large.shape[2] > hand.shape[2]:
+        large, less = apart(large)
+        return together(small, together(less, least_of(hand, large))), tl.maximum(hand, large)
+    else:
+        return together(small, least_of(hand, large)), tl.maximum(hand, large)

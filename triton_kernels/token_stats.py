@@ -3,7 +3,9 @@
 The arithmetic and its rules are those of csrc/math/row_state.h: the target's lane is kept apart, so
 that -log p_t = softplus(log-odds) is exact however close p_t is to 1, and sums are taken about the running maximum. On
 a peaked row S = sum e^(z-m) is 1 + s and the entropy lives in s: lanes at the maximum are counted (`tops`) apart from
-the sum over the others (`rest`).
+the sum over the others (`rest`), where those may be that are at the maximum beside one of the same thread.
+
+Threads do not wait for each other: each has a maximum and sums of its own, merged when the row has been read.
 
 Shapes, strides and options are run-time arguments: nothing is compiled again for another vocabulary, number of rows or
 temperature. No atomics: a lane's place is fixed and parts merge in order, the same bits every run.
@@ -14,29 +16,32 @@ import triton.language as tl
 
 from .lanes import (
     INFINITY,
-    SOFTCAPPED,
+    THREADS,
+    added,
     curve,
     exp,
     fetched,
     finite,
     kernel,
     lanes_of,
+    largest,
     log1p,
     log_softplus,
+    moved_to_pack,
+    phase_of,
     row_of,
     softplus,
+    swapped,
     times,
-    whole,
 )
 
-# A program is 128 threads, and a thread works on BYTES while the next BYTES are on their way (half of them from the
-# reference where there is one; half as many where loads are not 16 bytes wide, and in double precision). Memory of 4.3
-# TB/s, 0.7 us away, asks for 23 KB in flight on each of 132 SMs. RESIDENT programs have 32 KB, so a thread may take 128
-# of the 65536 registers. With a softcap or in double precision arithmetic is the limit, and three programs are enough.
+# A thread works on BYTES while twice as many are on their way (half of them from the reference where there is one; half
+# as many where loads are not 16 bytes wide, with a softcap, and in double precision). Memory of 4.3 TB/s, 0.7 us away,
+# asks for 23 KB in flight on each of 132 SMs. RESIDENT programs have up to 48 KB, so a thread may take REGISTERS of the
+# 65536.
 # At that rate an SM of 1.75 GHz has slots for 13 instructions a bfloat16 element it reads or writes. What the machine
 # code takes of them is in benchmarks/results/not-run-on-a-gpu-yet.md. No GPU has timed this yet.
-WARPS, BYTES = 4, 64
-RESIDENT, RESIDENT_SLOW = 4, 3
+BYTES, RESIDENT, REGISTERS = 64, 3, 168
 
 # The streaming state of a part of a row, about d = z - max: lanes at the max, sum of e^d, e^d d, e^d d^2 over the rest.
 MAX, TOPS, REST, SHIFTED, SQUARED = (tl.constexpr(i) for i in range(5))
@@ -69,19 +74,14 @@ def moved(d, s, shifted, squared):
 
 
 @triton.jit
-def resumed(field, holder, GROUPS: tl.constexpr, WANTED: tl.constexpr):
-    """A sum spread over the groups; what the state holds of it goes to the group `holder` (-1: none)."""
-    group = tl.arange(0, GROUPS)
-    if WANTED:
-        return tl.load(field + group * 0, mask=group == holder, other=0.0)
-    else:
-        return tl.zeros([GROUPS], field.dtype.element_ty)
+def as_bits(x):
+    return x.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def store_sum(field, sums, WANTED: tl.constexpr):
-    if WANTED:
-        tl.store(field, tl.sum(sums, 0))
+def joined(sums, d, before, before_d):
+    """Sums of threads and what the state held of them, about maxima d above theirs."""
+    return tl.sum(times(exp(d), sums), 0) + times(exp(before_d), before)
 
 
 @kernel
@@ -93,123 +93,155 @@ def accumulate_kernel(
     inner: tl.int32, columns: tl.int32, part_columns: tl.int32, first: tl.int64, ignore_index: tl.int64,
     scale: tl.float64, softcap: tl.float64,
     MOMENTS: tl.constexpr, SQUARES: tl.constexpr, UNIFORM: tl.constexpr, PQ: tl.constexpr, QP: tl.constexpr,
-    CURVE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    CURVE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """One part of one row. A thread holds whole groups of VEC lanes, whose sums are its own until the end."""
+    """One part of one row. Each thread has a running maximum and sums of its own lanes until the end."""
     T: tl.constexpr = logits.dtype.element_ty
     R: tl.constexpr = reference.dtype.element_ty
     A: tl.constexpr = state.dtype.element_ty
     REFERENCE: tl.constexpr = PQ or QP
-    GROUPS: tl.constexpr = BLOCK // VEC
+    PACKS: tl.constexpr = BLOCK // (THREADS * VEC)
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    target = tl.load(row_of(targets, row, inner, targets_outer, targets_inner, 0, False)).to(tl.int64)
+    target = tl.load(row_of(targets, row, inner, targets_outer, targets_inner, 0)).to(tl.int64)
     if target == ignore_index:
         return
-    begin = part * part_columns
-    n = whole(tl.maximum(tl.minimum(columns - begin, part_columns), 0), VEC, ALIGNED)
-    x = row_of(logits, row, inner, logits_outer, logits_inner, begin, ALIGNED)
-    r = row_of(reference, row, inner, reference_outer, reference_inner, begin, ALIGNED)
-    held = fetched(x, 0, n, GROUPS, VEC, ALIGNED)
-    ref_held = fetched(r, 0, n, GROUPS, VEC, ALIGNED) if REFERENCE else held
+    n = tl.maximum(tl.minimum(columns - part * part_columns, part_columns), 0)
+    begin = tl.minimum(part * part_columns, columns - 1)  # of an empty part too there is something to read
+    x = row_of(logits, row, inner, logits_outer, logits_inner, begin)
+    r = row_of(reference, row, inner, reference_outer, reference_inner, begin)
+    low = phase_of(x, VEC, WIDE)
+    x, r = moved_to_pack(x, -low, VEC, WIDE), moved_to_pack(r, -low, VEC, WIDE)
+    high = low + n  # the row is lanes [low, high)
+    held = fetched(x, 0, high, PACKS, VEC, WIDE)
+    after = fetched(x, BLOCK, high, PACKS, VEC, WIDE)
+    ref_held = fetched(r, 0, high, PACKS, VEC, WIDE) if REFERENCE else held
+    ref_after = fetched(r, BLOCK, high, PACKS, VEC, WIDE) if REFERENCE else after
 
     scale, softcap = tl.full((), scale, A), tl.full((), softcap, A)
     column = target - first - begin
     inside = (column >= 0) & (column < n)
-    left = tl.minimum(tl.maximum(column, 0), n).to(tl.int32)  # columns before the target
-    at = tl.where(inside, column, -1).to(tl.int32)
+    left = low + tl.minimum(tl.maximum(column, 0), n).to(tl.int32)  # the end of what comes before the target
+    at = tl.where(inside, low + column, -1).to(tl.int32)
     s = state + (row * tl.num_programs(1) + part) * FIELDS
-    streaming, holder = fresh == 0, tl.where(fresh == 0, 0, -1)
-    m = tl.load(s + MAX, mask=streaming, other=LOWEST)
-    ref_m = tl.load(s + REF_MAX, mask=streaming, other=LOWEST)
-    before = tl.load(s + BEFORE, mask=streaming, other=-INFINITY)
-    tops, rest = resumed(s + TOPS, holder, GROUPS, MOMENTS), resumed(s + REST, holder, GROUPS, True)
-    shifted, squared = resumed(s + SHIFTED, holder, GROUPS, MOMENTS), resumed(s + SQUARED, holder, GROUPS, SQUARES)
-    total, ref_sum = resumed(s + TOTAL, holder, GROUPS, UNIFORM), resumed(s + REF_SUM, holder, GROUPS, REFERENCE)
-    gap, ref_gap = resumed(s + GAP, holder, GROUPS, PQ), resumed(s + REF_GAP, holder, GROUPS, QP)
-    count = tl.load(s + COUNT, mask=streaming, other=0.0)
+    streaming = fresh == 0
     origin, offset = tl.full((), 0, A), tl.full((), 0, A)
     if UNIFORM or REFERENCE:
+        count = tl.load(s + COUNT, mask=streaming, other=0.0)
         # The level of z, and of z - r, in the first lane: sums about it do not feel a common shift.
-        z = curve(tl.load(x, mask=n > 0, other=0.0), scale, softcap, T, A, CURVE)[0]
-        origin = tl.where(count > 0, tl.load(s + ORIGIN, mask=streaming, other=0.0), finite(z))
+        z_0 = curve(tl.load(x + low, mask=n > 0, other=0.0), scale, softcap, T, A, CURVE)[0]
+        origin = tl.where(count > 0, tl.load(s + ORIGIN, mask=streaming, other=0.0), finite(z_0))
         if REFERENCE:
-            q = curve(tl.load(r, mask=n > 0, other=0.0), scale, softcap, R, A, CURVE)[0]
-            offset = tl.where(count > 0, tl.load(s + OFFSET, mask=streaming, other=0.0), finite(z - q))
+            q_0 = curve(tl.load(r + low, mask=n > 0, other=0.0), scale, softcap, R, A, CURVE)[0]
+            offset = tl.where(count > 0, tl.load(s + OFFSET, mask=streaming, other=0.0), finite(z_0 - q_0))
     z_t = curve(tl.load(x + at, mask=inside, other=0.0), scale, softcap, T, A, CURVE)[0]
     tl.store(s + TARGET, tl.where(inside, z_t, tl.load(s + TARGET, mask=streaming, other=float("nan"))))
     if REFERENCE:
         r_t = curve(tl.load(r + at, mask=inside, other=0.0), scale, softcap, R, A, CURVE)[0]
         tl.store(s + REF_TARGET, tl.where(inside, r_t, tl.load(s + REF_TARGET, mask=streaming, other=float("nan"))))
 
-    lanes = lanes_of(GROUPS, VEC, ALIGNED)
-    for start in range(0, n, BLOCK):
-        block = curve(held, scale, softcap, T, A, CURVE)[0]
-        ref_block = curve(ref_held, scale, softcap, R, A, CURVE)[0]
-        held = fetched(x, start + BLOCK, n, GROUPS, VEC, ALIGNED)
-        ref_held = fetched(r, start + BLOCK, n, GROUPS, VEC, ALIGNED) if REFERENCE else held
-        if CURVE == SOFTCAPPED:  # -inf has become -softcap
-            block = tl.where(start + lanes < n, block, -INFINITY)
-            ref_block = tl.where(start + lanes < n, ref_block, -INFINITY)
-        if UNIFORM:
-            total += tl.sum(tl.where(start + lanes < n, block - origin, 0.0), 1)
-        if (at >= start) & (at < start + BLOCK):
-            before = tl.maximum(before, tl.max(tl.max(tl.where(start + lanes < at, block, -INFINITY), 1), 0))
-            block = tl.where(start + lanes == at, -INFINITY, block)
+    zero = tl.zeros([THREADS], A)
+    m, ref_m, before = zero + LOWEST, zero + LOWEST, zero - INFINITY
+    rest, shifted, squared, total, gap, ref_sum, ref_gap = zero, zero, zero, zero, zero, zero, zero
+    # With MOMENTS a thread's largest lane is in its hand, with others, and in no sum.
+    hand = tl.full([PACKS, THREADS, VEC // 4 if VEC > 2 else 1], -INFINITY, A)
+    lanes = lanes_of(PACKS, VEC, WIDE)
+    for start in tl.range(0, high, BLOCK, loop_unroll_factor=2):
+        z = curve(held, scale, softcap, T, A, CURVE)[0]
+        q = curve(ref_held, scale, softcap, R, A, CURVE)[0]
+        held, ref_held = after, ref_after
+        after = fetched(x, start + 2 * BLOCK, high, PACKS, VEC, WIDE)
+        ref_after = fetched(r, start + 2 * BLOCK, high, PACKS, VEC, WIDE) if REFERENCE else after
+        if (start < low) | (start + BLOCK > high) | ((at >= start) & (at < start + BLOCK)):  # seldom
+            place = as_bits(start - low + lanes)  # the column; beyond all of them where it is negative
+            if UNIFORM:
+                total += added(tl.where(place < as_bits(n), z - origin, 0.0))
+            before = tl.maximum(before, largest(tl.where(place < as_bits(left - low), z, -INFINITY)))
+            counts = (place < as_bits(n)) & (place != as_bits(at - low))
+            z = tl.where(counts, z, -INFINITY)
             if REFERENCE:
-                ref_block = tl.where(start + lanes == at, -INFINITY, ref_block)
+                q = tl.where(counts, q, -INFINITY)
+        elif UNIFORM:
+            total += added(z - origin)
 
-        top = tl.max(tl.max(block, 1), 0)
-        if tl.minimum(start + BLOCK, n) <= left:
-            before = tl.maximum(before, top)
-        if top > m:
-            rest, up_shifted, up_squared = moved(m - top, tops + rest, shifted, squared)
-            if MOMENTS:
-                tops, shifted = tl.zeros_like(tops), up_shifted
-            if SQUARES:
-                squared = up_squared
-            if PQ:
-                gap = times(exp(m - top), gap)
-            m = top
-        if REFERENCE:
-            ref_top = tl.max(tl.max(ref_block, 1), 0)
-            if ref_top > ref_m:
-                c = exp(ref_m - ref_top)
-                ref_sum, ref_gap, ref_m = c * ref_sum, times(c, ref_gap), ref_top
-            g, e = (block - ref_block) - offset, exp(ref_block - ref_m)
-            ref_sum += tl.sum(e, 1)
-            if QP:
-                ref_gap += tl.sum(times(e, g), 1)
-        if MOMENTS and top == m:  # seldom
-            tops += tl.sum(tl.where(block == m, 1.0, 0.0).to(A), 1)
-            if PQ:
-                gap += tl.sum(tl.where(block == m, g, 0.0), 1)
-            block = tl.where(block == m, -INFINITY, block)
-        d = block - m
-        e = exp(d)
-        rest += tl.sum(e, 1)
+        if MOMENTS:
+            others, hand = swapped(z, hand)
+            most = largest(hand)
+        else:
+            others = z
+            most = largest(z)
+        if start + BLOCK <= left:
+            before = tl.maximum(before, most)
+        top = tl.maximum(m, most)
+        rest, shifted, squared = moved(m - top, rest, shifted, squared)
         if PQ:
-            gap += tl.sum(times(e, g), 1)
+            gap = times(exp(m - top), gap)
+        m = top
+        if REFERENCE:
+            ref_top = tl.maximum(ref_m, largest(q))
+            c = exp(ref_m - ref_top)
+            ref_sum, ref_gap, ref_m = c * ref_sum, times(c, ref_gap), ref_top
+            g, e = (z - q) - offset, exp(q - ref_m[None, :, None])
+            ref_sum += added(e)
+            if QP:
+                ref_gap += added(times(e, g))
+            if PQ:
+                gap += added(times(exp(z - m[None, :, None]), g))
+        d = others - m[None, :, None]
+        e = exp(d)
+        rest += added(e)
         if MOMENTS:
             d = tl.maximum(d, -200.0, propagate_nan=tl.PropagateNan.ALL)  # e is 0 beyond, and 0 * -inf is NaN
-            shifted += tl.sum(e * d, 1)
+            shifted += added(e * d)
             if SQUARES:
-                squared += tl.sum(e * d * d, 1)
+                squared += added(e * d * d)
 
-    # The reductions above have made every thread wait for the others' reads of the state.
-    tl.store(s + MAX, m)
-    tl.store(s + REF_MAX, ref_m)
+    # The threads' sums, then what the state held: read here, before the reductions make threads wait for each other.
+    old_m, old_ref_m = (
+        tl.load(s + MAX, mask=streaming, other=LOWEST),
+        tl.load(s + REF_MAX, mask=streaming, other=LOWEST),
+    )
+    old_before = tl.load(s + BEFORE, mask=streaming, other=-INFINITY)
+    tops, old_rest = tl.load(s + TOPS, mask=streaming, other=0.0), tl.load(s + REST, mask=streaming, other=0.0)
+    old_shifted = tl.load(s + SHIFTED, mask=streaming, other=0.0)
+    old_squared = tl.load(s + SQUARED, mask=streaming, other=0.0)
+    old_total, old_gap = tl.load(s + TOTAL, mask=streaming, other=0.0), tl.load(s + GAP, mask=streaming, other=0.0)
+    old_ref_sum = tl.load(s + REF_SUM, mask=streaming, other=0.0)
+    old_ref_gap = tl.load(s + REF_GAP, mask=streaming, other=0.0)
+    top = tl.maximum(tl.max(m, 0), old_m)
+    d, old_d = m - top, old_m - top
+    rest, shifted, squared = moved(d, rest, shifted, squared)
+    old_sum, old_shifted, old_squared = moved(old_d, tops + old_rest, old_shifted, old_squared)
+    tops, old_rest = tl.where(old_d == 0, tops, 0.0), tl.where(old_d == 0, old_rest, old_sum)
+    if MOMENTS:
+        tops += tl.sum(added(tl.where(hand == top, 1.0, 0.0).to(A)), 0)
+        d_hand = hand - top
+        e = tl.where(hand == top, 0.0, exp(d_hand))
+        d_hand = tl.maximum(d_hand, -200.0, propagate_nan=tl.PropagateNan.ALL)
+        rest += added(e)
+        shifted += added(e * d_hand)
+        squared += added(e * d_hand * d_hand)
+    tl.store(s + MAX, top)
+    tl.store(s + BEFORE, tl.maximum(tl.max(before, 0), old_before))
     tl.store(s + ORIGIN, origin)
     tl.store(s + OFFSET, offset)
-    tl.store(s + COUNT, count + n)
-    tl.store(s + BEFORE, before)
-    store_sum(s + TOPS, tops, True)
-    store_sum(s + REST, rest, True)
-    store_sum(s + SHIFTED, shifted, MOMENTS)
-    store_sum(s + SQUARED, squared, SQUARES)
-    store_sum(s + TOTAL, total, UNIFORM)
-    store_sum(s + REF_SUM, ref_sum, REFERENCE)
-    store_sum(s + GAP, gap, PQ)
-    store_sum(s + REF_GAP, ref_gap, QP)
+    tl.store(s + COUNT, tl.load(s + COUNT, mask=streaming, other=0.0) + n)
+    tl.store(s + TOPS, tops)
+    tl.store(s + REST, tl.sum(rest, 0) + old_rest)
+    if MOMENTS:
+        tl.store(s + SHIFTED, tl.sum(shifted, 0) + old_shifted)
+    if SQUARES:
+        tl.store(s + SQUARED, tl.sum(squared, 0) + old_squared)
+    if UNIFORM:
+        tl.store(s + TOTAL, tl.sum(total, 0) + old_total)
+    if PQ:
+        tl.store(s + GAP, joined(gap, d, old_gap, old_d))
+    ref_top = tl.maximum(tl.max(ref_m, 0), old_ref_m)
+    d, old_d = ref_m - ref_top, old_ref_m - ref_top
+    tl.store(s + REF_MAX, ref_top)
+    if REFERENCE:
+        tl.store(s + REF_SUM, tl.sum(exp(d) * ref_sum, 0) + exp(old_d) * old_ref_sum)
+    if QP:
+        tl.store(s + REF_GAP, joined(ref_gap, d, old_ref_gap, old_d))
 
 
 @kernel
@@ -222,7 +254,7 @@ def finish_kernel(
     A: tl.constexpr = state.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     exists = row < rows
-    place = row_of(targets, row, inner, targets_outer, targets_inner, 0, False)
+    place = row_of(targets, row, inner, targets_outer, targets_inner, 0)
     counts = exists & (tl.load(place, mask=exists, other=0).to(tl.int64) != ignore_index)
 
     zero = tl.zeros([BLOCK], A)

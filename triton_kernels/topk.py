@@ -3,7 +3,20 @@
 import triton
 import triton.language as tl
 
-from .lanes import INFINITY, curve, exp, kernel, row_of, times, whole
+from .lanes import (
+    INFINITY,
+    THREADS,
+    curve,
+    exp,
+    fetched,
+    kernel,
+    lanes_of,
+    largest,
+    moved_to_pack,
+    phase_of,
+    row_of,
+    times,
+)
 from .token_stats import SAVED_LOG_SUM, SAVED_MAX
 
 
@@ -21,38 +34,45 @@ def topk_kernel(
     logits, logits_outer: tl.int64, logits_inner: tl.int64, targets, targets_outer: tl.int64, targets_inner: tl.int64,
     value, saved, index, belief, k: tl.int32, rows: tl.int64, inner: tl.int32, columns: tl.int32,
     ignore_index: tl.int64, scale: tl.float64, softcap: tl.float64,
-    CURVE: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
+    CURVE: tl.constexpr, WIDE: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """The k largest lanes of a row. One that beats the least of those held takes its place: after the first chunk that
-    happens k ln(V / BLOCK) times in a row without order, so chunks are hardly more than read."""
+    """The k largest lanes of a row, in one pass. A lane that beats the least of those held takes its place: after the
+    first chunk that happens k ln(V / BLOCK) times in a row without order, so chunks are hardly more than read."""
     T: tl.constexpr = logits.dtype.element_ty
     A: tl.constexpr = saved.dtype.element_ty
     BITS: tl.constexpr = tl.int64 if A.is_fp64() else tl.int32
     LEAST: tl.constexpr = -0x8000000000000000 if A.is_fp64() else -0x80000000
     row, slot = tl.program_id(0).to(tl.int64), tl.arange(0, K)
     active = slot < k
-    target = tl.load(row_of(targets, row, inner, targets_outer, targets_inner, 0, False)).to(tl.int64)
+    target = tl.load(row_of(targets, row, inner, targets_outer, targets_inner, 0)).to(tl.int64)
     if target == ignore_index:
         tl.store(index + row * k + slot, tl.full([K], -1, tl.int32), mask=active)
         tl.store(belief + row * k + slot, tl.zeros([K], A), mask=active)
         tl.store(value + row, tl.full((), 0, A))
         return
     scale, softcap = tl.full((), scale, A), tl.full((), softcap, A)
-    n = whole(columns, VEC, ALIGNED)
-    x = row_of(logits, row, inner, logits_outer, logits_inner, 0, ALIGNED)
-    lanes = tl.arange(0, BLOCK)
+    PACKS: tl.constexpr = BLOCK // (THREADS * VEC)
+    x = row_of(logits, row, inner, logits_outer, logits_inner, 0)
+    low = phase_of(x, VEC, WIDE)
+    x, high = moved_to_pack(x, -low, VEC, WIDE), low + columns
+    lanes = lanes_of(PACKS, VEC, WIDE)
     keys, places = tl.full([K], LEAST, BITS), tl.zeros([K], tl.int32)
-    for start in range(0, n, BLOCK):
-        z = curve(tl.load(x + start + lanes, mask=start + lanes < n, other=0.0), scale, softcap, T, A, CURVE)[0]
-        key = tl.where(start + lanes < n, flipped((z + 0.0).to(BITS, bitcast=True)), LEAST)  # -0 counts as 0
-        best, place = tl.max(key, 0, return_indices=True)  # the lowest index wins a tie
+    held = fetched(x, 0, high, PACKS, VEC, WIDE)
+    for start in range(0, high, BLOCK):
+        z = curve(held, scale, softcap, T, A, CURVE)[0]
+        held = fetched(x, start + BLOCK, high, PACKS, VEC, WIDE)
+        key = flipped((z + 0.0).to(BITS, bitcast=True))  # -0 counts as 0
+        if (start < low) | (start + BLOCK > high):
+            key = tl.where((start + lanes >= low) & (start + lanes < high), key, LEAST)
+        best = tl.max(largest(key), 0)
         least = tl.min(tl.where(active, keys, best), 0)
         while best > least:
+            place = tl.min(tl.min(tl.min(tl.where(key == best, lanes, BLOCK), 2), 1), 0)  # the lowest index wins a tie
             evicted = tl.where(active & (keys == least), places * K + slot, -1)  # the highest index loses a tie
             here = evicted == tl.max(evicted, 0)
-            keys, places = tl.where(here, best, keys), tl.where(here, start + place, places)
+            keys, places = tl.where(here, best, keys), tl.where(here, start - low + place, places)
             key = tl.where(lanes == place, LEAST, key)
-            best, place = tl.max(key, 0, return_indices=True)
+            best = tl.max(largest(key), 0)
             least = tl.min(tl.where(active, keys, best), 0)
 
     ranked, index_ = keys, places

@@ -90,6 +90,31 @@ def test_shifted_slice_of_a_batch(backend):
     torch.testing.assert_close(one.logp, four.logp[0, 0, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("starts", [(0, 0), (3, 3), (3, 2)])
+def test_rows_that_begin_anywhere(starts, dtype, fused):
+    """Columns of a wider tensor, each row elsewhere in 16 bytes, the reference as they are or otherwise: what a copy
+    gives. What lies beside the rows is not minded, and in place not written."""
+    device, v, names = device_of(fused), 45, ("logp", "entropy", "kl_pq")
+    targets = torch.tensor([0, v - 1], device=device)
+    x, r = (t.to(dtype).to(device) for t in torch.randn(2, 2, v))
+    leaf, beside = (torch.full((2, 59), float("nan"), dtype=dtype, device=device) for _ in range(2))
+    mine, theirs = (slice(start, start + v) for start in starts)
+    leaf[:, mine], beside[:, theirs] = x, r
+    there = leaf.requires_grad_() * 1.0
+    ours = pu.token_stats(
+        there[:, mine], targets, names, reference=beside[:, theirs], inplace_backward=True, backend=fused
+    )
+    torch.autograd.grad(sum(getattr(ours, name).sum() for name in names), leaf)
+    x.requires_grad_()
+    copy = pu.token_stats(x, targets, names, reference=r, backend=fused)
+    (grad,) = torch.autograd.grad(sum(getattr(copy, name).sum() for name in names), x)
+    for name in names:
+        torch.testing.assert_close(getattr(ours, name), getattr(copy, name))
+    torch.testing.assert_close(there.detach()[:, mine], grad)
+    assert there.isnan().sum() == 2 * (59 - v)
+
+
 def test_inplace_backward_writes_into_logits(fused):
     device = device_of(fused)
     leaf = torch.randn(4, 100, device=device, requires_grad=True)

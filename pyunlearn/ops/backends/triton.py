@@ -32,7 +32,7 @@ TYPES = {
     torch.float64: tl.float64,
     torch.int32: tl.int32,
 }
-LAUNCH = dict(num_warps=kernels.WARPS, enable_fp_fusion=True)
+LAUNCH = dict(num_warps=lanes.THREADS.value // 32, enable_fp_fusion=True)
 # Programs that fill an SM to the end of a launch, and columns below which a part of a row is not worth one.
 PROGRAMS, PART = 16, 4096
 
@@ -59,10 +59,10 @@ def place(tensor: Tensor, columns: bool = True) -> tuple[Tensor, int, int]:
     return tensor, outer, inner
 
 
-def is_aligned(tensors: Sequence[Tensor], columns: int) -> bool:
-    """Whether every row starts at whole 16 bytes and is a whole number of them."""
-    starts = (b for t in tensors for b in (t.data_ptr(), *(s * t.element_size() for s in t.stride()[:-1])))
-    return columns * tensors[0].element_size() % 16 == 0 and not any(start % 16 for start in starts)
+def in_phase(tensors: Sequence[Tensor], pack: int) -> bool:
+    """Whether a row begins as many lanes after a whole number of packs in one tensor as in another."""
+    starts = ((t.data_ptr() // t.element_size(), *t.stride()[:-1]) for t in tensors)
+    return len({tuple(start % pack for start in of_tensor) for of_tensor in starts}) == 1
 
 
 def inner_rows(targets: Tensor) -> int:
@@ -88,17 +88,17 @@ def transform(options: Options) -> tuple[float, float]:
     return 1 / options.temperature, options.softcap or 1.0
 
 
-def compiled_for(
-    options: Options, read: Sequence[Tensor], columns: int, written: Sequence[Tensor] = ()
-) -> dict[str, int]:
+def compiled_for(options: Options, read: Sequence[Tensor], written: Sequence[Tensor] = ()) -> dict[str, int]:
     """How z comes from the logits, how wide loads are, and the lanes a program works on at a time."""
     curve = lanes.SCALED if options.temperature != 1 else lanes.IDENTITY
-    size, wide = read[0].element_size(), is_aligned([*read, *written], columns)
+    size = read[0].element_size()
+    wide = in_phase([*read, *written], 16 // size)
+    whole = wide and size < 8 and not options.softcap  # else half as much at a time, for the registers
     return dict(
         CURVE=(lanes.SOFTCAPPED if options.softcap else curve).value,
-        ALIGNED=wide,
+        WIDE=wide,
         VEC=16 // size,
-        BLOCK=32 * kernels.WARPS * kernels.BYTES // size // len(read) // (1 if wide and size < 8 else 2),
+        BLOCK=lanes.THREADS.value * kernels.BYTES // size // len(read) // (1 if whole else 2),
     )
 
 
@@ -131,7 +131,7 @@ def accumulate(
             columns, part_columns(columns, parts), first, options.ignore_index, *transform(options),
             MOMENTS=not wanted.isdisjoint({"entropy", "variance"}), SQUARES="variance" in wanted,
             UNIFORM="uniform_ce" in wanted, PQ="kl_pq" in wanted, QP="kl_qp" in wanted,
-            **compiled_for(options, read, columns), **LAUNCH,
+            **compiled_for(options, read), maxnreg=kernels.REGISTERS, **LAUNCH,
         )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def topk(logits: Tensor, targets: Tensor, stats: Tensor, saved: Tensor, options:
             topk_kernels.topk_kernel[(rows,)](
                 *place(logits), *place(targets, columns=False), line, saved, index, belief, k, rows,
                 inner_rows(targets), columns, options.ignore_index, *transform(options),
-                K=max(16, triton.next_power_of_2(k)), **compiled_for(options, [logits], columns), **LAUNCH,
+                K=max(16, triton.next_power_of_2(k)), **compiled_for(options, [logits]), **LAUNCH,
             )  # fmt: skip
     return index, belief
 
@@ -195,7 +195,7 @@ def backward(
             part_columns(columns, parts), first, vocabulary or columns, options.ignore_index, *transform(options),
             LOGS=not wanted.isdisjoint({"entropy", "kl_pq"}), REFERENCE=len(read) == 2,
             K=max(16, triton.next_power_of_2(k)) if k else 0,
-            **compiled_for(options, read, columns, written=[grad_logits]), **LAUNCH,
+            **compiled_for(options, read, written=[grad_logits]), **LAUNCH,
         )  # fmt: skip
     return grad_logits
 
