@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyunlearn.metrics import Interval
+from pyunlearn.recipes import names
+from pyunlearn.recipes import recipe as settings
 
 from .numbers import BEFORE, BY_NAME, CRU, GROUPS, RETRAINED, Study
 
@@ -141,7 +143,7 @@ CLAIMS = (
     Claim("GA collapses: neither language nor knowledge is left (both papers)", ("ga",), collapses),
     Claim("WGA, TNPO and WTNPO are above GA and NPO, all with KL (Wang et al., Table 1)",
           ("wga_kl", "tnpo_kl", "wtnpo_kl", "ga_kl", "npo_kl"), weights_win),
-    Claim("PO does not remove: half of the extraction strength is left (Wang et al., Table 1)", ("idk_gd",),
+    Claim("PO does not remove: half of the extraction strength is left (Wang et al., Table 1)", ("po",),
           does_not_remove),
     Claim("Temperature scaling helps, by 2 (Wang et al., UWC)", (*(f"{name}{TS}" for name in TRICKED), *TRICKED),
           trick_helps),
@@ -167,7 +169,8 @@ def claims(study: Study) -> list[str]:
 
 
 def method_of(study: Study, recipe: str) -> str | None:
-    """The first of a recipe, as it is or with options."""
-    if recipe in study.methods:
-        return recipe
-    return next((name for name in study.methods if name.startswith(f"{recipe}-")), None)
+    """The first of a recipe, as it is, by the name of another of the same settings (a grid has them once), or with
+    options."""
+    alike = [name for name in names() if settings(name) == settings(recipe)] if recipe in names() else []
+    own = [name for name in (recipe, *alike) if name in study.methods]
+    return next(iter([*own, *(name for name in study.methods if name.startswith(f"{recipe}-"))]), None)
