@@ -141,8 +141,8 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
     if ((kWants & kTotal) && around) s.total = total;
   }
 
-  // kBatch packs from column i on, those before `end`. keep(j, pack) is told of each.
-  template <class Keep> __device__ void batch(int32_t i, int32_t end, Keep keep) {
+  // kBatch packs from column i on, those before `end`.
+  __device__ void batch(int32_t i, int32_t end) {
     Pack<T> px[kBatch], pr[kReference ? kBatch : 1];
     unsigned left = 0;  // bit b: pack b is not taken in
     const bool whole = i + (kBatch - 1) * kStride<T> < end;
@@ -153,35 +153,18 @@ template <class T, unsigned kWants, bool kSoftcap> struct Reader {
         if (kReference) pr[kReference ? b : 0] = load_reference(i + b * kStride<T>);
       }
 #pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        const int32_t j = i + b * kStride<T>;
-        keep(j, px[b]);
-        if (!below(px[b], pr[kReference ? b : 0], j)) left |= 1u << b;
-      }
+      for (int b = 0; b < kBatch; ++b)
+        if (!below(px[b], pr[kReference ? b : 0], i + b * kStride<T>)) left |= 1u << b;
     } else {
-#pragma unroll
-      for (int b = 0; b < kBatch - 1; ++b) {
-        const int32_t j = i + b * kStride<T>;
-        if (j >= end) break;
-        px[b] = load(x + j);
-        if (kReference) pr[kReference ? b : 0] = load_reference(j);
-        keep(j, px[b]);
-        left |= 1u << b;
-      }
+      for (int b = 0; b < kBatch - 1 && i + b * kStride<T> < end; ++b) left |= 1u << b;
     }
 #pragma unroll 1
     for (int b = 0; left != 0; ++b, left >>= 1) {
       if (!(left & 1)) continue;
       const int32_t j = i + b * kStride<T>;
-      Pack<T> own = px[0], ref = pr[0];
-      if (kSoftcap) {  // arithmetic is its limit, and tanh's registers are wanted: px and pr are not kept
-        own = load_again(x + j);
-        if (kReference) ref = load_again(reinterpret_cast<const T*>(r.data) + j);
-      } else {
-#pragma unroll
-        for (int k = 1; k < kBatch; ++k)
-          if (b == k) own = px[k], ref = pr[kReference ? k : 0];
-      }
+      const Pack<T> own = load_again(x + j);  // px and pr are not kept: their registers are wanted
+      Pack<T> ref = own;
+      if (kReference) ref = load_again(reinterpret_cast<const T*>(r.data) + j);
       if (!whole && below(own, ref, j)) continue;
       float zs[P], qs[P];
       points(own, ref, zs, qs);

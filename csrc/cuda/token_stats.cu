@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, blocks_of(kWants& kReferenceSums))
   Reader<T, kWants, kSoftcap> reader(a, x, ref, span, column - a.first_column);
   const Span packs = packs_of(x, span, !kReference || (ref.type == kType<T> && same_phase(x, r)));
   reader.prime(packs, room);
-  auto batch = [&](int32_t i, int32_t end) { reader.batch(i, end, [](int32_t, const Pack<T>&) {}); };
+  auto batch = [&](int32_t i, int32_t end) { reader.batch(i, end); };
   sweep<T>(span, packs, batch, [&](int32_t i) { reader.single(i); });
   RowState<float> s = reader.joined(span, room);
   if (threadIdx.x != 0) return;
