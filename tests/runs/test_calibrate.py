@@ -306,13 +306,14 @@ def test_model_utility_of_tofus_sets(tiny, tiny_settings, tmp_path):
     assert result.counts == {"forget": 2, "retain": 3, "real_authors": 1, "world_facts": 2}
 
 
-def test_what_has_forgotten_nothing_by_one_measure_is_told_the_other(finished, monkeypatch):
+def test_what_has_forgotten_nothing_by_one_measure_is_told_the_other(folder, monkeypatch):
     monkeypatch.setattr(Measures, "of", lambda *_: [(0.5, -5.5)])
     with pytest.raises(ValueError, match=r"^forgetting=forgotten: the unlearned model has forgotten nothing[^;]*$"):
-        calibrate_cru(finished("full"), validation=0.4, forgetting="forgotten")
+        calibrate_cru(folder, validation=0.4, forgetting="forgotten")
     monkeypatch.setattr("pyunlearn.runs.cru.retrained_ratios", lambda pair: [0.5, 0.6])
     with pytest.raises(ValueError, match=r"^forgetting=forget_quality: .*; by probabilities: --forgetting forgotten$"):
-        calibrate_cru(finished("full"), validation=0.4)
+        calibrate_cru(folder, validation=0.4)
+    shutil.rmtree(folder / "cru")  # such scores are kept
 
 
 @pytest.mark.parametrize(
