@@ -21,7 +21,7 @@ from pyunlearn.model.compiled import COMPILED, Compiling, agree
 from pyunlearn.model.forward import supervised_hidden
 from pyunlearn.model.packing import Packing
 
-from .test_tree import gradients, make_batch
+from .test_packing import gradients, make_batch
 from .zoo import make
 
 needs_compiler = pytest.mark.skipif(

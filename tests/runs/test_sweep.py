@@ -198,12 +198,13 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(tmp_path, monkeypatch):
     assert not list((out / "failed").iterdir())
 
 
-@pytest.mark.parametrize("place", ["embedded", "a folder"])
 @pytest.mark.parametrize(
-    ("recipe", "option", "says"),
+    ("place", "recipe", "option", "says"),
     [
-        ("rmu", {"layer": [1, 9]}, r"rmu-layer-9, seed 0: unlearn.forget: rmu: layer=9: .* has 2 layers, needs 1 to 2"),
-        ("bst", {"k": [4, 99999]}, r"bst-k-99999, seed 0: unlearn.forget: bst: k=99999: the vocabulary of .* has"),
+        ("embedded", "rmu", {"layer": [1, 9]}, r"rmu-layer-9, .*forget: rmu: layer=9: .* has 2 layers, needs 1 to 2"),
+        ("a folder", "rmu", {"layer": [1, 9]}, r"rmu-layer-9, .*forget: rmu: layer=9: .* has 2 layers, needs 1 to 2"),
+        ("embedded", "bst", {"k": [4, 257]}, r"bst-k-257, .*bst: k=257: needs a whole number from 1 to 256"),
+        ("a folder", "bst", {"k": [4, 201]}, r"bst-k-201, .*bst: k=201: the vocabulary of .* has 200 tokens"),
     ],
 )
 def test_what_the_model_lacks_is_told_before_anything_runs(tmp_path, tiny, place, recipe, option, says):
@@ -211,6 +212,8 @@ def test_what_the_model_lacks_is_told_before_anything_runs(tmp_path, tiny, place
     grid = grid_of((recipe,), **axes)
     if place == "a folder":
         write_model(tmp_path / "model", tiny.model(), tiny.tokenizer)
+        file = tmp_path / "model" / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"vocab_size": 200}))
         grid.run["model"] = {"name_or_path": str(tmp_path / "model")}
     with pytest.raises(ConfigError, match=says) as told:
         make_cells(grid, tmp_path / "out")
