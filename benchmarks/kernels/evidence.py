@@ -178,15 +178,15 @@ def assembled(ptx: str, name: str, arch: str, shared: int, source: str, warps: i
 
 def loop_of(name: str, registers: int, code: list[Instruction], threads: int = 256) -> Loop | None:
     """The hot loop of a kernel that reads rows of logits; its name says what it reads and takes of an element."""
-    found = re.match(r"(?:accumulate|backward|value_and_grad)_kernel<(\w+), (.+)>", name)
+    found = re.match(r"(accumulate|backward|value_and_grad|topk)_kernel<(\w+), (.+)>", name)
     if found is None:
         return None
-    dtype, flags = found[1], found[2].split(", ")
+    dtype, flags = found[2], found[3].split(", ")
     sums = re.fullmatch(r"(\d+)u", flags[0])
     reference = bool(int(sums[1]) & 8) if sums else flags[1:2] == ["true"] or flags[-1].endswith("kl_pq")
     rows, curve = 1 + reference, 2 * (flags[-1] == "true")  # with a softcap: e^2x and a quotient more
     item = 4 if dtype in ("float", "float32") else 2
-    return hot_loop(code, registers, threads, item, rows, rows * (1 + curve))
+    return hot_loop(code, registers, threads, item, rows, 0 if found[1] == "topk" else rows * (1 + curve))
 
 
 def parse(report: str, source: str, code: dict[str, list[Instruction]] = {}) -> list[Kernel]:  # noqa: B006

@@ -44,16 +44,18 @@ template <class F> PU_FN F max_lanes(F a, F b) { return select(a > b, a, b); }  
 template <> PU_FN float max_lanes(float a, float b) { return fmaxf(a, b); }
 #endif
 
-// e^x of the bound and below is 0, and 0 times it still is. NaN stays.
-PU_FN double bounded(double x) { return max_lanes(-800.0, x); }
-PU_FN float bounded(float x) {
+PU_FN float max_or_nan(float a, float b) {
 #if defined(__CUDA_ARCH__)
-  asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(-104.0f));
-  return x;
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(a) : "f"(b));
+  return a;
 #else
-  return max_lanes(-104.0f, x);
+  return a > b || a != a ? a : b;
 #endif
 }
+
+// e^x of the bound and below is 0, and 0 times it still is. NaN stays.
+PU_FN double bounded(double x) { return max_lanes(-800.0, x); }
+PU_FN float bounded(float x) { return max_or_nan(x, -104.0f); }
 
 PU_FN double exp_lanes(double x) { return exp(x); }
 #if defined(__CUDA_ARCH__)

@@ -8,7 +8,6 @@ from benchmarks.measure import peak_bytes
 from pyunlearn.ops import OUTPUTS
 from pyunlearn.ops.backends import kernels
 from pyunlearn.ops.contract import Options
-from pyunlearn.ops.from_logits import forward
 
 from .conftest import FUSED
 from .rows import (
@@ -171,24 +170,6 @@ def test_greedy_ties_across_slices_and_parts(fused):
     sliced, _ = kernel.finish(state, targets, False, options, 9000)
     whole = pu.token_stats(logits, targets, options.outputs, backend=fused).greedy
     assert (sliced[0] > 0).tolist() == whole.tolist() == [False, False, True, True]
-
-
-@pytest.mark.parametrize("k", [1, 3, 256])
-def test_topk_takes_the_lowest_index_of_equals(k, fused):
-    """Ties, both zeros, lanes at -inf and whole rows of one value: the lanes a stable sort takes, in its order."""
-    logits = torch.zeros(4, 1100)
-    logits[0, ::2] = -0.0
-    logits[1] = torch.arange(1100).remainder(7).float()
-    logits[2, 300:] = float("-inf")
-    logits[3] = torch.randn(1100).bfloat16().float()
-    logits = logits.to(device_of(fused))
-    targets = torch.tensor([0, 1, 2, -100], device=logits.device)
-    index, belief = forward(logits, targets, None, Options(("topk",), k=k), fused)[2:]
-    order = logits.sort(dim=-1, descending=True, stable=True).indices[:, :k].int()
-    assert torch.equal(index[:3], order[:3])
-    assert index[3].eq(-1).all()
-    assert belief[3].eq(0).all()
-    torch.testing.assert_close(belief[:3], logits.gather(-1, order.long())[:3].softmax(-1))
 
 
 def test_a_lane_without_reference_probability(fused):

@@ -204,10 +204,23 @@ inline unsigned __ballot_sync(unsigned, bool flag, int line = __builtin_LINE()) 
   for (int i = 0; i < 32; ++i) votes |= (all[i] & 1) << i;
   return votes;
 }
+inline int __syncthreads_or(int flag, int line = __builtin_LINE()) {
+  static thread_local int any[2];
+  int& here = any[cuda_on_cpu::block.turn & 1];
+  if (cuda_on_cpu::block.count == 0) here = 0;
+  here |= flag != 0;
+  __syncthreads(line);
+  return here;
+}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <class V> V atomicAdd(V* at, V by) {
   const V before = *at;
   *at += by;
+  return before;
+}
+template <class V> V atomicMin(V* at, V other) {
+  const V before = *at;
+  *at = std::min(before, other);
   return before;
 }
 
