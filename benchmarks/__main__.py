@@ -42,9 +42,6 @@ def main(words: Sequence[str] | None = None, command: str = "python -m benchmark
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="cpu: torch threads (default: torch's own)"
     )
-    parser.add_argument(
-        "--keep-memory", action="store_true", help="cpu: without the first touch of fresh memory in any time"
-    )
     for name, what in (
         ("impl", 'implementations, in full or by the first word: "cuda,triton,liger"'),
         ("case", 'cases, by a part of the name: "entropy,at once"'),
@@ -76,7 +73,7 @@ def main(words: Sequence[str] | None = None, command: str = "python -m benchmark
         device = "cpu" if part == "cpu" else args.device
         out = args.out or RESULTS / machine(device)["folder"]
         if part == "cpu":
-            status = cpu.run(out, args.k, args.rounds, args.small, args.threads, args.keep_memory)
+            status = cpu.run(out, args.k, args.rounds, args.small, args.threads)
         elif part == "report":
             status = 0
         else:

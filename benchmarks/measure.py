@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import os
@@ -9,8 +11,9 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,6 +113,25 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
         peak = max(peak, held)
     del result
     return peak
+
+
+def can_keep_memory() -> bool:
+    """Whether kept_memory knows the allocator, which is glibc's."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
+
+
+@contextlib.contextmanager
+def kept_memory() -> Iterator[None]:
+    """Large blocks that are freed inside are used again. As it is, a large tensor is fresh pages every time, as to all
+    users of torch on a CPU, and who allocates more pays for their first touch."""
+    libc = ctypes.CDLL(None)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1)
+    try:
+        yield
+    finally:  # what glibc comes to by itself after some large blocks
+        libc.mallopt(mmap_max, 65536), libc.mallopt(mmap_threshold, 32 << 20), libc.mallopt(trim_threshold, 64 << 20)
+        libc.malloc_trim(0)
 
 
 def copy_gbps(device: str = "cpu", megabytes: int = 256) -> float:

@@ -21,7 +21,7 @@ OURS = ("cpu", "triton", "cuda")
 
 def is_ours(impl: str) -> bool:
     """ "cuda in place" is ours as "cuda" is."""
-    return impl.split()[0] in OURS
+    return impl.replace(",", " ").split()[0] in OURS
 
 
 def units(path: Path) -> dict[str, dict[str, Any]]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,15 +14,13 @@ from ..results import Record, Records
 from .cases import MEMORY_BOUND
 
 
-def run(folder: Path, match: str, rounds: int, small: bool, threads: int, keep_memory: bool) -> int:
+def run(folder: Path, match: str, rounds: int, small: bool, threads: int) -> int:
     """Writes ops.json in `folder`; returns pytest's exit status."""
     import pytest
 
     from pyunlearn import _C
 
     torch.set_num_threads(threads)
-    if keep_memory:
-        keep_freed_memory()
     os.environ["PYUNLEARN_BENCH_ROUNDS"] = str(rounds)
     os.environ["PYUNLEARN_BENCH_SMALL"] = "1" if small else ""
     bandwidth = copy_gbps("cpu", 16 if small else 256)
@@ -40,24 +36,12 @@ def run(folder: Path, match: str, rounds: int, small: bool, threads: int, keep_m
 
     used = versions("cpu", ("torch", "numpy", "pytest-benchmark"))
     used |= {"instruction set": _C.instruction_set(), "compiler": _C.compiler}
-    if keep_memory:
-        used["freed memory"] = "kept"
     file = folder / "ops.json"
     file.unlink(missing_ok=True)  # what is not of these measurements
     records = Records(file, commit(), used)
     for entry in measured:
         records.add(record(entry, bandwidth, records))
     return 0
-
-
-def keep_freed_memory() -> None:
-    """Has glibc reuse large blocks. As it is, a large tensor is fresh pages every time, as it is to users of torch on a
-    CPU, and who allocates more pays for their first touch; kept, the kernels alone are compared. Raises RuntimeError
-    where the allocator is another one."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    m_trim_threshold, m_mmap_max = -1, -4
-    if mallopt is None or not (mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1)):
-        raise RuntimeError("--keep-memory: needs glibc's mallopt, which this system has not")
 
 
 def record(entry: dict, bandwidth: float, of: Records) -> Record:

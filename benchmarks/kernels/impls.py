@@ -11,8 +11,11 @@ import torch.nn.functional as F
 
 import pyunlearn as pu
 
+from ..measure import can_keep_memory
 from . import peers
 from .cases import BEYOND, FROZEN, MEAN, Case, Impl, Linear, Logits, Product, fused, straight
+
+KEPT = "freed memory kept"  # what is measured so
 
 
 def ours(backend: str, inplace: bool = False) -> Impl:
@@ -106,6 +109,8 @@ def implementations(case: Case) -> dict[str, Impl]:
     else:
         if case.kind.backward:
             impls |= {f"{name} in place": ours(name, inplace=True) for name in names}
+            if case.device == "cpu" and can_keep_memory():
+                impls |= {f"{name}, {KEPT}": ours(name) for name in names}
         impls |= {"eager": Impl(eager), "compile": Impl(compiled)}
     if case.device != "cpu":
         impls |= {name: Impl(*peer) for name, peer in peers.of(case).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import time
@@ -9,9 +10,9 @@ import time
 import pytest
 import torch
 
-from ..measure import error_of, peak_bytes
+from ..measure import error_of, kept_memory, peak_bytes
 from .cases import Case
-from .impls import implementations
+from .impls import KEPT, implementations
 from .plans import cpu_cases
 
 CASES = cpu_cases(small=bool(os.environ.get("PYUNLEARN_BENCH_SMALL")))
@@ -32,7 +33,8 @@ def test_case(benchmark, case: Case, impl: str) -> None:  # type: ignore[no-unty
     # A first touch of fresh memory can take ten times a short run: a median needs more of those.
     share = 3 if time.perf_counter() - start < 1 else 1
     rounds, counter = share * int(os.environ.get("PYUNLEARN_BENCH_ROUNDS", "9")), itertools.count(1)
-    benchmark.pedantic(run, setup=lambda: ((case, case.fresh(next(counter))), {}), rounds=rounds, warmup_rounds=1)
+    with kept_memory() if impl.endswith(KEPT) else contextlib.nullcontext():
+        benchmark.pedantic(run, setup=lambda: ((case, case.fresh(next(counter))), {}), rounds=rounds, warmup_rounds=1)
     case.done()
     benchmark.extra_info.update(
         op=case.op, case=case.name, impl=impl, device="cpu", dtype=str(case.dtype)[6:], N=case.n, V=case.v, H=case.h,

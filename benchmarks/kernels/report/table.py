@@ -11,7 +11,7 @@ import torch
 from ...results import Record, is_ours
 from ..cases import LINEAR_KINDS, MEMORY_BOUND, NORMS, Linear, Norms
 from ..peers import NOTES
-from ..targets import CPU_TARGETS, goal, logits_bytes, share_beyond_results
+from ..targets import COPY, CPU_TARGETS, goal, logits_bytes, share_beyond_results
 
 CASE = ("op", "case", "dtype", "N", "V", "H")
 
@@ -58,7 +58,8 @@ def by_case(records: list[Record]) -> list[str]:
             if t is None:
                 lines.append(f"| {impl} | {failure(r)} | | | | | | |")
                 continue
-            goals = [goal(times, impl, *g) for g in CPU_TARGETS.get((case, dtype, impl), []) if g[0] in times]
+            others = times if r["percent_of_copy"] is None else times | {COPY: t["median"] * r["percent_of_copy"] / 100}
+            goals = [goal(others, impl, *g) for g in CPU_TARGETS.get((case, dtype, impl), []) if g[0] in others]
             if case.endswith("beyond the budget") and is_ours(impl):
                 bound = 8 if impl == "cpu" else 10
                 share = share_beyond_results(r)
