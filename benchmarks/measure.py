@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import importlib.metadata
@@ -13,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -116,22 +115,16 @@ def peak_bytes(call: Callable[[], object], device: str) -> int:
 
 
 def can_keep_memory() -> bool:
-    """Whether kept_memory knows the allocator, which is glibc's."""
-    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim")
+    """Whether the allocator is one that keep_freed_memory knows."""
+    return sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt")
 
 
-@contextlib.contextmanager
-def kept_memory() -> Iterator[None]:
-    """Large blocks that are freed inside are used again. As it is, a large tensor is fresh pages every time, as to all
-    users of torch on a CPU, and who allocates more pays for their first touch."""
+def keep_freed_memory() -> None:
+    """From here on glibc uses large blocks again that were freed. As it is, a large tensor is fresh pages every time,
+    as to all users of torch on a CPU, and who allocates more pays for their first touch."""
     libc = ctypes.CDLL(None)
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    trim_threshold, mmap_max = -1, -4
     libc.mallopt(mmap_max, 0), libc.mallopt(trim_threshold, 2**31 - 1)
-    try:
-        yield
-    finally:  # what glibc comes to by itself after some large blocks
-        libc.mallopt(mmap_max, 65536), libc.mallopt(mmap_threshold, 32 << 20), libc.mallopt(trim_threshold, 64 << 20)
-        libc.malloc_trim(0)
 
 
 def copy_gbps(device: str = "cpu", megabytes: int = 256) -> float:

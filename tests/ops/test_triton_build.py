@@ -13,14 +13,14 @@ ROOT = Path(__file__).parent.parent.parent
 KERNELS = ("accumulate_kernel", "finish_kernel", "topk_kernel", "backward_kernel", "tile_kernel")
 
 
-def test_kernels_as_compiled_for_every_gpu(tmp_path):
-    """For sm_80, sm_90 and sm_100, in a process of its own: there triton does not interpret."""
+def test_kernels_as_compiled_for_a_gpu(tmp_path):
+    """For sm_80 and sm_90, in a process of its own: there triton does not interpret."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(Path(__file__).parent / "compile_worker.py"), "80", "90", "100"]
+    command = [sys.executable, str(Path(__file__).parent / "compile_worker.py"), "80", "90"]
     worker = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert worker.returncode == 0, worker.stderr
     report = json.loads(worker.stdout)
-    assert {(one["kernel"], one["capability"]) for one in report} == {(k, c) for k in KERNELS for c in (80, 90, 100)}
+    assert {(one["kernel"], one["capability"]) for one in report} == {(k, c) for k in KERNELS for c in (80, 90)}
     for one in report:
         assert one["STACK"] == one["LOCAL"] == 0, f"spills: {one}"
         assert one["again"], f"compiled again for another shape or option: {one}"
