@@ -43,6 +43,7 @@ PU_FN double total(const Doubles (&v)[kVectors]) {
 template <class A, class B> void sums_of(const A* a, const B* b, int64_t n, double* sums) {
   Doubles ab[kVectors] = {}, aa[kVectors] = {}, bb[kVectors] = {};
   auto group = [&](const A* p, const B* q) PU_LAMBDA {
+    prefetch<kGroup>(p), prefetch<kGroup>(q);
     Doubles x[kVectors], y[kVectors];
     widen(p, x), widen(q, y);
     for (int i = 0; i < kVectors; ++i) ab[i] += x[i] * y[i], aa[i] += x[i] * x[i], bb[i] += y[i] * y[i];

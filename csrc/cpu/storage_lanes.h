@@ -5,6 +5,13 @@
 namespace pu {
 inline namespace PU_ISA {
 
+// Asks for the lines of n elements as far ahead of a stream as memory takes to answer. Beyond its end it does no harm.
+template <int n, class T> PU_FN void prefetch(const T* p) {
+  constexpr int kAhead = 2048, kLine = 64;
+  for (int at = 0; at < n * int(sizeof(T)); at += kLine)
+    __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + at);
+}
+
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 

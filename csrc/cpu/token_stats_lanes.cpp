@@ -73,6 +73,9 @@ template <class T, bool kAlike> struct Reference {
   const void* data;
   DType dtype;
   explicit PU_FN Reference(const Piece& piece) : data(piece.r), dtype(piece.ref_dtype) {}
+  template <int n> PU_FN void ahead(int64_t i) const {
+    if constexpr (kAlike) prefetch<n>(static_cast<const T*>(data) + i);
+  }
   PU_FN void load_two(int64_t i, F& a, F& b) const {
     constexpr int L = Lane<F>::count;
     if constexpr (kAlike) load_pair(static_cast<const T*>(data) + i, a, b);
@@ -136,7 +139,11 @@ void accumulate_piece(const Transform& transform, const Piece& piece, bool greed
         q[k] = curve.template z<kSoftcap, decltype(unit)::value>(q[k]);
       }
     };
-    for (; i < end; i += G * L) absorb<kWants, 2>(s, load_group, G);
+    for (; i < end; i += G * L) {
+      prefetch<G * L>(x + i);
+      if constexpr (kReference) r.template ahead<G * L>(i);
+      absorb<kWants, 2>(s, load_group, G);
+    }
   };
   auto edge = [&](int64_t i, int64_t count, int64_t without) PU_LAMBDA {
     const A low = -std::numeric_limits<A>::infinity();
@@ -233,6 +240,8 @@ void gradient_piece(const Transform& transform, const Piece& piece, const void* 
   auto run = [&](auto unit) PU_LAMBDA {
     for (; i + 2 * L <= n; i += 2 * L) {
       F a, b, p{}, q{};
+      prefetch<2 * L>(x + i);
+      if constexpr (kReference) r.template ahead<2 * L>(i);
       load_two<kAlike>(x + i, a, b);
       if (kReference) r.load_two(i, p, q);
       a = lanes(a, p, unit), b = lanes(b, q, unit);
