@@ -94,6 +94,7 @@ def backward_kernel(
     T: tl.constexpr = logits.dtype.element_ty
     R: tl.constexpr = reference.dtype.element_ty
     A: tl.constexpr = saved.dtype.element_ty
+    COARSE: tl.constexpr = T.primitive_bitwidth == 16
     row = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * part_columns
     n = tl.maximum(tl.minimum(columns - begin, part_columns), 0)
@@ -172,8 +173,8 @@ def backward_kernel(
     dx_edge = scattered(x, r, edge, at_edge, 0.0, scale, softcap, coefficients, A, CURVE, LOGS, REFERENCE)
     tl.debug_barrier()
     for start in range(0, body, BLOCK):
-        z, y = curve(held, scale, softcap, T, A, CURVE)
-        q = curve(ref_held, scale, softcap, R, A, CURVE)[0]
+        z, y = curve(held, scale, softcap, T, A, CURVE, COARSE)
+        q = curve(ref_held, scale, softcap, R, A, CURVE, COARSE)[0]
         ahead = start + BLOCK + lanes
         held = tl.load(x_body + ahead, mask=ahead < body, other=0.0)
         ref_held = tl.load(r_body + ahead, mask=ahead < body, other=0.0) if REFERENCE else held

@@ -94,15 +94,16 @@ def compiled(nvcc: str, source: Path, archs: list[str]) -> list[Kernel]:
 
 def triton_kernels(archs: list[str]) -> list[Kernel]:
     """ptxas' report on the Triton kernels as their launchers compile them: token statistics with a reference and
-    without, and tiles of ghost_dot, each in bfloat16 and float32."""
+    without, with a softcap, and the top k, and tiles of ghost_dot, each in bfloat16 and float32."""
     backend = backends.kernels("triton")
     calls: list[tuple[str, str, Callable[[], object]]] = []
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)[6:]
-        for outputs in (("logp",), ("logp", "entropy"), ("logp", "kl_pq")):
-            calls.append(
-                ("token_stats.py", f"{label}, {' + '.join(outputs)}", partial(call_all, backend, dtype, outputs))
-            )
+        for outputs in (("logp",), ("logp", "entropy"), ("logp", "kl_pq"), ("topk",)):
+            call = partial(call_all, backend, dtype, outputs)
+            calls.append(("token_stats.py", f"{label}, {' + '.join(outputs)}", call))
+        capped = partial(call_all, backend, dtype, ("logp",), softcap=30.0)
+        calls.append(("token_stats.py", f"{label}, softcap", capped))
         u = OuterSum(torch.zeros(2, 512, 128, dtype=dtype), torch.zeros(2, 512, 128, dtype=dtype))
         calls.append(("ghost.py", label, partial(backend.ghost_dot, u, None)))
     kernels: list[Kernel] = []
@@ -147,9 +148,9 @@ def compiling(arch: int) -> Iterator[list[Any]]:
         function.run, driver._active = run, active
 
 
-def call_all(backend: ModuleType, dtype: torch.dtype, outputs: tuple[str, ...]) -> None:
+def call_all(backend: ModuleType, dtype: torch.dtype, outputs: tuple[str, ...], softcap: float = 0.0) -> None:
     """Every kernel of a fused backend once."""
-    options, reference, rows, columns = Options(outputs), "kl_pq" in outputs, 4, 4096
+    options, reference, rows, columns = Options(outputs, softcap=softcap), "kl_pq" in outputs, 4, 4096
     logits, targets = torch.randn(rows, columns).to(dtype), torch.zeros(rows, dtype=torch.int64)
     ref = logits.clone() if reference else None
     state = backend.new_state(logits, rows, columns)
@@ -184,7 +185,7 @@ def loop_of(name: str, registers: int, code: list[Instruction], threads: int = 2
     dtype, flags = found[2], found[3].split(", ")
     sums = re.fullmatch(r"(\d+)u", flags[0])
     reference = bool(int(sums[1]) & 8) if sums else flags[1:2] == ["true"] or flags[-1].endswith("kl_pq")
-    rows, curve = 1 + reference, 2 * (flags[-1] == "true")  # with a softcap: e^2x and a quotient more
+    rows, curve = 1 + reference, 2 * (flags[-1] in ("true", "softcap"))  # with a softcap: e^2x and a quotient more
     item = 4 if dtype in ("float", "float32") else 2
     return hot_loop(code, registers, threads, item, rows, 0 if found[1] == "topk" else rows * (1 + curve))
 
