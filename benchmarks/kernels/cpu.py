@@ -23,6 +23,8 @@ def run(folder: Path, match: str, rounds: int, small: bool, threads: int) -> int
     torch.set_num_threads(threads)
     os.environ["PYUNLEARN_BENCH_ROUNDS"] = str(rounds)
     os.environ["PYUNLEARN_BENCH_SMALL"] = "1" if small else ""
+    if not small:
+        torch.ones(1 << 29)  # 2 GiB: a virtual machine may have memory only once it was touched
     bandwidth = copy_gbps("cpu", 16 if small else 256)
     with tempfile.TemporaryDirectory() as temporary:
         raw = Path(temporary) / "raw.json"

@@ -35,10 +35,13 @@ from .cases import (
 
 
 def cpu_cases(small: bool = False) -> list[Case]:
-    """The foundation's shapes (512 x 49152 logits; SmolLM2's head); `small` for a smoke test."""
+    """The foundation's shapes (512 x 49152 logits; SmolLM2's head), one case at an eighth of the rows and at five times
+    the columns, which should cost as much an element; `small` for a smoke test."""
     n, v, h, rows = (16, 999, 32, 64) if small else (512, 49152, 576, 1024)
     kinds = (NLL, ENTROPY, STATISTICS, KL)
     cases: list[Case] = [Logits(name, d, n, v) for d in (torch.float32, torch.bfloat16) for name in kinds]
+    if not small:
+        cases += [Logits(ENTROPY, torch.bfloat16, *shape) for shape in ((64, v), (256, 256000))]
     cases += [Linear(MEAN, torch.float32, rows, v, h), Linear(BEYOND, torch.float32, 2 * rows, v, h)]
     return [*cases, *weights("cpu", small)]
 

@@ -37,9 +37,10 @@ CPU_TARGETS: dict[tuple[str, str, str], list[tuple[str, float]]] = {
     (ENTROPY, "bfloat16", "cpu"): [("eager", 6.0), ("cpu in place", 1 / 1.2), (COPY, 0.65)],
     **{
         (case, dtype, f"cpu, {KEPT}"): [("cpu in place", 1 / 1.2)]
-        for case in (NLL, ENTROPY)
+        for case in (NLL, ENTROPY, KL)
         for dtype in ("float32", "bfloat16")
     },
+    **{(KL, dtype, "cpu"): [("cpu in place", 1 / 1.2)] for dtype in ("float32", "bfloat16")},
     (MEAN, "float32", "cpu"): [
         ("three GEMMs alone", 1 / 1.1),
         ("torch linear_cross_entropy", 1.0),
