@@ -15,7 +15,9 @@ TRICKED, TS, LS = ("ga_kl", "npo_kl"), "-temperature-2", "-keep-0.8"  # as grid:
 KEPT, OVER_REFUSED, BABBLE, GONE = 0.9, 0.05, 0.2, 0.5
 BOTH, STRENGTH = "mean of both", "extraction_strength"
 Found = tuple[bool | None, str]  # whether it holds, None where seeds leave that open; and by which numbers
-WORDS = {True: "Holds", False: "Does not hold", None: "Open, the interval of what decides it includes 0"}
+WORDS = {True: "Holds", False: "Does not hold"}
+OPEN = "Open, the interval of what decides it includes 0"
+ONE_SEED = "Open, of what decides it one seed gives no interval"
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,12 @@ def told(study: Study, name: str, *models: str) -> str:
 
 
 def above(study: Study, name: str, one: str, other: str) -> Found:
-    """Whether one model has more than another, by the difference in each seed; of one seed, by that."""
+    """Whether one model has more than another, by the difference in each seed."""
     number = BY_NAME[name]
     found = study.over_seeds([number.value(world, one) - number.value(world, other) for world in study.worlds])
     numbers = f"{one} - {other} {text(found)}"
     if found.low is None or found.high is None:
-        return found.mean > 0, numbers
+        return None, numbers
     return True if found.low > 0 else False if found.high < 0 else None, numbers
 
 
@@ -164,7 +166,8 @@ def claims(study: Study) -> list[str]:
         found = [method_of(study, name) for name in claim.of]
         if None not in found and (found or study.reliability):
             holds, why = claim.holds(study, *found)
-            lines.append(f"**{WORDS[holds]}.** {claim.text}. {why}.")
+            opened = OPEN if len(study.worlds) > 1 or not found else ONE_SEED
+            lines.append(f"**{WORDS.get(holds, opened)}.** {claim.text}. {why}.")
     return lines or ["None of the methods that they are about is here."]
 
 

@@ -85,16 +85,22 @@ def study_of(left, refused=(), layered=(), least=()):
     )
 
 
+def thrice(study):
+    """Three seeds that say the same."""
+    return replace(study, worlds=3 * study.worlds)
+
+
 def test_conclusions_are_said_either_way():
     good, gone = (0.2, 0.88, 1.0, 0.1), (0.0, 0.01, 0.0, 0.0)
     middle, known = (0.4, 0.7, 0.9, 0.3), (0.85, 0.89, 1.0, 0.7)
     as_in_papers = {"me_gd": good, "ga": gone, "idk_gd": known, "idk_ap": known, "wga_kl": good, "tnpo_kl": good,
                     "wtnpo_kl": good, "ga_kl": gone, "npo_kl": middle, "ga_kl-temperature-2": middle,
-                    "npo_kl-temperature-2": good, "ga_kl-keep-0.8": gone, "npo_kl-keep-0.8": middle, "bst": good,
+                    "npo_kl-temperature-2": good, "ga_kl-keep-0.8": (0.0, 0.0, 0.0, 0.0),
+                    "npo_kl-keep-0.8": (0.45, 0.7, 0.9, 0.3), "bst": good,
                     "npo": middle, "npo-retain-none": gone, "ga_kl-coefficient-10.0": middle,
                     "ga + CRU": (0.2, 0.89, 1.0, 0.1), "npo-retain-none + CRU": good}  # fmt: skip
     least = {"extraction_strength": 0.9, "probability": 0.5, "rouge_l": None}
-    lines = claims(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items(), GROUPS, least.items()))
+    lines = claims(thrice(study_of(as_in_papers, {"idk_gd": 0.8, "idk_ap": 0.04}.items(), GROUPS, least.items())))
     assert [line.startswith("**Holds.**") for line in lines] == [True] * 10
     assert "the least r: extraction_strength 0.900, probability 0.500, rouge_l -1.000" in lines[8]
     assert "idk_ap 0.040, idk_gd 0.800" in lines[1]
@@ -105,7 +111,7 @@ def test_conclusions_are_said_either_way():
                  "bst": middle, "npo": good, "npo-retain-none": gone, "ga_kl-coefficient-10.0": best,
                  "ga + CRU": good, "npo-retain-none + CRU": best}  # fmt: skip
     least = {"extraction_strength": 0.5, "probability": 0.9}
-    lines = claims(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items(), GROUPS, least.items()))
+    lines = claims(thrice(study_of(otherwise, {"idk_gd": 0.8, "idk_ap": 0.06}.items(), GROUPS, least.items())))
     assert [line.startswith("**Does not hold.**") for line in lines] == [True] * 10
     assert claims(study_of({"sga": good})) == ["None of the methods that they are about is here."]
     assert len(claims(study_of({"me_gd-coefficient-0.1": good}))) == 1  # of a recipe with options
@@ -122,7 +128,12 @@ def test_conclusions_are_said_either_way():
 
 @pytest.mark.parametrize(
     ("gains", "word"),
-    [((0.1, 0.11, 0.12), "Holds"), ((-0.1, -0.11, -0.12), "Does not hold"), ((0.1, -0.1, 0.02), "Open")],
+    [
+        ((0.1, 0.11, 0.12), "Holds"),
+        ((-0.1, -0.11, -0.12), "Does not hold"),
+        ((0.1, -0.1, 0.02), "Open, the interval"),
+        ((0.1,), "Open, of what decides it one seed gives no interval"),
+    ],
 )
 def test_what_seeds_leave_open_is_said(gains, word):
     """BS-T against NPO, more and less apart than the seeds are."""
