@@ -44,3 +44,13 @@ def test_without_a_terminal_lines_are_wide(monkeypatch):
     assert make_console().width == WIDE
     monkeypatch.setenv("COLUMNS", "77")
     assert make_console().width == 77
+
+
+def test_words_stay_whole_where_there_is_room():
+    table = Table("recipe", "retain", "what it does", "published for")
+    table.add_row("dpo_ap", "preservation", "a note of many words " * 20, "a-model-forget10, " * 20)
+    out = io.StringIO()
+    print_table(Console(file=out, width=60), table)
+    assert "│ dpo_ap │ preservation │ a note of" in out.getvalue()
+    assert out.getvalue().count(" a-model-forget10, ") == 20
+    assert max(map(len, out.getvalue().splitlines())) == 60
