@@ -46,15 +46,20 @@ def print_table(console: Console, table: Table) -> None:
     widest = max(console.measure(cell).maximum for cell in (first.header, *first.cells))
     first.no_wrap = widest <= 2 * console.width // 5
     edges = len(table.columns) + 1
-    room = console.width - edges - (edges if table.collapse_padding else 2 * len(table.columns))
+    collapsed = int(table.collapse_padding)  # rich takes the first column's own padding for 1 then, and draws 2
+    room = console.width - edges - (edges if collapsed else 2 * len(table.columns))
     measured = [[console.measure(cell) for cell in (column.header, *column.cells)] for column in table.columns]
     words = [max(cell.minimum for cell in cells) for cells in measured]
     lines = [max(cell.maximum for cell in cells) for cells in measured]
-    if first.no_wrap:
-        words[0] = widest
-    if sum(lines) > room >= len(table.columns):
-        for column, width in zip(table.columns, widths(words, lines, room), strict=True):
+    rest = room - widest
+    if sum(lines) > room >= len(words):
+        if first.no_wrap and rest >= len(words) - 1:
+            found = [widest, *widths(words[1:], lines[1:], rest)]
+        else:
+            first.no_wrap, found = False, widths(words, lines, room)
+        for column, width in zip(table.columns, found, strict=True):
             column.width = width
+        first.width = found[0] + collapsed
     console.print(table)
 
 
