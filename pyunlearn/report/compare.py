@@ -122,7 +122,7 @@ class Comparison:
         return [
             *([self.note] if self.note else []),
             *([f"few rows ({few}): their means tell little, with any number of seeds"] if few else []),
-            *([] if alike else ["the runs did not begin alike: `before` is the first one's"]),
+            *([] if alike else ["the runs did not begin alike: “before” is the first one's"]),
             *([f"not the same samples: the runs differ in {', '.join(keys)}"] if keys else []),
             *([f"not drawn in the figure: {', '.join(undrawn)}"] if undrawn else []),
         ]

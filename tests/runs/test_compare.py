@@ -215,7 +215,7 @@ def test_other_beginnings_are_told(finished, capsys):
     compare([one, other], console=console)
     assert "did not begin alike" in capsys.readouterr().out
     page = render_comparison(compare_runs([one, other]), {str(one): "", str(other): ""})
-    assert "The runs did not begin alike: `before` is the first one&#39;s." in page
+    assert "The runs did not begin alike: “before” is the first one&#39;s." in page
     assert not any("alike" in note for note in compare_runs([one]).notes)
     assert statistics.fmean([0.99]) == compare_runs([one]).groups[0].mean(("forget", "probability"), "before")
 
