@@ -1,6 +1,7 @@
 """Tables on the terminal: no name is cut, however narrow it is."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -44,3 +45,25 @@ def test_without_a_terminal_lines_are_wide(monkeypatch):
     assert make_console().width == WIDE
     monkeypatch.setenv("COLUMNS", "77")
     assert make_console().width == 77
+
+
+def test_words_stay_whole_where_there_is_room():
+    table = Table("recipe", "retain", "what it does", "published for")
+    table.add_row("dpo_ap", "preservation", "a note of many words " * 20, "a-model-forget10, " * 20)
+    out = io.StringIO()
+    print_table(Console(file=out, width=60), table)
+    assert "│ dpo_ap │ preservation │ a note of" in out.getvalue()
+    assert out.getvalue().count(" a-model-forget10, ") == 20
+    assert max(map(len, out.getvalue().splitlines())) == 60
+
+
+@pytest.mark.parametrize("collapse", [False, True])
+def test_the_first_column_is_whole_beside_many(collapse):
+    table = Table("method", "verdict", collapse_padding=collapse)
+    for _ in range(7):
+        table.add_column("forget\nprob.", justify="right")
+    table.add_row("refuse", "still knows (1), forgot cleanly (1)", *["0.612 ± 1.059"] * 7)
+    out = io.StringIO()
+    print_table(Console(file=out, width=80), table)
+    assert re.search(r"│ refuse │ ?still ", out.getvalue())
+    assert max(map(len, out.getvalue().splitlines())) <= 80

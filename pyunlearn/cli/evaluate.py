@@ -92,8 +92,8 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            help="A zero-shot task of lm-eval in the place of the suite's own, as boolq or gsm8k/exact_match,"
-            "flexible-extract (repeatable).",
+            help="A zero-shot task of lm-eval in the place of the suite's own: TASK, TASK/METRIC or "
+            "TASK/METRIC,FILTER (repeatable).",
             show_default=False,
         ),
     ] = None,

@@ -17,16 +17,17 @@ def metrics(debug: Debug = False) -> None:
         from ..metrics import METRICS, SUITES
         from ..runs.files_config import BENCHMARKS
 
-        title = "evaluate.metrics=[NAME, ...], evaluate.options.NAME.OPTION=...; a tool in brackets may be left out"
+        title = "evaluate.metrics=[NAME, ...], evaluate.options.NAME.OPTION=..., defaults below what it measures"
         needs = (
             "needs: item is the row itself; answer, paraphrase and wrong are its texts as the model reads them; "
-            "written is what it answers by itself"
+            "written is what it answers by itself; after the semicolon: tools, those in brackets may be left out"
         )
-        table = Table("name", "what it measures", "needs", "tools", "options and defaults", title=title, caption=needs)
+        table = Table("name", "what it measures", "needs", title=title, caption=needs, show_lines=True)
         for name, metric in sorted(METRICS.items()):
             tools = [f"({tool})" if tool in metric.optional_tools else tool for tool in metric.tools]
-            options = "\n".join(f"{option} = {default}" for option, default in metric.options.items())
-            table.add_row(name, escape(metric.summary), ", ".join(metric.needs), ", ".join(tools), escape(options))
+            options = [f"{option} = {default}" for option, default in metric.options.items()]
+            needed = [", ".join(each) for each in (metric.needs, tools) if each]
+            table.add_row(name, escape("\n".join([metric.summary, *options])), "; ".join(needed))
         print_table(make_console(), table)
         suites = Table("suite", "what it tells", "sets", "zero-shot tasks", title="pyunlearn evaluate --suite NAME")
         for name, suite in SUITES.items():

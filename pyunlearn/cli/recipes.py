@@ -56,7 +56,8 @@ def recipes(
             console.print(f"{command}\n{text}", markup=False, highlight=False, soft_wrap=True, end="")
             return
         title = "pyunlearn run recipe:NAME; NAME+mrd; NAME@SETTINGS for what was published"
-        table = Table("recipe", "forget", "retain", "samples drawn", "summary", "published settings for", title=title)
+        table = Table("recipe", "forget", "retain", "samples drawn", "summary", title=title)
+        published_for: dict[str, list[str]] = {}
         for each in names():
             file = read(each)
             terms = [", ".join(term["name"] for term in file.unlearn.get(role, [])) for role in ("forget", "retain")]
@@ -64,5 +65,11 @@ def recipes(
                 terms[0] = ", ".join(filter(None, [terms[0], f"a reinforced model's {made['into']}"]))
             by = file.unlearn.get("sampling", {"by": "shuffle"})["by"]
             drawn = by + (", one an update" if file.unlearn.get("batch_size") == 1 else "")
-            table.add_row(each, *terms, drawn, escape(file.summary), ", ".join(file.published))
+            table.add_row(each, *terms, drawn, escape(file.summary))
+            for settings_of in file.published:
+                published_for.setdefault(settings_of, []).append(each)
         print_table(console, table)
+        settings_table = Table("SETTINGS", "published for", title="models and shares to forget, as of NAME@SETTINGS")
+        for settings_of, having in published_for.items():
+            settings_table.add_row(settings_of, ", ".join(having))
+        print_table(console, settings_table)

@@ -48,7 +48,7 @@ Columns = Annotated[
     str | None,
     typer.Option(
         help="What is what in the files, where the names are not usual ones.",
-        metavar="question=NAME,answer=NAME",
+        metavar="question=A,answer=B",
         show_default=False,
     ),
 ]

@@ -101,7 +101,11 @@ def value_and_grad(
 
 
 def by_name(weights: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {"logp": weights} if isinstance(weights, Tensor) else dict(weights)
+    if isinstance(weights, Tensor):
+        return {"logp": weights}
+    if not isinstance(weights, Mapping):
+        raise TypeError(f"weights: needs a tensor shaped like targets, or tensors by output, got {weights!r}")
+    return dict(weights)
 
 
 def wanted(weights: Mapping[str, Tensor], outputs: str | Sequence[str] | None) -> tuple[str, ...]:

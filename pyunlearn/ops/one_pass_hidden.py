@@ -58,7 +58,8 @@ def linear_value_and_grad(
     """Statistics of the logits `hidden @ weight.T + bias`, and the gradients of sum over tokens and outputs of
     sg(weight of the token) * statistic in hidden, weight, bias and adapter.
 
-    Nothing is recorded for autograd: pass d(hidden) on with `hidden.backward(gradients.hidden)`.
+    Nothing is recorded for autograd: pass d(hidden) on with `hidden.backward(gradients.hidden)`, and add the others,
+    such as `gradients.weight`, to `.grad` of what they are of.
 
     Args:
         hidden, weight, targets, bias, reference, temperature, softcap, ignore_index, k, backend, adapter: as in

@@ -87,17 +87,25 @@ class Group:
 @dataclass(frozen=True)
 class Comparison:
     """groups, in the order the runs were named; columns: (set, metric) that any run has; differences: key -> the
-    value of each group, of settings that differ; note: what the aggregates among the columns are made of."""
+    value of each group, of settings that differ; note: what the aggregates among the columns are made of; few: how many
+    rows the drawn sets have in the runs that have the fewest, where a mean of so few says little."""
 
     groups: list[Group]
     columns: list[Column]
     differences: dict[str, list[Any]]
     note: str = ""
+    few: dict[str, int] = field(default_factory=dict)
 
     def before(self, column: Column) -> str:
         """As the first group has it that has it at all."""
         having = (group for group in self.groups if group.mean(column, "before") is not None)
         return next(having, self.groups[0]).text(column, "before")
+
+    def differ_before(self, column: Column) -> bool:
+        """Whether the groups' values before unlearning are not the same up to their third digit."""
+        values = [group.mean(column, "before") for group in self.groups]
+        there = [value for value in values if value is not None]
+        return bool(there) and max(there) - min(there) > 5e-4
 
     @property
     def notes(self) -> list[str]:
@@ -109,8 +117,12 @@ class Comparison:
             for group in self.groups
             if (without := [name for name in ("forget", utility) if group.mean((name, METRIC)) is None])
         ]
+        few = ", ".join(f"{name} {count}" for name, count in self.few.items())
+        alike = not any(self.differ_before(column) for column in self.columns)
         return [
             *([self.note] if self.note else []),
+            *([f"few rows ({few}): their means tell little, with any number of seeds"] if few else []),
+            *([] if alike else ["the runs did not begin alike: “before” is the first one's"]),
             *([f"not the same samples: the runs differ in {', '.join(keys)}"] if keys else []),
             *([f"not drawn in the figure: {', '.join(undrawn)}"] if undrawn else []),
         ]

@@ -77,12 +77,27 @@ def summary(rows: Rows) -> list[str]:
 
     total = {metric: means("total", metric) for metric in TITLES}
     over = f"means over {len(rows)} models" if len(rows) > 1 else "of one model"
-    unlearns = "unlearns" if total["unlearn"] < 0 else "does not unlearn, it makes the forget answers likelier"
-    retains = "the retain set gains by it" if total["retain"] >= 0 else "the retain set pays for it"
+    below = {metric: sum(value < 0 for value in values(rows, "total", metric)) for metric in TITLES}
+    if below["unlearn"] in (0, len(rows)):
+        unlearns = "unlearns" if below["unlearn"] else "does not unlearn, it makes the forget answers likelier"
+    else:  # the mean's sign may be that of one model
+        unlearns = (
+            f"unlearns at {below['unlearn']} of {len(rows)} models, and makes the forget answers likelier at others"
+        )
+    if below["retain"] in (0, len(rows)):
+        retains = "the retain set pays for it" if below["retain"] else "the retain set gains by it"
+    else:
+        retains = f"the retain set pays for it at {below['retain']} of {len(rows)} models"
     read = [
         f"The objective {unlearns} (unlearning G-effect {total['unlearn']:+.3g}), and {retains} (retaining G-effect "
         f"{total['retain']:+.3g}; {over})."
     ]
+    for metric, title in TITLES.items():
+        sizes = [abs(value) for value in values(rows, "total", metric)]
+        if len(rows) > 2 and 0 < math.fsum(sizes) < 2 * max(sizes):
+            largest = rows[sizes.index(max(sizes))]
+            effect = largest["geffect"]["total"][metric]
+            read.append(f"The mean {title} is mostly that of step {largest['step']} alone ({effect:+.3g}).")
     groups = {m: {name: means("groups", m, name) for name in rows[0]["geffect"]["groups"][m]} for m in TITLES}
     pushes, costs = ({name: g for name, g in groups[m].items() if g < 0} for m in TITLES)
     for effects, did in ((pushes, "the unlearning"), (costs, "the cost to the retain set")):
@@ -91,7 +106,7 @@ def summary(rows: Rows) -> list[str]:
             share = effects[most] / math.fsum(effects.values())
             read.append(f"{share:.0%} of {did} is in one group of layers, {in_words(most)}.")
     if not costs:
-        read.append("No group of layers costs the retain set anything.")
+        read.append(f"No group of layers costs the retain set anything{' on average' if len(rows) > 1 else ''}.")
     terms = {label: {m: means("terms", label, "total", m) for m in TITLES} for label in rows[0]["geffect"]["terms"]}
     if len(terms) > 1:
         pushing = min(terms, key=lambda label: terms[label]["unlearn"])

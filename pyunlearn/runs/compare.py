@@ -19,11 +19,12 @@ from rich.table import Table
 from .._files import check_writable, write_json, write_text
 from .._terminal import print_table, shown, visible
 from ..metrics.utility import harmonic_mean
-from ..report.compare import LEVEL, Column, Comparison, Group, as_text, render_comparison, utility_set
+from ..report.compare import LEVEL, METRIC, Column, Comparison, Group, as_text, render_comparison, utility_set
 from .anchors import ANCHORS
 from .evaluate import read_summaries
 from .folder import RunFolder, compared
 from .run import load_result
+from .verdict import FEW
 
 FILES = {"page": "compare.html", "table": "compare.csv", "records": "compare.json", "LaTeX": "compare.tex"}
 MOMENTS = ("before", "after", *ANCHORS)
@@ -67,7 +68,7 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     values = {key: [group.settings.get(key) for group in groups] for key in keys}
     differences = {key: own for key, own in values.items() if any(value != own[0] for value in own)}
-    return Comparison(groups, columns, differences, note)
+    return Comparison(groups, columns, differences, note, few_rows(tables, columns))
 
 
 def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, list[dict[str, Any]]], str]:
@@ -99,6 +100,17 @@ def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, 
         f"{AGGREGATE}: forgotten is the harmonic mean of 1 - each of {of_forgotten}; kept that of {of_kept}; both that "
         "of these two"
     )
+
+
+def few_rows(tables: Mapping[Path, list[dict[str, Any]]], columns: Sequence[Column]) -> dict[str, int]:
+    """Of the sets that are drawn: how many rows they have at the least, where that is fewer than FEW."""
+    drawn = ("forget", utility_set(columns))
+    counts = {
+        name: [row["samples"] for rows in tables.values() for row in rows
+               if (row["set"], row["metric"]) == (name, METRIC) and isinstance(row.get("samples"), int)]
+        for name in drawn
+    }  # fmt: skip
+    return {name: min(of) for name, of in counts.items() if of and 0 < min(of) < FEW}
 
 
 def share(value: Any) -> float:
@@ -221,7 +233,7 @@ def compare(
 def tell(comparison: Comparison, console: Console) -> None:
     """Groups as columns: a screen has room for few of them, and for any number of metrics."""
     groups = comparison.groups
-    table = Table("set", "metric", title="after unlearning", title_justify="left")
+    table = Table("set", "metric", title="after unlearning", title_justify="left", collapse_padding=True)
     table.add_column("before", justify="right")
     for group in groups:
         runs = f" ({len(group.folders)} seeds)" if len(group.folders) > 1 else ""
@@ -230,10 +242,14 @@ def tell(comparison: Comparison, console: Console) -> None:
     for i, column in enumerate(comparison.columns):
         last = i + 1 == len(comparison.columns)
         cells = [comparison.before(column), *(group.text(column) for group in groups)]
-        table.add_row(*column, *cells, end_section=last)
-    for key, values in comparison.differences.items():
-        table.add_row("setting", shown(key), "", *(shown(as_text(value)) for value in values))
+        table.add_row(column[0], column[1].replace("_", " "), *cells, end_section=last)
     print_table(console, table)
+    if comparison.differences:
+        names = [shown(group.name) for group in groups]
+        settings = Table("setting", *names, title="what they differ in", title_justify="left", show_lines=True)
+        for key, values in comparison.differences.items():
+            settings.add_row(shown(key), *(shown(as_text(value)) for value in values))
+        print_table(console, settings)
     for note in comparison.notes:
         console.print(visible(note), highlight=False, markup=False)
     if any(len(group.folders) > 1 for group in groups):
@@ -245,12 +261,3 @@ def tell(comparison: Comparison, console: Console) -> None:
         console.print(
             f"[] the {LEVEL:.0%} interval of a run's mean over such samples (bootstrap)", highlight=False, markup=False
         )
-    if any(differ_before(groups, column) for column in comparison.columns):
-        console.print("The runs did not begin alike: `before` is the first one's.", highlight=False)
-
-
-def differ_before(groups: Sequence[Group], column: Column) -> bool:
-    """Whether the groups' values before unlearning are not the same up to their third digit."""
-    values = [group.mean(column, "before") for group in groups]
-    there = [value for value in values if value is not None]
-    return bool(there) and max(there) - min(there) > 5e-4

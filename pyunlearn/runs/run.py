@@ -323,7 +323,9 @@ def load_result(path: str | Path) -> RunResult:
         raise FileNotFoundError(f"RUN: no such folder: {path}{path_hint(Path(path))}")
     file = Path(path) / "table.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{path}: no finished run there (table.json is missing)")
+        runs = sorted(Path(path).glob("runs/*/seed*"))
+        hint = f"; it is a sweep's folder, its runs are {path}/runs/*/seed*" if runs else ""
+        raise FileNotFoundError(f"{path}: no finished run there (table.json is missing){hint}")
     stored = read_json(file, remedy := "--resume of the run makes it again")
     if (
         not isinstance(stored, dict)

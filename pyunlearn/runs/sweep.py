@@ -264,7 +264,7 @@ def work(job: Sweep, todo: Sequence[Cell], workers: Workers, console: Console) -
                     unit = ready.popleft()
                     under_way[unit.task.name] = unit
                     if unit.cell is None and unmeasured(RunFolder(unit.start), ("before",)):
-                        tell_begun(unit.start.name, len(waiting[unit.start]), console)
+                        tell_begun(unit.start.name, [str(cell) for cell in waiting[unit.start]], console)
                     workers.submit(unit.task)
                 bar.update(row, description=told_names(list(under_way)))
                 for task, outcome in workers.wait():
@@ -294,9 +294,11 @@ def bar_of(console: Console) -> Progress:
     return Progress(*columns, console=console, transient=not console.is_terminal, disable=console.quiet)
 
 
-def tell_begun(name: str, count: int, console: Console) -> None:
+def tell_begun(name: str, runs: Sequence[str], console: Console) -> None:
     """Of a start, which takes a while and has no line of its own."""
-    console.print(f"begins {shown(name)}: what {count} run{'s' if count > 1 else ''} will start from", highlight=False)
+    count = f"{len(runs)} run{'s' if len(runs) > 1 else ''}"
+    text = f"begins {shown(name)}: what {count} will start from ({shown(told_names(runs))})"
+    console.print(text, highlight=False, soft_wrap=True)
 
 
 def tell_ended(job: Sweep, cell: Cell, outcome: Outcome, console: Console) -> None:

@@ -90,6 +90,7 @@ def test_recipes_lists_every_one_and_shows_one_whole(call):
     for name in recipes.names():
         assert re.search(rf"\W{name}\W", text), name
     assert re.search(r"\Wcga\W+ga\W+mrd, one an\W+", text)
+    assert re.search(r"\Wzephyr-7b-beta-wmdp\W+bss, bst, graddiff, npo, rmu_rr\W", text)
     code, text, _ = call("recipes", "wga_kl")
     command, _, rest = text.partition("\n")
     assert (code, command.partition(" --")[0]) == (0, "# pyunlearn run recipe:wga_kl")

@@ -121,6 +121,7 @@ def test_passes_on_to_the_model(backend):
 
 L, T, W = torch.randn(2, 6), torch.zeros(2, dtype=torch.long), torch.ones(2)
 BAD = [
+    (dict(weights=-1.0), TypeError, r"weights: needs a tensor shaped like targets, .* got -1.0"),
     (dict(weights=W[:1]), ValueError, r"weights\['logp'\]: needs the shape of targets \(2,\), got \(1,\)"),
     (dict(weights=T), TypeError, "weights.*needs a floating-point tensor"),
     (dict(weights={"greedy": W}), ValueError, "weights: needs names of differentiable outputs"),

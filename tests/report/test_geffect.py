@@ -35,6 +35,18 @@ def test_what_goes_wrong_is_said():
     assert summary([]) == []
 
 
+def test_a_mean_of_other_signs_is_not_taken_for_all():
+    rows = probes(3)
+    rows[1]["geffect"]["total"] = {"unlearn": 20.0, "retain": -3.0}
+    told = " ".join(summary(rows))
+    assert (
+        "The objective unlearns at 2 of 3 models, and makes the forget answers likelier at others (unlearning" in told
+    )
+    assert "and the retain set pays for it at 1 of 3 models (retaining" in told
+    assert "The mean unlearning G-effect is mostly that of step 10 alone (+20)." in told
+    assert "mostly" not in " ".join(summary(probes(3)))
+
+
 def test_two_models_are_shown_whole():
     few, many = (section(probes(count)) for count in (2, 3))
     names = ("total", "groups", "terms", "dynamics")

@@ -13,6 +13,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from pyunlearn.cli import app
+from pyunlearn.report.compare import render_comparison
 from pyunlearn.runs.compare import compare, compare_runs
 from pyunlearn.runs.config import RunConfig
 from pyunlearn.runs.folder import RunFolder
@@ -213,4 +214,22 @@ def test_other_beginnings_are_told(finished, capsys):
     console = Console(width=120)
     compare([one, other], console=console)
     assert "did not begin alike" in capsys.readouterr().out
+    page = render_comparison(compare_runs([one, other]), {str(one): "", str(other): ""})
+    assert "The runs did not begin alike: “before” is the first one&#39;s." in page
+    assert not any("alike" in note for note in compare_runs([one]).notes)
     assert statistics.fmean([0.99]) == compare_runs([one]).groups[0].mean(("forget", "probability"), "before")
+
+
+def test_means_of_few_rows_are_told(finished):
+    few, enough = finished("a", 0.1, 0.9, samples=(0.9, 0.8)), finished("b", 0.1, 0.9, samples=[0.9] * 10)
+    told = "few rows (forget 2, retain 2): their means tell little, with any number of seeds"
+    assert told in compare_runs([few, enough]).notes
+    assert not any(note.startswith("few rows") for note in compare_runs([enough]).notes)
+
+
+def test_a_folder_of_a_sweep_tells_its_runs(finished, tmp_path):
+    run = finished("a", 0.1, 0.9)
+    (tmp_path / "grid/runs/a").mkdir(parents=True)
+    run.rename(tmp_path / "grid/runs/a/seed0")
+    with pytest.raises(FileNotFoundError, match=r"it is a sweep's folder, its runs are .*grid/runs/\*/seed\*"):
+        compare_runs([tmp_path / "grid"])

@@ -131,7 +131,8 @@ def test_what_is_finished_stays_and_a_grid_may_grow(tmp_path, counted):
     assert {path: path.stat().st_mtime_ns for path in pages} == pages
     text = told.export_text()
     assert "4 runs, 1 of them finished, 2 starts" in text
-    assert re.findall(r"begins (seed\d)-\w+: what (\d) runs? will start from", text) == [("seed3", "2")]  # not seed 0's
+    begun = re.findall(r"begins (seed\d)-\w+: what (\d) runs? will start from \((.*)\)", text)
+    assert begun == [("seed3", "2", "ga, seed 3 and 1 more")]  # not seed 0's
     assert [group.seeds for group in result.comparison.groups] == [[0, 3], [0, 3]]
     counted.clear()
     more = go(grid_of(("ga", "npo_kl"), seeds=[0, 3], run={"evaluate": {"anchors": ["retrained"]}}), out)
