@@ -100,8 +100,8 @@ def triton_kernels(archs: list[str]) -> list[Kernel]:
     for dtype in (torch.bfloat16, torch.float32):
         label = str(dtype)[6:]
         for outputs in (("logp",), ("logp", "entropy"), ("logp", "kl_pq"), ("topk",)):
-            call = partial(call_all, backend, dtype, outputs)
-            calls.append(("token_stats.py", f"{label}, {' + '.join(outputs)}", call))
+            alone = partial(call_all, backend, dtype, outputs)
+            calls.append(("token_stats.py", f"{label}, {' + '.join(outputs)}", alone))
         capped = partial(call_all, backend, dtype, ("logp",), softcap=30.0)
         calls.append(("token_stats.py", f"{label}, softcap", capped))
         u = OuterSum(torch.zeros(2, 512, 128, dtype=dtype), torch.zeros(2, 512, 128, dtype=dtype))

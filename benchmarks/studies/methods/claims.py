@@ -166,8 +166,8 @@ def claims(study: Study) -> list[str]:
         found = [method_of(study, name) for name in claim.of]
         if None not in found and (found or study.reliability):
             holds, why = claim.holds(study, *found)
-            opened = OPEN if len(study.worlds) > 1 or not found else ONE_SEED
-            lines.append(f"**{WORDS.get(holds, opened)}.** {claim.text}. {why}.")
+            word = WORDS[holds] if holds is not None else OPEN if len(study.worlds) > 1 or not found else ONE_SEED
+            lines.append(f"**{word}.** {claim.text}. {why}.")
     return lines or ["None of the methods that they are about is here."]
 
 
