@@ -17,7 +17,7 @@ from ..model.load import load_model
 from ..training.folder import write_model
 from .config import RunConfig, as_meant
 from .folder import RunFolder, versions
-from .job import quiet_libraries
+from .job import check_as_written, quiet_libraries
 from .provenance import describe, read_attempts
 from .reinforce import told
 from .run import RunResult, load_result, steps_taken
@@ -33,7 +33,7 @@ def export(run: str | Path, out: str | Path, *, push: str | None = None, console
     `push` also to that repository of the Hub, which is made private if there is none.
 
     Raises FileNotFoundError for no finished run, FileExistsError for a folder that holds anything, ValueError for a
-    name that is none of the Hub's, and OSError for what the Hub refuses.
+    name that is none of the Hub's and for a model that is not what the run wrote, and OSError for what the Hub refuses.
     """
     folder, out = RunFolder(run), Path(out)
     result = load_result(folder.path)
@@ -47,6 +47,7 @@ def export(run: str | Path, out: str | Path, *, push: str | None = None, console
     if push is not None:  # before the work
         url = ask_hub(push, lambda hub: hub.create_repo(push, private=True, exist_ok=True))
     if not done:
+        check_as_written(folder.checkpoint)  # the card's numbers are of that model
         check_writable(out / CARD)
         config = RunConfig.model_validate(as_meant(folder.read_config()))
         model, tokenizer = load_model(str(folder.checkpoint), dtype=config.model.dtype)

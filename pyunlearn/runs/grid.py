@@ -40,6 +40,7 @@ RECIPE = "unlearn.recipe"
 OWN = {"name": "name, beside run", "output": "--out", "seed": "seeds"}  # what a grid has in the place of a run's
 LONGEST = 200  # bytes of a run's name: file systems have 255
 TOLD = 5  # problems of a grid that are told at once
+MANY = 1000  # more seeds than these are one that was meant by its name
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,8 @@ def as_axes(axes: Any, source: str) -> list[dict[str, Any]]:
 
 
 def as_seeds(seeds: Any, source: str) -> list[int]:
+    if isinstance(seeds, int) and seeds > MANY:
+        raise ConfigError(f"{source}: seeds: needs how many, {MANY} at most, got {seeds}; that seed alone is [{seeds}]")
     listed = list(range(seeds)) if isinstance(seeds, int) and not isinstance(seeds, bool) else seeds
     whole = isinstance(listed, list) and all(isinstance(seed, int) and not isinstance(seed, bool) for seed in listed)
     if not whole or not listed or len(set(listed)) < len(listed):
@@ -148,6 +151,9 @@ def make_cells(
     base, given = copy.deepcopy(grid.run), {name: value for name, value in (words or {}).items() if value is not None}
     check_words(given, overrides)
     check_order(overrides)
+    for override in overrides:
+        if (key := override.partition("=")[0].strip()) in OWN:
+            raise ConfigError(f"--set {override}: is told by {OWN[key]}, for all runs of the grid")
     if not base.get("model") and not base.get("data"):
         check_whole(given, overrides, "sweep GRID")
     for name, value in given.items():

@@ -158,8 +158,7 @@ def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
     folder = Path(config.name_or_path)
     if config.gguf_file is None:
         check_no_run(folder)
-    if (folder / SEAL).is_file():
-        check_seal(folder, f"make the model again, or delete {folder / SEAL} if it was changed on purpose")
+    check_as_written(folder)
     try:
         model, tokenizer = load_model(**config.loading(), texts=job.data.texts, seed=job.config.seed)
     except Exception as error:
@@ -167,6 +166,12 @@ def loaded(job: Job, config: ModelConfig) -> tuple[Any, Any]:
             raise unreadable(config, error) from error
         raise
     return model if config.quantize is not None else model.to(job.processes.device), tokenizer
+
+
+def check_as_written(folder: Path) -> None:
+    """Raises ValueError for a model of a run that is not what was written; of others nothing is known."""
+    if (folder / SEAL).is_file():
+        check_seal(folder, f"make the model again, or delete {folder / SEAL} if it was changed on purpose")
 
 
 def check_no_run(folder: Path) -> None:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .._hints import hint, near
+from ..objectives import table
 from ..recipes import recipe
 from ..training.method import DEFAULT_TERMS
 from ..training.settings import merge
@@ -211,6 +212,8 @@ ALSO_CALLED = {
 def key_hint(location: Sequence[str]) -> str:
     """What may have been meant: a near key of the section, or one of that name elsewhere; else all of the section's."""
     word, known = location[-1], list(fields_at(location[:-1]))
+    if "options" in known and location[0] == "unlearn" and any(word in row.defaults for row in table()):
+        return f"did you mean {'.'.join([*location[:-1], 'options', word])}?"
     word = ALSO_CALLED.get(word, word)
     everywhere = dict(all_keys(RunConfig))
     elsewhere = [key for key, name in everywhere.items() if name == word and word not in known]

@@ -39,7 +39,7 @@ from .config import RunConfig
 from .evaluate import evaluate_items, evaluate_sets, read_records, texts_before
 from .fingerprint import digest_pairs, fingerprints, model_fingerprints
 from .folder import RunFolder, versions
-from .job import Job, loaded, starting_model
+from .job import Job, check_as_written, loaded, starting_model
 from .overrides import load_config
 from .provenance import Attempt, Record, read_attempts
 from .run import load_result
@@ -232,8 +232,8 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
     """The pair of a finished run, its folder this job's alone meanwhile, and what its work needs removed afterwards.
 
     Raises FileNotFoundError for no finished run, or one whose models are gone; ValueError for a damaged one, one whose
-    data or model are others than when it ran, one whose model is two combined, or several processes; InUse; Interrupted
-    after Ctrl-C.
+    data or models are others than when it ran, one whose model is two combined, or several processes; InUse;
+    Interrupted after Ctrl-C.
     """
     path = load_result(path).folder
     if not RunFolder(path).marked:
@@ -254,6 +254,7 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
     for folder in (job.folder.checkpoint, *([job.folder.memorised] if config.memorise is not None else [])):
         if not folder.is_dir():
             raise FileNotFoundError(f"{path}: {folder.name}/, a model of the run, is gone")
+        check_as_written(folder)  # tensors are read from files, past all that loads a model
     with job.interruptible(), job.locked(job.folder.lock, job.folder.path):
         shutil.rmtree(pair.work, ignore_errors=True)
         try:

@@ -203,6 +203,20 @@ def test_reference_of_another_dtype(dtype, of_reference, fused):
     torch.testing.assert_close(d_got, d_oracle, atol=2e-6, rtol=rounding)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_reference", [torch.float64, torch.float32])
+def test_the_twin_reads_a_reference_in_the_precision_of_the_logits(dtype, of_reference):
+    logits, reference, targets = rows("random", 4, 173)
+    logits, reference = logits.to(dtype), reference.to(of_reference)
+    stats = pu.token_stats(logits, targets, ("kl_pq", "kl_qp"), reference=reference, backend="eager")
+    log_p, log_q = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
+    exact = {"kl_pq": log_p.exp() * (log_p - log_q), "kl_qp": log_q.exp() * (log_q - log_p)}
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    for name, value in stats.as_dict().items():
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(value.double(), exact[name].sum(-1), atol=tolerance, rtol=tolerance)
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
 def test_a_reference_of_another_dtype_is_not_copied(dtypes):
     logits, reference, targets = rows("random", 64, 5000)

@@ -102,6 +102,25 @@ def test_uwc_keeps_what_was_asked_and_is_a_run_again(folder, tmp_path):
     assert "(1 - a) before + a unlearned" in page
 
 
+@pytest.mark.parametrize("model", ["checkpoint", "memorised"])
+def test_a_model_that_was_changed_since_is_neither_calibrated_nor_given_away(finished, tmp_path, model):
+    """What it does would be told beside numbers of the one before."""
+    run = tmp_path / "run"
+    shutil.copytree(finished("full"), run)
+    file = run / model / "model.safetensors"
+    written = bytearray(file.read_bytes())
+    written[-1] ^= 1
+    file.write_bytes(written)
+    told = rf"{model}/model\.safetensors: is damaged, it is not what was written; make the model again"
+    for calibrate in (calibrate_uwc, calibrate_cru):
+        with pytest.raises(ValueError, match=told):
+            calibrate(run)
+    if model == "checkpoint":
+        with pytest.raises(ValueError, match=told):
+            export(run, tmp_path / "given")
+        assert not (tmp_path / "given").exists()
+
+
 def test_ends_are_the_runs_own_models(folder):
     with opened(folder, "uwc", None, "") as pair:
         mixtures = Mixtures(pair)

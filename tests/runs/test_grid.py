@@ -107,6 +107,7 @@ def test_the_grids_that_are_here_have_runs(name):
         ("{run: {geffect: {}}, axes: {unlearn.recipe: [ga, bss, altpo, whp, task_vector]}}",
          "(?s)^bss, seed 0: .*geffect: is measured on the rows of the data, and bss is of .*task_vector, seed 0: "),
         ("{seeds: 0, axes: {unlearn.epochs: 1}}", "seeds: needs how many, 1 at least, or a list .*, got 0"),
+        ("{seeds: 20240101, axes: {unlearn.epochs: 1}}", r"seeds: .* 1000 at most, got 20240101; .* is \[20240101\]"),
         ("{seeds: [1, 1], axes: {unlearn.epochs: 1}}", r"seeds: needs .* without any twice, got \[1, 1\]"),
         ("{axes: {unlearn.recipe: [npo_kll, ga]}}", "^npo_kll, seed 0: unlearn.recipe='npo_kll': did you mean npo_kl"),
         ("{axes: {unlearn.recipe: x*}}", r"axes: unlearn.recipe: recipe='x\*': is like none of"),
@@ -138,6 +139,9 @@ def test_files_words_and_overrides_that_do_not_fit(tmp_path):
     axes = {"axes": {"unlearn.epochs": [1, 2]}}
     with pytest.raises(ConfigError, match=r"--set unlearn.epochs=3: unlearn.epochs is an axis of the grid"):
         cells_of(axes, ["unlearn.epochs=3"])
+    for override, place in (("output=x", "--out"), ("seed = 7", "seeds"), ("name=x", "name, beside run")):
+        with pytest.raises(ConfigError, match=rf"^--set {override}: is told by {place}, for all runs"):
+            cells_of({"axes": {"unlearn.epochs": 1}}, [override])
     with pytest.raises(ValueError, match=r"(?s)by which model.*\n  pyunlearn sweep GRID --model MODEL --forget F "):
         cells_of(axes, forget="F")
     with pytest.raises(ValueError, match=r"--model=M and --set model.name_or_path=N: both are"):

@@ -121,6 +121,7 @@ def test_terms_are_those_that_the_demo_has():
             "unlearn.forget.1.options.beeta=1",
             "unlearn.forget.1: dpo: option='beeta': did you mean beta or preset? needs one of beta, factor, preset",
         ),
+        ("unlearn.forget.1.beta=1", "unlearn.forget.1.beta: unknown key; did you mean unlearn.forget.1.options.beta?"),
         ("unlearn.forget.1.options.beta=-1", "unlearn.forget.1: dpo: beta=-1: needs a"),
         (
             "unlearn.forget.0.preset=papr",

@@ -52,7 +52,8 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
         values["entropy"] = entropy
         values["variance"] = (p * (safe_log_p + entropy.unsqueeze(-1)).square()).sum(-1).detach()
     if reference is not None and ("kl_pq" in options.outputs or "kl_qp" in options.outputs):
-        log_q = no_softmax_is_nan(transform(reference.detach(), options)).log_softmax(-1)
+        other = transform(reference.detach().to(z.dtype), options)  # whatever it is kept in: of float64 logits, exact
+        log_q = no_softmax_is_nan(other).log_softmax(-1)
         q = log_q.exp()
         values["kl_pq"] = (p * (safe_log_p - log_q.masked_fill(p == 0, 0.0))).sum(-1).clamp_min(0)
         values["kl_qp"] = (q * (log_q.masked_fill(q == 0, 0.0) - log_p.masked_fill(q == 0, 0.0))).sum(-1)
