@@ -25,6 +25,9 @@ EXAMPLES = """[bold]Examples[/bold]
 """
 
 
+NONE = "none: its sources give no settings for a model and a data set"
+
+
 class Plain(yaml.SafeDumper):
     """Every value written out."""
 
@@ -40,7 +43,7 @@ def recipes(
 ) -> None:
     """List the methods by name: their terms, sources, and the models and data that settings were published for."""
     with clean_errors(debug):
-        from ..recipes import AT, SUFFIX, names, read, recipe
+        from ..recipes import AT, SUFFIX, model_of, names, read, recipe
 
         console = make_console()
         if name is not None:
@@ -49,8 +52,10 @@ def recipes(
             file = read(chosen.removesuffix(SUFFIX))
             source = file.published[published]["source"] if published else file.source
             whole: dict[str, Any] = {"summary": file.summary, "source": source, "unlearn": settings}
-            if file.published and not published:
-                whole["published"] = file.published
+            if model := model_of(name):
+                whole["model"] = model
+            if not published:
+                whole["published"] = file.published or NONE
             text = yaml.dump(whole, Dumper=Plain, sort_keys=False, allow_unicode=True, width=110)
             command = f"# pyunlearn run recipe:{name} --model MODEL --forget FORGET.jsonl --retain RETAIN.jsonl"
             console.print(f"{command}\n{text}", markup=False, highlight=False, soft_wrap=True, end="")

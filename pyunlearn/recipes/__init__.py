@@ -2,8 +2,9 @@
 `unlearn` in the words of a run's configuration, which are laid under what the user sets.
 
 NAME+mrd draws the forget samples by Memory Removal Difficulty (arXiv:2504.06658, Section 3.4). NAME@SETTINGS lays
-settings that were published for a model and a data set on the recipe's: learning rate, epochs, options. Where a batch
-is split into micro-batches there, the split is ours; what a source does not tell is left out.
+settings that were published for a model and a data set on the recipe's: learning rate, epochs, options, and an adapter
+of `model` where there was one. Where a batch is split into micro-batches there, the split is ours; what a source does
+not tell is left out.
 
 grids/ has the grids of `pyunlearn sweep` by name.
 """
@@ -24,11 +25,11 @@ from .._hints import check_known, hint, near
 SUFFIX, AT = "+mrd", "@"
 FILE = re.compile(r"([a-z0-9][a-z0-9_.-]*)\.yaml")
 NEEDED = ("summary", "source", "unlearn")
-SETTINGS = ("source", "unlearn")  # of what was published
+SETTINGS, FURTHER = ("source", "unlearn"), ("model",)  # of what was published
 
 
 class Recipe(NamedTuple):
-    """One file. published: by model and data set, settings of `unlearn` and where they are told."""
+    """One file. published: by model and data set, settings of `unlearn`, also of `model`, and where they are told."""
 
     summary: str
     source: str
@@ -60,8 +61,12 @@ def read(name: str) -> Recipe:
     ):
         raise ValueError(f"{file}: needs the keys {', '.join(NEEDED)}, the last a section, got {keys!r}")
     for setting, own in (published := keys.get("published", {})).items():
-        if not isinstance(own, dict) or own.keys() != set(SETTINGS) or not isinstance(own["unlearn"], dict):
-            needed = f"published.{setting} needs {' and '.join(SETTINGS)}, the last a section"
+        if (
+            not isinstance(own, dict)
+            or not set(SETTINGS) <= own.keys() <= {*SETTINGS, *FURTHER}
+            or not all(isinstance(own[key], dict) for key in own.keys() - {"source"})
+        ):
+            needed = f"published.{setting} needs {' and '.join(SETTINGS)}, the last a section, as {FURTHER[0]} is"
             raise ValueError(f"{file}: {needed}, got {own!r}")
     return Recipe(keys["summary"], keys["source"], keys["unlearn"], published)
 
@@ -89,6 +94,13 @@ def recipe(name: str) -> dict[str, Any]:
         what = hint(setting, file.published) if file.published else "has no published settings"
         raise ValueError(f"unlearn.recipe={name!r}: {what}")
     return file.unlearn | by_mrd | file.published[setting]["unlearn"]
+
+
+def model_of(name: str) -> dict[str, Any]:
+    """Settings of `model` that go with `recipe(name)`, e.g. the adapter of "undial@llama-2-7b-lora"; mostly none."""
+    recipe(name)  # which tells unknown names
+    chosen, at, setting = name.lower().partition(AT)
+    return read(chosen.removesuffix(SUFFIX)).published[setting].get("model", {}) if at else {}
 
 
 def matching(patterns: Iterable[str]) -> list[str]:

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from ..data import Prompt
 from ..model.load import EMBEDDED
+from ..recipes import model_of
 from ..training.method import UnlearnConfig, with_recipe
 from ..training.settings import GEffectConfig, MemoriseConfig, Section, merge
 from .evaluate_config import EvaluateConfig
@@ -105,6 +106,8 @@ class RunConfig(Section):
         if lacks_retain(values) and (unlearn is None or isinstance(unlearn, Mapping)):
             unlearn = {"retain": [], **(unlearn or {})}
         own = {**values, "unlearn": with_recipe(unlearn)} if unlearn is not None else values
+        if isinstance(unlearn, Mapping) and isinstance(named := unlearn.get("recipe"), str):
+            own = merge({"model": model} if (model := model_of(named)) else {}, own)
         return merge(defaults_of(values), own)
 
     @field_validator("evaluate")

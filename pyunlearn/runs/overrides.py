@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from .._hints import hint, near
 from ..objectives import table
-from ..recipes import recipe
+from ..recipes import model_of, recipe
 from ..training.method import DEFAULT_TERMS
 from ..training.settings import merge
 from .config import ConfigError, RunConfig, as_meant, defaults_of, lacks_retain
@@ -82,6 +82,11 @@ def load_config(
         if override.startswith("unlearn.recipe=") and isinstance(named := values["unlearn"]["recipe"], str):
             alone: dict[str, Any] = {"retain": []} if lacks_retain(values) else {}
             values["unlearn"] = merge(values["unlearn"], recipe_by(named) | alone)
+            if isinstance(model := values.get("model") or {}, dict) and (adapted := model_of(named)):
+                values["model"] = merge(model, adapted)
+                for typed in overrides:  # what is typed of the model wins over the recipe's
+                    if typed.startswith("model"):
+                        set_value(values, typed)
     evaluate = values.get("evaluate") or {}
     if anchors and isinstance(evaluate, dict) and isinstance(evaluate.get("anchors") or [], list):
         values["evaluate"] = {**evaluate, "anchors": [*(evaluate.get("anchors") or []), *anchors]}

@@ -100,6 +100,10 @@ def test_recipes_lists_every_one_and_shows_one_whole(call):
     shown = yaml.safe_load(text)
     assert (shown["source"], shown["unlearn"]["sampling"]) == ("arXiv:2502.19301, Section 5", {"by": "mrd"})
     assert shown["unlearn"] == recipes.recipe("wga_kl+mrd@phi-1.5-forget10")
+    code, text, _ = call("recipes", "undial@llama-2-7b-lora")
+    assert yaml.safe_load(text)["model"] == {"lora": {"r": 8, "alpha": 16}}
+    code, text, _ = call("recipes", "refuse+mrd")
+    assert yaml.safe_load(text)["published"] == "none: its sources give no settings for a model and a data set"
     code, _, error = call("recipes", "wga_lk")
     assert (code, "did you mean wga_kl" in error) == (2, True)
     code, _, error = call("run", "recipe:npo_lk")

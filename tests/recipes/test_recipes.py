@@ -100,10 +100,30 @@ PUBLISHED = [
     ("npo@llama-2-7b-chat-forget10", 5e-5, 4, 8, {}, 1.0),
     ("po@llama-2-7b-chat-forget10", 5e-5, 5, 8, {}, 1.0),
     ("graddiff@llama-2-7b-chat-forget10-mrd", 5e-5, 5, 8, {}, 1.0),
-    ("simnpo@open_unlearning", 1e-5, 10, 32, {}, 0.125),
-    ("satimp@open_unlearning", 1e-5, 10, 32, {}, 0.1),
-    ("undial@open_unlearning", 1e-4, 10, 32, {}, 1.0),
-    ("pdu@open_unlearning", 1e-5, 10, 32, {}, 1.0),
+    ("sga@llama-2-7b-chat-forget10", 5e-5, 5, 1, {}, 1.0),
+    ("graddiff@llama-2-7b-whp", 5e-5, 5, 8, {}, 1.0),
+    ("npo@llama-2-7b-whp", 5e-5, 5, 8, {}, 1.0),
+    ("npo@llama-2-7b-safe", 5e-5, 5, 8, {}, 1.0),
+    ("po@llama-2-7b-safe", 5e-5, 5, 8, {}, 1.0),
+    ("dpo_ap@llama-2-7b-chat-forget05", 1e-5, 5, 32, {}, 1.0),
+    ("me_kl@llama-2-7b-chat-forget01", 1e-5, 5, 32, {}, 1.0),
+    ("ga@llama-2-7b-forget05", 1e-5, 5, 16, {}, 1.0),
+    ("wga@llama-2-7b-forget05", 1e-5, 5, 16, {}, 1.0),
+    ("tnpo@llama-2-7b-forget05", 1e-5, 5, 16, {}, 1.0),
+    ("wtnpo@llama-2-7b-forget05", 1e-5, 5, 16, {"alpha": 0.5, "beta": 0.1}, 1.0),
+    ("ga@llama-3.2-1b-instruct-forget01", 1e-5, 10, 32, {}, 1.0),
+    ("graddiff@llama-2-7b-chat-forget10-open_unlearning", 1e-5, 10, 32, {}, 1.0),
+    ("simnpo@llama-3.2-1b-instruct-forget10", 1e-5, 10, 32, {}, 0.125),
+    ("satimp@llama-3.2-1b-instruct-forget10", 1e-5, 10, 32, {}, 0.1),
+    ("undial@llama-3.2-1b-instruct-forget05", 1e-4, 10, 32, {}, 1.0),
+    ("undial@llama-2-7b-lora", 1e-4, 5, 32, {}, 1.0),
+    ("altpo@llama-3.2-1b-instruct-forget10", None, 2, 32, {}, 1.0),
+    ("pdu@llama-3.2-1b-instruct-forget10", 1e-5, 10, 128, {}, 1.0),
+    ("pdu@llama-3.1-8b-instruct-forget01", 1e-5, 30, 128, {}, 1.0),
+    ("pdu@llama-2-7b-muse-news", 1e-5, 10, 256, {}, 1.0),
+    ("me_gd@llama-2-7b-chat-forget10-lora", None, 5, 32, {}, 0.1),
+    ("me_gd@llama-3-8b-instruct-real_world-lora", None, 5, 32, {}, 0.5),
+    ("idk_ap@llama-3-8b-instruct-real_world-lora", None, 5, 32, {}, 1.0),
     ("bst@llama-3.2-1b-forget10", 1e-5, 10, 32, {}, 1.0),
 ]
 
@@ -124,6 +144,54 @@ def test_a_published_rate_is_taken_where_it_is_asked_for_alone():
     assert both["sampling"] == {"by": "mrd", "estimator": "algorithm1", "num_draws": 200, "sigma": 1e-5}
     assert recipe("po+mrd@llama-2-7b-chat-forget10")["sampling"] == {"by": "mrd"}
     assert [term["name"] for term in recipe("po@phi-1.5-forget05")["retain"]] == ["kl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "r", "alpha"),
+    [("undial@llama-2-7b-lora", 8, 16), ("UNDIAL+MRD@llama-2-7b-lora", 8, 16)]
+    + [
+        (f"{name}@{of}-lora", 8, 32)
+        for name in ("graddiff", "ga_kl", "npo_gd", "npo_kl", "me_gd", "dpo_gd", "dpo_kl", "idk_gd", "idk_ap")
+        for of in (
+            *(f"llama-2-7b-chat-forget{share}" for share in ("01", "05", "10")),
+            "llama-3-8b-instruct-real_world",
+        )
+    ],
+)
+def test_a_published_adapter_is_trained(name, r, alpha, tmp_path):
+    typed = load_config(None, [*FILES, f"unlearn.recipe={name}"])
+    assert (typed.model.lora.r, typed.model.lora.alpha, typed.model.name_or_path) == (r, alpha, "M")
+    (file := tmp_path / "own.yaml").write_text(f"model: {{name_or_path: M}}\nunlearn: {{recipe: {name}}}\n")
+    assert load_config(file, FILES).model.lora == typed.model.lora
+    assert load_config(tmp_path / "own.yaml", [*FILES, "model.lora=null"]).model.lora is None
+
+
+def test_what_is_said_of_the_model_wins_over_a_published_adapter(tmp_path):
+    name = "unlearn.recipe=npo_gd@llama-2-7b-chat-forget10-lora"
+    set_beside = load_config(None, [*FILES, name, "model.lora.r=16"]).model.lora
+    assert (set_beside.r, set_beside.alpha) == (16, 32)
+    assert load_config(None, [name, "model.lora=null", *FILES]).model.lora is None
+    demo = Path(__file__).parents[2] / "examples" / "demo.yaml"  # has lora: null, which a typed recipe wins over
+    assert load_config(demo, [name]).model.lora.alpha == 32
+    whole = load_config(None, [*FILES, name])  # as a run's folder keeps it
+    assert RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(whole.to_dict()))) == whole
+    plain = load_config(None, [*FILES, "unlearn.recipe=npo_gd@llama-2-7b-chat-forget10"])
+    assert plain.model.lora is None
+    assert recipes.model_of("npo_gd") == recipes.model_of("npo_gd@llama-2-7b-chat-forget10") == {}
+
+
+def test_the_dual_variable_of_each_published_model():
+    for of, start, eps, step, warmup in [
+        ("gemma-7b-it-forget01", 100, 0.3, 5, 5), ("llama-2-7b-muse-news", 50, 1.5, 1, 3),
+        ("iclm-7b-muse-books", 50, 0.1, 1, 3), ("llama-2-13b-muse-news", 50, 0.8, 1, 3),
+        ("llama-2-13b-muse-books", 50, 0.6, 1, 3),
+    ]:  # fmt: skip
+        dual = load_config(None, [*FILES, f"unlearn.recipe=pdu@{of}"]).unlearn.dual
+        assert (dual.start, dual.eps, dual.step, dual.warmup_epochs) == (start, eps, step, warmup), of
+
+
+def test_methods_that_no_source_gives_settings_for_are_these():
+    assert [name for name in names() if not read(name).published] == ["refuse", "whp"]
 
 
 @pytest.mark.parametrize("name", names())
@@ -178,7 +246,7 @@ def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
         ("unlearn.recipe=npo+mrdd", r"unlearn.recipe='npo\+mrdd': did you mean npo\+mrd or"),
         ("unlearn.recipe=npo_kl@phi-1.5-forget5", r"'npo_kl@phi-1.5-forget5': did you mean phi-1.5-forget05 or"),
         ("unlearn.recipe=npo_kl@phi-1.5-forget05+mrd", r"needs npo_kl\+mrd@phi-1.5-forget05$"),
-        ("unlearn.recipe=me_kl@phi", "unlearn.recipe='me_kl@phi': has no published settings"),
+        ("unlearn.recipe=refuse@phi", "unlearn.recipe='refuse@phi': has no published settings"),
         ("unlearn.recipe=+mrd", r"needs one of altpo, [^+]* wtnpo_kl; each also NAME\+mrd$"),
         ("unlearn.recipe=3", "unlearn.recipe: needs text, got 3"),
         ("unlearn.sampling=mdr", r"unlearn.sampling.by='mdr': did you mean mrd\? needs one of shuffle, uniform, mrd$"),
@@ -206,7 +274,9 @@ def test_mistakes_are_named(override, message):
     [("summary: [", "not valid YAML"), ("", "needs the keys summary, source, unlearn"),
      ("summary: a\nsource: b\nunlearn: npo\n", "the last a section"), ("summary: a\nunlearn: {}\n", "needs the keys"),
      ("summary: a\nsource: b\nunlearn: {}\nmore: 1\n", "needs the keys"),
-     ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {unlearn: {}}}\n", "published.x needs source and unlearn")],
+     ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {unlearn: {}}}\n", "published.x needs source and unlearn"),
+     ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {source: c, unlearn: {}, model: 3}}\n", "as model is, got"),
+     ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {source: c, unlearn: {}, data: {}}}\n", "published.x needs")],
 )  # fmt: skip
 def test_a_bad_file_is_named(text, message, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(text)
