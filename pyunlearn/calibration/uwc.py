@@ -44,18 +44,22 @@ class Search:
         return passing == sorted(passing, reverse=True)
 
 
+MOST_POINTS = 1000
+
+
 def search(score: Callable[[float], float], share: float, *, points: int = 10, tolerance: float = 0.01) -> Search:
     """The largest a in [0, 1] whose score is at least `share` of that of a = 0.
 
     All of 0, 1/points, ..., 1 are measured, since the score need not fall all the way; the largest that passes is kept,
     and the next step of the grid, whose far end fails, is halved until it is no wider than `tolerance`.
 
-    Raises ValueError for a share outside of (0, 1], points < 1, tolerance <= 0, and a score that is no number >= 0.
+    Raises ValueError for a share outside of (0, 1], points outside of 1 to 1000, tolerance <= 0, and a score that is no
+    number >= 0.
     """
     if not 0 < share <= 1:
         raise ValueError(f"target={share:g}: needs a share of the score before unlearning, above 0 and 1 at most")
-    if points < 1:
-        raise ValueError(f"points={points}: needs 1 step of the grid at least")
+    if not 1 <= points <= MOST_POINTS:
+        raise ValueError(f"points={points}: needs 1 to {MOST_POINTS} steps of the grid, all of which are measured")
     if not tolerance > 0:
         raise ValueError(f"tolerance={tolerance:g}: needs a number above 0")
     scores: dict[float, float] = {}

@@ -24,7 +24,7 @@ from ..data import QA
 from ..metrics import get_metric
 from ..metrics.utility import mean
 from ..model.combined import find_combined
-from ..model.forward import layer_number
+from ..model.forward import layer_number, number_of
 from ..report.calibrate import render_reliability
 from ..store import Store, digest_json
 from ..training.folder import TrainingFolder
@@ -32,6 +32,7 @@ from ..training.rate import rate_for
 from ..training.settings import MemoriseConfig
 from ..training.unlearn import UnlearnData, memorise
 from .fingerprint import digest_pairs, model_fingerprints
+from .fits import sizes
 from .folder import RunFolder
 from .job import Job, loaded
 from .overrides import load_config
@@ -65,6 +66,14 @@ class Settings:
     relearn: int = 4
     rate: float | None = None
     samples: int = 100
+
+    def __post_init__(self) -> None:
+        if not 0 < self.noise <= 1:
+            raise ValueError(f"noise={self.noise:g}: needs a share of the tokens, above 0 and 1 at most")
+        if self.rate is not None and not 0 < self.rate < math.inf:
+            raise ValueError(f"relearn_rate={self.rate:g}: needs a number above 0")
+        if self.samples < 1:
+            raise ValueError(f"samples={self.samples}: needs 1 row of each set at least")
 
 
 @dataclass(frozen=True)
@@ -113,13 +122,17 @@ class Subject:
         return [name for name in metrics if there or "wrong" not in get_metric(name).needs]
 
     def check(self, attacks: Sequence[str]) -> None:
-        """Raises ValueError for an attack that reads or trains the inside of one model, where the run's is two."""
+        """Raises ValueError for an attack that reads or trains the inside of one model, where the run's is two, and for
+        a layer that it does not have."""
         inside = [attack for attack in INSIDE if attack in attacks]
         if inside and find_combined(str(self.job.folder.checkpoint)) is not None:
             raise ValueError(
                 f"attack={inside[0]}: the model of {self.path} is two whose logits are combined, with no inside of its "
                 f"own; leave the run out, or choose of {', '.join(name for name in ATTACKS if name not in INSIDE)}"
             )
+        depth, _ = sizes(self.job.config.model)
+        if "probing" in attacks and depth is not None:
+            number_of(self.settings.layer, depth, str(self.path))
 
     def models(self) -> dict[str, ModelConfig]:
         """The run's last model and those kept on the way, each once, by what they are called here."""

@@ -144,8 +144,9 @@ def test_bad_arguments_of_the_search():
     for share in (0, 1.2, math.nan):
         with pytest.raises(ValueError, match="target="):
             search(lambda a: 1, share)
-    with pytest.raises(ValueError, match="points=0"):
-        search(lambda a: 1, 0.9, points=0)
+    for points in (0, 1001):
+        with pytest.raises(ValueError, match=f"points={points}: needs 1 to 1000"):
+            search(lambda a: 1, 0.9, points=points)
     with pytest.raises(ValueError, match="tolerance=0"):
         search(lambda a: 1, 0.9, tolerance=0)
     with pytest.raises(ValueError, match=r"score\(0\.1\)=nan: needs a number"):

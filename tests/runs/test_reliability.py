@@ -133,7 +133,11 @@ def test_bad_input(folder, tmp_path):
     with pytest.raises(ValueError, match=r"relearn=4: .* has 4 forget rows that count"):
         measure(settings=Settings(relearn=4))
     with pytest.raises(ValueError, match="samples=0: needs 1"):
-        measure(settings=Settings(samples=0))
+        Settings(samples=0)
+    with pytest.raises(ValueError, match="noise=nan: needs a share"):
+        Settings(noise=math.nan)
+    with pytest.raises(ValueError, match="relearn_rate=nan: needs a number above 0"):
+        Settings(rate=math.nan)
     with pytest.raises(FileNotFoundError, match="no such folder"):
         measure(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is a run folder; choose a folder of its own"):
