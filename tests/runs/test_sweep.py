@@ -335,7 +335,7 @@ def test_torchrun_is_refused(tmp_path, monkeypatch):
         go(grid_of(("ga",)), tmp_path / "out")
 
 
-def test_which_runs_begin_alike(tmp_path):
+def test_which_runs_begin_alike(tmp_path, monkeypatch):
     def starts(grid, **words):
         job = Sweep(grid, make_cells(grid, tmp_path, (), words), tmp_path)
         return len({job.start(cell).folder for cell in job.cells})
@@ -344,6 +344,9 @@ def test_which_runs_begin_alike(tmp_path):
     own = make_grid(
         {"run": {"evaluate": ALIKE["evaluate"]}, "axes": {"unlearn.recipe": ["ga", "idk_gd", "po", "npo_kl"]}}
     )
+    monkeypatch.chdir(tmp_path)
+    for name in ("F", "R", "mine.txt"):
+        Path(name).touch()
     assert starts(own, forget="F", retain="R", model="M") == 2  # refusals of our own are texts of the tokenizer's
     assert starts(own, forget="F", retain="R", model="M", refusals="mine.txt") == 1
     assert starts(grid_of(**{"memorise.epochs": [1, 2]})) == 2
