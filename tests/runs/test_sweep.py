@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -327,6 +329,39 @@ def test_on_ray(tmp_path):
     for cell, other in zip(result.cells, here.cells, strict=True):
         assert weights(cell.config.folder) == weights(other.config.folder)
         assert evaluated(cell.config.folder) == evaluated(other.config.folder)
+
+
+def test_a_killed_worker_of_ray_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)  # of the workers, too
+    grid, out = grid_of(("npo_kl",), run={"unlearn": {"epochs": 12, "save_steps": 1}}), tmp_path / "out"
+    (cell,) = make_cells(grid, out)
+    killed = []
+
+    def kill():
+        until = time.monotonic() + 120
+        while not (cell.config.folder / "training/unlearn/checkpoint-2").is_dir() and time.monotonic() < until:
+            time.sleep(0.02)
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                busy = (place / "cmdline").read_bytes().startswith(b"ray::do_in_place")
+                if busy and (place / "cwd").readlink() == tmp_path:
+                    os.kill(int(place.name), signal.SIGKILL)
+                    killed.append(place.name)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = go(grid, out, ray=True)
+    killer.join()
+    assert len(killed) == 1
+    assert "its process died (out of memory, or killed)" in result.failed["npo_kl, seed 0"]
+    kept = cell.config.folder / "memorised/model.safetensors"
+    before = kept.stat().st_mtime_ns
+    assert not go(grid, out).failed
+    assert kept.stat().st_mtime_ns == before
+    run(RunConfig.model_validate({**cell.config.to_dict(), "output": str(tmp_path / "alone")}))
+    assert weights(cell.config.folder) == weights(tmp_path / "alone")
+    assert losses(cell.config.folder, "unlearn") == losses(tmp_path / "alone", "unlearn")
 
 
 def test_torchrun_is_refused(tmp_path, monkeypatch):
