@@ -53,7 +53,7 @@ def sweep(
     ] = None,
     set_: Set = None,
     workers: Annotated[int, typer.Option(min=1, help="Runs at once, each a process with its share of the cores.")] = 1,
-    ray: Annotated[bool, typer.Option("--ray", help="On Ray (pip install ray), here or at $RAY_ADDRESS.")] = False,
+    ray: Annotated[bool, typer.Option("--ray", help="On Ray (extra 'ray'), here or at $RAY_ADDRESS.")] = False,
     plan: Annotated[bool, typer.Option("--plan", help="Only check every run, and list them.")] = False,
     debug: Debug = False,
 ) -> None:

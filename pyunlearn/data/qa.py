@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .columns import find_columns
-from .rows import brief, check_limit, hub_rows, is_hub_id, lines_of, named_file, rows_of
+from .rows import brief, check_limit, check_readable, hub_rows, is_hub_id, lines_of, named_file, rows_of
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,12 @@ def read_qa(
 ) -> tuple[list[QA], str]:
     """As `load_qa`; and what was recognised, as "question = prompt, answer = completion", "" for own names."""
     check_limit(limit)
-    path = Path(source)
-    if path.is_dir() and name is not None:
-        path = named_file(path, name)
-    elif path.is_file() and name is not None:
-        raise ValueError(f"name={name!r} picks a file in a folder or a hub configuration, but {path} is a file")
-    hub = not path.exists() and is_hub_id(source, name)
-    if split not in (None, "train") and not hub:
-        raise ValueError(f"split={split!r} is for hub datasets; the local {path} has no splits")
-    rows = islice(hub_rows(str(source), name, split or "train") if hub else rows_of(path), limit)
+    path = find_rows(source, name, split)
+    rows = islice(hub_rows(str(source), name, split or "train") if path is None else rows_of(path), limit)
     first = next(rows, None)
     if first is None:
-        told = f"{source if name is None else f'{source}[{name}]'}, split {split or 'train'!r}," if hub else path
+        hub = f"{source if name is None else f'{source}[{name}]'}, split {split or 'train'!r},"
+        told = hub if path is None else path
         raise ValueError(f"{told} holds no question-answer pairs")
     where, row = first
     found = find_columns(row, where, columns)
@@ -96,6 +90,25 @@ def read_qa(
         values = found.values(row, where)
         items.append(QA(perturbed_answers=values.pop("perturbed_answer", ()), **values))
     return items, str(found)
+
+
+def find_rows(source: str | Path, name: str | None = None, split: str | None = None) -> Path | None:
+    """Where the rows of a set are, of which nothing is read: a file or a folder of texts; None for a Hub data set.
+
+    Raises FileNotFoundError and ValueError as `load_qa`, as far as they do not come of what the files hold.
+    """
+    path = Path(source)
+    if path.is_dir() and name is not None:
+        path = named_file(path, name)
+    elif path.is_file() and name is not None:
+        raise ValueError(f"name={name!r} picks a file in a folder or a hub configuration, but {path} is a file")
+    hub = not path.exists() and is_hub_id(source, name)
+    if split not in (None, "train") and not hub:
+        raise ValueError(f"split={split!r} is for hub datasets; the local {path} has no splits")
+    if hub:
+        return None
+    check_readable(path)
+    return path
 
 
 def load_refusals(path: str | Path) -> list[str]:

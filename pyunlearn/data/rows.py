@@ -58,17 +58,24 @@ def rows_of(path: Path) -> Iterator[Row]:
     Raises FileNotFoundError (path and near names), ImportError for parquet without pyarrow, and ValueError for a folder
     of others, a format that is not read (and what to do), other than UTF-8, or content that its format does not have.
     """
-    if path.is_dir() and (texts := texts_in(path)):
-        return chain.from_iterable(map(text_rows, texts))
-    check_file(path)
+    check_readable(path)
+    if path.is_dir():
+        return chain.from_iterable(map(text_rows, texts_in(path)))
     suffix = suffix_of(path.name)
-    if suffix in NOT_READ:
-        raise ValueError(f"{path}: {suffix} is not read: {NOT_READ[suffix]} (needs {FORMATS})")
     if suffix in TABLES:
         return table_rows(path, TABLES[suffix])
     if suffix in PARQUET:
         return parquet_rows(path)
     return text_rows(path) if suffix == TEXT else json_rows(path)
+
+
+def check_readable(path: Path) -> None:
+    """Raises, without reading any, as `rows_of` for what is not there, a folder of others, or a format by its name."""
+    if path.is_dir() and texts_in(path):
+        return
+    check_file(path)
+    if (suffix := suffix_of(path.name)) in NOT_READ:
+        raise ValueError(f"{path}: {suffix} is not read: {NOT_READ[suffix]} (needs {FORMATS})")
 
 
 def suffix_of(name: str) -> str:

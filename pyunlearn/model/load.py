@@ -130,9 +130,13 @@ def load_adapted(folder: Path, tokenizer: str | None, dtype: str, quantize: str 
     try:
         model, its_tokenizer = load_pretrained(base, None, tokenizer or own, dtype, quantize)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{folder}: is an adapter on {base!r}, which is not to be had: {error}") from None
+        raise baseless(folder, base, error) from None
     adapted = read_adapter(model, folder)
     return adapted if quantize is not None else merge(adapted), its_tokenizer
+
+
+def baseless(folder: str | Path, base: str, error: Exception) -> FileNotFoundError:
+    return FileNotFoundError(f"{folder}: is an adapter on {base!r}, which is not to be had: {error}")
 
 
 def load_combined(folder: Path, tokenizer: str | None, dtype: str, quantize: str | None) -> tuple[Any, Any]:
@@ -283,11 +287,18 @@ def locate(source: str, gguf: str | None, what: str = "model.name_or_path") -> t
                 f"{what}={source!r}: the folder has no .safetensors weights; no other kind is loaded "
                 "(pickle can run code): convert them where you trust them, by from_pretrained(...).save_pretrained(...)"
             )
-    elif folder.is_file():
-        raise ValueError(f"{what}={source!r}: is a file; needs a folder or a Hub id (GGUF: model.gguf_file)")
-    elif is_path(source):
-        raise FileNotFoundError(f"{what}: no such folder: {source}{path_hint(folder)}")
+    else:
+        check_name(source, what)
     return source, gguf
+
+
+def check_name(source: str, what: str) -> None:
+    """Raises for what is neither a folder here nor can be a Hub id; what: the argument that errors name."""
+    folder = Path(source)
+    if folder.is_file():
+        raise ValueError(f"{what}={source!r}: is a file; needs a folder or a Hub id (GGUF: model.gguf_file)")
+    if not folder.is_dir() and is_path(source):
+        raise FileNotFoundError(f"{what}: no such folder: {source}{path_hint(folder)}")
 
 
 def is_path(source: str) -> bool:

@@ -143,7 +143,8 @@ def as_seeds(seeds: Any, source: str) -> list[int]:
 def make_cells(
     grid: Grid, out: str | Path, overrides: Sequence[str] = (), words: Mapping[str, str | None] | None = None
 ) -> list[Cell]:
-    """Every run of the grid, its configuration checked, in folders below `out`; seed after seed of each.
+    """Every run of the grid, its configuration checked and that all it names is there (`fits`), in folders below `out`;
+    seed after seed of each.
 
     overrides: key=value, of all runs. words: of `request.KEYS`, the model and files of all runs.
     Raises ConfigError with the first problems, each with its run, and for two runs that are the same.
@@ -171,7 +172,7 @@ def make_cells(
                 try:
                     cells.append(Cell(name, load_config(None, [*overrides, *asked], given=own, under=base)))
                     check_fits(cells[-1].config)
-                except ValueError as error:
+                except (ValueError, OSError, ImportError) as error:
                     for problem in str(error).splitlines():
                         problems.setdefault(problem, []).append(f"{name}, seed {seed}")
     if problems:

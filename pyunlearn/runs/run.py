@@ -28,6 +28,7 @@ from .anchors import ANCHORS
 from .config import RunConfig
 from .evaluate import check_cache, evaluate_sets, read_records, read_summaries, texts_before
 from .evaluate_config import PickConfig
+from .fits import check_fits
 from .folder import RunFolder, config_text
 from .job import Job, adapters_base, first_model, loaded, save
 from .pick import copy_model, pick_step, told_pick
@@ -72,10 +73,12 @@ def run(
 
     Raises FileExistsError for a folder that is not this run's, FileNotFoundError for nothing to resume, ValueError for
     a folder that is no run's own, or for resume and overwrite together, InUse where another job works there,
-    Interrupted after Ctrl-C, NonFiniteLossError, and what loading of data and model raises, before anything is trained.
+    Interrupted after Ctrl-C, NonFiniteLossError, and what `check_fits` and loading of data and model raise, before
+    anything is trained.
     """
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite begins it anew: needs one of them")
+    check_fits(config)
     job = Job.start(config, console, command, references)
     with job.interruptible(" --resume"), job.opened(resume=resume, overwrite=overwrite):
         missing = unmeasured(job.folder, ("before", "after", *config.evaluate.anchors))

@@ -216,7 +216,7 @@ class Ray:
         try:
             import ray
         except ImportError:
-            raise ImportError("--ray: needs ray, which is not installed: pip install ray") from None
+            raise ImportError("--ray: needs ray, which is not installed: pip install 'pyunlearn[ray]'") from None
         self.ray: Any = ray
         self.began = not ray.is_initialized()
         if self.began:

@@ -11,7 +11,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pyunlearn.calibration import blend, mix, scale_adapter, search, stored, write_tensors
+from pyunlearn.data.tiny import tiny_llama
 from pyunlearn.model.lora import add_adapter, merge, read_adapter
+
+from ..resident import Peak
+from ..tiny import SIZES
 
 
 @pytest.fixture
@@ -60,6 +64,21 @@ def test_integers_are_not_mixed():
     assert torch.equal(blend(one, two, 1), two)
     with pytest.raises(ValueError, match="int64 differ, which cannot be mixed"):
         blend(one, two, 0.5)
+
+
+def test_models_are_read_a_tensor_at_a_time(tmp_path):
+    model = tiny_llama(64, **{**SIZES, "num_hidden_layers": 16})
+    whole = sum(tensor.nbytes for tensor, _ in stored(model).values())
+    largest = max(tensor.nbytes for tensor, _ in stored(model).values())
+    assert whole > 64 * largest
+    before, after = write_tensors(model, tmp_path / "before"), write_tensors(model, tmp_path / "after")
+    with Peak() as streamed:
+        mix(model, before, after, 0.3)
+    assert 2 * largest <= streamed.bytes <= 8 * largest  # of one name: both, the difference, what comes of it
+    with Peak() as loaded:  # what it must not be is seen, though files are mapped and not copied
+        both = [load_file(path) for place in (before, after) for path in set(place.files.values())]
+        model.model.embed_tokens.weight.detach().copy_(both[0]["model.embed_tokens.weight"])
+    assert loaded.bytes >= 2 * whole
 
 
 def test_a_outside_of_its_range(two):

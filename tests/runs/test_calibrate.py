@@ -36,6 +36,8 @@ from pyunlearn.runs.uwc import Mixtures, calibrate_uwc
 from pyunlearn.training.settings import merge
 from pyunlearn.training.stage import Interrupted
 
+from ..resident import Peak
+
 KNOWS = {
     "data": {"num_authors": 6},
     "memorise": {"epochs": 40, "learning_rate": 1e-2},
@@ -140,6 +142,18 @@ def test_mixtures_of_an_adapter_are_those_of_merged_models(finished):
         mixed = mixtures.at(0.4)[0]
         for one, other in zip(scaled.parameters(), mixed.parameters(), strict=True):
             assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_two_models_are_never_whole_in_memory(tiny_settings, tmp_path):
+    """Of many tensors, each small: the one that is mixed in place, and at any time a few tensors of the two."""
+    short = {"max_steps": 1, "warmup": 0}
+    changes = {"model": {"options": {"num_hidden_layers": 12, "vocab_size": 300}}, "memorise": short, "unlearn": short}
+    changes |= {"evaluate": {"metrics": ["probability"]}, "output": str(tmp_path / "run")}
+    run(RunConfig.model_validate(merge(tiny_settings, changes)))
+    whole = sum(file.stat().st_size for file in (tmp_path / "run/checkpoint").glob("*.safetensors"))
+    with opened(tmp_path / "run", "uwc", None, "") as pair, Peak(each=25) as peak:
+        Mixtures(pair).at(0.4)
+    assert 0.9 * whole < peak.bytes < 1.4 * whole
 
 
 def test_every_point_is_one_reading_of_what_greedy_decoding_extracts(finished):

@@ -5,9 +5,21 @@ from __future__ import annotations
 import pytest
 import yaml
 
+from pyunlearn.model.load import load_model
 from pyunlearn.recipes import grids, matching, names, read
 from pyunlearn.runs import ConfigError
 from pyunlearn.runs.grid import load_grid, make_cells, make_grid
+from pyunlearn.runs.overrides import load_config
+from pyunlearn.runs.run import run
+from pyunlearn.training.folder import write_model
+
+
+@pytest.fixture(autouse=True)
+def files(tmp_path, monkeypatch):
+    """F and R, where the tests are; M may be a name on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    for name in "FR":
+        (tmp_path / name).write_text('{"question": "q", "answer": "a"}\n')
 
 
 def cells_of(values, overrides=(), **words):
@@ -150,10 +162,108 @@ def test_files_words_and_overrides_that_do_not_fit(tmp_path):
 
 def test_a_long_name_is_cut_and_told_apart_from_others(tmp_path):
     layers = [[f"model.layers.{n}.self_attn.q_proj.weight" for n in range(most)] for most in (12, 13)]
-    cells = cells_of({"axes": {"unlearn.train_only": layers}})
+    grid = {"run": {"model": {"options": {"num_hidden_layers": 13}}}, "axes": {"unlearn.train_only": layers}}
+    cells = cells_of(grid)
     names = [cell.name for cell in cells]
     assert names[0][:150] == names[1][:150]
     assert names[0] != names[1]
-    assert names == [cell.name for cell in cells_of({"axes": {"unlearn.train_only": layers}})]
+    assert names == [cell.name for cell in cells_of(grid)]
     for name in names:
         (tmp_path / f"{name}-seed123456789.txt").touch()
+
+
+MINE = {"model.name_or_path": "org/name", "data.forget": "F", "data.retain": "R"}
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "message"),
+    [
+        ("data.forget", ["F", "forgt.jsonl"], r"forgt\.jsonl, seed 0: data\.forget: no such file: forgt\.jsonl; "
+         r"did you mean forget\.jsonl\?"),
+        ("data.retain", ["R", "nowhere/R.csv"], r"R\.csv, seed 0: data\.retain: .*; the folder nowhere does not exist"),
+        ("data.forget", ["F", "F.xlsx"], r"xlsx, seed 0: data\.forget: F\.xlsx: \.xlsx is not read: save its sheet"),
+        ("data.forget.limit", [1, 0], r"limit-0, seed 0: data\.forget\.limit: needs 1 at least, got 0"),
+        ("data.refusals", ["F", "forget.json"], r"json, seed 0: data\.refusals: .*; did you mean forget\.jsonl\?"),
+        ("evaluate.sets.more", ["F", "./more"], r"more, seed 0: evaluate\.sets\.more: no such file: more"),
+        ("evaluate.embedder", ["org/name", "./modle"], r"modle, seed 0: evaluate\.embedder: no such folder: .* model"),
+        ("model.tokenizer", ["org/name", "./modle"], r"modle, seed 0: model\.tokenizer: no such folder: .* model\?"),
+        ("model.name_or_path", ["org/name", "./modle"], r"modle, seed 0: model\.name_or_path: no such folder: "
+         r"\./modle; did you mean model\?"),
+        ("model.name_or_path", ["gpt2", "F"], r"F, seed 0: model\.name_or_path='F': is a file; needs a folder or a"),
+        ("model.name_or_path", ["gpt2", "model"], r"model, seed 0: model\.name_or_path='model': no config\.json there"),
+        ("model.gguf_file", ["m.gguf", "n.gguf"], r"n\.gguf, seed 0: model\.gguf_file: .*; did you mean m\.gguf\?"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_is_told_before_anything_runs(tmp_path, axis, values, message):
+    (tmp_path / "F").rename(tmp_path / "forget.jsonl")
+    (tmp_path / "F").symlink_to(tmp_path / "forget.jsonl")
+    (tmp_path / "F.xlsx").touch()
+    (tmp_path / "model").mkdir()
+    if axis == "model.gguf_file":
+        pytest.importorskip("gguf")
+        write_gguf(tmp_path / "m.gguf")
+    shared = {key: value for key, value in MINE.items() if not axis.startswith(key)}
+    shared |= {"model.name_or_path": "embedded"} if axis == "model.gguf_file" else {}
+    if axis == "data.forget.limit":
+        shared["data.forget.path"] = "F"
+    with pytest.raises(ConfigError, match=message) as told:
+        cells_of({"axes": {axis: values}}, [f"{key}={value}" for key, value in shared.items()])
+    assert len(str(told.value).splitlines()) == 1  # the other value is none of them
+
+
+def write_gguf(path, **more):
+    """A header alone: three layers, and more as the writer calls it."""
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(3)
+    for name, value in more.items():
+        getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("more", [{"vocab_size": 40}, {"token_list": [f"t{n}" for n in range(40)]}])
+def test_a_gguf_file_tells_its_layers_and_tokens(tmp_path, more):
+    pytest.importorskip("gguf")
+    write_gguf(tmp_path / "m.gguf", **more)
+    words = {"gguf_file": "m.gguf", "forget": "F", "retain": "R"}
+    layers = {"axes": {"unlearn.recipe": "rmu", "unlearn.forget.options.layer": [3, 99]}}
+    with pytest.raises(ConfigError, match=r"^rmu-layer-99, seed 0: unlearn.forget: rmu: layer=99: m.gguf has 3 layers"):
+        cells_of(layers, **words)
+    tops = {"axes": {"unlearn.recipe": "bst", "unlearn.forget.options.k": [40, 41]}}
+    with pytest.raises(ConfigError, match=r"^bst-k-41, seed 0: .* k=41: the vocabulary of m.gguf has 40 tokens$"):
+        cells_of(tops, **words)
+    (tmp_path / "n.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:60])
+    with pytest.raises(ConfigError, match=r"model.gguf_file: .*n.gguf: is damaged or no GGUF file"):
+        cells_of(layers, **words | {"gguf_file": "n.gguf"})
+
+
+@pytest.mark.parametrize("name", ["embedded", "model"])
+def test_parameters_that_the_model_does_not_have(tmp_path, name):
+    write_model(tmp_path / "model", *load_model(texts=["some words"], options={"num_hidden_layers": 2}))
+    axes = {"unlearn.train_only": [[r".*layers\.1\..*"], [r".*layers\.1\..*", "nothing"]]}
+    grid = {"axes": {"model.lora": [None], **axes}}
+    words = {"model": name, "forget": "F", "retain": "R"}
+    with pytest.raises(ConfigError, match=r"nothing, seed 0: unlearn.train_only='nothing': matches no parameter"):
+        cells_of(grid, **words)
+    grid["axes"]["model.lora"] = {}
+    assert len(cells_of(grid, **words)) == 2  # an adapter's names are known when it is there
+
+
+def test_a_run_alone_says_the_same_and_leaves_nothing(tmp_path):
+    with pytest.raises(ConfigError) as told:
+        cells_of({"name": "one", "axes": {"data.retain": "Q.jsonl"}}, model="org/name", forget="F")
+    for error, overrides in (
+        (FileNotFoundError, ["data.retain=Q.jsonl"]),
+        (ValueError, ["unlearn.forget=rmu", "unlearn.forget.options.layer=4", "model.name_or_path=embedded"]),
+    ):
+        config = load_config(None, ["model.name_or_path=org/name", "data.forget=F", "data.retain=R", *overrides])
+        with pytest.raises(error) as alone:
+            run(config)
+        assert not (tmp_path / "runs").exists()
+        if error is FileNotFoundError:
+            assert str(told.value) == f"one, seed 0: {alone.value}"
+        else:
+            assert "layer=4: embedded has 3 layers" in str(alone.value)

@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -330,13 +332,46 @@ def test_on_ray(tmp_path):
         assert evaluated(cell.config.folder) == evaluated(other.config.folder)
 
 
+def test_a_killed_worker_of_ray_leaves_a_run_that_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.chdir(tmp_path)  # of the workers, too
+    grid, out = grid_of(("npo_kl",), run={"unlearn": {"epochs": 12, "save_steps": 1}}), tmp_path / "out"
+    (cell,) = make_cells(grid, out)
+    killed = []
+
+    def kill():
+        until = time.monotonic() + 120
+        while not (cell.config.folder / "training/unlearn/checkpoint-2").is_dir() and time.monotonic() < until:
+            time.sleep(0.02)
+        for place in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                busy = (place / "cmdline").read_bytes().startswith(b"ray::do_in_place")
+                if busy and (place / "cwd").readlink() == tmp_path:
+                    os.kill(int(place.name), signal.SIGKILL)
+                    killed.append(place.name)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = go(grid, out, ray=True)
+    killer.join()
+    assert len(killed) == 1
+    assert "its process died (out of memory, or killed)" in result.failed["npo_kl, seed 0"]
+    kept = cell.config.folder / "memorised/model.safetensors"
+    before = kept.stat().st_mtime_ns
+    assert not go(grid, out).failed
+    assert kept.stat().st_mtime_ns == before
+    run(RunConfig.model_validate({**cell.config.to_dict(), "output": str(tmp_path / "alone")}))
+    assert weights(cell.config.folder) == weights(tmp_path / "alone")
+    assert losses(cell.config.folder, "unlearn") == losses(tmp_path / "alone", "unlearn")
+
+
 def test_torchrun_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="sweep: is one process that starts others; needs no torchrun"):
         go(grid_of(("ga",)), tmp_path / "out")
 
 
-def test_which_runs_begin_alike(tmp_path):
+def test_which_runs_begin_alike(tmp_path, monkeypatch):
     def starts(grid, **words):
         job = Sweep(grid, make_cells(grid, tmp_path, (), words), tmp_path)
         return len({job.start(cell).folder for cell in job.cells})
@@ -345,6 +380,9 @@ def test_which_runs_begin_alike(tmp_path):
     own = make_grid(
         {"run": {"evaluate": ALIKE["evaluate"]}, "axes": {"unlearn.recipe": ["ga", "idk_gd", "po", "npo_kl"]}}
     )
+    monkeypatch.chdir(tmp_path)
+    for name in ("F", "R", "mine.txt"):
+        Path(name).touch()
     assert starts(own, forget="F", retain="R", model="M") == 2  # refusals of our own are texts of the tokenizer's
     assert starts(own, forget="F", retain="R", model="M", refusals="mine.txt") == 1
     assert starts(grid_of(**{"memorise.epochs": [1, 2]})) == 2
