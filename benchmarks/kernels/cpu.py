@@ -39,8 +39,9 @@ def run(folder: Path, match: str, rounds: int, small: bool, threads: int) -> int
     used = versions("cpu", ("torch", "numpy", "pytest-benchmark"))
     used |= {"instruction set": _C.instruction_set(), "compiler": _C.compiler}
     file = folder / "ops.json"
+    of = commit()  # before a stored file goes
     file.unlink(missing_ok=True)  # what is not of these measurements
-    records = Records(file, commit(), used)
+    records = Records(file, of, used)
     for entry in measured:
         records.add(record(entry, bandwidth, records))
     return 0
