@@ -131,8 +131,10 @@ def test_a_sweep_is_planned_run_and_compared(call, tmp_path):
         code, _, error = call("sweep", "grid.yaml", *words)
         assert (code, told in error) == (2, True), error
     assert call("sweep", "grid:uwcc")[0] == 2
-    code, text, _ = call("sweep", "grid.yaml", "--out", "another", "--set", "unlearn.train_only=nothing")
-    assert (code, "failed ga, seed 0: ValueError: " in text) == (1, True)
+    code, _, error = call("sweep", "grid.yaml", "--out", "another", "--set", "unlearn.train_only=nothing")
+    assert (code, "ga, seed 0 and 1 more: unlearn.train_only=" in error) == (2, True), error
+    code, text, _ = call("sweep", "grid.yaml", "--out", "another", "--set", "unlearn.learning_rate=1e30")
+    assert (code, "failed ga, seed 0: " in text) == (1, True)
 
 
 def test_objectives_lists_every_one(call):

@@ -301,8 +301,8 @@ def test_a_damaged_model_of_a_run_is_not_loaded(tiny, tiny_config):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"unlearn": {"forget": [{"name": "rmu", "options": {"layer": 7}}]}}, "layer=7: LlamaForCausalLM has 2 layers"),
-        ({"unlearn": {"retain": [{"name": "rr", "options": {"layer": 3}}]}}, "layer=3: LlamaForCausalLM has 2 layers"),
+        ({"unlearn": {"forget": [{"name": "rmu", "options": {"layer": 7}}]}}, "rmu: layer=7: embedded has 2 layers"),
+        ({"unlearn": {"retain": [{"name": "rr", "options": {"layer": 3}}]}}, "rr: layer=3: embedded has 2 layers"),
         (
             {"geffect": {"groups": {"mine": ["transformer.h.*"]}}},
             r"groups\['mine'\]=.*: matches no trainable parameter",
