@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from ..tiny import arguments, tiny, tiny_config, tiny_settings  # noqa: F401 (fixtures)
+from .calibrated import finished, folder  # noqa: F401 (fixtures)
 
 SMOLLM2 = os.environ.get("PYUNLEARN_SMOLLM2_GGUF", "")
 TOFU = Path(os.environ.get("PYUNLEARN_TOFU", Path(__file__).resolve().parents[3] / "shared" / "data" / "tofu"))
