@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 
 import pyunlearn as pu
+from pyunlearn.ops.memory import empty
 
 from ..measure import can_keep_memory
 from . import peers
 from .cases import BEYOND, FROZEN, MEAN, Case, Impl, Linear, Logits, Product, fused, straight
 
 KEPT = "freed memory kept"  # what is measured so
+WRITE = "one write alone"
 
 
 def ours(backend: str, inplace: bool = False) -> Impl:
@@ -80,6 +82,11 @@ def compile_for(*key: object) -> Callable[..., dict[str, torch.Tensor]]:
     return torch.compile(straight, fullgraph=True, dynamic=False)
 
 
+def write(case: Logits, t: dict) -> list[torch.Tensor]:
+    """What d(logits) out of place takes besides d(logits) in place."""
+    return [empty((case.n, case.v), case.dtype, torch.device("cpu")).fill_(1)]
+
+
 def torch_linear_cross_entropy(case: Linear, t: dict) -> list[torch.Tensor]:
     return list(torch.autograd.grad(F.linear_cross_entropy(t["hidden"], t["weight"], t["targets"]), case.leaves(t)))
 
@@ -109,8 +116,11 @@ def implementations(case: Case) -> dict[str, Impl]:
     else:
         if case.kind.backward:
             impls |= {f"{name} in place": ours(name, inplace=True) for name in names}
-            if case.device == "cpu" and can_keep_memory():
-                impls |= {f"{name}, {KEPT}": ours(name) for name in names}
+            if case.device == "cpu":
+                impls[WRITE] = Impl(write, exact=False, bytes=case.n * case.v * case.dtype.itemsize)
+                if can_keep_memory():
+                    impls |= {f"{name}, {KEPT}": ours(name) for name in names}
+                    impls[f"{WRITE}, {KEPT}"] = impls[WRITE]
         impls |= {"eager": Impl(eager), "compile": Impl(compiled)}
     if case.device != "cpu":
         impls |= {name: Impl(*peer) for name, peer in peers.of(case).items()}

@@ -29,6 +29,7 @@ NOTES = {
     "torch linear_cross_entropy": "the mean NLL",
     "three GEMMs alone": "less: logits, d(hidden) and d(weight) as plain products, no statistics",
     "two GEMMs alone": "less: logits and d(hidden) as plain products, no statistics",
+    "one write alone": "less: as much memory as d(logits), in the pages that ours asks for, filled with ones",
     "randn_like + add_": "less: noise added and never taken off again; in the weights' dtype",
     "MeZO": "torch.normal a parameter, from a seed: added, drawn again and subtracted, which is not exact; in the "
     "weights' dtype",

@@ -90,7 +90,7 @@ def run(part: str, session: Session, chosen: Chosen = Chosen()) -> int:  # noqa:
 
 def measure(session: Session, case: Any, impl: Impl) -> Record:
     """Error, peak memory and time of one case by one implementation; a failure is a result too, with its text."""
-    figures: Record = {}
+    figures: Record = {"bytes": impl.bytes or case.bytes}
     try:
         if impl.exact:
             results = case.sample(impl.run(case, case.fresh()))
@@ -104,7 +104,7 @@ def measure(session: Session, case: Any, impl: Impl) -> Record:
         figures["failed"] = f"{type(error).__name__}: {error}"[:300]
     else:
         if case.op in MEMORY_BOUND:
-            percent = 100 * case.bytes / 1e6 / figures["time_ms"]["median"] / session.copy_gbps
+            percent = 100 * figures["bytes"] / 1e6 / figures["time_ms"]["median"] / session.copy_gbps
             figures["percent_of_copy"] = round(percent, 2)
     finally:
         case.done()

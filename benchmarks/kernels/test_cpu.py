@@ -25,7 +25,7 @@ def label(value: object) -> str:
 
 @pytest.mark.parametrize(("case", "impl"), PAIRS, ids=label)
 def test_case(benchmark, case: Case, impl: str) -> None:  # type: ignore[no-untyped-def]
-    run, _, exact = implementations(case)[impl]
+    run, _, exact, traffic = implementations(case)[impl]
     error = error_of(case.sample(run(case, case.fresh())), case.answer) if exact else None
     t = case.fresh()
     start = time.perf_counter()
@@ -39,5 +39,5 @@ def test_case(benchmark, case: Case, impl: str) -> None:  # type: ignore[no-unty
     case.done()
     benchmark.extra_info.update(
         op=case.op, case=case.name, impl=impl, device="cpu", dtype=str(case.dtype)[6:], N=case.n, V=case.v, H=case.h,
-        bytes=case.bytes, peak_bytes=peak, error_vs_fp64=error, threads=torch.get_num_threads(),
+        bytes=traffic or case.bytes, peak_bytes=peak, error_vs_fp64=error, threads=torch.get_num_threads(),
     )  # fmt: skip

@@ -24,6 +24,7 @@ class Impl(NamedTuple):
     run: Run
     loss: Loss | None = None
     exact: bool = True  # False: its results are not the case's, there is no error to tell
+    bytes: int | None = None  # the least traffic, where it is not the case's
 
 
 class Base:

@@ -12,7 +12,7 @@ from ...results import Record, is_ours
 from ..cases import LINEAR_KINDS, MEMORY_BOUND, NORMS, Linear, Norms
 from ..impls import KEPT
 from ..peers import NOTES
-from ..targets import COPY, CPU_TARGETS, goal, logits_bytes, share_beyond_results
+from ..targets import CPU_TARGETS, goal, logits_bytes, share_beyond_results, with_limits
 
 CASE = ("op", "case", "dtype", "N", "V", "H")
 
@@ -60,7 +60,7 @@ def by_case(records: list[Record]) -> list[str]:
             if t is None:
                 lines.append(f"| {impl} | {failure(r)} |" + " |" * (len(rate) + 4))
                 continue
-            others = times if r["percent_of_copy"] is None else times | {COPY: t["median"] * r["percent_of_copy"] / 100}
+            others = with_limits(times, r)
             goals = [goal(others, impl, *g) for g in CPU_TARGETS.get((case, dtype, impl), []) if g[0] in others]
             if case.endswith("beyond the budget") and is_ours(impl):
                 bound = 8 if impl == "cpu" else 10

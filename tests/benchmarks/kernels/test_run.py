@@ -38,6 +38,8 @@ def test_cpu_part_writes_records_and_table(tmp_path):
         "cpu",
         "cpu in place",
         "cpu, freed memory kept",
+        "one write alone",
+        "one write alone, freed memory kept",
         "three GEMMs alone",
     }
     for r in records:

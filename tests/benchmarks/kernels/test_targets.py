@@ -43,3 +43,15 @@ def test_targets_say_met_missed_or_not_measured():
     assert "0.98x quack |" in verdict("mean NLL from hidden states")
     assert verdict("whole step at 1B >= 1.3x").endswith(" | missed at 1 of 1 |")
     assert verdict("whole step at 1B <= 0.6x").endswith(" | met |")
+
+
+def test_out_of_place_is_held_against_in_place_and_one_write():
+    (other, ratio) = targets.CPU_TARGETS[cases.KL, "float32", "cpu"][0]
+    times = {"cpu": 15.5, "cpu in place": 8.5, "one write alone": 8.0}
+    named = targets.with_limits(times, record("cpu", 15.5, cases.KL))
+    text = targets.goal(named, "cpu", other, ratio)
+    assert text == "at most 1.1x the time of cpu in place and one write alone: 0.94x"
+    slow = {**named, "cpu": 33.0}
+    assert targets.goal(slow, "cpu", other, ratio).endswith(": 2.00x (missed)")
+    without = targets.with_limits({"cpu": 15.5, "cpu in place": 8.5}, record("cpu", 15.5, cases.KL))
+    assert other not in without  # nothing to hold it against
