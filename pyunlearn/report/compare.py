@@ -151,18 +151,19 @@ class Comparison:
 
 
 def as_text(value: Any) -> str:
-    """Of a setting, without what is none or empty in it; a dash for nothing."""
-    return value if isinstance(value, str) else "–" if value is None else json.dumps(bare(value), ensure_ascii=False)
+    """Of a setting, in words, without what is none or empty in it; a dash for nothing.
 
-
-def bare(value: Any) -> Any:
-    """
-    >>> bare([{"name": "npo", "preset": None, "options": {}}])
-    [{'name': 'npo'}]
+    >>> as_text([{"name": "npo", "weight": 0.5, "preset": None, "options": {"beta": 0.1}}, {"name": "gd"}])
+    'npo (weight 0.5, beta 0.1), gd'
     """
     if isinstance(value, Mapping):
-        return {key: bare(own) for key, own in value.items() if own is not None and own != {}}
-    return [bare(own) for own in value] if isinstance(value, list) else value
+        flat = {**value, **(value.get("options") or {}), "options": None}
+        parts = [f"{k} {as_text(v)}" for k, v in flat.items() if k != "name" and v is not None and v != {}]
+        told = f" ({', '.join(parts)})" if "name" in value and parts else ", ".join(parts)
+        return f"{value.get('name', '')}{told}" or "–"
+    if isinstance(value, list):
+        return ", ".join(f"[{as_text(own)}]" if isinstance(own, list) else as_text(own) for own in value) or "none"
+    return value if isinstance(value, str) else "–" if value is None else json.dumps(value)
 
 
 def utility_set(columns: Sequence[tuple[str, str]]) -> str:

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ MOMENTS = ("before", "after", *ANCHORS)
 AGGREGATE = "aggregate"  # in the place of a set's name
 FORGOTTEN = ("probability", "paraphrase_probability", "memorization_accuracy", "extraction_strength")
 KEPT = ("probability", "rouge_l", "memorization_accuracy", "extraction_strength")
+FEWEST = 3  # runs by which metrics can be judged
 NAMES = ("name", "seed")  # of a run's settings: what tells runs of one kind apart
 
 
@@ -225,9 +227,26 @@ def compare(
         write_text(files["table"], as_csv(comparison))
         write_json(files["records"], comparison.as_dict())
         write_text(files["LaTeX"], as_latex(comparison))
-        for what, path in files.items():
-            console.print(f"{what:8}{visible(path)}", soft_wrap=True, markup=False, highlight=False)
+    tell_next(comparison, files, console)
     return comparison
+
+
+def tell_next(comparison: Comparison, files: Mapping[str, Path], console: Console) -> None:
+    groups = comparison.groups
+    runs = [shlex.quote(str(folder)) for group in groups for folder in group.folders]
+    every = " ".join(runs)
+    calibrated = any(key.startswith("calibration.") for group in groups for key in group.settings)
+    ways = []
+    if not files:
+        ways.append(f"pyunlearn compare {every} --out FOLDER   # as a page with figures, CSV, JSON and LaTeX")
+    if len(groups) > 1 and not calibrated:
+        ways.append(f'for run in {every}; do pyunlearn calibrate uwc "$run"; done   # so that all keep as much')
+    if len(runs) >= FEWEST and not calibrated:
+        ways.append(f"pyunlearn reliability {every} --out FOLDER   # which metrics to trust")
+    lines = [f"{what:8}{path}" for what, path in files.items()]
+    if ways:
+        lines += ["", "try next", *(f"  {way}" for way in ways)]
+    console.print("\n" + visible("\n".join(lines).lstrip("\n")), highlight=False, soft_wrap=True, markup=False)
 
 
 def tell(comparison: Comparison, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -182,7 +183,16 @@ def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
             numbers = [effect[key][metric] for key in ("total", "nll") for metric in ("unlearn", "retain")]
             table.add_row(str(row["step"]), *(f"{number:.4g}" for number in numbers))
     print_table(job.console, table)
-    if len(rows) <= 2:
-        job.console.print("only the ends: --set unlearn.keep_steps=N makes pyunlearn run keep models on the way")
-    lines = [f"report  {job.folder.geffect / 'geffect.html'}", f"numbers {result_file(job.folder)}"]
+    totals = [row["geffect"]["total"] for row in rows if "not_finite" not in row["geffect"]]
+    harms = bool(totals) and totals[-1]["retain"] < 0
+    again = f"pyunlearn run {shlex.quote(str(job.folder.config))} --out FOLDER --set unlearn.keep_steps=N"
+    lines = [
+        f"report  {job.folder.geffect / 'geffect.html'}",
+        f"numbers {result_file(job.folder)}",
+        "",
+        "try next",
+        *([f"  {again}   # with models on the way: here are only the ends"] * (len(rows) <= 2)),
+        *(["  pyunlearn recipes   # other methods: at the end a step of this one still costs retained rows"] * harms),
+        f"  pyunlearn compare {shlex.quote(str(job.folder.path))} OTHER_RUN   # what another method forgot and kept",
+    ]
     job.console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

@@ -276,6 +276,10 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     stored = json.loads((tmp_path / "runs/tiny/geffect/geffect.json").read_text())
     assert stored["settings"]["forget_samples"] == 1
     assert "numbers runs/tiny/geffect/geffect.json" in text
+    assert "try next" in text
+    assert "pyunlearn compare runs/tiny OTHER_RUN" in text
+    last = stored["steps"][-1]["geffect"]["total"]["retain"]
+    assert ("still costs retained rows" in text) == (last < 0)
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,9 @@ def test_the_command(finished, tmp_path):
     result = CliRunner().invoke(app, ["compare", *map(str, runs), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "compare.html" in result.output
+    assert "unlearn.forget" in result.output
+    assert "{" not in result.output
+    assert 'do pyunlearn calibrate uwc "$run"; done' in result.output.replace("\n", " ")
     missing = CliRunner().invoke(app, ["compare", str(tmp_path / "nothing")])
     assert missing.exit_code == 2
     assert "RUN: no such folder: " in missing.output
