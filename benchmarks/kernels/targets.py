@@ -204,8 +204,10 @@ def with_limits(times: dict[str, float], record: Record) -> dict[str, float]:
 
 def goal(times: dict[str, float], impl: str, other: str, ratio: float) -> str:
     """The cell of a target on a CPU: what was to be reached, and what was."""
-    got = times[other] / times[impl]
     wanted = f"{ratio:g}x {other}" if ratio >= 1 else f"at most {1 / ratio:g}x the time of {other}"
+    if other not in times:
+        return f"{wanted}: not measured"
+    got = times[other] / times[impl]
     value = f"{got:.2f}x" if ratio >= 1 else f"{1 / got:.2f}x"
     return f"{wanted}: {value}{'' if got >= ratio else ' (missed)'}"
 

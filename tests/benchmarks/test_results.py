@@ -1,5 +1,9 @@
 """Records stand until what they measured changes, and those in the repository say where they come from."""
 
+import re
+
+import pytest
+
 from benchmarks.kernels import report
 from benchmarks.results import RESULTS, Records, is_ours, name_of, read, units
 
@@ -34,3 +38,11 @@ def test_committed_results_say_where_they_come_from():
             assert unit["identity"] == {"versions": r["versions"], **commit}
             assert r["commit"] != "unknown"
             assert {"torch", "python"} <= set(r["versions"])
+
+
+@pytest.mark.parametrize("page", sorted(RESULTS.rglob("ops.md")), ids=lambda page: page.parent.name)
+def test_committed_pages_are_what_their_records_give(page):
+    by_file = {name: read(page.parent / f"{name}.json") for name in report.FILES}
+    text = page.read_text()
+    drawn = re.findall(r"^!\[.*\]\((.*)\)$", text, re.MULTILINE)
+    assert text == "\n".join(report.markdown(by_file, drawn)) + "\n"
