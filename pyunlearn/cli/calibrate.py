@@ -40,7 +40,7 @@ def uwc(
     ] = 0.95,
     on: Annotated[
         str | None,
-        typer.Option(help="Whose: holdout or retain rows.", show_default="holdout, where there are 10 rows"),
+        typer.Option(help="Whose: holdout or retain rows.", show_default="those of the verdict"),
     ] = None,
     points: Annotated[int, typer.Option(help="Steps of the grid from 0 to 1; all of them are measured.")] = 10,
     tolerance: Annotated[float, typer.Option(help="How near a is found, between two of them.")] = 0.01,

@@ -9,8 +9,25 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 MOST_EXACT = 10_000  # samples for which scipy's `ks_2samp` is exact
-FEW = 10  # samples, below which the test of forget quality can hardly tell anything apart
+FEW = 10  # samples, below which a mean says little, and the test of forget quality hardly tells anything apart
 SHARE_TOLERANCE = 1e-12  # of a harmonic mean's terms below 0, by rounding
+
+
+def utility_set(rows: Mapping[str, int]) -> str | None:
+    """The set whose answers have to stay, of those that there are; None where neither `holdout` nor `retain` is.
+
+    rows: how many each set has.
+
+    Rows held out, since those that the unlearning rehearses flatter it; but the retain rows where fewer than FEW are
+    held out and FEW or more retained, as chance in a few answers is the greater error then. Where both are few the size
+    decides nothing, and rows held out are the ones that do not flatter.
+
+    >>> utility_set({"forget": 6, "holdout": 6, "retain": 54}), utility_set({"forget": 6, "holdout": 3, "retain": 8})
+    ('retain', 'holdout')
+    """
+    if rows.get("holdout", FEW) < FEW <= rows.get("retain", 0):
+        return "retain"
+    return next((name for name in ("holdout", "retain") if name in rows), None)
 
 
 def mean(values: Iterable[float]) -> float:

@@ -15,6 +15,7 @@ import matplotlib
 from markupsafe import Markup
 from scipy.stats import t as student
 
+from ..metrics.utility import FEW, utility_set
 from .figures import STYLE, as_label, new_figure, render, to_panels
 
 # told apart by shape and dash first, by hue second
@@ -87,14 +88,19 @@ class Group:
 @dataclass(frozen=True)
 class Comparison:
     """groups, in the order the runs were named; columns: (set, metric) that any run has; differences: key -> the
-    value of each group, of settings that differ; note: what the aggregates among the columns are made of; few: how many
-    rows the drawn sets have in the runs that have the fewest, where a mean of so few says little."""
+    value of each group, of settings that differ; rows: how many each set has, in the run that has the fewest, by which
+    `utility` is chosen; note: what the aggregates among the columns are made of."""
 
     groups: list[Group]
     columns: list[Column]
     differences: dict[str, list[Any]]
+    rows: dict[str, int]
     note: str = ""
-    few: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def utility(self) -> str:
+        """The set that is told and drawn as what had to stay; `retain` where the runs have none."""
+        return utility_set(self.rows) or "retain"
 
     def before(self, column: Column) -> str:
         """As the first group has it that has it at all."""
@@ -111,16 +117,19 @@ class Comparison:
     def notes(self) -> list[str]:
         """What has to be known to read table and figure."""
         keys = [key for key in self.differences if key.startswith("data.") and key not in NO_OTHER_SAMPLES]
-        utility = utility_set(self.columns)
         undrawn = [
             f"{group.name} (no {METRIC} of {' and '.join(without)})"
             for group in self.groups
-            if (without := [name for name in ("forget", utility) if group.mean((name, METRIC)) is None])
+            if (without := [name for name in ("forget", self.utility) if group.mean((name, METRIC)) is None])
         ]
-        few = ", ".join(f"{name} {count}" for name, count in self.few.items())
+        drawn = {name: self.rows.get(name, 0) for name in ("forget", self.utility)}
+        few = ", ".join(f"{name} {count}" for name, count in drawn.items() if 0 < count < FEW)
+        held = self.rows.get("holdout", 0) if self.utility == "retain" else 0
+        seen = f"what was kept is told of retain rows, which the unlearning itself may rehearse: {held} were held out"
         alike = not any(self.differ_before(column) for column in self.columns)
         return [
             *([self.note] if self.note else []),
+            *([f"{seen}, too few to tell much"] if held else []),
             *([f"few rows ({few}): their means tell little, with any number of seeds"] if few else []),
             *([] if alike else ["the runs did not begin alike: “before” is the first one's"]),
             *([f"not the same samples: the runs differ in {', '.join(keys)}"] if keys else []),
@@ -164,11 +173,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(f"[{as_text(own)}]" if isinstance(own, list) else as_text(own) for own in value) or "none"
     return value if isinstance(value, str) else "–" if value is None else json.dumps(value)
-
-
-def utility_set(columns: Sequence[tuple[str, str]]) -> str:
-    """Of which the right answers should stay: held-out rows where the runs have some, else the trained ones."""
-    return "holdout" if ("holdout", METRIC) in columns else "retain"
 
 
 def way_of(steps: Mapping[int, Mapping[str, Mapping[str, float]]], utility: str) -> dict[int, tuple[float, float]]:
@@ -230,7 +234,7 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
 
 def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
     """The page. links: from the page to each run's report, by the run's folder."""
-    utility = utility_set(comparison.columns)
+    utility = comparison.utility
     drawn = any(group.mean((utility, METRIC)) is not None for group in comparison.groups)
     with matplotlib.rc_context(STYLE):
         svg = trade_figure(comparison.groups, utility) if drawn else None

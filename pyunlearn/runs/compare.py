@@ -19,13 +19,13 @@ from rich.table import Table
 
 from .._files import check_writable, write_json, write_text
 from .._terminal import print_table, shown, visible
-from ..metrics.utility import harmonic_mean
-from ..report.compare import LEVEL, METRIC, Column, Comparison, Group, as_text, render_comparison, utility_set
+from ..metrics.utility import harmonic_mean, utility_set
+from ..report.compare import LEVEL, Column, Comparison, Group, as_text, render_comparison
 from .anchors import ANCHORS
 from .evaluate import read_summaries
 from .folder import RunFolder, compared
 from .run import load_result
-from .verdict import FEW
+from .table import rows_of_sets
 
 FILES = {"page": "compare.html", "table": "compare.csv", "records": "compare.json", "LaTeX": "compare.tex"}
 MOMENTS = ("before", "after", *ANCHORS)
@@ -62,29 +62,42 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
             raise ValueError(f"{RunFolder(path).config}: is damaged, it has no {' and no '.join(missing)}")
         kind = {key: value for key, value in settings[path].items() if key not in NAMES}
         kinds.setdefault(json.dumps(kind, sort_keys=True), []).append(path)
-    made, note = aggregates(tables)
-    for path, rows in made.items():
-        tables[path] = [*tables[path], *rows]
+    rows = fewest_rows(tables)
+    made, note = aggregates(tables, utility_set(rows))
+    for path, lines in made.items():
+        tables[path] = [*tables[path], *lines]
     groups = told_apart([make_group(members, settings, tables, verdicts) for members in kinds.values()])
     columns = list(dict.fromkeys(column for group in groups for column in group.values))
     keys = dict.fromkeys(key for group in groups for key in group.settings)
     values = {key: [group.settings.get(key) for group in groups] for key in keys}
     differences = {key: own for key, own in values.items() if any(value != own[0] for value in own)}
-    return Comparison(groups, columns, differences, note, few_rows(tables, columns))
+    return Comparison(groups, columns, differences, rows, note)
 
 
-def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, list[dict[str, Any]]], str]:
+def fewest_rows(tables: Mapping[Path, list[dict[str, Any]]]) -> dict[str, int]:
+    """How many rows each set has in the run that has the fewest: of sets that all runs have or, where none of these has
+    to stay, of all sets."""
+    counts: dict[str, list[int]] = {}
+    for table in tables.values():
+        for name, own in rows_of_sets(table).items():
+            counts.setdefault(name, []).append(own)
+    shared = {name: min(own) for name, own in counts.items() if len(own) == len(tables)}
+    return shared if utility_set(shared) else {name: min(own) for name, own in counts.items()}
+
+
+def aggregates(
+    tables: Mapping[Path, list[dict[str, Any]]], kept_of: str | None
+) -> tuple[dict[Path, list[dict[str, Any]]], str]:
     """Rows of one number each for forgetting, keeping and both, of the metrics that all of the runs have; and of which.
 
-    forgotten: harmonic mean of 1 - each of FORGOTTEN on the forget set; kept: of KEPT on the rows held out, or else on
-    the retain set, and of the forget set's fluency; both: of these two. As Mem, Util and Agg of Dorna et al. (2025) are
-    made, which have other metrics and sets. No row where the runs share none of either.
+    forgotten: harmonic mean of 1 - each of FORGOTTEN on the forget set; kept: of KEPT on the set `kept_of`, and of the
+    forget set's fluency; both: of these two. As Mem, Util and Agg of Dorna et al. (2025) are made, which have other
+    metrics and sets. No row where the runs share none of either.
     """
     own = {path: {(row["set"], row["metric"]): row for row in rows} for path, rows in tables.items()}
     shared = set.intersection(*(set(rows) for rows in own.values()))
-    kept_of = utility_set(list(shared))
     forgotten = [column for name in FORGOTTEN if (column := ("forget", name)) in shared]
-    kept = [column for column in [*((kept_of, name) for name in KEPT), ("forget", "fluency")] if column in shared]
+    kept = [column for column in [*((str(kept_of), name) for name in KEPT), ("forget", "fluency")] if column in shared]
     if not forgotten or not any(name == kept_of for name, _ in kept):
         return {}, ""
     made = {}
@@ -102,17 +115,6 @@ def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, 
         f"{AGGREGATE}: forgotten is the harmonic mean of 1 - each of {of_forgotten}; kept that of {of_kept}; both that "
         "of these two"
     )
-
-
-def few_rows(tables: Mapping[Path, list[dict[str, Any]]], columns: Sequence[Column]) -> dict[str, int]:
-    """Of the sets that are drawn: how many rows they have at the least, where that is fewer than FEW."""
-    drawn = ("forget", utility_set(columns))
-    counts = {
-        name: [row["samples"] for rows in tables.values() for row in rows
-               if (row["set"], row["metric"]) == (name, METRIC) and isinstance(row.get("samples"), int)]
-        for name in drawn
-    }  # fmt: skip
-    return {name: min(of) for name, of in counts.items() if of and 0 < min(of) < FEW}
 
 
 def share(value: Any) -> float:

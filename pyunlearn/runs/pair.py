@@ -30,7 +30,7 @@ from .._terminal import print_table, shown, visible
 from ..calibration import Tensors, write_tensors
 from ..data import QA
 from ..metrics import EvaluationResult, Kept
-from ..metrics.utility import mean
+from ..metrics.utility import FEW, mean, utility_set
 from ..model.combined import find_combined
 from ..model.lora import find_adapter
 from ..store import Store
@@ -46,7 +46,7 @@ from .run import load_result
 from .sections import ModelConfig
 from .table import make_table, table_markdown, with_interval
 from .tools import load_tools
-from .verdict import FEW, check_goals, reach_verdict
+from .verdict import check_goals, reach_verdict
 
 METRICS = ("probability", "memorization_accuracy", "extraction_strength")  # of one teacher-forced pass
 COLUMNS = ("before", "unlearned", "calibrated")
@@ -132,19 +132,17 @@ class Pair:
         return model, tokenizer, before, after
 
     def kept_set(self, asked: str | None) -> str:
-        """Whose answers have to stay: as asked; or the rows held out, which no training flatters, where they are not
-        fewer than FEW; or the larger set.
+        """Whose answers have to stay: as asked, or as `metrics.utility.utility_set` says.
 
         Raises ValueError for a run without rows to retain, or a set of it that there is not.
         """
         rows = {name: len(items) for name, items in self.sets().items()}
-        known = [name for name in ("holdout", "retain") if name in rows]
-        if not known:
+        if (own := utility_set(rows)) is None:
             raise ValueError(f"{self.job.folder.path}: has no rows to retain, by which a model could be calibrated")
+        known = [name for name in ("holdout", "retain") if name in rows]
         if asked is not None and asked not in known:
             raise ValueError(f"--on={asked}: the run has no such rows; needs one of {', '.join(known)}")
-        largest = max(known, key=rows.__getitem__)
-        return asked or ("holdout" if rows.get("holdout", 0) >= FEW else largest)
+        return asked or own
 
     def sets(self) -> dict[str, list[QA]]:
         return self.job.data.evaluated(self.job.config.evaluate.retain_limit)

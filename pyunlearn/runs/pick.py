@@ -9,23 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from .._files import write_folder
+from ..metrics.utility import utility_set
 from .evaluate_config import PickConfig
-from .verdict import Summaries, utility_set
+from .table import Summaries
 
 
 def pick_step(
-    before: Summaries, on_the_way: Mapping[int, Summaries], settings: PickConfig, rows: Mapping[str, int] | None = None
+    before: Summaries, on_the_way: Mapping[int, Summaries], settings: PickConfig, rows: Mapping[str, int]
 ) -> dict[str, Any]:
     """Of the steps that keep their share of `before` on rows to retain, the one where the least is left of the forget
     set; where none keeps it, the one that keeps the most; of equal ones the first.
 
-    rows: how many each set has; what is to stay is measured as for the verdict (`utility_set`). {"step", "reached":
+    rows: how many each set has, by which `metrics.utility.utility_set` says what is to stay. {"step", "reached":
     whether it keeps its share, "by", "kept", "set": of the rows to retain, "before" and "steps": {"forget", "retain"}
     before and by step; the last is among them}.
 
     Raises ValueError where nothing was measured by that.
     """
-    kept_on = utility_set(before, rows)
+    kept_on = utility_set(rows)
     if kept_on is None:
         raise ValueError("evaluate.pick: needs rows to retain: set data.retain=FILE, or evaluate.pick=null")
     curve = {

@@ -29,6 +29,7 @@ from rich.table import Table
 
 from .._files import read_json, write_file, write_folder, write_json, write_text
 from .._terminal import print_table, shown, visible
+from ..metrics.utility import utility_set
 from ..model.load import EMBEDDED
 from ..report.compare import Comparison
 from ..store import differences, digest_json, own
@@ -40,7 +41,7 @@ from .folder import LOCK, MARK, RunFolder, compared, config_text, with_defaults
 from .grid import Cell, Grid
 from .lock import held
 from .run import prepare, run, unmeasured
-from .verdict import utility_set
+from .table import rows_of_sets
 from .workers import FAILED, FINISHED, STOPPED, Here, Outcome, Processes, Ray, Task, Workers
 
 FORMAT = "pyunlearn-sweep-1"
@@ -310,7 +311,7 @@ def tell_ended(job: Sweep, cell: Cell, outcome: Outcome, console: Console) -> No
         return
     file.unlink(missing_ok=True)
     values = {(line["set"], line["metric"]): line for line in outcome.value}
-    kept = utility_set({name: {} for name, _ in values})
+    kept = utility_set(rows_of_sets(outcome.value))
     wanted = [("forget", "probability")] + ([] if kept is None else [(kept, "probability")])
     told = [f"{name} probability {values[name, metric]['before']:.3f} -> {values[name, metric]['after']:.3f}"
             for name, metric in wanted if (name, metric) in values]  # fmt: skip
@@ -345,8 +346,7 @@ def finish(job: Sweep, console: Console) -> SweepResult:
 
 def summary(comparison: Comparison) -> Table:
     """A line a method, as a grid has many: what a screen has room for; intervals over samples are in the page."""
-    utility = "holdout" if ("holdout", "probability") in comparison.columns else "retain"
-    wanted = [(AGGREGATE, "both"), *MEASURED, (utility, "probability"), (utility, "rouge_l")]
+    wanted = [(AGGREGATE, "both"), *MEASURED, *((comparison.utility, metric) for metric in ("probability", "rouge_l"))]
     columns = [column for column in wanted if column in comparison.columns]
     title = "after unlearning; ± half of the 95 % interval of the mean over seeds (Student's t): wide with few of them"
     table = Table("method", "seeds", "verdict", title=title, title_justify="left", collapse_padding=True)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..metrics import Interval, difference_interval, mean_interval
+from ..metrics.utility import FEW
 from .evaluate_config import ANCHORS
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
@@ -37,6 +38,18 @@ def make_table(moments: Mapping[str, Summaries], records: Mapping[str, Records])
             ordered = {column: values[column] for column in COLUMNS if column in values}
             told = {"interval": bounds(change), "intervals": intervals, "samples": change.num_samples}
             rows.append({"set": name, "metric": metric, **ordered, **told})
+    return rows
+
+
+def rows_of_sets(table: Sequence[Row]) -> dict[str, int]:
+    """How many rows each set has: the samples of the metric that has the most, since some are of the first few alone.
+
+    Enough of them where a table does not tell.
+    """
+    rows: dict[str, int] = {}
+    for row in table:
+        samples = row.get("samples")
+        rows[row["set"]] = max(rows.get(row["set"], 0), samples if isinstance(samples, int) else FEW)
     return rows
 
 

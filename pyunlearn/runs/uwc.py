@@ -88,8 +88,8 @@ def calibrate_uwc(
     """The mixture of a finished run's models before and after with the most unlearning whose extraction strength on
     what should stay is `target` of the model's before, written into the run's folder uwc/ (see `pair`).
 
-    on: "retain", or "holdout", rows that the unlearning has not seen: by default these, where there are 10. points,
-    tolerance: of `search`. What has been measured is kept, for another target too.
+    on: "retain", or "holdout", rows that the unlearning has not seen: by default those that the run's verdict is told
+    of. points, tolerance: of `search`. What has been measured is kept, for another target too.
 
     Raises what `search`, `pair.opened` and `Pair.kept_set` raise.
     """

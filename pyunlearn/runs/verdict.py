@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..metrics.utility import FEW, utility_set
 from .evaluate_config import GoalConfig
 
 Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
@@ -25,7 +26,6 @@ UNMEASURED = {  # goal -> why it is none
     "words": "rouge_l is not among the metrics, so what the model writes was not read",
     "fluency": "fluency is not among the metrics, so it may have lost its language",
 }
-FEW = 10  # rows, on which a mean says little
 ADVICE = {
     NOTHING: "choose a model that knows the forget set, or have it learn that first",
     KNOWS: "a higher learning rate, or more steps",
@@ -51,29 +51,17 @@ class Verdict:
         return asdict(self)
 
 
-def utility_set(means: Summaries, rows: Mapping[str, int] | None = None) -> str | None:
-    """Whose answers have to stay: rows held out, where there are any, since those that were trained on flatter; the
-    retain rows where fewer than FEW are held out and more than that retained; None where there are none to retain."""
-    counts = rows or {}
-    if counts.get("holdout", FEW) < FEW <= counts.get("retain", 0) and "retain" in means:
-        return "retain"
-    return next((name for name in ("holdout", "retain") if name in means), None)
-
-
-def check_goals(
-    before: Summaries, after: Summaries, goal: GoalConfig, rows: Mapping[str, int] | None = None
-) -> list[dict[str, Any]]:
+def check_goals(before: Summaries, after: Summaries, goal: GoalConfig, rows: Mapping[str, int]) -> list[dict[str, Any]]:
     """What the run had to reach: {"name", "text", "value", "met"} for each goal that was measured.
 
-    rows: how many each set has; the text tells where they are fewer than FEW.
+    rows: how many each set has, by which `metrics.utility.utility_set` says what has to stay; the text tells where they
+    are fewer than FEW.
     """
     forget_before, forget = before["forget"]["probability"], after["forget"]["probability"]
     limit = goal.forget_probability_below
     nothing = f"; {NOTHING}" if forget_before < limit else ""
     few = {
-        name: f"; of {n} row{'s' if n > 1 else ''} only, too few to tell much"
-        for name, n in (rows or {}).items()
-        if n < FEW
+        name: f"; of {n} row{'s' if n > 1 else ''} only, too few to tell much" for name, n in rows.items() if n < FEW
     }
     goals: list[dict[str, Any]] = [
         {
@@ -84,7 +72,7 @@ def check_goals(
             "met": forget < limit <= forget_before,
         },
     ]
-    if (kept := utility_set(before, rows)) is not None:
+    if (kept := utility_set({name: n for name, n in rows.items() if name in before})) is not None:
         retain_before, retain = before[kept]["probability"], after[kept]["probability"]
         share = retain / max(retain_before, 1e-12)
         rehearsed = "retain probability, of rows that the unlearning itself may rehearse,"

@@ -79,7 +79,7 @@ def run_page(counts: dict[str, int] | None = None) -> str:
     records = make_records(counts or {"forget": 6, "retain": 70})
     moments = {moment: means_of(of_moment) for moment, of_moment in records.items()}
     goal = GoalConfig()
-    goals = check_goals(moments["before"], moments["after"], goal)
+    goals = check_goals(moments["before"], moments["after"], goal, counts or {"forget": 6, "retain": 70})
     return render_report(
         config={
             "name": "made-up",
@@ -173,7 +173,7 @@ def compare_page(more: int = 0) -> str:
     groups += [group(f"method-{i}", i / more, [0]) for i in range(more)]
     columns = list(groups[0].values)
     terms = [[{"name": "npo", "beta": 0.1}], *([{"name": "ga"}] for _ in groups[1:])]
-    comparison = Comparison(groups, columns, {"unlearn.forget": terms})
+    comparison = Comparison(groups, columns, {"unlearn.forget": terms}, {"forget": 20, "retain": 20})
     return render_comparison(comparison, {str(f): f"{f}/report.html" for g in groups for f in g.folders})
 
 

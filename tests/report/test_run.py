@@ -115,7 +115,7 @@ def test_what_a_model_or_a_file_says_is_escaped():
         config=config,
         config_text="a: <i>",
         table=make_table({"before": BEFORE, "after": AFTER}, {"before": records, "after": records}),
-        goals=(goals := check_goals(BEFORE, AFTER, GoalConfig())),
+        goals=(goals := check_goals(BEFORE, AFTER, GoalConfig(), {"forget": 1, "retain": 1})),
         verdict=reach_verdict(BEFORE, GoalConfig(), goals).as_dict(),
         made={"command": "pyunlearn run --set name='<b>bold</b>'"},
         metrics=metrics,

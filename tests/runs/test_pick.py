@@ -24,6 +24,7 @@ from pyunlearn.runs.run import run
 from .test_written_runs import KILLED, same
 
 METRIC = "extraction_strength"
+ROWS = {"forget": 20, "retain": 20}
 PICKING = {
     "unlearn": {"batch_size": 1, "learning_rate": 2e-3, "forget": "ga", "retain": [], "keep_steps": 2},
     "evaluate": {"every": 2, "rouge_samples": 1, "pick": {"by": "probability", "kept": 0.83}},
@@ -54,7 +55,7 @@ CURVE = {2: means(0.6, 0.95), 4: means(0.3, 0.9), 6: means(0.1, 0.89), 8: means(
     ],
 )
 def test_the_step_that_forgets_most_of_those_that_keep(before, curve, kept, step, reached):
-    picked = pick_step(before, curve, PickConfig(kept=kept))
+    picked = pick_step(before, curve, PickConfig(kept=kept), dict.fromkeys(before, 20))
     assert (picked["step"], picked["reached"]) == (step, reached)
     assert picked["set"] == ("holdout" if "holdout" in before else "retain")
 
@@ -67,7 +68,7 @@ def test_few_rows_held_out_decide_nothing():
         "step 4 of 2, 4: it forgets most of those that keep 90% of extraction strength; forget 0.900 -> 0.300, retain "
         "rows, which the unlearning itself may rehearse, 1.000 -> 1.000 (100.0%)"
     )
-    missed = pick_step(means(0.9, 1.0, 1.0), curve, PickConfig(kept=0.95))
+    missed = pick_step(means(0.9, 1.0, 1.0), curve, PickConfig(kept=0.95), {"holdout": 10, "retain": 10})
     assert told_pick(missed) == (
         "step 2 of 2, 4: it keeps the most, none keeps 95% of extraction strength; forget 0.900 -> 0.600, held-out "
         "rows 1.000 -> 0.900 (90.0%)"
@@ -76,11 +77,11 @@ def test_few_rows_held_out_decide_nothing():
 
 def test_there_is_nothing_to_pick_by():
     with pytest.raises(ValueError, match=r"evaluate\.pick: extraction_strength has no finite mean to pick a step by"):
-        pick_step(means(0.9, 1.0), {2: means(None, 1.0)}, PickConfig())
+        pick_step(means(0.9, 1.0), {2: means(None, 1.0)}, PickConfig(), ROWS)
     with pytest.raises(ValueError, match=r"evaluate\.pick: extraction_strength has no finite mean to pick a step by"):
-        pick_step(means(0.9, None), CURVE, PickConfig())
+        pick_step(means(0.9, None), CURVE, PickConfig(), ROWS)
     with pytest.raises(ValueError, match=r"evaluate\.pick: needs rows to retain"):
-        pick_step({"forget": {METRIC: 0.9}}, CURVE, PickConfig())
+        pick_step({"forget": {METRIC: 0.9}}, CURVE, PickConfig(), {"forget": 20})
 
 
 def weights(path):

@@ -23,6 +23,9 @@ BEFORE = {
     "retain": {"probability": 0.8, "rouge_l": 0.9, "fluency": 1.0},
 }
 
+ROWS = {"forget": 20, "retain": 20}
+HELD = {**ROWS, "holdout": 20}
+
 
 def after(forget=0.05, recall=0.1, fluency=1.0, retain=0.79, **sets):
     return {
@@ -32,9 +35,8 @@ def after(forget=0.05, recall=0.1, fluency=1.0, retain=0.79, **sets):
     }
 
 
-def verdict(means, before=BEFORE, **goal):
-    goals = check_goals(before, means, GoalConfig(**goal))
-    return reach_verdict(before, GoalConfig(**goal), goals)
+def verdict(means, before=BEFORE, rows=ROWS):
+    return reach_verdict(before, GoalConfig(), check_goals(before, means, GoalConfig(), rows))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_the_gravest_wrong_decides(means, name, numbers):
 def test_nothing_to_forget_is_not_forgetting():
     before = {**BEFORE, "forget": {**BEFORE["forget"], "probability": 0.05}}
     assert verdict(after(), before).name == NOTHING
-    assert not check_goals(before, after(), GoalConfig())[0]["met"]
+    assert not check_goals(before, after(), GoalConfig(), ROWS)[0]["met"]
 
 
 def test_what_was_not_measured_is_not_claimed():
@@ -69,17 +71,17 @@ def test_what_was_not_measured_is_not_claimed():
     assert (reached.name, reached.clean) == (UNSURE, False)
     assert reached.reason.startswith("rouge_l is not among the metrics, ")
     assert "; fluency is not among the metrics, " in reached.reason
-    assert [goal["name"] for goal in check_goals(before, then, GoalConfig())] == ["forget", "retain"]
+    assert [goal["name"] for goal in check_goals(before, then, GoalConfig(), ROWS)] == ["forget", "retain"]
 
 
 def test_goals_have_their_numbers():
-    forget, retain, words, fluency = check_goals(BEFORE, after(retain=0.7, fluency=0.75), GoalConfig())
+    forget, retain, words, fluency = check_goals(BEFORE, after(retain=0.7, fluency=0.75), GoalConfig(), ROWS)
     assert forget["text"] == "forget probability 0.900 -> 0.050, wanted below 0.1"
     assert [goal["met"] for goal in (forget, retain, words, fluency)] == [True, False, True, False]
     assert retain["value"] == pytest.approx(0.875)
     assert "87.5% of before, wanted at least 90%" in retain["text"]
     goals = check_goals(
-        BEFORE, after(retain=0.7, fluency=0.75), GoalConfig(retain_probability_kept=0.8, fluent_share=0.7)
+        BEFORE, after(retain=0.7, fluency=0.75), GoalConfig(retain_probability_kept=0.8, fluent_share=0.7), ROWS
     )
     assert all(goal["met"] for goal in goals)
 
@@ -93,15 +95,15 @@ def test_few_rows_are_told():
 def test_held_out_rows_decide_where_there_are_any():
     before = {**BEFORE, "holdout": {"probability": 0.6, "rouge_l": 0.9, "fluency": 1.0}}
     then = after(retain=0.1, holdout={"probability": 0.57, "rouge_l": 0.9, "fluency": 1.0})
-    retain = check_goals(before, then, GoalConfig())[1]
+    retain = check_goals(before, then, GoalConfig(), HELD)[1]
     assert retain["met"]
     assert retain["text"].startswith("retain probability of held-out rows 0.600 -> 0.570, 95.0% of before, wanted")
-    assert verdict(then, before).clean
+    assert verdict(then, before, HELD).clean
 
 
 def test_rows_that_may_be_rehearsed_say_so():
     def text(**sets):
-        return check_goals({**BEFORE, **sets}, after(**sets), GoalConfig())[1]["text"]
+        return check_goals({**BEFORE, **sets}, after(**sets), GoalConfig(), HELD)[1]["text"]
 
     assert text().startswith("retain probability, of rows that the unlearning itself may rehearse, 0.800 -> 0.790")
     assert text(holdout=BEFORE["retain"]).startswith("retain probability of held-out rows 0.800 -> 0.800")
