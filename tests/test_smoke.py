@@ -126,7 +126,7 @@ def test_run_score_and_geffect(tmp_path, monkeypatch):
     for command in (
         "run tiny.yaml",
         "score tiny.yaml --num-draws 2 --out scores.jsonl",
-        "geffect --run runs/tiny",
+        "geffect runs/tiny",
     ):
         outcome = CliRunner().invoke(app, command.split())
         if outcome.exception is not None and not isinstance(outcome.exception, SystemExit):

@@ -27,11 +27,9 @@ EXAMPLES = """[bold]Examples[/bold]
 
 
 def geffect(
-    source: Annotated[
-        Path | None,
-        typer.Argument(help="Folder of a run, see unlearn.keep_steps.", show_default=False, metavar="DIR"),
-    ] = None,
-    run: Annotated[Path | None, typer.Option("--run", help="The same.", show_default=False, metavar="DIR")] = None,
+    run: Annotated[
+        Path, typer.Argument(help="Folder of a run, see unlearn.keep_steps.", show_default=False, metavar="RUN")
+    ],
     forget_samples: Annotated[
         int | None, typer.Option(min=1, help="Drawn once, by the run's seed.", show_default="the run's, or 32")
     ] = None,
@@ -45,7 +43,7 @@ def geffect(
     overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the gradient effect (G-effect) along a run, from its saved models; writes DIR/geffect.
+    """Measure the gradient effect (G-effect) along a run, from its saved models; writes RUN/geffect.
 
     The G-effect of an objective on a metric is the dot product of their gradients: a step of size lr down the objective
     changes the metric by -lr times it. Unlearning (negative log-likelihood of the forget set) wants it far below 0,
@@ -55,13 +53,10 @@ def geffect(
     with clean_errors(debug):
         from ..runs.geffect import measure_run
 
-        if (source is None) == (run is None):
-            raise ValueError("needs the folder of a run: pyunlearn geffect runs/demo")
-
         changes = {"forget_samples": forget_samples, "retain_samples": retain_samples, "batch_size": batch_size,
                    "pointwise": pointwise}  # fmt: skip
         measure_run(
-            Path(source or run or ""),
+            run,
             overwrite=overwrite,
             console=make_console(),
             command=command_line(),

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .._terminal import make_console, visible
-from .shared import Columns, Debug, Forget, GgufFile, Model, Prompt, Recipe, Retain, Set, clean_errors
+from .shared import Columns, Debug, Forget, GgufFile, Lora, Model, Prompt, Recipe, Refusals, Retain, Set, clean_errors
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -26,8 +26,8 @@ def init(
     forget: Forget = None,
     retain: Retain = None,
     recipe: Recipe = None,
-    lora: Annotated[bool, typer.Option("--lora", help="Train a small adapter in the model's place.")] = False,
-    refusals: Annotated[Path | None, typer.Option(help="A text file, one refusal a line.", show_default=False)] = None,
+    lora: Lora = False,
+    refusals: Refusals = None,
     columns: Columns = None,
     prompt: Prompt = None,
     gguf_file: GgufFile = None,

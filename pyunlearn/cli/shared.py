@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, TypeVar
 
 import typer
@@ -43,6 +44,10 @@ Data = Annotated[
 Forget = Annotated[str | None, typer.Option(help="What to forget: a file, or Hub id of a data set.")]
 Retain = Annotated[str | None, typer.Option(help="What to keep, in the same form; none: nothing keeps it in place.")]
 Recipe = Annotated[str | None, typer.Option(help="A method by name, see `pyunlearn recipes`; also npo+mrd.")]
+Lora = Annotated[bool, typer.Option("--lora", help="Train a small adapter in the model's place.")]
+Refusals = Annotated[
+    Path | None, typer.Option(help="A text file, one refusal a line, for idk, dpo and ap.", show_default=False)
+]
 Name = Annotated[str | None, typer.Option(help="Configuration name of a Hub data set, or of a file in a folder.")]
 Columns = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .._terminal import make_console, print_table
-from .shared import Debug, Forget, GgufFile, Model, Prompt, Retain, Set, Tokenizer, clean_errors, command_line
+from .shared import Debug, Forget, GgufFile, Model, Prompt, Refusals, Retain, Set, Tokenizer, clean_errors, command_line
 
 EXAMPLES = """[bold]Examples[/bold]
 
@@ -42,9 +42,7 @@ def sweep(
     model: Model[str | None] = None,
     forget: Forget = None,
     retain: Retain = None,
-    refusals: Annotated[
-        Path | None, typer.Option(help="A text file, one refusal a line, for idk, dpo and ap.", show_default=False)
-    ] = None,
+    refusals: Refusals = None,
     prompt: Prompt = None,
     gguf_file: GgufFile = None,
     tokenizer: Tokenizer = None,

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .._files import write_json, write_text
+from .._hints import path_hint
 from .._terminal import print_table, shown, visible
 from ..report.figures import as_file, to_svg
 from ..report.geffect import figures, render_geffect
@@ -60,7 +61,7 @@ def measure_run(
     config = run_config(Path(path))
     if not config.has_retain:
         raise ValueError(
-            f"--run {path}: has no rows to retain; the G-effect is measured on what is forgotten and what is retained"
+            f"RUN={str(path)!r}: has no rows to retain; the G-effect is of what is forgotten and what is retained"
         )
     probing = GEffectConfig.model_validate((config.geffect or GEffectConfig()).model_dump() | changes)
     changed: dict[str, Any] = {"output": str(path), "model": config.model.model_copy(update={"quantize": None})}
@@ -76,7 +77,7 @@ def measure_run(
         if overwrite and belongs(place, FORMAT):
             shutil.rmtree(place, ignore_errors=True)
         try:
-            store = Store(place, {"format": FORMAT, "settings": compared(probing)}, "--run")
+            store = Store(place, {"format": FORMAT, "settings": compared(probing)}, "RUN")
         except ValueError as error:
             raise ValueError(f"{error}, or --overwrite") from None
         reads = {**data_fingerprints(job.data), "reference": model_fingerprints(models[0])}
@@ -106,10 +107,10 @@ def measure_run(
 
 def run_config(path: Path) -> RunConfig:
     if not path.is_dir():
-        raise FileNotFoundError(f"--run {path}: no such folder")
+        raise FileNotFoundError(f"RUN: no such folder: {path}{path_hint(path)}")
     file = RunFolder(path).config
     if not file.is_file():
-        raise ValueError(f"--run {path}: is not a run folder (no config.yaml); make one with pyunlearn run")
+        raise ValueError(f"RUN={str(path)!r}: is not a run folder (no config.yaml); make one with pyunlearn run")
     return load_config(file)
 
 
@@ -126,11 +127,13 @@ def saved_models(job: Job[RunConfig]) -> dict[int, ModelConfig]:
         paths.setdefault(max(steps), folder.checkpoint)
     if not paths:
         raise FileNotFoundError(
-            f"--run {folder.path}: unlearning has saved no model yet; finish it (pyunlearn run ... --resume), or keep "
-            "some on the way with --set unlearn.keep_steps=N"
+            f"RUN={str(folder.path)!r}: unlearning has saved no model yet; finish it (pyunlearn run ... --resume), or "
+            "keep some on the way with --set unlearn.keep_steps=N"
         )
     if config.memorise is not None and not folder.memorised.is_dir():
-        raise FileNotFoundError(f"--run {folder.path}: memorised/, the model that unlearning started from, is gone")
+        raise FileNotFoundError(
+            f"RUN={str(folder.path)!r}: memorised/, the model that unlearning started from, is gone"
+        )
     if config.memorise is not None:
         paths[0] = folder.memorised
     models = {

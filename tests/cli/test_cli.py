@@ -265,11 +265,17 @@ def test_a_score_stopped_and_continued(call, monkeypatch, tmp_path):
 def test_a_g_effect_along_a_run(call, tmp_path):
     code, text, _ = call("geffect", "--help")
     assert code == 0
-    for word in ("dot product of their gradients", "--run", "--pointwise", "unlearn.keep_steps=5", "goes on"):
+    for word in (
+        "dot product of their gradients",
+        "writes RUN/geffect",
+        "--pointwise",
+        "unlearn.keep_steps=5",
+        "goes on",
+    ):
         assert word in " ".join(text.split()), word
     code, _, errors = call("run", "tiny.yaml", "--set", "unlearn.keep_steps=2", "--set", "geffect.every=4")
     assert code == 1, errors  # its goals are missed
-    code, text, _ = call("geffect", "--run", "runs/tiny", "--forget-samples", "1")
+    code, text, _ = call("geffect", "runs/tiny", "--forget-samples", "1")
     assert code == 0
     assert "G-effect of the whole objective" in text
     assert re.findall(r"^\W+(\d+) \W", text, re.MULTILINE) == ["0", "2", "4"]
@@ -337,8 +343,8 @@ def test_as_a_module(module):
         (["calibrate", "uwc", "nowhere"], "RUN: no such folder: nowhere"),
         (["calibrate", "cru", ".", "--component", "layers"], "did you mean layer"),
         (["reliability", "nowhere"], "RUN: no such folder: nowhere"),
-        (["geffect", "--run", "nowhere"], "--run nowhere: no such folder"),
-        (["geffect", "--run", "."], "--run .: is not a run folder (no config.yaml); make one with pyunlearn run"),
+        (["geffect", "nowhere"], "RUN: no such folder: nowhere"),
+        (["geffect", "."], "RUN='.': is not a run folder (no config.yaml); make one with pyunlearn run"),
         (["run", "--set", "geffect.every=0"], "geffect.every: needs 1 at least, got 0"),
         (["run", "--set", "geffect.evry=1"], "did you mean every?"),
         (

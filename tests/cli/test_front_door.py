@@ -170,7 +170,7 @@ def test_without_rows_to_retain(call, files, model_folder):  # noqa: F811
         ("score tiny.yaml --model m", ["tiny.yaml: is a configuration, which is given already or does not go with"]),
         ("evaluate", ["--model: which model?", "  pyunlearn evaluate --model MODEL --data FILE.jsonl"]),
         ("evaluate tiny.yaml --data F.jsonl", ["tiny.yaml: is a configuration"]),
-        ("geffect", ["needs the folder of a run: pyunlearn geffect runs/demo"]),
+        ("geffect", ["Missing argument 'RUN'"]),
         ("init tiny.yaml", ["tiny.yaml: is there already"]),
         ("init --forget F.jsonl", ["and by which model?"]),
     ],

@@ -58,13 +58,13 @@ def test_saved_models_give_what_the_live_probe_gave(finished, folder):
 
 
 def test_figures_of_the_paper(finished, folder):
-    measure_run(folder, command="pyunlearn geffect --run <here>")
+    measure_run(folder, command="pyunlearn geffect <here>")
     names = {path.stem for path in (folder / "geffect").glob("*.svg")}
     assert names == {"total", "groups", "terms", "dynamics", "scatter-forget.npo"}
     for path in (folder / "geffect").glob("*.svg"):
         assert ET.fromstring(path.read_text()).tag.endswith("svg")
     html = (folder / "geffect" / "geffect.html").read_text()
-    assert "--run &lt;here&gt;" in html
+    assert "geffect &lt;here&gt;" in html
     report = (finished / "report.html").read_text()
     # a panel an <svg>: total 3, groups 6, terms 2, dynamics 3, scatter 3; a run: losses 4, metrics 3, probabilities 3
     for page, panels in ((html, 17), (report, 17 + 10)):
@@ -164,7 +164,7 @@ def test_the_tokenizer_is_kept_too(folder):
 
 
 def test_a_folder_without_what_is_needed_is_told(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"--run .*nowhere: no such folder"):
+    with pytest.raises(FileNotFoundError, match=r"RUN: no such folder: .*nowhere"):
         measure_run(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"is not a run folder \(no config.yaml\); make one with pyunlearn run"):
         measure_run(folder / "checkpoints")
