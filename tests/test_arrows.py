@@ -31,21 +31,15 @@ ARROWS = " -> ".join("{" + ", ".join(rooms) + "}" if len(rooms) > 1 else rooms[0
 # Rooms inside ops. contract: what both ops and backends stand on.
 INNER = {"backends": "backends", **dict.fromkeys(("contract", "outer_sum", "pieces", "products"), "contract")}
 ON_TORCH_ALONE = {"ops", "backends", *LEVELS[-2], *LEVELS[-1]}
-# (room, room it names types of, under TYPE_CHECKING): why. No other import runs against the arrows.
-ALLOWED_TYPES: dict[tuple[str, str], str] = {}
 
 
 class Import(NamedTuple):
-    """file: that imports, from the repository's root. importer: its module. module: what it imports.
-
-    for_types: under TYPE_CHECKING.
-    """
+    """file: that imports, from the repository's root. importer: its module. module: what it imports."""
 
     file: str
     line: int
     importer: str
     module: str
-    for_types: bool
 
 
 def dotted(file: Path) -> str:
@@ -66,10 +60,7 @@ NAMES = MODULES.keys() | {"pyunlearn._C", "pyunlearn.__version__"}
 def imports_of(source: str, importer: str, is_package: bool, file: str) -> Iterator[Import]:
     """All imports in a source; `from a import b` is one of a.b where that is a module, and of a where it is not."""
     package = importer if is_package else importer.rpartition(".")[0]
-    nodes = list(ast.walk(ast.parse(source)))
-    conditions = [node for node in nodes if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
-    for_types = {id(inner) for condition in conditions for part in condition.body for inner in ast.walk(part)}
-    for node in nodes:
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -80,7 +71,7 @@ def imports_of(source: str, importer: str, is_package: bool, file: str) -> Itera
         else:
             continue
         for module in dict.fromkeys(modules):
-            yield Import(file, node.lineno, importer, module, id(node) in for_types)
+            yield Import(file, node.lineno, importer, module)
 
 
 def imports_in(package: str) -> list[Import]:
@@ -104,12 +95,7 @@ def room_of(module: str) -> str | None:
     return parts[1] if len(parts) > 1 else "pyunlearn"
 
 
-def is_allowed(each: Import) -> bool:
-    return each.for_types and (room_of(each.importer), room_of(each.module)) in ALLOWED_TYPES
-
-
-ALL_IMPORTS = imports_in("pyunlearn")
-IMPORTS = [each for each in ALL_IMPORTS if not is_allowed(each)]
+IMPORTS = imports_in("pyunlearn")
 
 
 def against_the_arrows(imports: Iterable[Import]) -> list[str]:
@@ -168,14 +154,9 @@ def test_no_circles(place_of):
     assert not messages, "\n" + "\n".join(messages)
 
 
-def test_what_is_allowed_is_there():
-    there = {(room_of(each.importer), room_of(each.module)) for each in ALL_IMPORTS if each.for_types}
-    assert ALLOWED_TYPES.keys() <= there, "take it out of ALLOWED_TYPES"
-
-
 def test_what_stands_on_torch_alone():
     """The ops and all below them know nothing of models' libraries."""
-    users = [each for each in ALL_IMPORTS if room_of(each.importer) in ON_TORCH_ALONE]
+    users = [each for each in IMPORTS if room_of(each.importer) in ON_TORCH_ALONE]
     assert len(users) > 100
     assert not [f"{each.file}:{each.line}" for each in users if re.match(r"(transformers|peft|trl)\b", each.module)]
 
@@ -212,7 +193,6 @@ def test_imports_are_read_in_any_form():
         (5, "pyunlearn.objectives"), (5, "pyunlearn.ops"), (6, "pyunlearn.model"), (7, "pyunlearn.model.near"),
         (8, "pyunlearn.ops.contract"), (10, "pyunlearn.training.trainer"), (12, "pyunlearn._C"),
     ]  # fmt: skip
-    assert [each.line for each in imports if each.for_types] == [10]
     package = list(imports_of("from . import x\nfrom .. import ops", "pyunlearn.model", True, "model/__init__.py"))
     assert [each.module for each in package] == ["pyunlearn.model", "pyunlearn.ops"]
 

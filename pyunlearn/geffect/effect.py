@@ -33,13 +33,13 @@ class GEffect:
     """Dot products of the objective's gradient with every metric's, per parameter, and their sums.
 
     Attributes:
-        dots: metric -> parameter -> <metric's gradient, objective's gradient>.
+        per_parameter: metric -> parameter -> <metric's gradient, objective's gradient>.
         groups: group -> names of its parameters. Groups need not cover all of them.
         objective_squares: parameter -> squared norm; None where the gradient was streamed in parts (see `g_effect`).
         metric_squares: metric -> parameter -> squared norm.
     """
 
-    dots: dict[str, dict[str, float]]
+    per_parameter: dict[str, dict[str, float]]
     groups: dict[str, list[str]]
     objective_squares: dict[str, float] | None
     metric_squares: dict[str, dict[str, float]]
@@ -47,11 +47,7 @@ class GEffect:
     @property
     def total(self) -> dict[str, float]:
         """Metric -> G-effect: negative where a step down the objective raises the metric."""
-        return {metric: math.fsum(dots.values()) for metric, dots in self.dots.items()}
-
-    @property
-    def per_parameter(self) -> dict[str, dict[str, float]]:
-        return self.dots
+        return {metric: math.fsum(dots.values()) for metric, dots in self.per_parameter.items()}
 
     @property
     def per_layer(self) -> dict[str, dict[str, float]]:
@@ -67,7 +63,7 @@ class GEffect:
     def layers(self) -> dict[str, list[str]]:
         """Block, or module outside of the blocks -> names of its parameters."""
         layers: dict[str, list[str]] = {}
-        for name in next(iter(self.dots.values())):
+        for name in next(iter(self.per_parameter.values())):
             layers.setdefault(layer_of(name), []).append(name)
         return layers
 
@@ -82,11 +78,13 @@ class GEffect:
     @property
     def cosine(self) -> dict[str, float]:
         """Metric -> cosine of the angle between the two gradients; 0 where one of them is 0."""
-        return {metric: self._cosine(metric, list(dots)) for metric, dots in self.dots.items()}
+        return {metric: self._cosine(metric, list(dots)) for metric, dots in self.per_parameter.items()}
 
     def cosines(self, parts: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
         """Metric -> part -> cosine, for `groups`, `layers` or any other mapping from part to parameter names."""
-        return {metric: {part: self._cosine(metric, list(n)) for part, n in parts.items()} for metric in self.dots}
+        return {
+            metric: {part: self._cosine(metric, list(n)) for part, n in parts.items()} for metric in self.per_parameter
+        }
 
     def as_dict(self) -> dict[str, Any]:
         """What a log line holds: plain numbers, by metric."""
@@ -96,7 +94,7 @@ class GEffect:
     def _over(self, parts: Mapping[str, list[str]]) -> dict[str, dict[str, float]]:
         return {
             metric: {part: math.fsum(dots[name] for name in names) for part, names in parts.items()}
-            for metric, dots in self.dots.items()
+            for metric, dots in self.per_parameter.items()
         }
 
     def _squares(self) -> dict[str, float]:
@@ -110,7 +108,7 @@ class GEffect:
     def _cosine(self, metric: str, names: list[str]) -> float:
         mine, theirs = self._squares(), self.metric_squares[metric]
         norms = math.sqrt(math.fsum(mine[n] for n in names)) * math.sqrt(math.fsum(theirs[n] for n in names))
-        return math.fsum(self.dots[metric][n] for n in names) / norms if norms else 0.0
+        return math.fsum(self.per_parameter[metric][n] for n in names) / norms if norms else 0.0
 
 
 def g_effect(

@@ -165,9 +165,6 @@ def log_of(epsilon: float) -> float:
     return math.log(epsilon) if epsilon else -math.inf
 
 
-TEACHER_FORCED = ("probability", "memorization_accuracy", "extraction_strength")
-
-
 def teacher_forced(
     model: nn.Module | CausalLM,
     dataset: Any,

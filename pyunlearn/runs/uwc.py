@@ -180,7 +180,7 @@ def tell(
     warnings: Sequence[str],
     verdict: Mapping[str, Any] | None,
 ) -> None:
-    console, _place = pair.job.console, pair.place
+    console = pair.job.console
     tell_table(console, rows, "before, unlearned and calibrated")
     console.print(
         f"[bold]a = {result.a:g}[/]: the largest that keeps {target:.0%} of the extraction strength of {name} rows "

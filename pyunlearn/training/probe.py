@@ -301,8 +301,8 @@ def weighted_sum(effects: Sequence[tuple[float, GEffect]]) -> GEffect:
     """The G-effect of the sum of objectives, each times its coefficient: it is linear in them."""
     first = effects[0][1]
     dots = {
-        metric: {name: math.fsum(c * effect.dots[metric][name] for c, effect in effects) for name in of_metric}
-        for metric, of_metric in first.dots.items()
+        metric: {name: math.fsum(c * effect.per_parameter[metric][name] for c, effect in effects) for name in of_metric}
+        for metric, of_metric in first.per_parameter.items()
     }
     return GEffect(dots, first.groups, None, first.metric_squares)
 
