@@ -31,7 +31,9 @@ def test_module_is_what_was_asked_for():
         assert not _C.cuda_archs
         assert "PYUNLEARN_CUDA=off" in _C.cuda_reason
     else:
-        assert _C.cuda_archs or _C.cuda_reason
+        assert bool(_C.cuda_archs) != bool(_C.cuda_reason)
+        reasons = "switched off at build time|nvcc was not found at build time|nvcc knows none of the architectures "
+        assert re.match(reasons if _C.cuda_reason else r"\d+a?( \d+a?)*$", _C.cuda_archs or _C.cuda_reason)
 
 
 def test_every_requirement_is_pinned():
@@ -98,8 +100,7 @@ def test_cuda_kernels_do_not_spill(name):
     committed page says, where its compiler is here."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        assert _C.cuda_archs or _C.cuda_reason  # the module says why there is nothing to compile
-        return
+        pytest.skip("nvcc is not here")
     archs = [arch for arch in evidence.known_archs(nvcc) if arch in ("80", "90a")]  # the page has them all
     found = evidence.compiled(nvcc, ROOT / f"csrc/cuda/{name}.cu", archs)
     kernels, most_registers, most_shared = KERNELS[name]
@@ -121,8 +122,7 @@ def test_perturb_kernels_access_16_bytes(tmp_path):
     """Every kernel has 16-byte loads (where it reads weights) and stores."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        assert _C.cuda_archs or _C.cuda_reason
-        return
+        pytest.skip("nvcc is not here")
     flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-arch=compute_90", "--ptx"]
     target = tmp_path / "perturb.ptx"
     subprocess.run([nvcc, *flags, str(ROOT / "csrc/cuda/perturb.cu"), "-o", str(target)], check=True)

@@ -123,6 +123,8 @@ def as_axes(axes: Any, source: str) -> list[dict[str, Any]]:
         raise ConfigError(f"{source}: axes: {needed}, got {axes!r}")
     for section in sections:
         for key, value in section.items():
+            if not all(part.strip() for part in str(key).split(".")) or "=" in str(key):
+                raise ConfigError(f"{source}: axes: {str(key)!r}: needs a setting's key, e.g. unlearn.learning_rate")
             if value == []:
                 raise ConfigError(f"{source}: axes: {key}: has no value; a setting that is an empty list is [[]]")
             if str(key).partition(".")[0] in OWN:
@@ -173,7 +175,10 @@ def make_cells(
                     cells.append(Cell(name, load_config(None, [*overrides, *asked], given=own, under=base)))
                     check_fits(cells[-1].config)
                 except (ValueError, OSError, ImportError) as error:
-                    for problem in str(error).splitlines():
+                    text = str(error)
+                    for key, override in zip(settings, asked, strict=True):  # which nobody has typed
+                        text = text.replace(f"--set {override!r}", f"axes: {key}")
+                    for problem in text.splitlines():
                         problems.setdefault(problem, []).append(f"{name}, seed {seed}")
     if problems:
         others = {what: f" and {len(runs) - 1} more" if runs[1:] else "" for what, runs in problems.items()}

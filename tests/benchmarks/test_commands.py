@@ -18,8 +18,12 @@ ROOT = Path(__file__).parent.parent.parent
 def test_commands_in_the_repository_are_there():
     files = [ROOT / "README.md", ROOT / "Makefile"]
     files += [path for kind in ("py", "sh", "md", "yaml") for path in (ROOT / "benchmarks").rglob(f"*.{kind}")]
-    named = {(name, path) for path in files for name in re.findall(r"-m (benchmarks[.\w]*\w)", path.read_text())}
+    pages = [*(ROOT / "docs").glob("*.md")]
+    named = {
+        (name, path) for path in [*files, *pages] for name in re.findall(r"-m (benchmarks[.\w]*\w)", path.read_text())
+    }
     assert len({name for name, _ in named}) >= 6
+    assert len({name for name, path in named if path in pages}) >= 6
     for name, path in named:
         spec = importlib.util.find_spec(name)
         assert spec is not None, f"{path}: {name}"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernels import evidence
+from benchmarks.measure import versions
 from benchmarks.results import RESULTS
 
 ROOT = Path(__file__).parent.parent.parent.parent
@@ -76,16 +77,13 @@ def test_evidence_compiles_triton_without_a_gpu(tmp_path):
 
 GROWN = """
 from benchmarks.kernels import evidence
-from benchmarks.measure import versions
 from benchmarks.results import RESULTS
 
-page = (RESULTS / evidence.PAGE).read_text()
-if f"triton {versions()['triton']}," in page:
-    kernels = evidence.triton_kernels(["90a"])
-    assert sum(kernel.loop is not None for kernel in kernels) >= 10
-    assert not [kernel for kernel in kernels if kernel.spilled]
-    grown = evidence.grown(kernels, page)
-    assert not grown, grown
+kernels = evidence.triton_kernels(["90a"])
+assert sum(kernel.loop is not None for kernel in kernels) >= 10
+assert not [kernel for kernel in kernels if kernel.spilled]
+grown = evidence.grown(kernels, (RESULTS / evidence.PAGE).read_text())
+assert not grown, grown
 print("right")
 """
 
@@ -93,6 +91,8 @@ print("right")
 def test_hot_loops_of_triton_kernels_have_not_grown(tmp_path):
     """Against the committed page, where Triton is of its version; in a process without the interpreter."""
     pytest.importorskip("triton")
+    if f"triton {versions()['triton']}," not in (RESULTS / evidence.PAGE).read_text():
+        pytest.skip(f"the page is of another Triton than {versions()['triton']}")
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env = {**inherited, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", GROWN], cwd=ROOT, env=env, capture_output=True, text=True, check=False)

@@ -37,8 +37,8 @@ def test_a_line_a_recipe_and_nothing_twice(tmp_path, monkeypatch, capsys):
 
 def test_the_demo_has_a_recipe_that_was_clean_on_every_seed():
     (name,) = (name for name, one in demo.RECIPES.items() if UnlearnConfig.model_validate(one) == load_config().unlearn)
-    for file in RESULTS.rglob("demo_search.md"):
-        assert f"| {name} | 3 | 3 of 3 |" in file.read_text()
+    (file,) = RESULTS.rglob("demo_search.md")
+    assert f"| {name} | 3 | 3 of 3 |" in file.read_text()
 
 
 def test_clean_is_all_three():
