@@ -284,7 +284,7 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     assert "numbers runs/tiny/geffect/geffect.json" in text
     assert "try next" in text
     assert "pyunlearn compare runs/tiny OTHER_RUN" in text
-    last = stored["steps"][-1]["geffect"]["total"]["retain"]
+    last = stored["rows"][-1]["geffect"]["total"]["retain"]
     assert ("still costs retained rows" in text) == (last < 0)
 
 
