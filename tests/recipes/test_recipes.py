@@ -269,6 +269,67 @@ def test_mistakes_are_named(override, message):
         load_config(None, override.split(" ") if override.count("=") > 1 else [override])
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of recipes, but for what one source published."""
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "paper.yaml").write_text(
+        "phi-01: &phi {source: p, model: {dtype: float32}, unlearn: {epochs: 5, forget: [{name: ga}], warmup: 1}}\n"
+        "phi-10: *phi\nllama-10: {source: q, unlearn: {epochs: 3}}\n"
+    )
+    monkeypatch.setattr(recipes, "files", lambda package: tmp_path)
+    return tmp_path
+
+
+def of(published):
+    return f"summary: a\nsource: b\nunlearn: {{}}\npublished:\n  {published}\n"
+
+
+def test_a_recipe_has_of_a_source_what_it_says_with_its_own_keys_instead(folder):
+    (folder / "mine.yaml").write_text(
+        of("paper/phi-*: {unlearn: {forget: [{name: npo}], epochs: 7}}\n  o: {source: o, unlearn: {}}\n  paper/l*: {}")
+    )
+    published = read("mine").published
+    assert list(published) == ["phi-01", "phi-10", "o", "llama-10"]
+    laid = {"epochs": 7, "forget": [{"name": "npo"}], "warmup": 1}
+    assert published["phi-01"] == {"source": "p", "model": {"dtype": "float32"}, "unlearn": laid}
+    assert list(published["phi-01"]["unlearn"]) == list(laid)  # as the source has them in order
+    assert published["llama-10"] == {"source": "q", "unlearn": {"epochs": 3}}
+    (folder / "mine.yaml").write_text(of("paper/phi-10: {source: r, model: {lora: {r: 8}}}"))
+    assert read("mine").published == {
+        "phi-10": {
+            "source": "r",
+            "model": {"dtype": "float32", "lora": {"r": 8}},
+            "unlearn": {"epochs": 5, "forget": [{"name": "ga"}], "warmup": 1},
+        }
+    }
+
+
+def test_every_setting_that_a_source_publishes_is_some_recipe_s():
+    had = {setting for name in names() for setting in read(name).published}
+    told = [yaml.safe_load(file.read_text()) for file in (Path(recipes.__file__).parent / "published").iterdir()]
+    assert len(told) > 3
+    assert {setting for settings in told for setting in settings} <= had
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [("papr/phi-10: {}", r"published='papr': did you mean paper\? needs one of paper$"),
+     ("paper/phi-1: {}", "published.paper/phi-1: did you mean phi-10 or phi-01"),
+     ("paper/*: {}\n  paper/phi-01: {}", "published.paper/phi-01: has phi-01 once more"),
+     ("phi-01: {source: c, unlearn: {}}\n  paper/*: {}", r"published.paper/\*: has phi-01 once more"),
+     ("paper/phi-01: 3", "published.phi-01 needs source and unlearn, .* got 3"),
+     ("paper/phi-01:", "published.phi-01 needs source and unlearn, .* got None"),
+     ("paper/phi-01: {unlearn: npo}", "published.phi-01 needs source and unlearn, the last a section"),
+     ("paper/phi-01: {epochs: 3}", "published.phi-01 needs source and unlearn"),
+     ("paper/phi-01: {model: M}", "as model is, got")],
+)  # fmt: skip
+def test_what_a_recipe_has_of_a_source_in_vain_is_named(published, message, folder):
+    (folder / "mine.yaml").write_text(of(published))
+    with pytest.raises(ValueError, match=rf"mine.yaml: .*{message}"):
+        read("mine")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("summary: [", "not valid YAML"), ("", "needs the keys summary, source, unlearn"),
@@ -278,8 +339,7 @@ def test_mistakes_are_named(override, message):
      ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {source: c, unlearn: {}, model: 3}}\n", "as model is, got"),
      ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {source: c, unlearn: {}, data: {}}}\n", "published.x needs")],
 )  # fmt: skip
-def test_a_bad_file_is_named(text, message, tmp_path, monkeypatch):
-    (tmp_path / "mine.yaml").write_text(text)
-    monkeypatch.setattr(recipes, "files", lambda package: tmp_path)
+def test_a_bad_file_is_named(text, message, folder):
+    (folder / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"mine.yaml: .*{message}"):
-        recipes.read("mine")
+        read("mine")
