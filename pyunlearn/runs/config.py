@@ -47,7 +47,7 @@ def as_meant(written: Mapping[str, Any]) -> dict[str, Any]:
     return merge(EARLIER, {key: value for key, value in written.items() if key not in ("versions", "calibration")})
 
 
-# What the embedded demo sets apart from the defaults; examples/demo.yaml writes all of it out.
+# What the embedded demo sets apart from the defaults; examples/demo.yaml has the same.
 DEMO: dict[str, Any] = {
     "name": "demo",
     "num_threads": 1,  # matrices this small only lose by more

@@ -166,13 +166,19 @@ def test_a_published_adapter_is_trained(name, r, alpha, tmp_path):
     assert load_config(tmp_path / "own.yaml", [*FILES, "model.lora=null"]).model.lora is None
 
 
-def test_what_is_said_of_the_model_wins_over_a_published_adapter(tmp_path):
+@pytest.fixture
+def demo(tmp_path):
+    """The embedded demo, every key of it written out."""
+    (file := tmp_path / "demo.yaml").write_text(yaml.safe_dump(load_config().to_dict()))
+    return file
+
+
+def test_what_is_said_of_the_model_wins_over_a_published_adapter(demo):
     name = "unlearn.recipe=npo_gd@llama-2-7b-chat-forget10-lora"
     set_beside = load_config(None, [*FILES, name, "model.lora.r=16"]).model.lora
     assert (set_beside.r, set_beside.alpha) == (16, 32)
     assert load_config(None, [name, "model.lora=null", *FILES]).model.lora is None
-    demo = Path(__file__).parents[2] / "examples" / "demo.yaml"  # has lora: null, which a typed recipe wins over
-    assert load_config(demo, [name]).model.lora.alpha == 32
+    assert load_config(demo, [name]).model.lora.alpha == 32  # it has lora: null
     whole = load_config(None, [*FILES, name])  # as a run's folder keeps it
     assert RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(whole.to_dict()))) == whole
     plain = load_config(None, [*FILES, "unlearn.recipe=npo_gd@llama-2-7b-chat-forget10"])
@@ -228,8 +234,7 @@ def test_what_the_user_sets_wins_in_any_order():
     assert plain.unlearn.early_stop.share == 0.5
 
 
-def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
-    demo = Path(__file__).parents[2] / "examples" / "demo.yaml"  # every key is written out there
+def test_a_recipe_that_is_typed_wins_over_the_file(demo, tmp_path):
     config = load_config(demo, ["unlearn.recipe=cga"])
     assert (terms(config), config.unlearn.sampling.by, config.unlearn.batch_size) == ((["ga"], []), "mrd", 1)
     config = load_config(demo, ["unlearn.retain=kl", "unlearn.recipe=npo+mrd"])
