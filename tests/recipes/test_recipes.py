@@ -93,6 +93,7 @@ PUBLISHED = [
     ("rmu@phi-1.5-forget01", 2e-5, 5, 16, {"layer": 9, "c": 4.0}, 1.0),
     ("rmu@llama-2-7b-forget10", 1e-5, 5, 16, {"layer": 21, "c": 2.0}, 1.0),
     ("rmu_rr@zephyr-7b-beta-wmdp", 5e-5, 5, 4, {"c": 6.5}, 1.0),
+    ("rmu_rr@llama-2-7b-chat-forget05-open_unlearning", 1e-5, 10, 32, {}, 1.0),
     ("me_gd@llama-2-7b-chat-forget05", 1e-5, 5, 32, {}, 0.1),
     ("me_gd@llama-2-7b-chat-continual", 1e-5, 5, 32, {}, 1.0),
     ("me_gd@llama-3-8b-instruct-real_world", 5e-6, 5, 32, {}, 0.5),
@@ -194,6 +195,18 @@ def test_the_dual_variable_of_each_published_model():
     ]:  # fmt: skip
         dual = load_config(None, [*FILES, f"unlearn.recipe=pdu@{of}"]).unlearn.dual
         assert (dual.start, dual.eps, dual.step, dual.warmup_epochs) == (start, eps, step, warmup), of
+
+
+def test_what_rmu_trains_is_by_the_data_in_open_unlearning():
+    for of, trained in [
+        ("zephyr-7b-beta-wmdp-open_unlearning", [r"layers\.[567]\.mlp\.down_proj\.weight$"]),
+        ("llama-3.2-1b-instruct-forget10", None),
+    ]:
+        own = load_config(None, [*FILES, f"unlearn.recipe=rmu_rr@{of}"]).unlearn
+        assert own.train_only == trained
+        for term in (*own.forget, *own.retain):
+            assert (term.preset, term.coefficient, term.objective().options["layer"]) == ("open_unlearning", 1.0, 8)
+        assert own.forget[0].objective().options["c"] == 2.0
 
 
 def test_methods_that_no_source_gives_settings_for_are_these():
