@@ -57,7 +57,7 @@ setup(
         "pyunlearn": ["py.typed", "examples/*.yaml"],
         "pyunlearn.benchmarks": ["**/*.yaml", "**/*.sh"],
         "pyunlearn.report": ["templates/*.html", "templates/*.js"],
-        "pyunlearn.recipes": ["*.yaml", "grids/*.yaml"],
+        "pyunlearn.recipes": ["*.yaml", "grids/*.yaml", "published/*.yaml"],
     },
     ext_modules=[Extension("pyunlearn._C", sources=[])],
     cmdclass={"build": CleanBuild, "build_ext": CMakeBuild},

@@ -4,7 +4,8 @@
 NAME+mrd draws the forget samples by Memory Removal Difficulty (arXiv:2504.06658, Section 3.4). NAME@SETTINGS lays
 settings that were published for a model and a data set on the recipe's: learning rate, epochs, options, and an adapter
 of `model` where there was one. Where a batch is split into micro-batches there, the split is ours; what a source does
-not tell is left out.
+not tell is left out. What one source tells of several recipes is in published/SOURCE.yaml; a recipe has of that what is
+named like SOURCE/PATTERN, but for the keys that it sets beside it.
 
 grids/ has the grids of `pyunlearn sweep` by name.
 """
@@ -48,19 +49,23 @@ def names_in(folder: Any) -> tuple[str, ...]:
 
 
 def read(name: str) -> Recipe:
-    """The file of a recipe, anew. Raises FileNotFoundError, and ValueError for other keys than it needs, or no YAML."""
+    """The file of a recipe, anew, with what it has of published/ in place.
+
+    Raises FileNotFoundError, and ValueError for other keys than it needs, what is not in published/, and no YAML.
+    """
     file = files(__name__).joinpath(f"{name}.yaml")
-    try:
-        keys = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file}: not valid YAML: {error}") from None
+    keys = load(file)
     if (
         not isinstance(keys, dict)
         or not set(NEEDED) <= keys.keys() <= set(Recipe._fields)
         or not isinstance(keys["unlearn"], dict)
     ):
         raise ValueError(f"{file}: needs the keys {', '.join(NEEDED)}, the last a section, got {keys!r}")
-    for setting, own in (published := keys.get("published", {})).items():
+    try:
+        published = whole(keys.get("published", {}))
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    for setting, own in published.items():
         if (
             not isinstance(own, dict)
             or not set(SETTINGS) <= own.keys() <= {*SETTINGS, *FURTHER}
@@ -69,6 +74,41 @@ def read(name: str) -> Recipe:
             needed = f"published.{setting} needs {' and '.join(SETTINGS)}, the last a section, as {FURTHER[0]} is"
             raise ValueError(f"{file}: {needed}, got {own!r}")
     return Recipe(keys["summary"], keys["source"], keys["unlearn"], published)
+
+
+def load(file: Any) -> Any:
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file}: not valid YAML: {error}") from None
+
+
+def whole(published: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's own settings, and for SOURCE/PATTERN those of published/SOURCE.yaml that are named like it, in its
+    order, the recipe's keys laid on each. Raises ValueError where there is none, or a setting is there twice."""
+    folder = files(__name__) / "published"
+    told = cache(lambda source: load(folder / f"{source}.yaml"))
+    settings: dict[str, Any] = {}
+    for key, own in published.items():
+        source, slash, pattern = key.partition("/")
+        found = {key: own}
+        if slash:
+            check_known("published", source, names_in(folder))
+            found = {name: instead(told(source)[name], own) for name in told(source) if fnmatchcase(name, pattern)}
+            if not found:
+                raise ValueError(f"published.{key}: {hint(pattern, told(source))}")
+        if twice := found.keys() & settings.keys():
+            raise ValueError(f"published.{key}: has {', '.join(sorted(twice))} once more")
+        settings |= found
+    return settings
+
+
+def instead(told: dict[str, Any], own: Any) -> Any:
+    """One of a source's settings, a recipe's own keys laid on each of its sections."""
+    if not isinstance(own, dict):
+        return own  # which `read` refuses
+    laid = {key: told[key] | own[key] for key in own if isinstance(told.get(key), dict) and isinstance(own[key], dict)}
+    return told | own | laid
 
 
 def recipe(name: str) -> dict[str, Any]:

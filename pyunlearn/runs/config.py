@@ -1,7 +1,7 @@
 """What a run is told, checked as a whole before anything is loaded (`overrides` reads it from YAML and `--set`).
 
 Anything left out takes the embedded demo's value while `model.name_or_path` is `embedded`, and a cautious value for a
-pretrained model otherwise (no memorise stage, learning rate 1e-5).
+pretrained model otherwise (no memorise stage, and the learning rate that `training.rate` has for its size).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def as_meant(written: Mapping[str, Any]) -> dict[str, Any]:
     return merge(EARLIER, {key: value for key, value in written.items() if key not in ("versions", "calibration")})
 
 
-# What the embedded demo sets apart from the defaults; examples/demo.yaml writes all of it out.
+# What the embedded demo sets apart from the defaults; examples/demo.yaml has the same.
 DEMO: dict[str, Any] = {
     "name": "demo",
     "num_threads": 1,  # matrices this small only lose by more

@@ -93,6 +93,7 @@ PUBLISHED = [
     ("rmu@phi-1.5-forget01", 2e-5, 5, 16, {"layer": 9, "c": 4.0}, 1.0),
     ("rmu@llama-2-7b-forget10", 1e-5, 5, 16, {"layer": 21, "c": 2.0}, 1.0),
     ("rmu_rr@zephyr-7b-beta-wmdp", 5e-5, 5, 4, {"c": 6.5}, 1.0),
+    ("rmu_rr@llama-2-7b-chat-forget05-open_unlearning", 1e-5, 10, 32, {}, 1.0),
     ("me_gd@llama-2-7b-chat-forget05", 1e-5, 5, 32, {}, 0.1),
     ("me_gd@llama-2-7b-chat-continual", 1e-5, 5, 32, {}, 1.0),
     ("me_gd@llama-3-8b-instruct-real_world", 5e-6, 5, 32, {}, 0.5),
@@ -166,13 +167,19 @@ def test_a_published_adapter_is_trained(name, r, alpha, tmp_path):
     assert load_config(tmp_path / "own.yaml", [*FILES, "model.lora=null"]).model.lora is None
 
 
-def test_what_is_said_of_the_model_wins_over_a_published_adapter(tmp_path):
+@pytest.fixture
+def demo(tmp_path):
+    """The embedded demo, every key of it written out."""
+    (file := tmp_path / "demo.yaml").write_text(yaml.safe_dump(load_config().to_dict()))
+    return file
+
+
+def test_what_is_said_of_the_model_wins_over_a_published_adapter(demo):
     name = "unlearn.recipe=npo_gd@llama-2-7b-chat-forget10-lora"
     set_beside = load_config(None, [*FILES, name, "model.lora.r=16"]).model.lora
     assert (set_beside.r, set_beside.alpha) == (16, 32)
     assert load_config(None, [name, "model.lora=null", *FILES]).model.lora is None
-    demo = Path(__file__).parents[2] / "examples" / "demo.yaml"  # has lora: null, which a typed recipe wins over
-    assert load_config(demo, [name]).model.lora.alpha == 32
+    assert load_config(demo, [name]).model.lora.alpha == 32  # it has lora: null
     whole = load_config(None, [*FILES, name])  # as a run's folder keeps it
     assert RunConfig.model_validate(yaml.safe_load(yaml.safe_dump(whole.to_dict()))) == whole
     plain = load_config(None, [*FILES, "unlearn.recipe=npo_gd@llama-2-7b-chat-forget10"])
@@ -188,6 +195,18 @@ def test_the_dual_variable_of_each_published_model():
     ]:  # fmt: skip
         dual = load_config(None, [*FILES, f"unlearn.recipe=pdu@{of}"]).unlearn.dual
         assert (dual.start, dual.eps, dual.step, dual.warmup_epochs) == (start, eps, step, warmup), of
+
+
+def test_what_rmu_trains_is_by_the_data_in_open_unlearning():
+    for of, trained in [
+        ("zephyr-7b-beta-wmdp-open_unlearning", [r"layers\.[567]\.mlp\.down_proj\.weight$"]),
+        ("llama-3.2-1b-instruct-forget10", None),
+    ]:
+        own = load_config(None, [*FILES, f"unlearn.recipe=rmu_rr@{of}"]).unlearn
+        assert own.train_only == trained
+        for term in (*own.forget, *own.retain):
+            assert (term.preset, term.coefficient, term.objective().options["layer"]) == ("open_unlearning", 1.0, 8)
+        assert own.forget[0].objective().options["c"] == 2.0
 
 
 def test_methods_that_no_source_gives_settings_for_are_these():
@@ -228,8 +247,7 @@ def test_what_the_user_sets_wins_in_any_order():
     assert plain.unlearn.early_stop.share == 0.5
 
 
-def test_a_recipe_that_is_typed_wins_over_the_file(tmp_path):
-    demo = Path(__file__).parents[2] / "examples" / "demo.yaml"  # every key is written out there
+def test_a_recipe_that_is_typed_wins_over_the_file(demo, tmp_path):
     config = load_config(demo, ["unlearn.recipe=cga"])
     assert (terms(config), config.unlearn.sampling.by, config.unlearn.batch_size) == ((["ga"], []), "mrd", 1)
     config = load_config(demo, ["unlearn.retain=kl", "unlearn.recipe=npo+mrd"])
@@ -269,6 +287,67 @@ def test_mistakes_are_named(override, message):
         load_config(None, override.split(" ") if override.count("=") > 1 else [override])
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty folder of recipes, but for what one source published."""
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "paper.yaml").write_text(
+        "phi-01: &phi {source: p, model: {dtype: float32}, unlearn: {epochs: 5, forget: [{name: ga}], warmup: 1}}\n"
+        "phi-10: *phi\nllama-10: {source: q, unlearn: {epochs: 3}}\n"
+    )
+    monkeypatch.setattr(recipes, "files", lambda package: tmp_path)
+    return tmp_path
+
+
+def of(published):
+    return f"summary: a\nsource: b\nunlearn: {{}}\npublished:\n  {published}\n"
+
+
+def test_a_recipe_has_of_a_source_what_it_says_with_its_own_keys_instead(folder):
+    (folder / "mine.yaml").write_text(
+        of("paper/phi-*: {unlearn: {forget: [{name: npo}], epochs: 7}}\n  o: {source: o, unlearn: {}}\n  paper/l*: {}")
+    )
+    published = read("mine").published
+    assert list(published) == ["phi-01", "phi-10", "o", "llama-10"]
+    laid = {"epochs": 7, "forget": [{"name": "npo"}], "warmup": 1}
+    assert published["phi-01"] == {"source": "p", "model": {"dtype": "float32"}, "unlearn": laid}
+    assert list(published["phi-01"]["unlearn"]) == list(laid)  # as the source has them in order
+    assert published["llama-10"] == {"source": "q", "unlearn": {"epochs": 3}}
+    (folder / "mine.yaml").write_text(of("paper/phi-10: {source: r, model: {lora: {r: 8}}}"))
+    assert read("mine").published == {
+        "phi-10": {
+            "source": "r",
+            "model": {"dtype": "float32", "lora": {"r": 8}},
+            "unlearn": {"epochs": 5, "forget": [{"name": "ga"}], "warmup": 1},
+        }
+    }
+
+
+def test_every_setting_that_a_source_publishes_is_some_recipe_s():
+    had = {setting for name in names() for setting in read(name).published}
+    told = [yaml.safe_load(file.read_text()) for file in (Path(recipes.__file__).parent / "published").iterdir()]
+    assert len(told) > 3
+    assert {setting for settings in told for setting in settings} <= had
+
+
+@pytest.mark.parametrize(
+    ("published", "message"),
+    [("papr/phi-10: {}", r"published='papr': did you mean paper\? needs one of paper$"),
+     ("paper/phi-1: {}", "published.paper/phi-1: did you mean phi-10 or phi-01"),
+     ("paper/*: {}\n  paper/phi-01: {}", "published.paper/phi-01: has phi-01 once more"),
+     ("phi-01: {source: c, unlearn: {}}\n  paper/*: {}", r"published.paper/\*: has phi-01 once more"),
+     ("paper/phi-01: 3", "published.phi-01 needs source and unlearn, .* got 3"),
+     ("paper/phi-01:", "published.phi-01 needs source and unlearn, .* got None"),
+     ("paper/phi-01: {unlearn: npo}", "published.phi-01 needs source and unlearn, the last a section"),
+     ("paper/phi-01: {epochs: 3}", "published.phi-01 needs source and unlearn"),
+     ("paper/phi-01: {model: M}", "as model is, got")],
+)  # fmt: skip
+def test_what_a_recipe_has_of_a_source_in_vain_is_named(published, message, folder):
+    (folder / "mine.yaml").write_text(of(published))
+    with pytest.raises(ValueError, match=rf"mine.yaml: .*{message}"):
+        read("mine")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("summary: [", "not valid YAML"), ("", "needs the keys summary, source, unlearn"),
@@ -278,8 +357,7 @@ def test_mistakes_are_named(override, message):
      ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {source: c, unlearn: {}, model: 3}}\n", "as model is, got"),
      ("summary: a\nsource: b\nunlearn: {}\npublished: {x: {source: c, unlearn: {}, data: {}}}\n", "published.x needs")],
 )  # fmt: skip
-def test_a_bad_file_is_named(text, message, tmp_path, monkeypatch):
-    (tmp_path / "mine.yaml").write_text(text)
-    monkeypatch.setattr(recipes, "files", lambda package: tmp_path)
+def test_a_bad_file_is_named(text, message, folder):
+    (folder / "mine.yaml").write_text(text)
     with pytest.raises(ValueError, match=rf"mine.yaml: .*{message}"):
-        recipes.read("mine")
+        read("mine")
