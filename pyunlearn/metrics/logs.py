@@ -9,7 +9,6 @@ have made of them.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from .._files import write_text
 from .._hints import path_hint
 from .generation import rouge_scores
 from .teacher_forced import Ratio, ratio_of_losses, share_of_options
-from .utility import closer_to_1_better, mean, true_better
+from .utility import closer_to_1_better, exp, mean, true_better
 
 PARTS = ("forget", "holdout")
 # TOFU's file of a set -> how the names of its entries begin, and whether the answer is one of several options.
@@ -164,7 +163,7 @@ def read_tofu(path: Path, content: Mapping[str, Any], variant: Ratio) -> dict[st
     if any(sorted(column) != indices for column in columns):
         raise ValueError(f"{path}: needs {', '.join(LOSSES)} and {TEXTS} of the same samples")
     loss, paraphrased, perturbed, texts = columns
-    probability = {i: {"prob": math.exp(-loss[i]), "avg_loss": loss[i]} for i in indices}
+    probability = {i: {"prob": exp(-loss[i]), "avg_loss": loss[i]} for i in indices}
     ratios = {i: {"score": ratio_of_losses(paraphrased[i], perturbed[i], variant)} for i in indices}
     rouge = {i: read_texts(*texts[i]) for i in indices}
     log = {

@@ -24,6 +24,7 @@ from ..data import QA
 from ..model.causal_lm import CausalLM
 from .metric import metric
 from .reading import Reading, read_rows
+from .utility import exp
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = get_args(Variant)
@@ -136,7 +137,7 @@ def share_of_options(loss: float, wrong: Sequence[float], epsilon: float = 0.0) 
     TOFU's probability on real authors and world facts (Maini et al., 2024); epsilon: OpenUnlearning has 1e-10.
     """
     options = np.logaddexp.reduce([-loss, *(-each for each in wrong), log_of(epsilon)])
-    return math.exp(-loss - options)
+    return exp(-loss - options)
 
 
 def ratio_of_losses(
@@ -156,9 +157,8 @@ def ratio_of_losses(
     logs = [-loss for loss in wrong]
     log_wrong = float(np.logaddexp.reduce(logs) - math.log(len(logs)) if variant == "arithmetic" else np.mean(logs))
     if variant == "prob_mean":
-        return math.exp(-paraphrase - np.logaddexp.reduce([-paraphrase, log_wrong, log_of(epsilon)]))
-    exponent = log_wrong - float(np.logaddexp(-paraphrase, log_of(epsilon)))
-    return math.exp(exponent) if exponent < 709 else math.inf
+        return exp(-paraphrase - np.logaddexp.reduce([-paraphrase, log_wrong, log_of(epsilon)]))
+    return exp(log_wrong - float(np.logaddexp(-paraphrase, log_of(epsilon))))
 
 
 def log_of(epsilon: float) -> float:
