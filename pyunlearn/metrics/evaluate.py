@@ -173,10 +173,14 @@ class Examination:
             raise ValueError("needs a model; an endpoint alone writes answers, and reads none")
         return self.lm
 
+    @property
+    def limit(self) -> int | None:
+        """Of a sample, in tokens."""
+        return self.reader().context_length if self.max_length is None else self.max_length
+
     def rows(self, items: Sequence[QA], answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """input_ids and labels of each item and its answer, or the one given."""
-        limit = self.reader().context_length if self.max_length is None else self.max_length
-        dataset = QADataset(items, self.tokenizer, limit, answers=answers, prompt_format=self.format)
+        dataset = QADataset(items, self.tokenizer, self.limit, answers=answers, prompt_format=self.format)
         if dataset.num_cut:
             logger.warning("%d of %d texts are longer than what is read of them: cut off", dataset.num_cut, len(items))
         return [dataset[i] for i in range(len(dataset))]
