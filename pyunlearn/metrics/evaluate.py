@@ -18,7 +18,7 @@ from ..data.tokenise import token_texts
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
 from .generation import before_stops, greedy_generate
-from .metric import READ, CannotMeasure, Metric, Told, get_metric
+from .metric import READ, CannotMeasure, Metric, Told, check_tools, get_metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
 from .utility import mean
@@ -299,8 +299,8 @@ def evaluate(
     prompt_format: how questions are put, None is `PromptFormat`.
 
     The model is in eval() meanwhile and as before afterwards. Raises ValueError for no items, an unknown or
-    no metric, rouge_samples < 1, samples that are too long, or a model whose logits are not those of its
-    output layer.
+    no metric, option or tool, an option's value that is none, rouge_samples < 1, samples that are too long, or a model
+    whose logits are not those of its output layer.
     """
     if not metrics or isinstance(metrics, str):
         raise ValueError(f"metrics={metrics!r}: needs one or more names of metrics")
@@ -312,6 +312,9 @@ def evaluate(
     for name in ("memorization_accuracy", "extraction_strength"):
         if name in told:
             told[name].setdefault("variant", variant)
+    for metric in chosen:
+        metric.check_options(told[metric.name])
+    check_tools(tools or {})
     lm = None if model is None else CausalLM.of(model)
     examination = Examination(
         lm,

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..data import QA
 from ..model.causal_lm import CausalLM
-from .metric import metric
+from .metric import Several, metric
 from .reading import Kept, Reading, read_rows
 from .utility import exp
 
@@ -31,7 +31,7 @@ def perplexity(answer: Reading) -> float:
 
 
 @metric("text_perplexity", batched=True)
-def text_perplexity_of(item: Sequence[QA], examination: Examination, *, window: int = 4096) -> list[float]:
+def text_perplexity_of(item: Sequence[QA], examination: Examination, *, window: Several = 4096) -> list[float]:
     """Perplexity per token of each answer as a text of its own, whatever the question, in windows (`text_perplexity`).
 
     window: of tokens; the model's context where that is less.

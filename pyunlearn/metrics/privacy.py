@@ -25,7 +25,7 @@ from ..model.forward import IGNORE_INDEX, length_batches, supervised_logits
 from ..model.lora import FACTORS
 from ..ops import token_stats
 from ..ops.parameters import canonical
-from .metric import CannotMeasure, metric
+from .metric import CannotMeasure, Share, metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
 from .utility import harmonic_mean
@@ -121,7 +121,7 @@ def mia_reference(
 
 
 @metric()
-def min_k(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> float:
+def min_k(answer: Reading, *, k: Share = 0.4, variant: Variant = "suffix") -> float:
     """Negative mean of the lowest share k of the answer's log-probabilities, in nats (Shi et al., 2024).
 
     Of max(1, int(k n)) tokens, as coded by OpenUnlearning and MUSE.
@@ -130,7 +130,7 @@ def min_k(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> fl
 
 
 @metric(batched=True)
-def text_min_k(item: list[QA], examination: Examination, *, k: float = 0.4) -> list[float]:
+def text_min_k(item: list[QA], examination: Examination, *, k: Share = 0.4) -> list[float]:
     """`min_k` over all tokens of the prompt and the answer, without what ends it, and without the first (SOUL)."""
     limit, rows = examination.limit, list[dict[str, Any]]()
     for i, each in enumerate(item):
@@ -148,7 +148,7 @@ def text_min_k(item: list[QA], examination: Examination, *, k: float = 0.4) -> l
 
 
 @metric(outputs=("entropy", "variance"))
-def min_k_plus_plus(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> float:
+def min_k_plus_plus(answer: Reading, *, k: Share = 0.4, variant: Variant = "suffix") -> float:
     """Negative mean of the lowest share k of (log p - mean) / deviation over the vocabulary (Zhang et al., 2025)."""
     deviation = answer.more["variance"].double().clamp_min(1e-6).sqrt()
     return lowest((answer.logp.double() + answer.more["entropy"].double()) / deviation, k, variant)

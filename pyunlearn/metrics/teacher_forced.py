@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .._hints import check_known
 from ..data import QA
 from ..model.causal_lm import CausalLM
-from .metric import metric
+from .metric import NonNegative, metric
 from .reading import Reading, read_rows
 from .utility import exp
 
@@ -118,14 +118,14 @@ def choice_accuracy(item: QA, answer: Reading, wrong: tuple[Reading, ...]) -> fl
 
 
 @metric()
-def probability_w_options(answer: Reading, wrong: tuple[Reading, ...], *, epsilon: float = 0.0) -> float:
+def probability_w_options(answer: Reading, wrong: tuple[Reading, ...], *, epsilon: NonNegative = 0.0) -> float:
     """p / (p + the sum of the wrong answers' p), each p = exp(-L / n) (`share_of_options`)."""
     return share_of_options(answer.loss, [reading.loss for reading in wrong], epsilon)
 
 
 @metric()
 def truth_ratio(
-    paraphrase: Reading, wrong: tuple[Reading, ...], *, variant: Ratio = "geometric", epsilon: float = 0.0
+    paraphrase: Reading, wrong: tuple[Reading, ...], *, variant: Ratio = "geometric", epsilon: NonNegative = 0.0
 ) -> float:
     """How much likelier the wrong answers are than the paraphrased right one (`ratio_of_losses`)."""
     return ratio_of_losses(paraphrase.loss, [reading.loss for reading in wrong], variant, epsilon)
@@ -162,6 +162,9 @@ def ratio_of_losses(
 
 
 def log_of(epsilon: float) -> float:
+    """Raises ValueError below 0."""
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon={epsilon!r}: needs a number >= 0")
     return math.log(epsilon) if epsilon else -math.inf
 
 

@@ -71,7 +71,7 @@ def evaluate_items(
         items,
         metrics=settings.metrics,
         options=settings.options,
-        tools=tools,
+        tools={name: tool for name, tool in (tools or {}).items() if name != "writer"},
         batch_size=settings.batch_size,
         max_length=stage.max_length,
         rouge_samples=settings.rouge_samples,
