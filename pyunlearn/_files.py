@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -107,8 +108,25 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_json_lines(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    """One JSON object a line (`json_line`)."""
+    write_text(path, "".join(json_line(row) + "\n" for row in rows))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """The row in one line of JSON, which has neither NaN nor infinity: null."""
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(without_infinity(row), ensure_ascii=False, allow_nan=False)
+
+
+def without_infinity(value: Any) -> Any:
+    """The value with None in the place of every float in it that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: without_infinity(own) for key, own in value.items()}
+    return [without_infinity(own) for own in value] if isinstance(value, list | tuple) else value
 
 
 def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], Any]) -> None:

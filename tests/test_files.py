@@ -78,6 +78,11 @@ def test_json_has_no_nan(value, tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         _files.write_json(tmp_path / "file", value)
     assert (tmp_path / "file").read_text() == "1\n"
+    _files.write_json_lines(tmp_path / "file", [{"x": 1.5, "y": value, "z": [True, "ß"]}])
+    nothing = {"a": [None]} if isinstance(value, dict) else None
+    text = (tmp_path / "file").read_text(encoding="utf-8")
+    assert json.loads(text, parse_constant=pytest.fail) == {"x": 1.5, "y": nothing, "z": [True, "ß"]}
+    assert "ß" in text
 
 
 def test_file_and_folder_are_synced_around_the_rename(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from ..data.tokenise import token_texts
 from ..model.causal_lm import CausalLM
 from .endpoint import Endpoint
 from .generation import before_stops, greedy_generate
-from .metric import READ, CannotMeasure, Metric, Told, get_metric
+from .metric import READ, CannotMeasure, Metric, Told, check_tools, get_metric
 from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
 from .utility import mean
@@ -173,10 +173,14 @@ class Examination:
             raise ValueError("needs a model; an endpoint alone writes answers, and reads none")
         return self.lm
 
+    @property
+    def limit(self) -> int | None:
+        """Of a sample, in tokens."""
+        return self.reader().context_length if self.max_length is None else self.max_length
+
     def rows(self, items: Sequence[QA], answers: Sequence[str] | None = None) -> list[dict[str, Any]]:
         """input_ids and labels of each item and its answer, or the one given."""
-        limit = self.reader().context_length if self.max_length is None else self.max_length
-        dataset = QADataset(items, self.tokenizer, limit, answers=answers, prompt_format=self.format)
+        dataset = QADataset(items, self.tokenizer, self.limit, answers=answers, prompt_format=self.format)
         if dataset.num_cut:
             logger.warning("%d of %d texts are longer than what is read of them: cut off", dataset.num_cut, len(items))
         return [dataset[i] for i in range(len(dataset))]
@@ -295,8 +299,8 @@ def evaluate(
     prompt_format: how questions are put, None is `PromptFormat`.
 
     The model is in eval() meanwhile and as before afterwards. Raises ValueError for no items, an unknown or
-    no metric, rouge_samples < 1, samples that are too long, or a model whose logits are not those of its
-    output layer.
+    no metric, option or tool, an option's value that is none, rouge_samples < 1, samples that are too long, or a model
+    whose logits are not those of its output layer.
     """
     if not metrics or isinstance(metrics, str):
         raise ValueError(f"metrics={metrics!r}: needs one or more names of metrics")
@@ -308,6 +312,9 @@ def evaluate(
     for name in ("memorization_accuracy", "extraction_strength"):
         if name in told:
             told[name].setdefault("variant", variant)
+    for metric in chosen:
+        metric.check_options(told[metric.name])
+    check_tools(tools or {})
     lm = None if model is None else CausalLM.of(model)
     examination = Examination(
         lm,

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .._hints import check_known
 from ..data import QA, PlainFormat, PromptFormat
 from ..model.causal_lm import CausalLM
 from .evaluate import Examination, reads_of
 from .generation import first_tokens, rouge_scores
 from .logs import Entry, Log
-from .metric import METRICS, CannotMeasure
+from .metric import METRICS, CannotMeasure, check_tools
 from .reading import Kept
-from .suites import PAIRED, Aggregate, Form, Logs, Measure, Suite, get_suite
+from .suites import PAIRED, SUITES, Aggregate, Form, Logs, Measure, Suite, get_suite
 from .teacher_forced import probability_of
 from .utility import REDUCTIONS, mean
 from .zero_shot import run_tasks, task_manager
@@ -85,8 +86,9 @@ def evaluate_suite(
     prompt_format: of the sets that have no form of their own, None is `PromptFormat`.
 
     A line that cannot be had here (a tool, a metric, an optional set, a log, lm-eval or a task's data are not there)
-    has the value None and a note. Raises ValueError for an unknown suite or task, a set that is missing or lacks what a
-    line needs, a log without anything that the suite reads of it, and what `evaluate` raises.
+    has the value None and a note. Raises ValueError for an unknown suite, task, tool or set (one of another suite is
+    not looked at), an option's value that is none, a set that is missing or lacks what a line needs, a log without
+    anything that the suite reads of it, and what `evaluate` raises.
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
     there = ", ".join(sets) or "none"
@@ -94,6 +96,13 @@ def evaluate_suite(
         raise ValueError(f"sets: suite {suite.name!r} needs {', '.join(missing)}, got {there}")
     if suite.known_sets and not any(name in sets for name in suite.known_sets):
         raise ValueError(f"sets: suite {suite.name!r} needs one of {', '.join(suite.known_sets)}, got {there}")
+    known = [*suite.known_sets, *(name for each in SUITES.values() for name in each.known_sets)]
+    for name in sets:
+        check_known("sets", name, suite.known_sets if name not in known else known)
+    check_tools(tools or {})
+    for measure in suite.measures:
+        if measure.metric in METRICS:
+            METRICS[measure.metric].check_options(measure.options)
     for name, log in (logs or {}).items():
         suite.check_log(name, log, f"logs[{name!r}]")
     examinations = Examinations(model, tokenizer, sets, suite, batch_size, max_length, cache, progress, prompt_format)

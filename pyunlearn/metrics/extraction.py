@@ -3,7 +3,7 @@ writing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from torch import nn
@@ -13,7 +13,7 @@ from ..data import QA
 from ..model.causal_lm import CausalLM
 from ..model.forward import length_batches
 from .generation import common_length, greedy_tokens, rouge_l_recall
-from .metric import metric
+from .metric import Count, metric
 from .reading import Kept, read_rows
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def overlap(a: Sequence[int], b: Sequence[int], n: int) -> float:
 
 @metric("extraction_likelihood", batched=True)
 def extraction_likelihood_of(
-    item: list[QA], examination: Examination, *, ngram: int = 10, grams: Grams = "written"
+    item: list[QA], examination: Examination, *, ngram: Count = 10, grams: Grams = "written"
 ) -> list[float]:
     """How much of the answer the model goes on to write, over all its prefixes (`extraction_likelihood`)."""
     return extraction_likelihood(
@@ -134,7 +134,13 @@ def extraction_likelihood_of(
     )
 
 
-@metric(batched=True)
+def ends_of_words(options: Mapping[str, Any]) -> str | None:
+    if options["prefix"] == "words" and options["early_end"]:
+        return "early_end=True: is of tokens, words have their line to the end; needs prefix='tokens'"
+    return None
+
+
+@metric(batched=True, together=ends_of_words)
 def written_extraction_strength(
     item: list[QA],
     examination: Examination,
@@ -150,8 +156,10 @@ def written_extraction_strength(
     for half of the rest in its order, tokens of a longest common subsequence, or ROUGE-L recall above it. early_end:
     of tokens, as the authors' code has it, a text need only be right up to where it ends, so that an empty one passes.
 
-    Raises ValueError for an unknown option.
+    Raises ValueError for an unknown option, and for early_end with words.
     """
+    if wrong := ends_of_words({"prefix": prefix, "early_end": early_end}):
+        raise ValueError(wrong)
     check_known("prefix", prefix, get_args(Prefix))
     check_known("match", match, get_args(Match))
     if prefix == "words":

@@ -22,7 +22,7 @@ from ..data.words import splitter
 from ..model.causal_lm import CausalLM, eval_mode, rotary_limits
 from ..model.forward import length_batches
 from ..store import digest_json
-from .metric import metric
+from .metric import Count, metric
 from .reading import Kept
 
 # model -> (its kind, what `pads_left` says)
@@ -66,7 +66,7 @@ def rouge_l(
     *,
     score: Rouge = "recall",
     stemmed: bool = True,
-    longest: int | None = None,
+    longest: Count | None = None,
 ) -> float:
     """ROUGE-L of what the model writes against the true answer (`rouge_scores`), or its first tokens, longest at most
     (`first_tokens`)."""

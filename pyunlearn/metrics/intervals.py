@@ -11,9 +11,11 @@ from typing import Literal, get_args
 import numpy as np
 
 from .._hints import check_known
+from .utility import mean as mean_of
 
 Method = Literal["BCa", "percentile"]
 SAME = 1e-12  # of the largest value: what is nearer than this differs by rounding
+LARGE = 1e90  # BCa has third powers
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ def mean_interval(
 
     method: "BCa", bias-corrected and accelerated (Efron, 1987), or "percentile". level: of confidence, in (0, 1).
     num_resamples: drawn with `seed`. Values that are all the same, up to rounding, have an interval of no width. It
-    tells of the draw of samples alone, not of training anew.
+    tells of the draw of samples alone, not of training anew. Values that are not all finite have no interval.
 
-    Raises ValueError for a level, method or num_resamples out of range, and for values that are not finite.
+    Raises ValueError for a level, method or num_resamples out of range.
     """
     if not 0 < level < 1:
         raise ValueError(f"level={level}: needs a number between 0 and 1, e.g. 0.95")
@@ -49,23 +51,25 @@ def mean_interval(
         raise ValueError(f"num_resamples={num_resamples}: needs 2 at least")
     check_known("method", method, get_args(Method))
     there = np.asarray([value for value in values if value is not None], dtype=np.float64)
-    if not np.isfinite(there).all():
-        raise ValueError(f"values: {int((~np.isfinite(there)).sum())} of {len(there)} are not finite")
-    mean = math.fsum(there) / len(there) if len(there) else math.nan
+    mean = mean_of(there.tolist())
+    if beyond := int((~np.isfinite(there)).sum()):
+        return Interval(mean, None, None, len(there), f"{beyond} of {len(there)} values are not finite")
     if len(there) < 2:
         return Interval(mean, None, None, len(there), f"{len(there)} samples have a value, an interval needs 2")
-    if np.ptp(there) <= SAME * np.abs(there).max():
+    scale = np.abs(there).max()
+    if np.ptp(there) <= SAME * scale:
         return Interval(mean, mean, mean, len(there), f"all {len(there)} values are the same")
+    unit = scale if scale > LARGE else 1.0  # whose squares are beyond float64
     from scipy.stats import bootstrap
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # where BCa is not defined, the reason tells it
         drawn = bootstrap(
-            (there,), np.mean, confidence_level=level, method=method, n_resamples=num_resamples, batch=1000,
+            (there / unit,), np.mean, confidence_level=level, method=method, n_resamples=num_resamples, batch=1000,
             rng=np.random.default_rng(seed),
         )  # fmt: skip
-    low, high = (float(bound) for bound in drawn.confidence_interval)
-    if math.isnan(low) or math.isnan(high):
+    low, high = (float(bound * unit) for bound in drawn.confidence_interval)
+    if not (math.isfinite(low) and math.isfinite(high)):
         return Interval(mean, None, None, len(there), f"{method} is not defined for these values, percentile may be")
     return Interval(mean, low, high, len(there))
 

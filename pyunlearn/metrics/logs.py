@@ -9,7 +9,6 @@ have made of them.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from .._files import write_text
 from .._hints import path_hint
 from .generation import rouge_scores
 from .teacher_forced import Ratio, ratio_of_losses, share_of_options
-from .utility import closer_to_1_better, mean, true_better
+from .utility import closer_to_1_better, exp, mean, true_better
 
 PARTS = ("forget", "holdout")
 # TOFU's file of a set -> how the names of its entries begin, and whether the answer is one of several options.
@@ -35,6 +34,7 @@ LOGS_READ = (
 )
 LOSSES = ("avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss")
 TEXTS = "generated_text"
+VALUES = ("score", "prob", "avg_loss")  # of samples, numbers; the last two lists of them, of several answers
 ROUNDING = 1e-2  # by which a loss may be below 0
 RATIO_NAMES = {"forget": "forget_truth_ratio"}  # the others are named {set}_Truth_Ratio
 
@@ -42,14 +42,22 @@ RATIO_NAMES = {"forget": "forget_truth_ratio"}  # the others are named {set}_Tru
 @dataclass(frozen=True)
 class Entry:
     """One number of a log. value: None where there is none. samples: by index, what it was made of. parts: of an
-    attack, its entries of the forget and the holdout set."""
+    attack, its entries of the forget and the holdout set. damage: of a log that was read, what is wrong with it, which
+    whoever needs it tells (`check`)."""
 
     value: float | None
     samples: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     parts: Mapping[str, Entry] = field(default_factory=dict)
+    damage: str = ""
+
+    def check(self) -> None:
+        """Raises ValueError that names file and key where it is damaged."""
+        if self.damage:
+            raise ValueError(self.damage)
 
     def column(self, key: str = "score") -> list[float]:
-        """That value of every sample that has it, by index."""
+        """That value of every sample that has it, by index. Raises ValueError as `check`."""
+        self.check()
         rows = [self.samples[index] for index in sorted(self.samples)]
         return [row[key] for row in rows if row.get(key) is not None]
 
@@ -61,9 +69,11 @@ def read_log(path: str | Path, variant: Ratio = "geometric") -> dict[str, Entry]
     """A file of OpenUnlearning's; or TOFU's, one or a folder of them.
 
     variant: of the truth ratios that are made of TOFU's losses. Of a folder with NAME_EVAL.json and others, that file.
-    Values of samples are as they are in the file, NaN and infinity too; a file of a summary has no samples.
+    Values of samples are as they are in the file, NaN and infinity too; a file of a summary has no samples. Keys that
+    are not known are no matter; an entry of another kind than its own is damaged, which is an error for who needs it.
 
-    Raises FileNotFoundError, and ValueError that names file and key for anything else than such a log.
+    Raises FileNotFoundError, and ValueError that names file and key for anything else than such a log, one without any
+    entry that is whole.
     """
     path = Path(path)
     if path.is_dir():
@@ -99,23 +109,41 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_open_unlearning(path: Path, content: Mapping[str, Any]) -> dict[str, Entry]:
-    return {name: read_entry(path, name, value) for name, value in content.items()}
+    entries: dict[str, Entry] = {}
+    for name, value in content.items():
+        try:
+            entries[name] = read_entry(path, name, value)
+        except ValueError as error:
+            entries[name] = Entry(None, damage=str(error))
+    damaged = [entry for entry in entries.values() if entry.damage]
+    if damaged and len(damaged) == len(entries):
+        damaged[0].check()
+    return entries
 
 
 def read_entry(path: Path, name: str, value: Any) -> Entry:
     if value is None or is_number(value):  # of a summary
         return Entry(value)
     if not isinstance(value, dict) or "agg_value" not in value:
-        raise ValueError(f"{path}: {name!r} needs a number or an object with agg_value")
-    parts = {part: read_entry(path, f"{name}.{part}", value[part]) for part in PARTS if part in value}
-    samples, number = value.get("value_by_index", {}), value["agg_value"]
-    if not isinstance(samples, dict) or not all(
-        key.isdecimal() and isinstance(of, dict) for key, of in samples.items()
-    ):
-        raise ValueError(f"{path}: {name!r} needs value_by_index, an object for every index")
+        raise ValueError(f"{path}: {name!r} needs a number or an object with agg_value, got {value!r:.80}")
+    parts = {part: read_entry(path, f"{name}.{part}", value[part]) for part in PARTS if value.get(part) is not None}
+    samples, number = value.get("value_by_index"), value["agg_value"]
+    samples = {} if samples is None else samples
+    if not isinstance(samples, dict):
+        raise ValueError(f"{path}: {name!r} needs value_by_index, an object for every index, got {samples!r:.80}")
+    for index, sample in samples.items():
+        if not index.isdecimal() or not isinstance(sample, dict | None):
+            raise ValueError(
+                f"{path}: {name!r} needs value_by_index, an object for every index, got {sample!r:.80} for {index!r}"
+            )
+        for key in VALUES:
+            own = (sample or {}).get(key)
+            several = own if isinstance(own, list) and key != "score" else [own]
+            if not all(each is None or is_number(each) for each in several):
+                raise ValueError(f"{path}: {name!r} needs a number as {key} of {index!r}, got {own!r:.80}")
     if number is not None and not is_number(number):
-        raise ValueError(f"{path}: {name!r} needs a number or null as agg_value, got {number!r}")
-    return Entry(number, dict(sorted((int(index), of) for index, of in samples.items())), parts)
+        raise ValueError(f"{path}: {name!r} needs a number or null as agg_value, got {number!r:.80}")
+    return Entry(number, dict(sorted((int(index), of or {}) for index, of in samples.items())), parts)
 
 
 def is_number(value: Any) -> bool:
@@ -164,7 +192,7 @@ def read_tofu(path: Path, content: Mapping[str, Any], variant: Ratio) -> dict[st
     if any(sorted(column) != indices for column in columns):
         raise ValueError(f"{path}: needs {', '.join(LOSSES)} and {TEXTS} of the same samples")
     loss, paraphrased, perturbed, texts = columns
-    probability = {i: {"prob": math.exp(-loss[i]), "avg_loss": loss[i]} for i in indices}
+    probability = {i: {"prob": exp(-loss[i]), "avg_loss": loss[i]} for i in indices}
     ratios = {i: {"score": ratio_of_losses(paraphrased[i], perturbed[i], variant)} for i in indices}
     rouge = {i: read_texts(*texts[i]) for i in indices}
     log = {

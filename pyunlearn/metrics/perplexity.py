@@ -11,8 +11,9 @@ from torch import nn
 
 from ..data import QA
 from ..model.causal_lm import CausalLM
-from .metric import metric
+from .metric import Several, metric
 from .reading import Kept, Reading, read_rows
+from .utility import exp
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,12 +23,15 @@ if TYPE_CHECKING:
 
 @metric()
 def perplexity(answer: Reading) -> float:
-    """exp of the mean negative log-likelihood of the answer's tokens, its end token included: 1 / probability."""
-    return math.exp(answer.loss)
+    """exp of the mean negative log-likelihood of the answer's tokens, its end token included: 1 / probability.
+
+    Infinite for a loss beyond 709 nats, of which float64 has no exponential.
+    """
+    return exp(answer.loss)
 
 
 @metric("text_perplexity", batched=True)
-def text_perplexity_of(item: Sequence[QA], examination: Examination, *, window: int = 4096) -> list[float]:
+def text_perplexity_of(item: Sequence[QA], examination: Examination, *, window: Several = 4096) -> list[float]:
     """Perplexity per token of each answer as a text of its own, whatever the question, in windows (`text_perplexity`).
 
     window: of tokens; the model's context where that is less.
@@ -59,6 +63,8 @@ def text_perplexity(
 ) -> float:
     """exp of the mean negative log-likelihood, in nats, over the tokens of a text, such as WikiText's test set.
 
+    Infinite for a mean beyond 709, of which float64 has no exponential.
+
     The text is cut into windows of `window` tokens (None: the model's context), which do not overlap and do not know of
     each other; each begins with what the tokenizer puts before any text, and otherwise its first token is not scored.
     Perplexities of other windows or tokenizers do not compare.
@@ -81,4 +87,4 @@ def text_perplexity(
         raise ValueError(f"text: has {len(ids)} tokens, perplexity needs 2 at least")
     rows: list[dict[str, Any]] = [{"input_ids": piece, "labels": piece, "index": i} for i, piece in enumerate(tensors)]
     readings = read_rows(lm, rows, batch_size=batch_size, kept=kept, progress=progress)
-    return math.exp(math.fsum(each.nll for each in readings) / sum(each.num_tokens for each in readings))
+    return exp(math.fsum(each.nll for each in readings) / sum(each.num_tokens for each in readings))

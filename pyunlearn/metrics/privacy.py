@@ -9,26 +9,33 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from .._hints import check_known
 from ..data import QA, collate
+from ..data.prompt_format import Encoded, check_length
 from ..gradients.per_sample import PerSample, SquaredNormsByParameter
 from ..model.causal_lm import CausalLM, eval_mode
 from ..model.combined import parts_of
 from ..model.fingerprint import dataset_fingerprint
 from ..model.forward import IGNORE_INDEX, length_batches, supervised_logits
+from ..model.lora import FACTORS
 from ..ops import token_stats
-from .metric import CannotMeasure, metric
-from .reading import Kept, Reading
+from ..ops.parameters import canonical
+from .metric import CannotMeasure, Share, metric
+from .reading import Kept, Reading, read_rows
 from .teacher_forced import VARIANTS, Variant
 from .utility import harmonic_mean
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from .evaluate import Examination
+
+Text = Literal["scored", "answer"]
 
 
 def auc(forget: Sequence[float], holdout: Sequence[float]) -> float:
@@ -88,9 +95,18 @@ def mia_loss(answer: Reading) -> float:
 
 
 @metric()
-def mia_zlib(item: QA, answer: Reading) -> float:
-    """L / n over the bytes that zlib makes of the answer's text in UTF-8 (Carlini et al., 2021)."""
-    return answer.loss / len(zlib.compress(item.answer.strip().encode()))
+def mia_zlib(item: QA, answer: Reading, tokenizer: PreTrainedTokenizerBase, *, text: Text = "scored") -> float:
+    """L / n over the bytes that zlib makes of the answer's text in UTF-8 (Carlini et al., 2021).
+
+    text: "scored", what the scored tokens say without special ones, a space before the answer too, as OpenUnlearning
+    has it; "answer", the answer as it is in the data, without white space around it.
+    """
+    check_known("text", text, get_args(Text))
+    if text == "answer":
+        said = item.answer.strip()
+    else:
+        said = str(tokenizer.decode(answer.tokens.tolist(), skip_special_tokens=True))
+    return answer.loss / len(zlib.compress(said.encode()))
 
 
 @metric(batched=True)
@@ -105,7 +121,7 @@ def mia_reference(
 
 
 @metric()
-def min_k(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> float:
+def min_k(answer: Reading, *, k: Share = 0.4, variant: Variant = "suffix") -> float:
     """Negative mean of the lowest share k of the answer's log-probabilities, in nats (Shi et al., 2024).
 
     Of max(1, int(k n)) tokens, as coded by OpenUnlearning and MUSE.
@@ -113,8 +129,26 @@ def min_k(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> fl
     return lowest(answer.logp, k, variant)
 
 
+@metric(batched=True)
+def text_min_k(item: list[QA], examination: Examination, *, k: Share = 0.4) -> list[float]:
+    """`min_k` over all tokens of the prompt and the answer, without what ends it, and without the first (SOUL)."""
+    limit, rows = examination.limit, list[dict[str, Any]]()
+    for i, each in enumerate(item):
+        ids = examination.format.begun_ids(each.question, each.answer)
+        check_length(Encoded(ids, ids), limit, f"sample {i}", each.question)
+        rows.append({"input_ids": torch.tensor(ids), "labels": torch.tensor(ids), "index": i})
+    readings = read_rows(
+        examination.reader(),
+        rows,
+        batch_size=examination.batch_size,
+        kept=examination.kept,
+        progress=examination.progress,
+    )
+    return [lowest(reading.logp, k, "suffix") for reading in readings]
+
+
 @metric(outputs=("entropy", "variance"))
-def min_k_plus_plus(answer: Reading, *, k: float = 0.4, variant: Variant = "suffix") -> float:
+def min_k_plus_plus(answer: Reading, *, k: Share = 0.4, variant: Variant = "suffix") -> float:
     """Negative mean of the lowest share k of (log p - mean) / deviation over the vocabulary (Zhang et al., 2025)."""
     deviation = answer.more["variance"].double().clamp_min(1e-6).sqrt()
     return lowest((answer.logp.double() + answer.more["entropy"].double()) / deviation, k, variant)
@@ -122,7 +156,14 @@ def min_k_plus_plus(answer: Reading, *, k: float = 0.4, variant: Variant = "suff
 
 @metric(batched=True)
 def mia_gradnorm(item: list[QA], examination: Examination, *, variant: Variant = "suffix") -> list[float]:
-    """Mean over parameter tensors of the L2 norm of the gradient of L / n, dropout off (Wang et al., 2024)."""
+    """Mean over parameter tensors of the L2 norm of the gradient of L / n, dropout off (Wang et al., 2024).
+
+    Of all parameters of the model that the loss reaches, tied ones once, whether or not they are trained now; they are
+    left as they are found. Under LoRA the parameters are those of the merged model, whose gradients those of its base
+    are, with the adapter on: the factors are none of them, and merging changes no number.
+
+    Raises CannotMeasure for a parameter that is sharded, packed (quantised) or without a rule.
+    """
     check_known("variant", variant, VARIANTS)
     return gradient_norms(examination, item, variant)
 
@@ -153,12 +194,14 @@ def gradient_norms(examination: Examination, items: Sequence[QA], variant: Varia
             if not bool((row["labels"][1:] != IGNORE_INDEX).any()):
                 raise CannotMeasure(f"items[{i}]: its answer has 1 token, none is left without the last")
 
+    parameters = own_parameters(lm)
+
     def norms(batch: Sequence[int]) -> list[float]:
         padded = collate([rows[i] for i in batch], 0)
-        return batch_norms(lm, {name: value.to(lm.device) for name, value in padded.items()})
+        return batch_norms(lm, {name: value.to(lm.device) for name, value in padded.items()}, parameters)
 
     def identity(batch: Sequence[int]) -> dict[str, Any]:
-        return {"gradient norms": dataset_fingerprint([rows[i] for i in batch])}
+        return {"gradient norms": dataset_fingerprint([rows[i] for i in batch]), "of": "all parameters"}
 
     batches = length_batches([len(row["labels"]) for row in rows], examination.batch_size)
     norms_of: dict[int, float] = {}
@@ -170,7 +213,17 @@ def gradient_norms(examination: Examination, items: Sequence[QA], variant: Varia
     return [norms_of[i] for i in range(len(rows))]
 
 
-def batch_norms(lm: CausalLM, batch: Mapping[str, Tensor]) -> list[float]:
+def own_parameters(lm: CausalLM) -> list[str]:
+    """Names of all parameters of the model, merged where it has an adapter. Raises CannotMeasure for packed ones."""
+    adapted = hasattr(lm.alone, "peft_config")
+    named = {canonical(name): weight for name, weight in lm.given.named_parameters(remove_duplicate=False)}
+    names = [name for name in named if not (adapted and FACTORS.search(name))]
+    if packed := [name for name in names if not named[name].is_floating_point()]:
+        raise CannotMeasure(f"gradient norms: {packed[0]} is packed ({named[packed[0]].dtype}) and has no gradient")
+    return names
+
+
+def batch_norms(lm: CausalLM, batch: Mapping[str, Tensor], parameters: Sequence[str]) -> list[float]:
     def loss(rows: slice) -> Tensor:
         logits, targets = supervised_logits(lm, {name: tensor[rows] for name, tensor in batch.items()})
         head = lm.read_head()
@@ -178,8 +231,8 @@ def batch_norms(lm: CausalLM, batch: Mapping[str, Tensor]) -> list[float]:
         return -(logp.sum(1) / (targets != IGNORE_INDEX).sum(1)).sum()
 
     try:
-        tap = PerSample(lm.given)
-    except TypeError as error:
+        tap = PerSample(lm.given, parameters)
+    except (TypeError, ValueError) as error:
         raise CannotMeasure(str(error)) from None
     with tap:
         squared = tap.collect(len(batch["labels"]), loss, SquaredNormsByParameter)

@@ -9,7 +9,7 @@ from .._hints import check_known
 from ..data import QA
 from .encoders import Classifier, Embedder
 from .generation import rouge_l_recall
-from .metric import CannotMeasure, metric
+from .metric import CannotMeasure, Count, Part, metric
 
 Against = Literal["answer", "before"]
 Premise = Literal["written", "answer"]
@@ -78,7 +78,7 @@ def entailment_score(
     entailer: Classifier,
     *,
     premise: Premise = "written",
-    least_rouge: float = 0.1,
+    least_rouge: Part = 0.1,
 ) -> list[float]:
     """1 where a model of natural language inference says "entailment" of the written text and the true answer, else 0.
 
@@ -112,7 +112,7 @@ def clean(
     classifier: Classifier | Mapping[str, Classifier],
     *,
     label: str = "clean",
-    max_length: int | None = None,
+    max_length: Count | None = None,
 ) -> list[float]:
     """P(clean) of a gibberish classifier: fluency by a model.
 

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from .._hints import check_known
 from ..data import QA
 from ..model.causal_lm import CausalLM
-from .metric import metric
+from .metric import NonNegative, metric
 from .reading import Reading, read_rows
+from .utility import exp
 
 Variant = Literal["suffix", "open_unlearning"]
 VARIANTS = get_args(Variant)
@@ -117,14 +118,14 @@ def choice_accuracy(item: QA, answer: Reading, wrong: tuple[Reading, ...]) -> fl
 
 
 @metric()
-def probability_w_options(answer: Reading, wrong: tuple[Reading, ...], *, epsilon: float = 0.0) -> float:
+def probability_w_options(answer: Reading, wrong: tuple[Reading, ...], *, epsilon: NonNegative = 0.0) -> float:
     """p / (p + the sum of the wrong answers' p), each p = exp(-L / n) (`share_of_options`)."""
     return share_of_options(answer.loss, [reading.loss for reading in wrong], epsilon)
 
 
 @metric()
 def truth_ratio(
-    paraphrase: Reading, wrong: tuple[Reading, ...], *, variant: Ratio = "geometric", epsilon: float = 0.0
+    paraphrase: Reading, wrong: tuple[Reading, ...], *, variant: Ratio = "geometric", epsilon: NonNegative = 0.0
 ) -> float:
     """How much likelier the wrong answers are than the paraphrased right one (`ratio_of_losses`)."""
     return ratio_of_losses(paraphrase.loss, [reading.loss for reading in wrong], variant, epsilon)
@@ -136,7 +137,7 @@ def share_of_options(loss: float, wrong: Sequence[float], epsilon: float = 0.0) 
     TOFU's probability on real authors and world facts (Maini et al., 2024); epsilon: OpenUnlearning has 1e-10.
     """
     options = np.logaddexp.reduce([-loss, *(-each for each in wrong), log_of(epsilon)])
-    return math.exp(-loss - options)
+    return exp(-loss - options)
 
 
 def ratio_of_losses(
@@ -156,12 +157,14 @@ def ratio_of_losses(
     logs = [-loss for loss in wrong]
     log_wrong = float(np.logaddexp.reduce(logs) - math.log(len(logs)) if variant == "arithmetic" else np.mean(logs))
     if variant == "prob_mean":
-        return math.exp(-paraphrase - np.logaddexp.reduce([-paraphrase, log_wrong, log_of(epsilon)]))
-    exponent = log_wrong - float(np.logaddexp(-paraphrase, log_of(epsilon)))
-    return math.exp(exponent) if exponent < 709 else math.inf
+        return exp(-paraphrase - np.logaddexp.reduce([-paraphrase, log_wrong, log_of(epsilon)]))
+    return exp(log_wrong - float(np.logaddexp(-paraphrase, log_of(epsilon))))
 
 
 def log_of(epsilon: float) -> float:
+    """Raises ValueError below 0."""
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon={epsilon!r}: needs a number >= 0")
     return math.log(epsilon) if epsilon else -math.inf
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from ..data import QA
 from ..data.authors_text import REFUSALS
 from ..data.words import joined_words
-from .metric import Told, metric
+from .metric import Part, Told, metric
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -82,9 +82,9 @@ def fluency(
     tokenizer: PreTrainedTokenizerBase,
     texts: Iterable[str] = (),
     *,
-    least_entropy: float = 0.7,
-    longest_repeat: float = 0.25,
-    least_known: float = 0.5,
+    least_entropy: Part = 0.7,
+    longest_repeat: Part = 0.25,
+    least_known: Part = 0.5,
 ) -> list[Told]:
     """1 where the written text reads as language, 0 where it has collapsed, by counting alone: no model is asked.
 

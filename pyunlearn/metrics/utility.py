@@ -30,10 +30,25 @@ def utility_set(rows: Mapping[str, int]) -> str | None:
     return next((name for name in ("holdout", "retain") if name in rows), None)
 
 
+def exp(x: float) -> float:
+    """e^x, infinity where that is beyond float64 (x > 709.78), as of a loss after collapse."""
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
 def mean(values: Iterable[float]) -> float:
-    """NaN where there is none."""
+    """NaN where there is none. Infinite where a value is; finite values have a finite one, whatever their sum."""
     values = list(values)
-    return math.fsum(values) / len(values) if values else math.nan
+    if not values:
+        return math.nan
+    try:
+        return math.fsum(values) / len(values)
+    except OverflowError:
+        return math.fsum(value / len(values) for value in values)
+    except ValueError:  # infinity less infinity
+        return math.nan
 
 
 def complement(values: Iterable[float]) -> float:

@@ -42,7 +42,7 @@ def loss_figure(rows: Sequence[Mapping[str, Any]], stage: str) -> Markup:
     terms = sorted({key for row in rows for key in row if key.endswith("/loss")})
     figure = panels(terms)
     for axes, key in zip(figure.axes, terms, strict=True):
-        points = [(row["step"], row[key]) for row in rows if key in row]
+        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
         name = key.removesuffix("/loss")
         role = name.split(".")[0]
         axes.plot(*zip(*points, strict=True), DASHES[role], color=COLOURS[role], linewidth=1.4)

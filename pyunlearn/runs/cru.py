@@ -270,7 +270,8 @@ def retrained_ratios(pair: Pair) -> list[float]:
     """Of the model that was retrained without the forget set, on it; none where there is none."""
     file = pair.job.folder.evaluation("retrained-forget.jsonl")
     rows = read_lines(file) if file.is_file() else []
-    return [row["truth_ratio"] for row in rows if row.get("truth_ratio") is not None]
+    ratios = [row["truth_ratio"] for row in rows if "truth_ratio" in row]
+    return [math.inf if ratio is None else ratio for ratio in ratios]  # JSON has no infinity
 
 
 def agreement_of(alone: Mapping[str, Sequence[Score]]) -> float | None:

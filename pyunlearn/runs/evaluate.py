@@ -23,7 +23,7 @@ from .files_config import FilesConfig
 from .folder import RunFolder
 from .job import Job, first_model
 from .outputs import check_records_file
-from .table import RESAMPLES
+from .table import RESAMPLES, as_number
 from .tools import load_tools
 
 logger = logging.getLogger("pyunlearn")
@@ -41,7 +41,8 @@ def evaluate_sets(
 ) -> None:
     """Writes evaluation/{moment}-{set}.jsonl for every set, and evaluation/{moment}.json last; tools: `load_tools`.
 
-    A mean that is not finite, as of a metric without a value of any sample, is told and left out.
+    A mean that is not finite, as of a metric without a value of any sample, is told and left out; a sample's value that
+    is not finite is null.
     """
     summaries = {}
     kept = Kept(settings.cache or cache_folder(), model)
@@ -70,7 +71,7 @@ def evaluate_items(
         items,
         metrics=settings.metrics,
         options=settings.options,
-        tools=tools,
+        tools={name: tool for name, tool in (tools or {}).items() if name != "writer"},
         batch_size=settings.batch_size,
         max_length=stage.max_length,
         rouge_samples=settings.rouge_samples,
@@ -142,7 +143,8 @@ def evaluate_files(
     console: Console | None = None,
     command: str = "pyunlearn evaluate",
 ) -> dict[str, float]:
-    """Metric means of a model on disk or on the Hub over a file or Hub data set; records go to `out`.
+    """Metric means of a model on disk or on the Hub over a file or Hub data set; records go to `out`, with null for
+    values that are not finite.
 
     A model in a run's folder has what that run's model wrote before unlearning beside it, for cosine_similarity.
 
@@ -164,8 +166,8 @@ def evaluate_files(
     table = Table("metric", "value", "95 % interval", "samples")
     for metric, value in result.summary.items():
         own = mean_interval([record.get(metric) for record in result.records], num_resamples=RESAMPLES)
-        told = "" if own.low is None else f"{own.low:.4f} to {own.high:.4f}"
-        table.add_row(metric, "-" if math.isnan(value) else f"{value:.4f}", told, str(own.num_samples))
+        told = "" if own.low is None or own.high is None else f"{as_number(own.low)} to {as_number(own.high)}"
+        table.add_row(metric, "-" if math.isnan(value) else as_number(value), told, str(own.num_samples))
     print_table(job.console, table)
     if out is not None:
         job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)

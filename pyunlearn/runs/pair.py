@@ -279,10 +279,10 @@ def examine(
 
 
 def means_of(records: Records, job: Job[RunConfig]) -> Means:
-    """Of every set and metric that a record has."""
+    """Of every set and metric that a record has. A value that JSON does not have is null there: its mean is none."""
     names = job.config.evaluate.metrics
     values = {
-        (name, metric): [row[metric] for row in rows if row.get(metric) is not None]
+        (name, metric): [math.nan if row[metric] is None else row[metric] for row in rows if metric in row]
         for name, rows in records.items()
         for metric in names
     }

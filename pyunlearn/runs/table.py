@@ -13,6 +13,7 @@ Summaries = Mapping[str, Mapping[str, float]]  # set name -> metric -> value
 Records = Mapping[str, Sequence[Mapping[str, Any]]]  # set name -> one record a sample
 Row = Mapping[str, Any]
 COLUMNS = ("before", "after", "change", *ANCHORS)
+WIDE = 1e7  # from which a number is told by its power of ten
 RESAMPLES = 1999  # of the samples, for an interval
 
 
@@ -65,13 +66,19 @@ def columns(table: Sequence[Row]) -> list[str]:
 def cell(row: Row, column: str, digits: int = 4) -> str:
     if column not in row:
         return ""
-    return f"{row[column]:{'+' if column == 'change' else ''}.{digits}f}"
+    return as_number(row[column], digits, "+" if column == "change" else "")
+
+
+def as_number(value: float, digits: int = 4, sign: str = "") -> str:
+    """digits: after the point, or where that would be a row of digits in front of it (perplexities), in all."""
+    return f"{value:{sign}.{digits}{'f' if abs(value) < WIDE else 'g'}}"
 
 
 def with_interval(row: Row, column: str, digits: int = 4) -> str:
     """`0.9750 [0.960, 0.990]`. digits: of the value."""
     own, sign = (row["interval"], "+") if column == "change" else (row["intervals"].get(column), "")
-    return cell(row, column, digits) + ("" if own is None else f" [{own[0]:{sign}.3f}, {own[1]:{sign}.3f}]")
+    told = "" if own is None else f" [{as_number(own[0], 3, sign)}, {as_number(own[1], 3, sign)}]"
+    return cell(row, column, digits) + told
 
 
 def table_markdown(table: Sequence[Row]) -> str:

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._files import seal, write_json_lines
+from .._files import json_line, seal, write_json_lines
 from ..model.lora import merge
 from .as_found import left_as_found, random_as_found
 from .folder import TrainingFolder, write_model
@@ -62,7 +62,7 @@ class MetricsWriter(TrainerCallback):
 
 def append_metrics(path: Path, row: dict[str, Any]) -> None:
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json_line(row) + "\n")
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

@@ -66,6 +66,17 @@ def test_where_bca_is_not_defined_nothing_is_warned_of(recwarn):
     assert not recwarn.list
 
 
+@pytest.mark.parametrize("method", ["BCa", "percentile"])
+def test_values_that_are_not_finite_have_a_mean_and_no_interval(method):
+    told = mean_interval([1.0, math.inf, None, 2.0], method=method)
+    assert (told.mean, told.low, told.high, told.num_samples) == (math.inf, None, None, 3)
+    assert told.reason == "1 of 3 values are not finite"
+    assert math.isnan(mean_interval([1.0, math.nan], method=method).mean)
+    assert difference_interval([1.0, math.inf], [2.0, math.inf]).reason == "1 of 2 values are not finite"
+    large, small = (mean_interval([x * unit for x in (1.0, 2.0, 4.0, 0.5)], method=method) for unit in (2.0**1020, 1.0))
+    assert (large.low, large.high) == pytest.approx((small.low * 2.0**1020, small.high * 2.0**1020))
+
+
 def test_a_paired_difference_is_narrower_than_the_samples_differ():
     before = DRAW.normal(0, 10, 60)
     after = before + 0.5 + DRAW.normal(0, 0.1, 60)
@@ -82,7 +93,6 @@ def test_a_paired_difference_is_narrower_than_the_samples_differ():
     [
         (lambda: mean_interval([1.0, 2.0], level=95), "level=95: needs a number between 0 and 1"),
         (lambda: mean_interval([1.0, 2.0], method="bca"), "method='bca': did you mean BCa"),
-        (lambda: mean_interval([1.0, math.nan, 2.0]), "values: 1 of 3 are not finite"),
         (lambda: mean_interval([1.0, 2.0], num_resamples=1), "num_resamples=1"),
         (lambda: difference_interval([1.0], [1.0, 2.0]), "after: has 2 values, before has 1"),
     ],

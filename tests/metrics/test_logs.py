@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 
-from pyunlearn.metrics import Entry, read_log, write_log
+from pyunlearn.metrics import Entry, aggregate, get_suite, read_log, write_log
 
 LOG = {
     "forget_truth_ratio": Entry(0.5, {0: {"score": 0.25}, 2: {"score": 0.75}, 10: {"score": math.inf}}),
@@ -138,6 +139,62 @@ def test_what_is_no_log(tmp_path, content, message):
     (tmp_path / "TOFU_EVAL.json").write_text(content)
     with pytest.raises(ValueError, match=f"TOFU_EVAL.json: .*{message}"):
         read_log(tmp_path / "TOFU_EVAL.json")
+
+
+def written(tmp_path, content):
+    path = tmp_path / "TOFU_EVAL.json"
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("extra", ["hi", [1], {"of": "them"}, True, {"agg_value": 1, "value_by_index": [1]}])
+def test_what_is_not_known_beside_an_entry_is_no_matter(tmp_path, extra):
+    good = {"agg_value": 0.4, "forget": None, "note": [1]}
+    log = read_log(written(tmp_path, {"note": extra, "mia_min_k": good}))
+    assert log["mia_min_k"] == Entry(0.4)
+    get_suite("tofu").check_log("retain", log, "log")
+    with pytest.raises(ValueError, match=r"TOFU_EVAL\.json: 'note' needs"):
+        log["note"].column()
+
+
+def test_a_sample_without_values_is_none(tmp_path):
+    samples = {"0": None, "1": {"score": 0.5, "why": "so"}, "2": {"score": None}}
+    whole = {"agg_value": 0.5, "value_by_index": samples}
+    log = read_log(written(tmp_path, {"forget_truth_ratio": whole, "a": {"agg_value": 0.1, "value_by_index": None}}))
+    assert log["forget_truth_ratio"].column() == [0.5]
+    assert log["a"] == Entry(0.1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"agg_value": 1, "value_by_index": {"3": {"score": "a"}}}, "needs a number as score of '3', got 'a'"),
+        ({"agg_value": 1, "value_by_index": {"3": {"prob": [0.1, "a"]}}}, "needs a number as prob of '3'"),
+        ({"agg_value": 1, "value_by_index": {"3": 1.0}}, "needs value_by_index, an object for every index, got 1.0"),
+        ("high", "needs a number or an object with agg_value, got 'high'"),
+    ],
+)
+def test_an_entry_that_is_needed_and_damaged_is_named(tmp_path, entry, message):
+    log = read_log(written(tmp_path, {"forget_truth_ratio": entry, "mia_min_k": {"agg_value": 0.4}}))
+    suite = get_suite("tofu")
+    with pytest.raises(
+        ValueError, match=f"--retain-log=L: .*TOFU_EVAL.json: 'forget_truth_ratio' {re.escape(message)}"
+    ):
+        suite.check_log("retain", log, "--retain-log=L")
+    quality = [each for each in suite.aggregates if each.name == "forget_quality"]
+    (number,), _ = aggregate(quality, {"forget_truth_ratio": Entry(1, {0: {"score": 1.0}})}, {"retain": log})
+    assert number.value is None
+    assert message in number.note
+
+
+@pytest.mark.parametrize("value", [math.nan, 1.5, -0.1])
+def test_an_auc_that_is_none_is_told(tmp_path, value):
+    log = read_log(written(tmp_path, {"mia_min_k": {"agg_value": value}}))
+    leak = [each for each in get_suite("open_unlearning").aggregates if each.name == "privleak"]
+    (number,), _ = aggregate(leak, {"mia_min_k": Entry(0.3)}, {"retain": log})
+    assert (number.value, number.note) == (
+        None, f"the retain log has {value} as the AUC of mia_min_k, needs a number from 0 to 1",
+    )  # fmt: skip
 
 
 def test_where_there_is_none(tmp_path):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from typing import Literal
+
 import pytest
 
 from pyunlearn.data import QA
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.metrics import METRICS, Told, evaluate, get_metric, metric
+from pyunlearn.metrics import METRICS, Measure, Suite, Told, evaluate, evaluate_suite, get_metric, metric
+from pyunlearn.runs.evaluate_config import EvaluateConfig
 
 ITEMS = [QA("Where was Ada born?", "By the sea.", "At sea.", ("In town.", "On a hill.")), QA("Is Di a poet?", "Yes.")]
 
@@ -100,3 +104,59 @@ def test_what_is_wrong_is_told(model, tokenizer, own):
         run(model, tokenizer, ITEMS[:1], "judged", options={"judgd": {}})
     with pytest.raises(ValueError, match="metric 'judged' is there already"):
         metric("judged")(judged)
+    with pytest.raises(ValueError, match="tools='refrence': did you mean reference"):
+        run(model, tokenizer, ITEMS, "probability", tools={"refrence": len})
+    suite = Suite("own", "", (Measure("a", "probability"),))
+    with pytest.raises(ValueError, match="tools='embeder': did you mean embedder"):
+        evaluate_suite(model, tokenizer, {"forget": ITEMS}, suite, tools={"embeder": len}, progress=False)
+    with pytest.raises(ValueError, match="sets='forgett': did you mean forget"):
+        evaluate_suite(model, tokenizer, {"forget": ITEMS, "forgett": ITEMS}, suite, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("min_k", {"k": 40}, "option of min_k: k=40: needs a share, above 0 and 1 at most"),
+        ("min_k", {"k": "0.4"}, "option of min_k: k='0.4': needs a share"),
+        ("min_k", {"k": True}, "option of min_k: k=True: needs a share"),
+        ("min_k", {"variant": "sufix"}, "option of min_k: variant='sufix': did you mean suffix"),
+        ("min_k_plus_plus", {"k": 0}, "option of min_k_plus_plus: k=0: needs"),
+        ("text_min_k", {"k": float("nan")}, "option of text_min_k: k=nan: needs"),
+        ("truth_ratio", {"epsilon": "1e-10"}, "option of truth_ratio: epsilon='1e-10': needs a finite number >= 0"),
+        ("truth_ratio", {"epsilon": -1e-10}, "option of truth_ratio: epsilon=-1e-10: needs a finite number >= 0"),
+        ("probability_w_options", {"epsilon": None}, "epsilon=None: needs a finite number >= 0"),
+        ("extraction_likelihood", {"ngram": 0}, "ngram=0: needs a whole number >= 1"),
+        ("text_perplexity", {"window": 1}, "window=1: needs a whole number >= 2"),
+        ("rouge_l", {"longest": 2.5}, "longest=2.5: needs a whole number >= 1 or None"),
+        ("rouge_l", {"stemmed": "no"}, "stemmed='no': needs true or false"),
+        ("clean", {"label": 1}, "label=1: needs a text"),
+        ("fluency", {"least_known": 2}, "least_known=2: needs a number from 0 to 1"),
+        ("written_extraction_strength", {"prefix": "words", "early_end": True}, "early_end=True: is of tokens"),
+    ],
+)
+def test_values_of_options_are_checked_before_anything_is_measured(model, tokenizer, own, name, options, message):
+    @metric()
+    def first(item):
+        pytest.fail("it was measured")
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate(model, tokenizer, ITEMS, metrics=["first", name], options={name: options}, progress=False)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        EvaluateConfig(metrics=[name], options={name: options}, classifier="c")
+    suite = Suite("own", "", (Measure("a", "first"), Measure("b", name, options=options)))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        evaluate_suite(model, tokenizer, {"forget": ITEMS}, suite, progress=False)
+
+
+def test_options_of_ones_own_are_held_to_what_they_say(own):
+    @metric("mine")
+    def mine(item, *, times: int | None = 2, kind: Literal["a", "b"] = "a", free=None, odd: list[int] = ()):
+        return 1.0
+
+    get_metric("mine").check_options({"times": None, "kind": "b", "free": object(), "odd": [1]})
+    for options in ({"times": 1.5}, {"kind": "c"}, {"twice": 1}):
+        with pytest.raises(ValueError, match="option of mine"):
+            get_metric("mine").check_options(options)
+    for each in METRICS.values():
+        each.check_options(each.options)  # defaults are allowed
+        assert each.name == "mine" or each.domains.keys() == each.options.keys()

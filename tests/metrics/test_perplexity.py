@@ -60,6 +60,18 @@ def test_of_an_answer_it_is_one_over_the_probability(model, tokenizer):
     assert result.summary["perplexity"] == pytest.approx(1 / result.summary["probability"])
 
 
+def test_a_collapsed_model_has_an_infinite_one(tokenizer):
+    """A loss beyond 709 nats, of which float64 has no exponential."""
+    model = tiny_llama(tokenizer, hidden_size=16, intermediate_size=32, num_hidden_layers=1, max_position_embeddings=48)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(1e5)
+    names = ["perplexity", "text_perplexity", "probability"]
+    result = evaluate(model, tokenizer, [QA("the quick?", "brown fox")], metrics=names, progress=False)
+    assert result.summary == {"perplexity": math.inf, "text_perplexity": math.inf, "probability": 0}
+    assert result.records[0]["nll"] / result.records[0]["num_tokens"] > 710
+    assert text_perplexity(model, tokenizer, TEXT, progress=False) == math.inf
+
+
 @pytest.mark.parametrize(
     ("text", "window", "message"),
     [(TEXT, 1, "window=1: needs"), (TEXT, 49, "window=49: needs .* context, 48"), ("", None, "text: has 0 tokens")],

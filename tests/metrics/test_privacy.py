@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 
 import numpy as np
@@ -11,11 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyunlearn.data import QA, QADataset
+from pyunlearn.data import QA, PlainFormat, PromptFormat, QADataset, make_prompt
+from pyunlearn.data.prompt_format import make_format
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import Examination, Kept, auc, get_metric, privacy, privleak, readings_by
+from pyunlearn.metrics.metric import CannotMeasure
 from pyunlearn.metrics.privacy import lowest
 from pyunlearn.model.causal_lm import CausalLM
+from pyunlearn.model.lora import add_adapter, merge
 
 ITEMS = [
     QA("Where was Ada born?", "In a small town by the sea."),
@@ -142,13 +146,82 @@ def test_losses(models, tokenizer):
     )
     examination = examine(models[0], tokenizer)
     assert examination.measure(get_metric("mia_loss")) == pytest.approx(own, rel=1e-5)
-    bytes_of = [len(zlib.compress(item.answer.encode())) for item in ITEMS]
-    expected = [loss / size for loss, size in zip(own, bytes_of, strict=True)]
-    assert examination.measure(get_metric("mia_zlib")) == pytest.approx(expected, rel=1e-5)
+    scored = [tokenizer.decode(row["labels"][row["labels"] != -100], skip_special_tokens=True) for row in rows]
+    assert scored == [f" {item.answer}" for item in ITEMS]  # the space that the prompt ends before
+    for options, texts in (({}, scored), ({"text": "answer"}, [item.answer for item in ITEMS])):
+        expected = [loss / len(zlib.compress(text.encode())) for loss, text in zip(own, texts, strict=True)]
+        assert examination.measure(get_metric("mia_zlib"), options) == pytest.approx(expected, rel=1e-5)
     reference = readings_by(models[1], tokenizer, batch_size=2, progress=False)
     expected = [loss - reference for loss, reference in zip(own, other, strict=True)]
     found = examination.measure(get_metric("mia_reference"), tools={"reference": reference})
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def test_the_text_that_zlib_gets_is_what_is_scored(models, tokenizer):
+    """Of a template that ends a turn with more than a special token, as Qwen's; of a long text, what is left of it."""
+    own = copy.copy(tokenizer)
+    own.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    formats = {"chat": make_format(own, make_prompt("open_unlearning")), "plain": PlainFormat(tokenizer, 3, 96)}
+    for name, prompt_format in formats.items():
+        lm = CausalLM.of(models[0])
+        examination = Examination(lm, own, ITEMS[:1], prompt_format=prompt_format, progress=False)
+        ids = examination.answer[0].tokens.tolist()
+        text = own.decode(ids, skip_special_tokens=True)
+        assert text.endswith("\n") == (name == "chat")
+        assert (len(ids) == 3) == (name == "plain")
+        expected = examination.answer[0].loss / len(zlib.compress(text.encode()))
+        assert examination.measure(get_metric("mia_zlib"))[0] == pytest.approx(expected)
+
+
+def test_text_min_k_is_of_all_tokens_but_the_first_and_the_end(models, tokenizer):
+    """As SOUL has it, whose text is the prompt and the answer, and nothing after it."""
+    expected = []
+    for item in ITEMS:
+        ids = PromptFormat(tokenizer).encode(item.question, item.answer).input_ids
+        assert ids[-1] == tokenizer.eos_token_id
+        row = {"input_ids": torch.tensor(ids[:-1]), "labels": torch.tensor(ids[:-1])}
+        expected += by_hand(models[0], [row], min_k(0.3), True)
+    examination = examine(models[0], tokenizer)
+    assert examination.measure(get_metric("text_min_k"), {"k": 0.3}) == pytest.approx(expected, rel=1e-4)
+    assert examination.measure(get_metric("min_k"), {"k": 0.3}) != pytest.approx(expected, rel=1e-2)
+    with pytest.raises(ValueError, match=r"sample 0 .* more than the limit of 8"):
+        examine(models[0], tokenizer, max_length=8).measure(get_metric("text_min_k"))
+
+
+def gradnorm(model, tokenizer, **options):
+    return examine(model, tokenizer, **options).measure(get_metric("mia_gradnorm"))
+
+
+def test_gradnorm_is_of_all_parameters_whatever_is_trained_now(models, tokenizer, tmp_path):
+    """So that a model has one number while a part of it is trained, when it is frozen, and afterwards."""
+    model = copy.deepcopy(models[0])
+    expected = gradnorm(model, tokenizer)
+    for pattern in ("layers.0.mlp.up_proj", "nothing"):
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(pattern in name)
+        found = gradnorm(model, tokenizer, kept=Kept(tmp_path / pattern, model))
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert all(parameter.requires_grad == (pattern in name) for name, parameter in model.named_parameters())
+    model.register_parameter("packed", torch.nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(CannotMeasure, match=r"gradient norms: packed is packed \(torch.int8\)"):
+        gradnorm(model, tokenizer)
+
+
+def test_gradnorm_of_an_adapter_is_that_of_the_merged_model(models, tokenizer):
+    pytest.importorskip("peft")
+    adapted = add_adapter(copy.deepcopy(models[0]), r=2)
+    plain = gradnorm(models[0], tokenizer)
+    assert gradnorm(adapted, tokenizer) == pytest.approx(plain, rel=1e-5)  # which does nothing yet
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.5)
+    found = gradnorm(adapted, tokenizer)
+    assert found == pytest.approx(gradnorm(merge(adapted), tokenizer), rel=1e-3)
+    assert found != pytest.approx(plain, rel=1e-2)
 
 
 @pytest.mark.parametrize("variant", ["suffix", "open_unlearning"])

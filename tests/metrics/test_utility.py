@@ -17,6 +17,7 @@ from pyunlearn.metrics.utility import (
     REDUCTIONS,
     closer_to_1_better,
     closer_to_1_worse,
+    exp,
     forget_efficacy,
     forget_quality,
     harmonic_mean,
@@ -38,6 +39,15 @@ def test_reductions_by_hand():
     assert REDUCTIONS["percent"]([0.25, 0.75]) == 50
     assert REDUCTIONS["above_half"]([0.25, 0.5, 0.75, 1.0]) == 0.5
     assert math.isnan(mean([]))
+
+
+def test_what_float64_has_no_room_for():
+    assert exp(709.0) == math.exp(709)
+    assert exp(710.0) == exp(math.inf) == math.inf
+    assert exp(-1e4) == 0
+    assert mean([1e308, 1.5e308]) == pytest.approx(1.25e308)  # the sum of perplexities after collapse
+    assert mean([1e308, 1e308, math.inf]) == math.inf
+    assert math.isnan(mean([math.inf, -math.inf]))
 
 
 @given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=12))

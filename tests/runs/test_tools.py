@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
-from pyunlearn.metrics import Classifier, Embedder
+from pyunlearn.metrics import METRICS, Classifier, Embedder, metric
 from pyunlearn.runs.config import ConfigError
+from pyunlearn.runs.data import load_data
 from pyunlearn.runs.evaluate import evaluate_files
 from pyunlearn.runs.evaluate_config import EvaluateConfig
 from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.overrides import load_config
+from pyunlearn.runs.pair import means_of
 from pyunlearn.runs.run import run
 from pyunlearn.runs.tools import load_tools
 
@@ -120,6 +127,40 @@ def test_a_metric_that_no_sample_has_a_value_of_is_told_and_left_out(tiny_config
     result = run(config)
     assert {row["metric"] for row in result.table} == {"probability"}
     assert "before, forget: no finite mean of naturalness, which is left out" in caplog.text
+
+
+def test_values_that_are_not_finite_end_nothing(tiny_config, tmp_path, caplog):
+    """As the perplexity and the truth ratio of what a collapsed model makes of one answer."""
+
+    @metric("endless")
+    def endless(item, texts):
+        return math.inf if item.question == question else 2.0
+
+    config = tiny_config({
+        "memorise": {"max_steps": 1}, "unlearn": {"max_steps": 2},
+        "evaluate": {"metrics": ["probability", "endless"], "every": 1},
+    })  # fmt: skip
+    items = load_data(config).forget
+    question = items[-1].question
+    try:
+        result = run(config)
+        assert run(config, resume=True).table == result.table
+        data, out = tmp_path / "data.jsonl", tmp_path / "out.jsonl"
+        data.write_text("".join(json.dumps(item.to_json()) + "\n" for item in items))
+        with Console(record=True, width=200, file=io.StringIO()) as console:
+            files = FilesConfig.of(str(result.folder / "checkpoint"), str(data), metrics=["probability", "endless"])
+            assert evaluate_files(files, out=out, console=console)["endless"] == math.inf
+        assert re.search(rf"endless\W+inf\W+{len(items)}\W", console.export_text())
+    finally:
+        del METRICS["endless"]
+    measured = {(row["set"], row["metric"]): row["after"] for row in result.table}
+    assert measured["retain", "endless"] == 2
+    assert ("forget", "endless") not in measured
+    assert "after, forget: no finite mean of endless, which is left out" in caplog.text
+    for path in (out, result.folder / "evaluation" / "after-forget.jsonl"):
+        records = [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+        assert [record["endless"] for record in records] == [2.0] * (len(items) - 1) + [None]
+    assert "endless" not in means_of({"forget": records}, SimpleNamespace(config=config))["forget"]
 
 
 def test_a_cache_that_cannot_be_written_is_told_before_anything_is_computed(tiny_config, tmp_path):

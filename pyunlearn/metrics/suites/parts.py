@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from ..logs import LOGS_READ, Log
+from ..logs import LOGS_READ, Entry, Log
 from ..privacy import auc, privacy, privleak
 from ..utility import forget_quality, harmonic_mean
 
@@ -75,7 +75,10 @@ class Read:
         return f"samples of {self.entry}" if self.samples else self.entry
 
     def is_in(self, log: Log) -> bool:
+        """Raises ValueError for an entry that is damaged."""
         entry = log.get(self.entry)
+        if entry is not None:
+            entry.check()
         return entry is not None and (bool(entry.column()) if self.samples else entry.value is not None)
 
 
@@ -141,14 +144,19 @@ class Suite:
         return self.forms.get(name.partition(":")[0], Form(self.max_new_tokens))
 
     def check_log(self, name: str, log: Log, what: str) -> None:
-        """Raises ValueError for a reference model's log that the aggregates do not read, or that has nothing they read.
+        """Raises ValueError for a reference model's log that the aggregates do not read, or that has nothing they read,
+        and that names an entry they read which is damaged.
 
         name: retain or full. what: the argument that the error names.
         """
         reads = dict.fromkeys(read for each in self.aggregates for read in each.reads if read.log == name)
         if not reads:
             raise ValueError(f"{what}: no line of suite {self.name!r} reads a {name} log")
-        if not any(read.is_in(log) for read in reads):
+        try:
+            found = [read.is_in(log) for read in reads]
+        except ValueError as damage:
+            raise ValueError(f"{what}: {damage}") from None
+        if not any(found):
             has = ", ".join(islice(log, 4)) + (f" and {len(log) - 4} more" if len(log) > 4 else "")
             raise ValueError(
                 f"{what}: suite {self.name!r} reads {', '.join(map(str, reads))} of it, and it has none of them, but "
@@ -161,6 +169,10 @@ class Suite:
 
 def values_of(log: Log, names: Iterable[str]) -> dict[str, float]:
     """Raises Unavailable for those that have none."""
+    names = list(names)
+    for name in names:
+        if name in log:
+            log[name].check()
     found = {name: log[name].value if name in log else None for name in names}
     missing = [name for name, value in found.items() if value is None or math.isnan(value)]
     if missing:
@@ -208,8 +220,11 @@ def leak(name: str, epsilon: float, attack: str = "mia_min_k", source: str = "Op
 
     def combine(log: Log, logs: Logs) -> Outcome:
         own = values_of(log, [attack])[attack]
-        entry = logs.get("retain", {}).get(attack)
-        known = entry.value if entry is not None else None
+        entry = logs.get("retain", {}).get(attack, Entry(None))
+        entry.check()
+        known = entry.value
+        if known is not None and not 0 <= known <= 1:
+            raise Unavailable(f"the retain log has {known} as the AUC of {attack}, needs a number from 0 to 1")
         note = "" if known is not None else f"against an AUC of 0.5, as no retain log has {attack}"
         return Outcome(privleak(own, 0.5 if known is None else known, epsilon=epsilon), "", note)
 

@@ -117,7 +117,9 @@ def closer_look() -> tuple[Measure, ...]:
 MEM = ("extraction_strength", "exact_memorization", "forget_Q_A_PARA_Prob", "forget_truth_ratio_prob_mean")
 CLOSER_UTILITY = [f"{prefix}_{letters}" for prefix in PREFIXES for letters in ("R", "P", "TR", "TE", "CS", "ES")]
 CLOSER_EFFICACY = [f"forget_{letters}" for letters in ("R", "P", "TR", "CS", "ES")]
-MIA = Measure("forget_MIA", "min_k", "forget", {"k": 0.4}, "auc_forgotten", ("real_authors", "world_facts"), "SOUL")
+MIA = Measure(
+    "forget_MIA", "text_min_k", "forget", {"k": 0.4}, "auc_forgotten", ("real_authors", "world_facts"), "SOUL"
+)
 UC = ("forget_UA", "forget_MIA", "forget_RR")
 UT = [f"{prefix}_{name}" for prefix in PREFIXES for name in ("Acc", "RR")]
 FLUENCY = Measure("forget_fluency", "fluency")
