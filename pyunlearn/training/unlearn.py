@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
 from ..data import QA, ForgetRetainDataset, QADataset, collate
-from ..distributed import whole
 from ..gradients.groups import assign_groups
 from ..model.cache import ReferenceCache
 from ..model.causal_lm import CausalLM
@@ -31,9 +30,10 @@ from .method import UnlearnConfig
 from .probe import GEffectCallback, Probe
 from .rate import rate_for
 from .sampling import ForgetSampler, Forgotten
-from .selection import selected
+from .selection import selected, trainable
 from .settings import GEffectConfig, MemoriseConfig, ReinforceConfig
 from .stage import Stage, train
+from .start import started
 from .terms import Need, TermLosses, check_top, collect_needs, make_terms
 from .written import Resample, alternates_of, samples_of, texts_of
 
@@ -180,16 +180,17 @@ def unlearn_selected(
     if settings.keep_steps is not None:
         callbacks.append(KeepCheckpoints(stage.folder, tokenizer, settings.keep_steps, merge_kept))
     sampler = make_sampler(settings, forget, stage.seed)
-    before = {name: weight.detach().to("cpu", copy=True) for name, weight in trainable(model)}
     trained, parameters = count_parameters(model)
     dual = None if settings.dual is None else Dual(**settings.dual.arguments())
-    done = train(stage, "unlearn", settings, model, pairs, objectives, references, callbacks, sampler, dual)
+    with started(stage, "unlearn", model) as start:
+        done = train(stage, "unlearn", settings, model, pairs, objectives, references, callbacks, sampler, dual)
+        change = start.mean_absolute_change(model)
     return Unlearned(
         steps=done.steps,
         packing=done.packing,
         compiling=done.compiling,
         learning_rate=settings.learning_rate or 0.0,
-        mean_absolute_change=mean_absolute_change(before, model),  # by all ranks: sharded weights are gathered
+        mean_absolute_change=change,
         trained=trained,
         parameters=parameters,
         limits=None if sampler is None else sampler.memory.limits,
@@ -382,17 +383,3 @@ def make_probe(
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
     losses = TermLosses(objectives, make_references(own, model, tokenizer, pairs, needs))
     return Probe(losses, rows, probing, bf16=settings.bf16, pad_to=settings.pad_to)
-
-
-def trainable(model: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
-
-
-def mean_absolute_change(before: Mapping[str, torch.Tensor], model: Any) -> float:
-    """The mean over all trained weights of |now - before| (Figure 3 of arXiv:2504.06658)."""
-    total = count = 0.0
-    for name, weight in trainable(model):
-        now = whole(weight)
-        total += float((now.detach().cpu().float() - before[name].float()).abs().sum(dtype=torch.float64))
-        count += now.numel()
-    return total / count
