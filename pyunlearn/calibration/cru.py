@@ -21,7 +21,7 @@ from torch import nn
 
 from .._hints import check_known
 from ..model.causal_lm import CausalLM
-from .tensors import Tensors, stored
+from ..model.tensors import Tensors, stored
 
 KINDS = ("layer", "attention", "mlp", "norm")
 REST = "rest"  # embeddings, head, final norm; of other kinds than layers, the rest of the layers too

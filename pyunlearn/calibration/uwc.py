@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .._files import SEAL, seal, write_folder
 from ..model.lora import WEIGHTS
-from .tensors import Tensors, stored
+from ..model.tensors import Tensors, stored
 
 FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)")  # what a plain LoRA adapter is made of
 LAST = re.compile(r"\.lora_(B|embedding_B)(\.|$)")  # the one of the two factors that is scaled

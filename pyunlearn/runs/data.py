@@ -20,7 +20,7 @@ from ..data import (
 from ..data.qa import read_qa
 from ..metrics import get_suite
 from ..model.load import EMBEDDED
-from ..training.unlearn import UnlearnData
+from ..training.rows import UnlearnData
 from .config import RunConfig
 from .files_config import BENCHMARKS, FilesConfig, SuiteConfig
 from .sections import DataConfig, SourceConfig

@@ -12,7 +12,7 @@ from ..model.combined import PARTS
 from ..model.load import EMBEDDED
 from ..store import digest_json
 from ..training.generic import read_anchors
-from ..training.unlearn import UnlearnData
+from ..training.rows import UnlearnData
 from .config import RunConfig
 from .data import RunData
 from .sections import ModelConfig

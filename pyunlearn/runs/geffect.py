@@ -20,9 +20,10 @@ from ..report.geffect import figures, render_geffect
 from ..store import Store, belongs
 from ..training.callbacks import read_metrics
 from ..training.probe import Probe
+from ..training.rows import make_probe
 from ..training.selection import selected
 from ..training.settings import GEffectConfig
-from ..training.unlearn import check_model, make_probe
+from ..training.unlearn import check_model
 from .config import RunConfig
 from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder

@@ -26,9 +26,10 @@ from ..model.lora import check_peft, tried
 from ..training.arguments import check_library, check_trackers, check_values
 from ..training.folder import write_model
 from ..training.generic import read_anchors
+from ..training.rows import rows_trained
 from ..training.selection import trained_names
 from ..training.stage import Interrupted, Stage, training_arguments
-from ..training.unlearn import check_model, memorise, rows_trained, to_memorise
+from ..training.unlearn import check_model, memorise, to_memorise
 from .config import RunConfig
 from .data import RunData, load_data
 from .files_config import FilesConfig

@@ -29,8 +29,9 @@ from ..report.calibrate import render_reliability
 from ..store import Store, digest_json
 from ..training.folder import TrainingFolder
 from ..training.rate import rate_for
+from ..training.rows import UnlearnData
 from ..training.settings import MemoriseConfig
-from ..training.unlearn import UnlearnData, memorise
+from ..training.unlearn import memorise
 from .fingerprint import digest_pairs, model_fingerprints
 from .fits import sizes
 from .folder import RunFolder

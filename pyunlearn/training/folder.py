@@ -1,6 +1,7 @@
 """Where a training keeps its things.
 
 training/STAGE/       resumable checkpoints of the stage under way; removed when the stage is done
+training/unlearn/start/    the trained weights before its first step, of as many bytes as they have in memory; the same
 metrics.jsonl         one line per optimiser step
 reference/            what the frozen reference says, per kind of sequence
 texts/                what models have written for the objectives, by model and prompt
@@ -44,6 +45,10 @@ class TrainingFolder:
 
     def training(self, stage: str) -> Path:
         return self.path / "training" / stage
+
+    def start(self, stage: str) -> Path:
+        """The trained weights before the stage's first step (`start.Start`)."""
+        return self.training(stage) / "start"
 
     def last_checkpoint(self, stage: str) -> Path | None:
         """The resumable checkpoint of the most steps that was written to its end (its seal comes last).

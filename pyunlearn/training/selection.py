@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from torch import Tensor
+
 from .._hints import near
 from ..ops.parameters import canonical
 from .settings import TrainingConfig
+
+
+def trainable(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, parameter) of those that require gradients, tied ones once."""
+    return ((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import UnlearnTrainer
 
 from ..training.test_equalities import KINDS, objective
-from .cases.training import STOCK, evaluated, moving_trainer, parameters, stock_trainer
+from ..training.test_start import change_between
+from .cases.training import STOCK, evaluated, grow, moving_trainer, parameters, stock_trainer
 from .launch import run_case
 
 
@@ -107,3 +108,19 @@ def test_two_processes_draw_as_one(tiny, arguments, tmp_path):
     assert memory["updates"] == sampler.memory.updates
     assert memory["forgotten_at"] == sampler.memory.forgotten_at
     assert memory["scores"] == pytest.approx(sampler.memory.scores, rel=1e-4)
+
+
+def test_two_processes_keep_the_start_as_one(tiny, tmp_path):
+    """The first one writes and reads; sharded weights are gathered, and where it cannot write, both are told."""
+    ranks = run_case("training.start", tmp_path)
+    before, after = tiny.model(), tiny.model()
+    torch.nn.utils.vector_to_parameters(ranks[0]["parameters"], after.parameters())
+    for rank in ranks:
+        assert rank["trained"] == change_between(before, after) > 0
+    after = tiny.model()
+    grow(after)
+    for sharded in ("before", "after"):
+        assert [rank[sharded] for rank in ranks] == [change_between(before, after)] * 2
+        assert [rank[f"written, {sharded}"] for rank in ranks] == [True, False]
+    assert "after/0/training/unlearn" in ranks[0]["error"]
+    assert ranks[1]["error"] == ranks[0]["error"]

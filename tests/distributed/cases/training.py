@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,11 +19,16 @@ from pyunlearn.data import collate
 from pyunlearn.integrations.transformers import loss_func
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.dual import Dual
+from pyunlearn.training.folder import TrainingFolder
+from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.probe import GEffectCallback, Probe
 from pyunlearn.training.sampling import ForgetSampler, Forgotten
 from pyunlearn.training.settings import GEffectConfig
+from pyunlearn.training.stage import Stage
+from pyunlearn.training.start import Start
 from pyunlearn.training.terms import TermLosses
 from pyunlearn.training.trainer import NonFiniteLossError, UnlearnTrainer
+from pyunlearn.training.unlearn import UnlearnData, unlearn
 from tests.tiny import Tiny
 from tests.training.test_equalities import KINDS, objective
 
@@ -42,6 +48,13 @@ def make_arguments(folder: Path, batch_size: int, **changes: Any) -> TrainingArg
 
 def parameters(model: Any) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+def shard(model: Any) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
 
 
 def evaluated(trainer: UnlearnTrainer) -> dict[str, float]:
@@ -153,10 +166,8 @@ def probe(folder: Path) -> dict[str, Any]:
 
     plain, probed = trained(), trained(GEffectCallback(measured, metrics, "unlearn", 1))
     torch.distributed.barrier()
-    model, mesh = tiny.model(), init_device_mesh("cpu", (2,))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = tiny.model()
+    shard(model)
     return {"plain": plain, "probed": probed, "rows": read_metrics(metrics), "sharded": measured.measure(model)}
 
 
@@ -172,3 +183,38 @@ def sampling(folder: Path) -> dict[str, Any]:
     )  # fmt: skip
     trainer.train()
     return {"parameters": parameters(trainer.model), "memory": asdict(sampler.memory)}
+
+
+def grow(model: Any) -> None:
+    """What a training might do, without one."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.1)
+
+
+@joins_itself
+def start(folder: Path) -> dict[str, Any]:
+    """A training under DDP; then models that are sharded before their weights are kept, and afterwards, as accelerate
+    does. Each process has a folder of its own there, as on hosts without a common disk."""
+    tiny = Tiny()
+    model, data = tiny.model(), UnlearnData(tiny.world.forget, tiny.world.retain, [])
+    settings = UnlearnConfig(forget="ga", retain=[], batch_size=2, max_steps=2, learning_rate=1e-2)
+    told = unlearn(Stage(TrainingFolder(folder / "work")), settings, model, tiny.tokenizer, data)
+    results = {"trained": told.mean_absolute_change, "parameters": parameters(model), "error": ""}
+    for sharded in ("before", "after"):
+        model = tiny.model()
+        own = Start(Stage(TrainingFolder(folder / sharded / str(torch.distributed.get_rank()))), "unlearn")
+        for step in ("before", "after"):
+            if step == sharded:
+                shard(model)
+            if step == "before":
+                own.keep(model)
+        results[f"written, {sharded}"] = own.path.exists()
+        grow(model)
+        results[sharded] = own.mean_absolute_change(model)
+    with mock.patch("pyunlearn.model.tensors.save_file", side_effect=OSError(28, "No space left on device")):
+        try:
+            own.keep(model)
+        except OSError as error:
+            results["error"] = str(error)
+    return results

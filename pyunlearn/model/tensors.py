@@ -68,16 +68,31 @@ class Tensors:
 
 @torch.no_grad()
 def write_tensors(model: nn.Module, folder: str | Path, shard: int = SHARD) -> Tensors:
-    """All that the model has, as files of `shard` bytes or of one tensor, into a folder that is new or empty."""
+    """All that the model has, as `write_files`."""
+    return write_files(((name, tensor) for name, (tensor, _) in stored(model).items()), folder, shard)
+
+
+@torch.no_grad()
+def write_files(tensors: Iterable[tuple[str, Tensor]], folder: str | Path, shard: int = SHARD) -> Tensors:
+    """Tensors by name, as files of `shard` bytes or of one tensor, into a folder that is new or empty.
+
+    Each is asked for when it is written: of what is made for that, no more is held than goes into a file.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     pending: dict[str, Tensor] = {}
     size = number = 0
-    for name, (tensor, _) in stored(model).items():
+    for name, tensor in tensors:
         if pending and size + tensor.nbytes > shard:
             save_file(pending, folder / f"{number:05d}.safetensors")
             pending, size, number = {}, 0, number + 1
-        pending[name] = tensor.detach().cpu().contiguous()
+        pending[name] = apart(tensor.detach().cpu().contiguous(), pending.values())
         size += tensor.nbytes
     save_file(pending, folder / f"{number:05d}.safetensors")
     return Tensors(folder)
+
+
+def apart(tensor: Tensor, others: Iterable[Tensor]) -> Tensor:
+    """The tensor, copied where it shares memory with others: safetensors takes none that do."""
+    place = tensor.untyped_storage().data_ptr()
+    return tensor.clone() if any(place == other.untyped_storage().data_ptr() for other in others) else tensor

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from pyunlearn.calibration import Tensors, stored, write_tensors
+from pyunlearn.model.tensors import Tensors, stored, write_files, write_tensors
 
 
 def tied(tiny):
@@ -29,6 +29,28 @@ def test_every_tensor_once_and_back_to_the_bit(tiny, tmp_path):
     for tensor, names in held.values():
         assert torch.equal(tensors.read(names), tensor)
         assert torch.equal(tensors.read(names[::-1]), tensor)  # by whichever name it is held
+
+
+def test_what_shares_memory_is_written_as_it_is(tmp_path):
+    """Which safetensors itself refuses."""
+    whole = torch.arange(6.0)
+    tensors = write_files([("whole", whole), ("part", whole[1:3]), ("turned", whole.view(2, 3).T)], tmp_path)
+    assert torch.equal(tensors.read(["whole"]), whole)
+    assert torch.equal(tensors.read(["part"]), whole[1:3])
+    assert torch.equal(tensors.read(["turned"]), whole.view(2, 3).T)
+
+
+def test_tensors_are_asked_for_when_they_are_written(tmp_path):
+    """So that no more is held of what is made for it than goes into a file."""
+    files = []
+
+    def made():
+        for i in range(6):
+            files.append(len(list(tmp_path.iterdir())))
+            yield f"{i}", torch.full((100,), float(i))
+
+    write_files(made(), tmp_path, shard=800)
+    assert files == [0, 0, 0, 1, 1, 2]
 
 
 def test_a_saved_model_is_read_where_it_stands(tiny, tmp_path):
