@@ -85,14 +85,18 @@ def evaluate_suite(
     prompt_format: of the sets that have no form of their own, None is `PromptFormat`.
 
     A line that cannot be had here (a tool, a metric, an optional set, a log, lm-eval or a task's data are not there)
-    has the value None and a note. Raises ValueError for an unknown suite or task, a set that is missing or lacks what a
-    line needs, a log without anything that the suite reads of it, and what `evaluate` raises.
+    has the value None and a note; a suite with tasks whose sets are all optional takes no sets at all. Raises
+    ValueError for an unknown suite or task, one without lines, a set that is missing or lacks what a line needs, a log
+    without anything that the suite reads of it, and what `evaluate` raises.
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
     there = ", ".join(sets) or "none"
     if missing := [name for name in suite.sets if name not in sets]:
         raise ValueError(f"sets: suite {suite.name!r} needs {', '.join(missing)}, got {there}")
-    if suite.known_sets and not any(name in sets for name in suite.known_sets):
+    if not (suite.measures or suite.tasks or suite.aggregates):
+        raise ValueError(f"suite {suite.name!r} has no tasks of its own; name some (pyunlearn evaluate: --task)")
+    alone = suite.tasks and not sets  # which need no data of ours
+    if suite.known_sets and not alone and not any(name in sets for name in suite.known_sets):
         raise ValueError(f"sets: suite {suite.name!r} needs one of {', '.join(suite.known_sets)}, got {there}")
     for name, log in (logs or {}).items():
         suite.check_log(name, log, f"logs[{name!r}]")

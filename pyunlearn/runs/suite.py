@@ -52,13 +52,15 @@ def evaluate_suite_files(
             cache=config.evaluate.cache or cache_folder(),
             progress=stage.progress,
             task_folder=config.task_folder,
-            task_limit=config.data.limit,
+            task_limit=config.limit,
             prompt_format=stage.prompt_format,
         )
         if out is not None:
-            about = {"suite": suite.name, "model": config.model.name_or_path, "data": config.data.path}
+            data = config.data
+            about = {"suite": suite.name, "model": config.model.name_or_path}
+            about |= {} if data is None else {"data": data.path}
             numbers = [number.to_json() for number in result.numbers]
-            split = {} if config.data.name is None else {"split": config.split}
+            split = {} if data is None or data.name is None else {"split": config.split}
             told_once = {"declined": result.declined} if result.declined else {}
             write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
             write_log(out, result.log, result.summary, suite.log_name)

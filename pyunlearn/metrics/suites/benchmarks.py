@@ -1,4 +1,5 @@
-"""Suites on the sets of other benchmarks, which are put to the model as plain text: MUSE, WMDP, WHP and SAFE."""
+"""Suites on the sets of other benchmarks, which are put to the model as plain text: MUSE, WMDP, WHP and SAFE; and
+one of lm-eval's tasks alone."""
 
 from __future__ import annotations
 
@@ -120,4 +121,8 @@ SAFE = Suite(
     tasks=SOUL_TASKS,
 )
 
-BENCHMARK_SUITES = (MUSE, WMDP, WHP, SAFE)
+LM_EVAL = Suite(
+    "lm_eval", "Zero-shot tasks of lm-eval, those that --task names, and nothing else", (), log_name="LMEval"
+)
+
+BENCHMARK_SUITES = (MUSE, WMDP, WHP, SAFE, LM_EVAL)
