@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from ..data import QA, PlainFormat, PromptFormat
+from ..data.prompts import is_one_of
 from ..model.causal_lm import CausalLM
 from .evaluate import Examination, reads_of
 from .generation import first_tokens, rouge_scores
@@ -38,6 +39,11 @@ class Number:
     variant: str
     note: str = ""
     more: Mapping[str, float] = field(default_factory=dict)
+
+    def noted(self, note: str) -> Number:
+        """With a note beside its own, if it has a value."""
+        told = "; ".join(part for part in (self.note, note) if part)
+        return self if self.value is None else replace(self, note=told)
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no infinity: null."""
@@ -107,15 +113,18 @@ def evaluate_suite(
                 with errors_of(name):
                     examinations[name].check(METRICS[measure.metric])
     tasks = Tasks(suite, task_folder, task_limit)
-    numbers, own = [], {}
+    numbers: list[Number] = []
+    own: dict[str, Entry] = {}
     for measure in suite.measures:
         number, own[measure.name] = measured(measure, examinations, tools or {})
         numbers.append(number)
+    numbers = [each.noted(examinations.other_prompt) for each in numbers]
     for task in suite.tasks:
         number = tasks.number(task, examinations)
         numbers.append(number)
         own[number.name] = Entry(number.value)
     combined, entries = aggregate(suite.aggregates, own, logs)
+    combined = [each.noted(examinations.other_prompt) for each in combined]
     return SuiteResult(numbers + combined, own | entries, dict(examinations.kept.declined))
 
 
@@ -131,7 +140,7 @@ def aggregate(
         except ValueError as why:
             number = Number(each.name, None, "", each.variant, str(why))
         else:
-            number = Number(each.name, found.value, found.count, each.variant, found.note, found.more)
+            number = Number(each.name, found.value, found.count, found.variant or each.variant, found.note, found.more)
         numbers.append(number)
         entries[each.name] = Entry(number.value)
     return numbers, entries
@@ -180,6 +189,13 @@ class Examinations:
                 stops=form.stops,
             )
         return self.made[name]
+
+    @property
+    def other_prompt(self) -> str:
+        """That the suite's source puts its sets by another prompt; "" if not, or if nobody knows."""
+        given = (self.prompt_format or PromptFormat(self.tokenizer)).given
+        known = self.suite.prompts
+        return f"asked by prompt={given.name}, not its source's" if known and not is_one_of(given, known) else ""
 
     def plain_format(self, form: Form) -> PlainFormat:
         limit = self.lm.context_length if self.max_length is None else self.max_length

@@ -69,6 +69,11 @@ def evaluate_suite_files(
         value = "-" if number.value is None else f"{number.value:.6g}"
         table.add_row(number.name, value, number.samples, shown(number.variant), shown(told(number)))
     print_table(job.console, table)
+    if any("not its source's" in number.note for number in result.numbers):
+        names = ", ".join(suite.prompts)
+        job.console.print(
+            f"prompt: suite {suite.name} has another than this; --prompt takes one of {names}", soft_wrap=True
+        )
     if without := sum(number.value is None for number in result.numbers):
         job.console.print(f"{without} of {len(result.numbers)} lines have no value here; their notes say why")
     if out is not None:
