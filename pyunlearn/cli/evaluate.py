@@ -100,6 +100,18 @@ def evaluate(
     task_folder: Annotated[
         str | None, typer.Option(help="Folder with more tasks, lm-eval's YAML files. Python that they name is run.")
     ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            help="The model before unlearning, for lines that compare with what it wrote; of a run's model, where the "
+            "run began unless named.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A second model, for mia_reference: one that never saw the forget set.", show_default=False),
+    ] = None,
     retain_log: Log = None,
     full_log: Log = None,
     out: Annotated[
@@ -135,7 +147,7 @@ def evaluate(
         }
         of_suites: dict[str, Any] = {
             "split": split, "text": text, "task": task, "task-folder": task_folder, "retain-log": retain_log,
-            "full-log": full_log,
+            "full-log": full_log, "before": before, "reference": reference,
         }  # fmt: skip
         of_sets: dict[str, Any] = {
             "name": name, "columns": columns, "rouge-samples": rouge_samples, "variant": variant, "metric": metric,
@@ -169,6 +181,6 @@ def evaluate(
             with problems_told():
                 config = SuiteConfig.of_suite(
                     suite, model, data, split=split, text=text, tasks=task or (), task_folder=task_folder, logs=logs,
-                    **tools, **model_options,
+                    before=before, reference=reference, **tools, **model_options,
                 )  # fmt: skip
             evaluate_suite_files(config, out=out, console=console, command=command)

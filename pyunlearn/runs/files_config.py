@@ -115,6 +115,10 @@ class SuiteConfig(FilesConfig):
     tasks: list[str] = Field(default_factory=list, description="of lm-eval, in the place of the suite's own")
     task_folder: str | None = Field(default=None, description="with more of lm-eval's tasks")
     logs: dict[str, str] = Field(default_factory=dict, description="of reference models: retain, full")
+    before: str | None = Field(
+        default=None, description="the model before unlearning; None: where the model's run began"
+    )
+    reference: str | None = Field(default=None, description="a second model, for mia_reference")
 
     @field_validator("suite")
     @classmethod
@@ -129,7 +133,14 @@ class SuiteConfig(FilesConfig):
 
     def paths(self) -> Iterator[tuple[str, Path]]:
         yield from super().paths()
-        yield from existing({"--text": self.text, **{f"--{name}-log": path for name, path in self.logs.items()}})
+        yield from existing(
+            {
+                "--before": self.before,
+                "--reference": self.reference,
+                "--text": self.text,
+                **{f"--{name}-log": path for name, path in self.logs.items()},
+            }
+        )
 
     @classmethod
     def of_suite(
@@ -148,20 +159,23 @@ class SuiteConfig(FilesConfig):
         batch_size: int = 16,
         prompt: Any = None,
         logs: Mapping[str, str] | None = None,
+        before: str | None = None,
+        reference: str | None = None,
         **tools: Any,
     ) -> SuiteConfig:
         """model, data: paths or Hub ids, no data for tasks alone; split: of TOFU's suites, whose {split}_perturbed is
         the forget set; limit: of each set's rows, and of each task's samples; prompt: of `make_prompt`; tools:
-        `TOOLS`, as `FilesConfig.of` takes them.
+        `TOOLS`, as `FilesConfig.of` takes them; before, reference: models, paths or Hub ids (`load_beside`).
 
         Raises ValueError for what no line of the suite uses.
         """
         lines = get_suite(suite)
         used = tools_of(measure.metric for measure in lines.measures)
-        for name, tool in tools.items():
+        for name in tools:
             check_known("tool", name, TOOLS)
+        for name, tool in {**tools, "before": before, "reference": reference}.items():
             if tool is not None and name not in used:
-                usable = [f"--{tool}" for tool in TOOLS if tool in used]
+                usable = [f"--{tool}" for tool in (*TOOLS, "before", "reference") if tool in used]
                 raise ValueError(f"--{name}: no line of suite {suite!r} uses it, but {', '.join(usable) or 'no tool'}")
         if split is not None and suite in BENCHMARKS:
             raise ValueError(f"--split={split}: goes with the suites on TOFU only, and {suite!r} is not one")
@@ -194,4 +208,6 @@ class SuiteConfig(FilesConfig):
                 batch_size=batch_size, judge=None if judge is None else EndpointConfig.model_validate(judge), **tools
             ),
             logs=dict(logs or {}),
+            before=before,
+            reference=reference,
         )

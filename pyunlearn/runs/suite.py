@@ -10,6 +10,7 @@ from rich.table import Table
 from .._files import write_json
 from .._terminal import print_table, shown, visible
 from ..metrics import Number, SuiteResult, cache_folder, evaluate_suite, read_log, write_log
+from .beside import load_beside
 from .evaluate import check_cache
 from .files_config import SuiteConfig
 from .job import Job, first_model
@@ -26,8 +27,8 @@ def evaluate_suite_files(
 ) -> SuiteResult:
     """The suite's numbers, as a table; into the folder `out` go the log, its summary and numbers.json.
 
-    Raises what `read_log`, `load_sets`, `load_model`, `load_models` and `metrics.evaluate_suite` raise, and before that
-    as `check_suite_files` and `check_cache`.
+    Raises what `read_log`, `load_sets`, `load_beside`, `load_model`, `load_models` and `metrics.evaluate_suite` raise,
+    and before that as `check_suite_files` and `check_cache`.
     """
     suite = config.lines
     if out is not None:
@@ -38,6 +39,7 @@ def evaluate_suite_files(
         suite.check_log(name, log, f"--{name}-log={config.logs[name]}")
     job = Job.start(config, console, command)
     with job.interruptible():
+        beside = load_beside(job)
         model, tokenizer, stage = first_model(job)
         metrics = [measure.metric for measure in suite.measures]
         result = evaluate_suite(
@@ -46,7 +48,7 @@ def evaluate_suite_files(
             job.data.sets,
             suite,
             logs=logs,
-            tools=load_models(config.evaluate, metrics, job.processes.device, stage.progress),
+            tools=load_models(config.evaluate, metrics, job.processes.device, stage.progress) | beside,
             batch_size=config.evaluate.batch_size,
             max_length=stage.max_length,
             cache=config.evaluate.cache or cache_folder(),
