@@ -284,6 +284,14 @@ def test_a_reference_is_read_beside(call, places, other, alone, tmp_path):
     assert (code, alone) == (0, [str(places[0])])
 
 
+def test_another_prompt_is_told_below_the_table(call):
+    for prompt, told in (("plain", True), ("question_answer", False)):
+        code, text, _ = call("--prompt", prompt, "--limit", 1, suite=("--suite", "open_unlearning"))
+        assert code == 0
+        assert ("--prompt takes one of open_unlearning, question_answer" in text) == told
+        assert ("asked by prompt=plain, not its source's" in text) == told
+
+
 @pytest.mark.parametrize(
     ("words", "suite", "message"),
     [
