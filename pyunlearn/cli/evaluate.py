@@ -84,7 +84,7 @@ def evaluate(
             help="All numbers of tofu, open_unlearning, closer_look, mrd_paper, g_effect_paper or tutorial; --data is "
             "then a folder or Hub data set with TOFU's files (forget10_perturbed.jsonl, retain_perturbed.jsonl, ...). "
             "Or of muse (knowmem/forget_qa.json, ...), wmdp (wmdp-bio.jsonl, ...), whp (hp_test_qa_300.jsonl, ...) or "
-            "safe (pku_train.jsonl, ...). `pyunlearn metrics` lists them."
+            "safe (pku_train.jsonl, ...). lm_eval has --task's alone, without --data. `pyunlearn metrics` lists them."
         ),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Of TOFU's forget set.", show_default="forget10")] = None,
@@ -99,6 +99,18 @@ def evaluate(
     ] = None,
     task_folder: Annotated[
         str | None, typer.Option(help="Folder with more tasks, lm-eval's YAML files. Python that they name is run.")
+    ] = None,
+    before: Annotated[
+        str | None,
+        typer.Option(
+            help="The model before unlearning, for lines that compare with what it wrote; of a run's model, where the "
+            "run began unless named.",
+            show_default=False,
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="A second model, for mia_reference: one that never saw the forget set.", show_default=False),
     ] = None,
     retain_log: Log = None,
     full_log: Log = None,
@@ -119,10 +131,11 @@ def evaluate(
             model = str(Path(source) / "checkpoint")
         else:
             _, model, data = of_source(source, model, data)
-        model, data = check_pair("evaluate", model, data)
+        if suite is None or model is None:
+            model, data = check_pair("evaluate", model, data)
         if prompt is None and (prompt := prompt_of(model)) is not None:
             console.print(f"prompt: {visible(prompt)}, as in its run", markup=False, highlight=False, soft_wrap=True)
-        if suite is None and columns is None and (own := columns_of(model, data)) is not None:
+        if suite is None and columns is None and data is not None and (own := columns_of(model, data)) is not None:
             columns = ",".join(f"{field}={column}" for field, column in own.items())
             console.print(f"columns: {visible(columns)}, as in its run", markup=False, highlight=False, soft_wrap=True)
         model_options: dict[str, Any] = {
@@ -134,7 +147,7 @@ def evaluate(
         }
         of_suites: dict[str, Any] = {
             "split": split, "text": text, "task": task, "task-folder": task_folder, "retain-log": retain_log,
-            "full-log": full_log,
+            "full-log": full_log, "before": before, "reference": reference,
         }  # fmt: skip
         of_sets: dict[str, Any] = {
             "name": name, "columns": columns, "rouge-samples": rouge_samples, "variant": variant, "metric": metric,
@@ -152,9 +165,10 @@ def evaluate(
             from ..runs.evaluate import evaluate_files
             from ..runs.files_config import FilesConfig
 
+            _, told = check_pair("evaluate", model, data)
             with problems_told():
                 files = FilesConfig.of(
-                    model, data, name=name, columns=columns,
+                    model, told, name=name, columns=columns,
                     rouge_samples=20 if rouge_samples is None else rouge_samples,
                     variant=variant or "suffix", metrics=metric or (), **tools, **model_options,
                 )  # fmt: skip
@@ -167,6 +181,6 @@ def evaluate(
             with problems_told():
                 config = SuiteConfig.of_suite(
                     suite, model, data, split=split, text=text, tasks=task or (), task_folder=task_folder, logs=logs,
-                    **tools, **model_options,
+                    before=before, reference=reference, **tools, **model_options,
                 )  # fmt: skip
             evaluate_suite_files(config, out=out, console=console, command=command)

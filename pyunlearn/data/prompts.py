@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar
 
@@ -81,6 +81,7 @@ PROMPTS: dict[str, Prompt] = {
     ),
     "plain": Prompt("plain", ""),
 }  # fmt: skip
+OF_OPEN_UNLEARNING = tuple(name for name in PROMPTS if name not in ("chat", "plain"))
 OWN = Prompt("tags", "")
 MAYBE = ("system", "date")  # null for none
 # (plain, by a template) -> the keys that change something
@@ -89,6 +90,24 @@ USED: dict[tuple[bool, bool], tuple[str, ...]] = {
     (False, True): ("system", "date", "whole"),
     (False, False): (*TAGS, "system", "date", "bos"),
 }
+
+
+def is_one_of(prompt: Prompt, names: Iterable[str]) -> bool:
+    """Whether it writes as one of these prompts does, or as one without its system prompt or its date.
+
+    >>> own = make_prompt({"user_start": "Question: ", "user_end": "\\n", "assistant_start": "Answer: "})
+    >>> is_one_of(own, ["llama2"]), is_one_of(own, ["llama2", "question_answer"])
+    (False, True)
+    """
+
+    def bare(each: Prompt) -> Prompt:
+        return replace(each, name="", system=None, date=None)
+
+    known = [PROMPTS[name] for name in names]
+    return any(
+        bare(prompt) == bare(own) and prompt.system in (own.system, None) and prompt.date in (own.date, None)
+        for own in known
+    )
 
 
 def make_prompt(value: Any = None) -> Prompt:

@@ -39,13 +39,15 @@ ARGUMENTS = {  # of the Trainer -> key of `unlearn`, and its kind
     "bf16": ("bf16", bool),
     "gradient_checkpointing": ("gradient_checkpointing", bool),
 }
-SUITES = {"tofu": "open_unlearning", "muse": "muse"}
+DEFAULTS = {"learning_rate": 5e-5, "epochs": 3.0}  # of transformers' TrainingArguments, where ours are others
+SUITES = {"tofu": "open_unlearning", "muse": "muse", "lm_eval": "lm_eval"}
+GIBBERISH = "forget_Q_A_gibberish"  # P(clean) of a classifier, which the suite is told
 ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_hf", "paged_adamw_32bit")  # one arithmetic
 # What changes no number of a run: how it is logged, saved and laid out in memory, and variables of other keys.
 HARMLESS = re.compile(
     r"(mode|task_name|(forget|retain|holdout|data)_split|retain_logs_path|question_key|(paths|hydra|collator)\..*"
-    r"|model\.model_args\.(attn_implementation|device_map)|data\.eval|eval\.\w+\.(overwrite|handler|output_dir|metrics.*)"
-    r"|eval\.\w+\.(batch_size|holdout_split)"
+    r"|model\.model_args\.(attn_implementation|device_map)|data\.eval|eval\.\w+\.(overwrite|handler|output_dir|batch_size)"
+    r"|eval\.lm_eval\.simple_evaluate_args\.batch_size"
     r"|data\.\w+\.\w+\.(access_key|args\.return_original)"
     r"|trainer\.args\.(output_dir|logging_.*|report_to|save_.*|do_train|do_eval|eval_.*|per_device_eval_batch_size"
     r"|bf16_full_eval|ddp_find_unused_parameters|remove_unused_columns))"
@@ -56,7 +58,7 @@ MISSING = "???"
 
 class Experiment(NamedTuple):
     """run: settings of a run, for a file or `RunConfig.model_validate`; of an evaluation alone, name, seed and model.
-    suites: what `pyunlearn evaluate --suite` is told, by suite: split, logs, tasks, prompt."""
+    suites: what `pyunlearn evaluate --suite` is told, by suite: split, logs, classifier, prompt; tasks, limit."""
 
     run: dict[str, Any]
     suites: dict[str, dict[str, Any]]
@@ -82,7 +84,7 @@ def read_experiment(path: str | Path, choices: Iterable[str] = (), *, leave_out:
     told = {} if prompt is None else {"prompt": prompt}
     if keys.below("trainer"):
         run |= {"data": {**data_of(keys), **told}, "unlearn": unlearn_of(keys)}
-    suites = {name: {**suite, **told} for name, suite in suites_of(keys).items()}
+    suites = {name: suite if name == "lm_eval" else {**suite, **told} for name, suite in suites_of(keys).items()}
     if wrong := [*keys.wrong, *(key for key in keys.values if not HARMLESS.fullmatch(key))]:
         raise ValueError(f"{path}: not understood: {', '.join(wrong)}; take them out, or name them in leave_out")
     return Experiment(run, suites)
@@ -107,7 +109,7 @@ class Keys:
     def needs(self, key: str, *allowed: Any) -> None:
         """Takes a key that may be missing or one of these; another value is told at the end."""
         if (value := self.take(key, None)) is not None and value not in allowed:
-            self.wrong.append(f"{key}={value!r} (needs {' or '.join(map(repr, allowed))})")
+            self.wrong.append(f"{key}={value!r} (needs {' or '.join(map(repr, allowed)) or 'none'})")
 
     def resolve(self, value: Any) -> Any:
         """With what ${other.key} stands for."""
@@ -178,39 +180,154 @@ def unlearn_of(keys: Keys) -> dict[str, Any]:
         method_args |= {"retain_loss_type": None}
     terms = terms_of(name, **method_args)
     unlearn: dict[str, Any] = {"retain": []}
-    unlearn |= {role: [each.model_dump(exclude_none=True)] for role, each in terms.items()}
+    unlearn |= {role: [each.model_dump(exclude_none=True)] for role, each in terms.items()} | DEFAULTS
     for argument, (key, kind) in ARGUMENTS.items():
         if (value := keys.take(f"trainer.args.{argument}", None)) is not None:
             unlearn[key] = kind(value)
     keys.needs("trainer.args.optim", *ADAMW)
-    if warmup := keys.take("trainer.args.warmup_epochs", None):
+    warmup = warmup_of(keys, unlearn)
+    return unlearn if warmup is None else {**unlearn, "warmup": warmup}
+
+
+def warmup_of(keys: Keys, unlearn: Mapping[str, Any]) -> float | str | None:
+    """As `unlearn.warmup` takes it. Of several that are set the one that counts there: epochs, then steps, then a share
+    of the steps."""
+    epochs, steps, share = (keys.take(f"trainer.args.warmup_{each}", None) for each in ("epochs", "steps", "ratio"))
+    if epochs:
+        epochs = float(epochs)
+        if epochs == 1:
+            return "epoch"  # its whole steps, as there
         if "max_steps" in unlearn:
             raise ValueError("trainer.args.warmup_epochs: goes with num_train_epochs, got max_steps beside it")
-        unlearn["warmup"] = float(warmup) / unlearn["epochs"]
-    for argument in ("warmup_steps", "warmup_ratio"):
-        if warmup := keys.take(f"trainer.args.{argument}", None):
-            unlearn["warmup"] = float(warmup)
-    return unlearn
+        if epochs < unlearn["epochs"]:
+            return float(epochs / unlearn["epochs"])
+        keys.wrong.append(f"trainer.args.warmup_epochs={epochs:g} (needs fewer than the {unlearn['epochs']:g} epochs)")
+    elif steps:
+        return float(steps)
+    elif share:
+        if float(share) < 1:
+            return float(share)
+        keys.wrong.append(f"trainer.args.warmup_ratio={share} (needs a share below 1)")
+    return None
 
 
 def suites_of(keys: Keys) -> dict[str, dict[str, Any]]:
     suites: dict[str, dict[str, Any]] = {}
     for name in keys.below("eval"):
         place, told = f"eval.{name}", dict[str, Any]()
+        if name not in SUITES:
+            keys.wrong.append(f"{place} (needs one of {', '.join(SUITES)})")
+            continue
         if name == "lm_eval":
-            suites["wmdp"] = {"tasks": [keys.resolve(task) for task in keys.take(f"{place}.tasks", [])]}
-            for key in keys.below(f"{place}.simple_evaluate_args"):
-                keys.take(f"{place}.simple_evaluate_args.{key}", None)
-        elif name not in SUITES:
-            keys.wrong.append(f"{place} (needs one of {', '.join([*SUITES, 'lm_eval'])})")
+            told["tasks"] = [keys.resolve(task) for task in keys.take(f"{place}.tasks", ["mmlu"])]
+            if unnamed := [task for task in told["tasks"] if not isinstance(task, str)]:
+                keys.wrong.append(f"{place}.tasks: {unnamed[0]!r} (needs the name of a task)")
+            arguments = f"{place}.simple_evaluate_args"
+            keys.needs(f"{arguments}.apply_chat_template", False)
+            for argument in ("num_fewshot", "system_instruction"):
+                keys.needs(f"{arguments}.{argument}")
+            if (limit := keys.take(f"{arguments}.limit", None)) is not None:
+                told["limit"] = limit
+                if not isinstance(limit, int) or limit < 1:
+                    keys.wrong.append(f"{arguments}.limit={limit!r} (needs a number of samples)")
         else:
             keys.needs(f"{place}.question_key", "question")
             if split := keys.take(f"{place}.{'forget' if name == 'tofu' else 'data'}_split", None):
                 told["split" if name == "tofu" else "data"] = split
             if log := keys.take(f"{place}.retain_logs_path", None):
                 told["logs"] = {"retain": log}
-            suites[SUITES[name]] = told
+        if name == "tofu":
+            split = str(told.get("split", "forget10"))
+            keys.needs(f"{place}.holdout_split", split.replace("forget", "holdout"))
+            told |= metrics_of(keys, f"{place}.metrics", split, told.get("logs", {}).get("retain"))
+        suites[SUITES[name]] = told
     return suites
+
+
+def metrics_of(keys: Keys, place: str, split: str, log: str | None) -> dict[str, Any]:
+    """What the suite is told beside, of TOFU's metrics one by one: it has all of them, as their own files have them, so
+    that each value that is another is named."""
+    told: dict[str, Any] = {}
+    held_out = split.replace("forget", "holdout")
+    for key in [key for key in keys.values if key.startswith(f"{place}.")]:
+        parts = re.fullmatch(r"(?:\w+\.pre_compute\.)*(\w+)\.(.+)", key.removeprefix(f"{place}."))
+        if parts is None:  # NAME: null
+            keys.needs(key)
+            continue
+        metric, inner = parts[1], re.sub(r"^(datasets|collators)\.\w+\.", r"\1.*.", parts[2])
+        if handler_of(metric) is None or ALIKE.fullmatch(inner):
+            if handler_of(metric) is not None:
+                keys.take(key, None)
+            continue
+        allowed: dict[str, tuple[Any, ...]] = {
+            **AS_THERE,
+            "handler": (handler_of(metric),),
+            "aggregator": ("closer_to_1_better" if metric.startswith("forget") else "true_better",),
+            "max_length": (32,),
+            "reference_logs.retain_model_logs.path": (log,),
+            "datasets.*.args.hf_args.name": (split, held_out, *(f"{name}_perturbed" for name in (split, *ROWS))),
+        }
+        if inner in ("classifier_model_args.pretrained_model_name_or_path", "reference_model_path"):
+            value = keys.take(key, None)
+            if value is not None:
+                told["classifier" if inner.startswith("classifier") else "reference"] = value
+        elif inner in allowed:
+            keys.needs(key, *allowed[inner])
+    if any(key.startswith(f"{place}.{GIBBERISH}.") for key in keys.leaves):
+        told.setdefault("classifier", CLASSIFIER)
+    return told
+
+
+CLASSIFIER = "madhurjindal/autonlp-Gibberish-Detector-492513457"
+ROWS = ("retain", "real_authors", "world_facts")
+ALIKE = re.compile(  # what changes no number of a metric
+    r"batch_size|device|access_key|text_key|collators\..*|datasets\.\*\.(access_key|args\.predict_with_generate)"
+    r"|reference_logs\..*\.access_key|generation_args\.use_cache"
+    r"|classifier_tokenization_args\.pretrained_model_name_or_path"
+)
+AS_THERE: dict[str, tuple[Any, ...]] = {  # key of a metric -> what the suite has
+    "k": (0.4,),
+    "p": (2, 2.0),
+    "class_id": (0,),
+    "ref_value": (0.5,),
+    "rouge_type": ("rougeL_recall",),
+    "datasets.*.handler": ("QADataset",),
+    "datasets.*.args.hf_args.path": ("locuslab/TOFU",),
+    "datasets.*.args.hf_args.split": ("train",),
+    "datasets.*.args.question_key": ("question",),
+    "datasets.*.args.answer_key": ("answer", "paraphrased_answer", "perturbed_answer"),
+    "datasets.*.args.max_length": (512,),
+    "generation_args.do_sample": (False,),
+    "generation_args.max_new_tokens": (200,),
+    **{f"generation_args.{name}": () for name in ("top_p", "temperature", "stopwords")},
+}
+
+
+def handler_of(metric: str) -> str | None:
+    """Of a metric of OpenUnlearning's that the suite has; None of others."""
+    own = {"forget_quality": "ks_test", "model_utility": "hm_aggregate", GIBBERISH: "classifier_prob"}
+    if metric in own:
+        return own[metric]
+    if metric in METRICS_ALONE:
+        return metric
+    of = re.fullmatch(r"(forget|retain|ra|wf)_(.+)", metric)
+    if of is None:
+        return None
+    return {
+        **{f"Q_A_{which}Prob": "probability" for which in ("", "PARA_", "PERT_")},
+        "Q_A_Prob_normalised": "probability_w_options",
+        "Q_A_ROUGE": "rouge",
+        "Truth_Ratio": "truth_ratio",
+        "truth_ratio": "truth_ratio",
+    }.get(of[2])
+
+
+METRICS_ALONE = (
+    "privleak",
+    "extraction_strength",
+    "exact_memorization",
+    *(f"mia_{name}" for name in ("loss", "zlib", "reference", "min_k", "min_k_plus_plus", "gradnorm")),
+)
 
 
 # ---- what Hydra does -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import nn
 
 from .._hints import check_known
 from ..data import QA, PlainFormat, PromptFormat
+from ..data.prompts import is_one_of
 from ..model.causal_lm import CausalLM
 from .evaluate import Examination, reads_of
 from .generation import first_tokens, rouge_scores
@@ -39,6 +40,11 @@ class Number:
     variant: str
     note: str = ""
     more: Mapping[str, float] = field(default_factory=dict)
+
+    def noted(self, note: str) -> Number:
+        """With a note beside its own, if it has a value."""
+        told = "; ".join(part for part in (self.note, note) if part)
+        return self if self.value is None else replace(self, note=told)
 
     def to_json(self) -> dict[str, Any]:
         """JSON has no infinity: null."""
@@ -86,15 +92,19 @@ def evaluate_suite(
     prompt_format: of the sets that have no form of their own, None is `PromptFormat`.
 
     A line that cannot be had here (a tool, a metric, an optional set, a log, lm-eval or a task's data are not there)
-    has the value None and a note. Raises ValueError for an unknown suite, task, tool or set (one of another suite is
-    not looked at), an option's value that is none, a set that is missing or lacks what a line needs, a log without
-    anything that the suite reads of it, and what `evaluate` raises.
+    has the value None and a note; a suite with tasks whose sets are all optional takes no sets at all. Raises
+    ValueError for an unknown suite, task, tool or set (one of another suite is not looked at), a suite without lines,
+    an option's value that is none, a set that is missing or lacks what a line needs, a log without anything that the
+    suite reads of it, and what `evaluate` raises.
     """
     suite = get_suite(suite) if isinstance(suite, str) else suite
     there = ", ".join(sets) or "none"
     if missing := [name for name in suite.sets if name not in sets]:
         raise ValueError(f"sets: suite {suite.name!r} needs {', '.join(missing)}, got {there}")
-    if suite.known_sets and not any(name in sets for name in suite.known_sets):
+    if not (suite.measures or suite.tasks or suite.aggregates):
+        raise ValueError(f"suite {suite.name!r} has no tasks of its own; name some (pyunlearn evaluate: --task)")
+    alone = suite.tasks and not sets  # which need no data of ours
+    if suite.known_sets and not alone and not any(name in sets for name in suite.known_sets):
         raise ValueError(f"sets: suite {suite.name!r} needs one of {', '.join(suite.known_sets)}, got {there}")
     known = [*suite.known_sets, *(name for each in SUITES.values() for name in each.known_sets)]
     for name in sets:
@@ -112,15 +122,18 @@ def evaluate_suite(
                 with errors_of(name):
                     examinations[name].check(METRICS[measure.metric])
     tasks = Tasks(suite, task_folder, task_limit)
-    numbers, own = [], {}
+    numbers: list[Number] = []
+    own: dict[str, Entry] = {}
     for measure in suite.measures:
         number, own[measure.name] = measured(measure, examinations, tools or {})
         numbers.append(number)
+    numbers = [each.noted(examinations.other_prompt) for each in numbers]
     for task in suite.tasks:
         number = tasks.number(task, examinations)
         numbers.append(number)
         own[number.name] = Entry(number.value)
     combined, entries = aggregate(suite.aggregates, own, logs)
+    combined = [each.noted(examinations.other_prompt) for each in combined]
     return SuiteResult(numbers + combined, own | entries, dict(examinations.kept.declined))
 
 
@@ -136,7 +149,7 @@ def aggregate(
         except ValueError as why:
             number = Number(each.name, None, "", each.variant, str(why))
         else:
-            number = Number(each.name, found.value, found.count, each.variant, found.note, found.more)
+            number = Number(each.name, found.value, found.count, found.variant or each.variant, found.note, found.more)
         numbers.append(number)
         entries[each.name] = Entry(number.value)
     return numbers, entries
@@ -185,6 +198,13 @@ class Examinations:
                 stops=form.stops,
             )
         return self.made[name]
+
+    @property
+    def other_prompt(self) -> str:
+        """That the suite's source puts its sets by another prompt; "" if not, or if nobody knows."""
+        given = (self.prompt_format or PromptFormat(self.tokenizer)).given
+        known = self.suite.prompts
+        return f"asked by prompt={given.name}, not its source's" if known and not is_one_of(given, known) else ""
 
     def plain_format(self, form: Form) -> PlainFormat:
         limit = self.lm.context_length if self.max_length is None else self.max_length

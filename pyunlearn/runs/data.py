@@ -57,6 +57,8 @@ def load_data(config: RunConfig | FilesConfig) -> RunData:
         sets = load_sets(config)
         texts = texts_of([item for items in sets.values() for item in items])
         return RunData(sets.get("forget", []), [], [], texts, sets=sets)
+    if data is None:
+        return RunData([], [], [], [])
     if not isinstance(data, DataConfig):
         items = load(data)
         check_questions({"--data": items}, config.prompt, "--prompt plain")
@@ -105,6 +107,8 @@ def load_sets(config: SuiteConfig) -> dict[str, list[QA]]:
     file in the place of TOFU's folder.
     """
     data, suite = config.data, get_suite(config.suite)
+    if data is None:
+        return {} if config.text is None else {"text": load_text(config.text)}
     if suite.name in BENCHMARKS:
         sets = BENCHMARKS[suite.name](data.path, data.limit)
     else:

@@ -10,6 +10,7 @@ from rich.table import Table
 from .._files import write_json
 from .._terminal import print_table, shown, visible
 from ..metrics import Number, SuiteResult, cache_folder, evaluate_suite, read_log, write_log
+from .beside import load_beside
 from .evaluate import check_cache
 from .files_config import SuiteConfig
 from .job import Job, first_model
@@ -26,8 +27,8 @@ def evaluate_suite_files(
 ) -> SuiteResult:
     """The suite's numbers, as a table; into the folder `out` go the log, its summary and numbers.json.
 
-    Raises what `read_log`, `load_sets`, `load_model`, `load_models` and `metrics.evaluate_suite` raise, and before that
-    as `check_suite_files` and `check_cache`.
+    Raises what `read_log`, `load_sets`, `load_beside`, `load_model`, `load_models` and `metrics.evaluate_suite` raise,
+    and before that as `check_suite_files` and `check_cache`.
     """
     suite = config.lines
     if out is not None:
@@ -38,6 +39,7 @@ def evaluate_suite_files(
         suite.check_log(name, log, f"--{name}-log={config.logs[name]}")
     job = Job.start(config, console, command)
     with job.interruptible():
+        beside = load_beside(job)
         model, tokenizer, stage = first_model(job)
         metrics = [measure.metric for measure in suite.measures]
         result = evaluate_suite(
@@ -46,19 +48,21 @@ def evaluate_suite_files(
             job.data.sets,
             suite,
             logs=logs,
-            tools=load_models(config.evaluate, metrics, job.processes.device, stage.progress),
+            tools=load_models(config.evaluate, metrics, job.processes.device, stage.progress) | beside,
             batch_size=config.evaluate.batch_size,
             max_length=stage.max_length,
             cache=config.evaluate.cache or cache_folder(),
             progress=stage.progress,
             task_folder=config.task_folder,
-            task_limit=config.data.limit,
+            task_limit=config.limit,
             prompt_format=stage.prompt_format,
         )
         if out is not None:
-            about = {"suite": suite.name, "model": config.model.name_or_path, "data": config.data.path}
+            data = config.data
+            about = {"suite": suite.name, "model": config.model.name_or_path}
+            about |= {} if data is None else {"data": data.path}
             numbers = [number.to_json() for number in result.numbers]
-            split = {} if config.data.name is None else {"split": config.split}
+            split = {} if data is None or data.name is None else {"split": config.split}
             told_once = {"declined": result.declined} if result.declined else {}
             write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
             write_log(out, result.log, result.summary, suite.log_name)
@@ -67,6 +71,11 @@ def evaluate_suite_files(
         value = "-" if number.value is None else f"{number.value:.6g}"
         table.add_row(number.name, value, number.samples, shown(number.variant), shown(told(number)))
     print_table(job.console, table)
+    if any("not its source's" in number.note for number in result.numbers):
+        names = ", ".join(suite.prompts)
+        job.console.print(
+            f"prompt: suite {suite.name} has another than this; --prompt takes one of {names}", soft_wrap=True
+        )
     if without := sum(number.value is None for number in result.numbers):
         job.console.print(f"{without} of {len(result.numbers)} lines have no value here; their notes say why")
     if out is not None:

@@ -17,7 +17,9 @@ from pyunlearn.data import QA, PromptFormat, QADataset, make_prompt
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
 from pyunlearn.metrics import (
     METRICS,
+    SUITES,
     Aggregate,
+    Classifier,
     Embedder,
     Entry,
     Measure,
@@ -29,16 +31,17 @@ from pyunlearn.metrics import (
     readings_by,
     write_log,
 )
-from pyunlearn.metrics.examine import Examinations
+from pyunlearn.metrics.examine import Examinations, aggregate
 from pyunlearn.metrics.suites import Outcome
 from pyunlearn.metrics.suites.tofu import TOFU_SUITES
 
-from .small_encoders import save_bert
+from .small_encoders import save_bert, save_classifier
 
 WORDS = ("sea", "town", "hill", "play", "poet", "novel", "river")
 SET_NAMES = ("forget", "retain", "real_authors", "world_facts")
 PREFIX = dict(zip(SET_NAMES, ("forget", "retain", "ra", "wf"), strict=True))
 WITH_TOOLS = {
+    "clean",
     "cosine_similarity",
     "entailment_score",
     "mia_reference",
@@ -338,6 +341,77 @@ def test_every_suite_is_whole(name, models, tokenizer):
             assert math.isfinite(number.value)
             assert number.samples.split(" / ")[0] == "2"
     json.dumps([number.to_json() for number in result.numbers], allow_nan=False)
+
+
+@pytest.mark.parametrize("suite", SUITES.values(), ids=lambda suite: suite.name)
+def test_what_is_called_open_unlearning_s_is(suite):
+    """Of two variants theirs, and no number that they do not have."""
+    for measure in suite.measures:
+        if measure.source == "OpenUnlearning":
+            has_variants = "suffix" in str(METRICS[measure.metric].options.get("variant"))
+            assert measure.options.get("variant", "suffix") == "open_unlearning" or not has_variants
+            assert measure.metric not in ("fluency", "text_perplexity")
+    assert suite.name == "open_unlearning" or not any(
+        "OpenUnlearning" in each.source for each in suite.aggregates if each.name != "privleak"
+    )
+    assert Measure("own", "probability").source == Aggregate("own", lambda log, logs: Outcome(0.0)).source == "ours"
+
+
+@pytest.mark.parametrize("name", ["open_unlearning", "tutorial"])
+def test_utility_is_by_the_classifier_where_there_is_one(name, models, tokenizer, plain, tmp_path):
+    classifier = Classifier(save_classifier(tmp_path, "clean", "noise", "salad"))
+    suite = small(name)
+    with_it, without = (
+        evaluate_suite(models[0], tokenizer, SETS, suite, tools=tools, progress=False)
+        for tools in ({"classifier": classifier}, {})
+    )
+    written = [plain.written(item.question) for item in SETS["forget"]]
+    assert with_it.log["forget_Q_A_gibberish"].column() == pytest.approx(classifier(written, 32)[:, 0].tolist())
+    source = {"open_unlearning": "OpenUnlearning", "tutorial": "ours, by a classifier"}[name]
+    for result, fluency, variant in (
+        (with_it, "forget_Q_A_gibberish", source),
+        (without, "forget_fluency", "ours, fluency by counting instead of a classifier"),
+    ):
+        log = {key: each.value for key, each in result.log.items()}
+        # A random model's utility may be 0, and so is then what is made of it.
+        log |= {"model_utility": 0.5, fluency: log[fluency] or 0.25}
+        combined, _ = aggregate(suite.aggregates[-2:], {key: Entry(value) for key, value in log.items()})
+        utility, agg = combined
+        assert (utility.name, utility.variant, agg.name, agg.variant) == ("utility", variant, "agg", variant)
+        assert utility.value == pytest.approx(hmean([0.5, log[fluency]]))
+        assert agg.value == pytest.approx(hmean([log["memorization"], utility.value]))
+    numbers = {number.name: number for number in without.numbers}
+    assert numbers["forget_Q_A_gibberish"].note == "metric 'clean': needs classifier, which was not given"
+    assert numbers["forget_fluency"].variant == "ours"
+
+
+TEMPLATE = (
+    "{% for m in messages %}<bos>{{ m['role'] }}: {{ m['content'] }}<eos>{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant: {% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        (None, "chat"),
+        ("open_unlearning", None),
+        ({"name": "open_unlearning", "system": None, "date": None}, None),  # as for Gemma there
+        ({"name": "open_unlearning", "system": "Be brief."}, "open_unlearning"),
+        ("llama2", None),
+        ({"user_start": "[INST] ", "user_end": " [/INST]"}, None),
+        ({"user_start": "Q: "}, "tags"),
+    ],
+)
+def test_another_prompt_than_its_source_s_is_told(prompt, told, models, tokenizer):
+    templated = copy.deepcopy(tokenizer)
+    templated.chat_template = TEMPLATE
+    form = PromptFormat(templated, make_prompt(prompt))
+    suite = replace(get_suite("open_unlearning"), measures=get_suite("open_unlearning").measures[:1], aggregates=())
+    result = evaluate_suite(models[0], templated, SETS, suite, prompt_format=form, progress=False)
+    assert result.numbers[0].note == ("" if told is None else f"asked by prompt={told}, not its source's")
+    other = replace(suite, prompts=())
+    assert evaluate_suite(models[0], templated, SETS, other, prompt_format=form, progress=False).numbers[0].note == ""
 
 
 def test_ones_own_lines(models, tokenizer):

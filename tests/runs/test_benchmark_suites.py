@@ -58,7 +58,8 @@ def call(places, tmp_path, monkeypatch):
 
     def invoke(suite, *words, data=places[1]):
         """Exit code, and numbers by name, or else what is told."""
-        arguments = ["evaluate", "--suite", suite, "--model", str(places[0]), "--data", str(data), *map(str, words)]
+        read = [] if data is None else ["--data", str(data)]
+        arguments = ["evaluate", "--suite", suite, "--model", str(places[0]), *read, *map(str, words)]
         result = CliRunner().invoke(app, [*arguments, "--out", "own"])
         if result.exception is not None and not isinstance(result.exception, SystemExit):
             raise result.exception
@@ -140,6 +141,8 @@ def test_tofu_s_suites_take_them_too(call, tofu, server, tmp_path):  # noqa: F81
         ("safe", ("--embedder", "some"), "--embedder: no line of suite 'safe' uses it, but --classifier"),
         ("safe", ("--judge", "http://h/v1"), "--judge and --judge-model go together"),
         ("muse", ("--split", "forget01"), "--split=forget01: goes with the suites on TOFU only, and 'muse' is not one"),
+        ("lm_eval", ("--task", "boolq"), "suite 'lm_eval' reads none, lm-eval has that of its tasks"),
+        ("lm_eval", (), "suite 'lm_eval' has no tasks of its own; name some by --task"),
         ("muse", ("--text", "t.txt"), "--text=t.txt: no line of suite 'muse' reads a text"),
         ("whp", ("--text", "t.txt"), "no such file: t.txt"),
         ("muse", ("--task-folder", "none"), "--task-folder=none: suite 'muse' has no tasks; name some by --task"),
@@ -172,3 +175,17 @@ def test_a_suite_s_tasks():
     config = SuiteConfig.of_suite("whp", "some/model", "hp", tasks=["boolq"])
     assert config.lines.tasks == ("boolq",)
     assert SuiteConfig.of_suite("whp", "some/model", "hp").lines == SUITES["whp"]
+    assert SuiteConfig.of_suite("wmdp", "some/model").data is None  # of mmlu alone
+    for suite in ("tofu", "muse"):
+        with pytest.raises(ValueError, match="--data: which"):
+            SuiteConfig.of_suite(suite, "some/model", tasks=["mmlu"])
+
+
+def test_tasks_alone_need_no_data(call, tmp_path):
+    code, numbers = call("lm_eval", "--task", "boolq", data=None)
+    assert code == 0
+    assert numbers.keys() == {"boolq/acc"}
+    assert numbers["boolq/acc"]["note"]  # neither lm-eval nor its data are here
+    assert json.loads(Path("own/numbers.json").read_text())["suite"] == "lm_eval"
+    code, numbers = call("wmdp", data=None)
+    assert (code, numbers["wmdp_bio"]["note"]) == (0, "no bio set")

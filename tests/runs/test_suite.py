@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import shutil
+import weakref
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 from typer.testing import CliRunner
 
 from pyunlearn.cli import app
-from pyunlearn.data import QA, QADataset
+from pyunlearn.data import QA, PromptFormat, QADataset
 from pyunlearn.data.tiny import tiny_llama, train_tokenizer
-from pyunlearn.metrics import SUITES, read_log, teacher_forced
+from pyunlearn.metrics import SUITES, Embedder, greedy_generate, read_log, teacher_forced
+from pyunlearn.runs import beside as beside_module
 from pyunlearn.runs import suite as suite_module
 from pyunlearn.runs.files_config import SuiteConfig
+from pyunlearn.runs.folder import MARK
+
+from ..metrics.small_encoders import save_bert, save_classifier
 
 NAMES = ("forget10_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed")
 COUNTS = dict(zip(NAMES, (5, 4, 3, 4), strict=True))
@@ -142,6 +151,159 @@ def test_bad_input_is_named(call, words, message, monkeypatch):
     code, _, errors = call(*words)
     assert code == 2
     assert message in errors
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoders")
+    entailer = save_classifier(folder / "nli", "entailment", "neutral", "contradiction")
+    return "--embedder", save_bert(folder / "bert"), "--entailer", entailer
+
+
+@pytest.fixture(scope="module")
+def other(places, tmp_path_factory):
+    """The folder of another model, with the first one's tokenizer."""
+    folder = tmp_path_factory.mktemp("other")
+    _, tokenizer = _loaded(places[0])
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    model = tiny_llama(tokenizer, seed=5, **sizes)
+    model.config.tie_word_embeddings = False  # so that it writes letters: the first one repeats the prompt's colon
+    head, (colon, letter) = model.lm_head.weight.detach().clone(), tokenizer.convert_tokens_to_ids([":", "e"])
+    head[[colon, letter]] = head[[letter, colon]]
+    model.lm_head.weight = torch.nn.Parameter(head)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def numbers_of(folder):
+    numbers = json.loads(Path(folder, "numbers.json").read_text())["numbers"]
+    return {number["name"]: number for number in numbers}
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Fails where a model is loaded while another is there; which ones were."""
+    alive, order = [], []
+
+    def watched(load):
+        def loaded(*arguments, **options):
+            gc.collect()
+            assert not any(each() is not None for each in alive)
+            model, *rest = load(*arguments, **options)
+            alive.append(weakref.ref(model))
+            order.append(model.config._name_or_path)
+            return model, *rest
+
+        return loaded
+
+    monkeypatch.setattr(suite_module, "first_model", watched(suite_module.first_model))
+    monkeypatch.setattr(beside_module, "loaded", watched(beside_module.loaded))
+    return order
+
+
+def straight_cosine(places, other, embedder, prefix, count):
+    """Of what both models write."""
+    written = []
+    for folder in (places[0], other):
+        model, tokenizer = _loaded(folder)
+        form = PromptFormat(tokenizer)
+        prompts = [form.prompt_ids(item.question) for item in items_of(prefix, count)]
+        written += greedy_generate(model, tokenizer, prompts, max_new_tokens=200, progress=False)
+    both = Embedder(embedder)(written)
+    return float((both[:count] * both[count:]).sum(-1).clamp(0, 1).mean())
+
+
+def test_closer_look_has_all_numbers_from_the_command_line(call, places, other, encoders, alone):
+    suite = ("--suite", "closer_look")
+    code, _, _ = call(*encoders, "--before", other, "--out", "own", suite=suite)
+    assert code == 0
+    assert alone == [str(other), str(places[0])]
+    numbers = numbers_of("own")
+    assert [name for name, number in numbers.items() if number["value"] is None] == []
+    for prefix, name in (("ra", "real_authors_perturbed"), ("wf", "world_facts_perturbed")):
+        expected = straight_cosine(places, other, encoders[1], name, COUNTS[name])
+        assert numbers[f"{prefix}_CS"]["value"] == pytest.approx(expected, abs=1e-5)
+        assert numbers[f"{prefix}_CS"]["value"] < 0.999  # else nothing would tell a wrong one
+    alone.clear()
+    code, text, _ = call(*encoders[2:], "--before", other, suite=suite)  # no embedder, no line that needs it
+    assert (code, alone) == (0, [str(places[0])])
+    assert "needs embedder, which was not given" in text
+
+
+def run_folder(folder, places, **model):
+    """A run's folder with the second model's checkpoint, as far as an evaluation reads it."""
+    folder.mkdir()
+    (folder / MARK).write_text("{}")
+    values = {"model": model, "data": {"source": "files", "forget": str(places[1] / f"{NAMES[0]}.jsonl")}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    shutil.copytree(places[0], folder / "checkpoint")
+    return folder
+
+
+def test_the_model_before_is_where_the_run_began(call, places, other, encoders, alone, tmp_path, caplog):
+    suite = ("--suite", "closer_look")
+    run = run_folder(tmp_path / "run", places, name_or_path=str(other))
+    code, _, _ = call(*encoders, "--out", "own", model=run / "checkpoint", suite=suite)
+    assert code == 0
+    assert alone == [str(other), str(run / "checkpoint")]
+    expected = straight_cosine(places, other, encoders[1], "real_authors_perturbed", 3)
+    assert numbers_of("own")["ra_CS"]["value"] == pytest.approx(expected, abs=1e-5)
+    assert numbers_of("own")["avg"]["value"] is not None
+    alone.clear()
+    run = run_folder(tmp_path / "gone", places, name_or_path=str(tmp_path / "nowhere"))
+    code, _, _ = call(*encoders, "--out", "none", model=run / "checkpoint", suite=suite)
+    assert code == 0
+    assert "started from" in caplog.text
+    assert "name a model by --before" in caplog.text
+    assert "what the model wrote before unlearning" in numbers_of("none")["ra_CS"]["note"]
+    run = run_folder(tmp_path / "same", places, name_or_path=str(tmp_path / "same" / "checkpoint"))
+    code, _, _ = call(*encoders, "--out", "itself", model=run / "checkpoint", suite=suite)
+    assert numbers_of("itself")["ra_CS"]["value"] == pytest.approx(1)
+
+
+def test_a_reference_is_read_beside(call, places, other, alone, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(places[1], data)
+    (data / "holdout10.jsonl").write_text((places[1] / "retain_perturbed.jsonl").read_text())
+    suite = ("--suite", "open_unlearning")
+    code, _, _ = call("--reference", other, "--limit", 3, "--out", "own", data=data, suite=suite)
+    assert code == 0
+    assert alone == [str(other), str(places[0])]
+    losses = []
+    for folder in (places[0], other):
+        model, tokenizer = _loaded(folder)
+        rows = QADataset(items_of("forget10_perturbed", 3), tokenizer, None)
+        losses.append([-record["nll"] for record in teacher_forced(model, rows, progress=False)])
+        counts = [record["num_tokens"] for record in teacher_forced(model, rows, progress=False)]
+    expected = [(b - a) / n for a, b, n in zip(*losses, counts, strict=True)]
+    entry = read_log("own")["mia_reference"]
+    assert entry.parts["forget"].column() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    alone.clear()
+    code, _, _ = call("--reference", other, suite=suite)  # without rows held out there is no line for it
+    assert (code, alone) == (0, [str(places[0])])
+
+
+def test_another_prompt_is_told_below_the_table(call):
+    for prompt, told in (("plain", True), ("question_answer", False)):
+        code, text, _ = call("--prompt", prompt, "--limit", 1, suite=("--suite", "open_unlearning"))
+        assert code == 0
+        assert ("--prompt takes one of open_unlearning, question_answer" in text) == told
+        assert ("asked by prompt=plain, not its source's" in text) == told
+
+
+@pytest.mark.parametrize(
+    ("words", "suite", "message"),
+    [
+        (("--before", "x"), "tofu", "--before: no line of suite 'tofu' uses it, but no tool"),
+        (("--reference", "x"), "closer_look", "uses it, but --embedder, --entailer, --before"),
+        (("--before", "x"), None, "--before=x: goes with --suite only"),
+        (("--reference", "x"), None, "--reference=x: goes with --suite only"),
+    ],
+)
+def test_models_beside_that_nothing_needs_are_told(call, words, suite, message):
+    code, _, errors = call(*words, suite=() if suite is None else ("--suite", suite))
+    assert (code, message in errors) == (2, True)
 
 
 def test_bad_data_is_named(call, places, tmp_path):

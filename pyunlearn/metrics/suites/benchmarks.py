@@ -1,8 +1,9 @@
-"""Suites on the sets of other benchmarks, which are put to the model as plain text: MUSE, WMDP, WHP and SAFE."""
+"""Suites on the sets of other benchmarks, which are put to the model as plain text: MUSE, WMDP, WHP and SAFE; and
+one of lm-eval's tasks alone."""
 
 from __future__ import annotations
 
-from .parts import Aggregate, Form, Measure, Suite, accuracy_of_tasks, combined, leak, middle
+from .parts import OPEN_UNLEARNING, Aggregate, Form, Measure, Suite, accuracy_of_tasks, combined, leak, middle
 
 # Of SOUL (Jia et al., 2024) and arXiv:2504.06658, in the names of lm-eval.
 EIGHT = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "arc_easy", "openbookqa", "piqa")
@@ -24,7 +25,7 @@ def rouge(name: str, of: str) -> tuple[Measure, Measure]:
     cut = {"longest": VERBMEM.max_new_tokens} if of == "forget_verbmem" else {}
     return (
         Measure(name, "rouge_l", of, {**MUSE_OPTIONS, **cut}, "percent", source="MUSE"),
-        Measure(f"{of}_ROUGE", "rouge_l", of, {"score": "f1", **cut}),
+        Measure(f"{of}_ROUGE", "rouge_l", of, {"score": "f1", **cut}, source=OPEN_UNLEARNING),
     )
 
 
@@ -38,9 +39,15 @@ MUSE = Suite(
     "MUSE (Shi et al., 2025), News or Books: VerbMem, KnowMem, PrivLeak, in percent, and OpenUnlearning's variants",
     (
         *(line for name, of in WRITTEN.items() for line in rouge(name, of)),
-        Measure("extraction_strength", "extraction_strength", "forget_verbmem", {"variant": "open_unlearning"}),
+        Measure(
+            "extraction_strength",
+            "extraction_strength",
+            "forget_verbmem",
+            {"variant": "open_unlearning"},
+            source=OPEN_UNLEARNING,
+        ),
         privacy_of("min_40", "suffix", "MUSE"),
-        privacy_of("mia_min_k", "open_unlearning", "OpenUnlearning"),
+        privacy_of("mia_min_k", "open_unlearning", OPEN_UNLEARNING),
     ),
     (leak("privleak_f", 0.0, "min_40", "MUSE"), leak("privleak", 1e-10)),
     log_name="MUSE",
@@ -120,4 +127,8 @@ SAFE = Suite(
     tasks=SOUL_TASKS,
 )
 
-BENCHMARK_SUITES = (MUSE, WMDP, WHP, SAFE)
+LM_EVAL = Suite(
+    "lm_eval", "Zero-shot tasks of lm-eval, those that --task names, and nothing else", (), log_name="LMEval"
+)
+
+BENCHMARK_SUITES = (MUSE, WMDP, WHP, SAFE, LM_EVAL)

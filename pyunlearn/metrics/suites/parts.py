@@ -12,6 +12,7 @@ from ..logs import LOGS_READ, Entry, Log
 from ..privacy import auc, privacy, privleak
 from ..utility import forget_quality, harmonic_mean
 
+OURS, OPEN_UNLEARNING = "ours", "OpenUnlearning"  # of lines: whose definition it is
 Logs = Mapping[str, Log]  # of reference models: retain, full
 # Of scores of the forget set and of others: one number, and what its sign says.
 PAIRED: dict[str, tuple[Callable[[Any, Any], float], str]] = {
@@ -34,7 +35,7 @@ class Measure:
     options: Mapping[str, Any] = field(default_factory=dict)
     reduction: str = "mean"
     against: tuple[str, ...] = ()
-    source: str = "OpenUnlearning"
+    source: str = OURS
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -55,12 +56,13 @@ class Unavailable(ValueError):
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of an aggregate. count: samples, as told; more: further numbers, by name."""
+    """Of an aggregate. count: samples, as told; more: further numbers, by name; variant: in the aggregate's place."""
 
     value: float
     count: str = ""
     note: str = ""
     more: Mapping[str, float] = field(default_factory=dict)
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Aggregate:
 
     name: str
     combine: Callable[[Log, Logs], Outcome]
-    source: str = "OpenUnlearning"
+    source: str = OURS
     reads: tuple[Read, ...] = ()
 
     @property
@@ -116,7 +118,8 @@ class Suite:
     """summary: one line. rows: of each set, the first that count; None is all. max_new_tokens: of a written answer.
     log_name: how OpenUnlearning's files begin. forms: of sets that are not put by the usual prompt. optional: sets
     whose lines have no value where they are not there. tasks: of lm-eval, each with the metric of it that counts after
-    a stroke, acc unless told."""
+    a stroke, acc unless told. prompts: those that its source puts the sets without a form by; numbers of another tell
+    it. None: not told."""
 
     name: str
     summary: str
@@ -128,6 +131,7 @@ class Suite:
     forms: Mapping[str, Form] = field(default_factory=dict)
     optional: tuple[str, ...] = ("holdout",)
     tasks: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
 
     @property
     def known_sets(self) -> list[str]:
@@ -215,7 +219,7 @@ def quality(log: Log, logs: Logs) -> Outcome:
 FORGET_QUALITY = Aggregate("forget_quality", quality, "TOFU", (Read("retain", "forget_truth_ratio", samples=True),))
 
 
-def leak(name: str, epsilon: float, attack: str = "mia_min_k", source: str = "OpenUnlearning") -> Aggregate:
+def leak(name: str, epsilon: float, attack: str = "mia_min_k", source: str = OPEN_UNLEARNING) -> Aggregate:
     """attack: whose AUC it is made of."""
 
     def combine(log: Log, logs: Logs) -> Outcome:
@@ -238,7 +242,10 @@ def scaled_privacy(log: Log, logs: Logs) -> Outcome:
 
 
 PRIVACY = Aggregate(
-    "privacy", scaled_privacy, reads=tuple(Read(log, attack) for log in ("retain", "full") for attack in ATTACKS)
+    "privacy",
+    scaled_privacy,
+    OPEN_UNLEARNING,
+    reads=tuple(Read(log, attack) for log in ("retain", "full") for attack in ATTACKS),
 )
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from ...data.prompts import OF_OPEN_UNLEARNING
 from ..logs import Log
 from ..utility import forget_efficacy, memorization, model_utility
 from .parts import (
     FORGET_QUALITY,
+    OPEN_UNLEARNING,
+    OURS,
     PRIVACY,
     Aggregate,
     Logs,
@@ -55,8 +59,8 @@ def tofu(source: str, epsilon: float) -> tuple[Measure, ...]:
     return tuple(lines)
 
 
-def attack(name: str, metric: str, **options: Any) -> Measure:
-    return Measure(name, metric, "forget", options, "auc", ("holdout",))
+def attack(name: str, metric: str, source: str = OPEN_UNLEARNING, **options: Any) -> Measure:
+    return Measure(name, metric, "forget", options, "auc", ("holdout",), source)
 
 
 def attacks(variant: str) -> tuple[Measure, ...]:
@@ -70,13 +74,14 @@ def attacks(variant: str) -> tuple[Measure, ...]:
     )
 
 
-def memorised(variant: str) -> tuple[Measure, ...]:
-    """What Mem is made of."""
+def memorised(variant: str, strength: str, accuracy: str) -> tuple[Measure, ...]:
+    """What Mem is made of. strength, accuracy: whose ES and EM these are."""
+    own, mean = {"variant": variant}, {"variant": "prob_mean", "epsilon": 1e-10}
     return (
-        Measure("extraction_strength", "extraction_strength", "forget", {"variant": variant}),
-        Measure("exact_memorization", "memorization_accuracy", "forget", {"variant": variant}),
-        Measure("forget_Q_A_PARA_Prob", "paraphrase_probability"),
-        Measure("forget_truth_ratio_prob_mean", "truth_ratio", "forget", {"variant": "prob_mean", "epsilon": 1e-10}),
+        Measure("extraction_strength", "extraction_strength", "forget", own, source=strength),
+        Measure("exact_memorization", "memorization_accuracy", "forget", own, source=accuracy),
+        Measure("forget_Q_A_PARA_Prob", "paraphrase_probability", source=OPEN_UNLEARNING),
+        Measure("forget_truth_ratio_prob_mean", "truth_ratio", "forget", mean, source=OPEN_UNLEARNING),
     )
 
 
@@ -122,8 +127,33 @@ MIA = Measure(
 )
 UC = ("forget_UA", "forget_MIA", "forget_RR")
 UT = [f"{prefix}_{name}" for prefix in PREFIXES for name in ("Acc", "RR")]
+MIN_K = attack("mia_min_k", "min_k", "MUSE", k=0.4, variant="suffix")
+GIBBERISH = Measure("forget_Q_A_gibberish", "clean", "forget", {"max_length": 32}, source=OPEN_UNLEARNING)
 FLUENCY = Measure("forget_fluency", "fluency")
-MIN_K = attack("mia_min_k", "min_k", k=0.4, variant="suffix")
+COUNTED = f"{OURS}, fluency by counting instead of a classifier"
+
+
+def by_fluency(name: str, source: str, *others: str) -> Aggregate:
+    """A harmonic mean of other numbers; and of fluency, or of what is made of it: P(clean) of a classifier where one
+    was given, else what is counted offline, which is told."""
+
+    def combine(log: Log, logs: Logs) -> Outcome:
+        judged = GIBBERISH.name in log and log[GIBBERISH.name].value is not None
+        names = [(GIBBERISH if judged else FLUENCY).name if each == FLUENCY.name else each for each in others]
+        found = combined(harmonic, *names)(log, logs)
+        return found if judged else replace(found, variant=COUNTED)
+
+    return Aggregate(name, combine, source)
+
+
+def ends(mem: str, util: str) -> tuple[Aggregate, ...]:
+    """Mem, Util and Agg. mem, util: whose the first is, and the others are with a classifier."""
+    return (
+        Aggregate("memorization", combined(memorization, *MEM), mem),
+        by_fluency("utility", util, "model_utility", FLUENCY.name),
+        by_fluency("agg", util, "memorization", "utility"),
+    )
+
 
 TOFU_SUITES = (
     Suite(
@@ -137,21 +167,21 @@ TOFU_SUITES = (
         "open_unlearning",
         "TOFU as OpenUnlearning (Dorna et al., 2025) has it: all rows, memorization, utility and privacy",
         (
-            *tofu("OpenUnlearning", 1e-10),
-            Measure("forget_Q_A_PERT_Prob", "perturbed_probability"),
-            *memorised("open_unlearning"),
+            *tofu(OPEN_UNLEARNING, 1e-10),
+            Measure("forget_Q_A_PERT_Prob", "perturbed_probability", source=OPEN_UNLEARNING),
+            *memorised("open_unlearning", OPEN_UNLEARNING, OPEN_UNLEARNING),
             *attacks("open_unlearning"),
+            GIBBERISH,
             FLUENCY,
         ),
         (
             MODEL_UTILITY,
             FORGET_QUALITY,
             leak("privleak", 1e-10),
-            Aggregate("memorization", combined(memorization, *MEM)),
-            Aggregate("utility", combined(harmonic, "model_utility", FLUENCY.name)),
             PRIVACY,
-            Aggregate("agg", combined(harmonic, "memorization", "utility")),
+            *ends(OPEN_UNLEARNING, OPEN_UNLEARNING),
         ),
+        prompts=OF_OPEN_UNLEARNING,
     ),
     Suite(
         "closer_look",
@@ -189,13 +219,14 @@ TOFU_SUITES = (
     Suite(
         "tutorial",
         "What to tell of any method: ES exact and perturbed, Mem, Util and Agg, forget quality, what a judge says",
-        (*strengths(), *memorised("suffix"), *tofu("TOFU", 0.0), FLUENCY, *judged()),
         (
-            MODEL_UTILITY,
-            FORGET_QUALITY,
-            Aggregate("memorization", combined(memorization, *MEM)),
-            Aggregate("utility", combined(harmonic, "model_utility", FLUENCY.name)),
-            Aggregate("agg", combined(harmonic, "memorization", "utility")),
+            *strengths(),
+            *memorised("suffix", "Wang et al.", "Tirumala et al."),
+            *tofu("TOFU", 0.0),
+            GIBBERISH,
+            FLUENCY,
+            *judged(),
         ),
+        (MODEL_UTILITY, FORGET_QUALITY, *ends(f"{OURS}, ES and EM to the last token", f"{OURS}, by a classifier")),
     ),
 )
