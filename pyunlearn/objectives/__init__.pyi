@@ -216,8 +216,7 @@ def bst(
 ) -> Tensor: ...
 @overload
 def undial(
-    kl_qp: Tensor,
-    logp: Tensor,
+    lowered_kl_qp: Tensor,
     ref_logp: Tensor,
     ref_entropy: Tensor,
     mask: Tensor | None = None,
@@ -234,8 +233,7 @@ def undial(
 ) -> Tensor: ...
 @overload
 def undial(
-    kl_qp: Tensor,
-    logp: Tensor,
+    lowered_kl_qp: Tensor,
     ref_logp: Tensor,
     ref_entropy: Tensor,
     mask: Tensor | None = None,

@@ -84,6 +84,7 @@ STATISTICS = {
     "variance": "variance of the log-probability at each position",
     "kl_pq": "KL(model || reference) at each position, in nats",
     "kl_qp": "KL(reference || model) at each position, in nats",
+    "lowered_kl_qp": "the same of the reference with its logit of the target less by b: token_stats' kl_qp, lowered=b",
     "uniform_ce": "cross-entropy of the uniform distribution to the model's at each position, in nats",
     "lse": "log of the sum of e^z over the vocabulary at each position",
     "topk": "the mean of the log-probabilities of the k likeliest tokens, by their own shares of what these k have",
@@ -93,7 +94,7 @@ STATISTICS = {
     "ref_entropy": "entropy in nats of the frozen reference's distribution at each position",
 }
 WIDE = ("hidden", "ref_hidden")  # H numbers a token instead of one
-OUTPUT_OF = {"max_logp": "topk"}  # where it has another name
+OUTPUT_OF = {"max_logp": "topk", "lowered_kl_qp": "kl_qp"}  # where it has another name
 REFERENCE = ("ref_logp", "ref_hidden", "ref_entropy")
 
 

@@ -265,6 +265,8 @@ def check_level(name: str, level: str, variant: Variant) -> None:
     used = {statistic.name for statistic in variant.statistics}
     if "topk" in used and ("k" not in variant.options or "max_logp" in used):
         raise ValueError(f"{name}: topk needs an option k, whose it is, and no max_logp beside it")
+    if "lowered_kl_qp" in used and ("b" not in variant.options or used & {"kl_pq", "kl_qp"}):
+        raise ValueError(f"{name}: lowered_kl_qp needs an option b, whose it is, and no kl_pq or kl_qp beside it")
     statistics = [statistic.name for statistic in variant.statistics if statistic.name not in REFERENCE]
     if variant.slope is not None and (level != "token" or len(statistics) != 1 or statistics[0] in WIDE):
         raise ValueError(f"{name}: slope needs level='token' and one statistic a token, got {level}, {statistics}")

@@ -26,6 +26,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,6 +149,32 @@ def make_options(
         raise ValueError(f"k={k!r}: needs a whole number from 1 to {MAX_K}")
     ordered = tuple(name for name in OUTPUTS if name in names)
     return Options(ordered, float(temperature), None if softcap is None else float(softcap), int(ignore_index), int(k))
+
+
+def check_lowered(lowered: float | Tensor, targets: Tensor, options: Options, has_reference: bool) -> Tensor | None:
+    """One a target, or None where nothing is lowered. Raises TypeError or ValueError."""
+    if isinstance(lowered, Tensor):
+        if not lowered.is_floating_point():
+            raise TypeError(f"lowered: needs a floating dtype, got {lowered.dtype}")
+        if lowered.shape != targets.shape:
+            raise ValueError(
+                f"lowered: needs a number or the shape of targets {tuple(targets.shape)}, got {tuple(lowered.shape)}"
+            )
+        check_same_device("lowered", lowered, "targets", targets)
+        less = lowered.detach()
+    else:
+        if not is_real(lowered) or not -math.inf < lowered < math.inf:
+            raise ValueError(f"lowered={lowered!r}: needs a finite number, or a tensor shaped like targets")
+        if lowered == 0:
+            return None
+        less = torch.full(targets.shape, float(lowered), dtype=torch.float64, device=targets.device)
+    if not has_reference:
+        raise ValueError("lowered: needs reference=, whose logits of the targets it lowers, got None")
+    return None if NEEDS_REFERENCE.isdisjoint(options.outputs) else less
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def statistics_dtype(logits: Tensor) -> torch.dtype:

@@ -18,6 +18,7 @@ from .contract import (
     Options,
     TokenStats,
     check_dtype,
+    check_lowered,
     check_range,
     check_same_device,
     check_targets,
@@ -30,7 +31,10 @@ from .projection import Projection, both_logits, stats_in_budget
 from .sharded import Columns
 
 Reference = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias)
-NEEDS_WHOLE_ROWS = "the eager backend, top k, torch.compile and torch.func need whole rows: the head is gathered"
+NEEDS_WHOLE_ROWS = (
+    "the eager backend, top k, torch.compile, torch.func and lowered= under a softcap need whole rows: the head is "
+    "gathered"
+)
 
 
 def linear_token_stats(
@@ -47,6 +51,7 @@ def linear_token_stats(
     k: int = 20,
     backend: str | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
+    lowered: float | Tensor = 0.0,
 ) -> TokenStats:
     """Statistics of the logits `hidden @ weight.T + bias` at `targets`, differentiable in hidden, weight and bias.
 
@@ -70,13 +75,15 @@ def linear_token_stats(
             last bits: give a budget where they matter. Under torch.compile and torch.func it is not looked at.
         adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
             x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
+        lowered: as in `token_stats`. It costs nothing, but with a softcap whole rows are needed, and autograd's copies
+            of them.
 
     Vocabulary parallel: weight may be a DTensor, Shard(0) on one dimension of a mesh. Bias, B and the reference's head
     are laid out likewise (the reference's may also be whole on every rank); hidden, x and targets are the same on every
     rank, plain or Replicate(). Every rank makes the logits of its shard, and gets all statistics, the same to the bit,
     the gradients of hidden and x summed over ranks, and those of its shard. What needs whole rows (the eager backend,
-    topk, torch.compile, torch.func) gathers the head first. FSDP shards to save memory, for ranks with rows of their
-    own: give it the weight that FSDP has gathered.
+    topk, torch.compile, torch.func, lowered under a softcap) gathers the head first. FSDP shards to save memory, for
+    ranks with rows of their own: give it the weight that FSDP has gathered.
 
     Returns:
         TokenStats, as `token_stats`; `.declined` also says why logits were not kept, or a sharded head was gathered.
@@ -93,14 +100,17 @@ def linear_token_stats(
     index = NO_INDEX if ignore_index is None else ignore_index
     options = make_options(outputs, temperature, softcap, index, k, reference is not None)
     check_call(hidden, weight, targets, bias, options, reference, budget_bytes, adapter)
+    less = check_lowered(lowered, targets, options, reference is not None)
     chosen = choose(backend, hidden.device)
     compiling = torch.compiler.is_compiling() or in_functions("linear_token_stats", chosen)
     declined = why_eager(hidden.device) if backend is None and chosen == "eager" else {}
 
-    here = Columns.of(weight, whole=compiling or chosen == "eager" or "topk" in options.outputs)
+    capped = less is not None and softcap is not None
+    here = Columns.of(weight, whole=compiling or chosen == "eager" or "topk" in options.outputs or capped)
     if here.layout and here.group is None:
         declined = {**declined, "vocabulary parallel": decline("vocabulary parallel", NEEDS_WHOLE_ROWS)}
     targets = here.replica("targets", targets)
+    less = less if less is None else here.replica("lowered", less).flatten()
     head = projection_here(here, hidden, weight, bias, adapter)
     frozen = None if reference is None else reference_here(here, reference)
     if all(name in NO_GRADIENT for name in options.outputs):
@@ -110,7 +120,7 @@ def linear_token_stats(
     flat = targets.flatten()
     if compiling:  # no data-dependent shapes: GEMMs and one op are seen
         logits, ref_logits = both_logits(head, frozen, slice(None), options)
-        stacked = stacked_stats(logits, flat, ref_logits, options, chosen)
+        stacked = stacked_stats(logits, flat, ref_logits, options, chosen, lowered=less)
         why = f"{owner('linear_token_stats', chosen)} owns the memory: all logits are made"
         declined = {**declined, "budget": decline("budget", why)}
         return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined)
@@ -118,10 +128,11 @@ def linear_token_stats(
         check_range(flat, weight.size(0), ignore_index)
     rows = None if ignore_index is None else mask.flatten().nonzero().squeeze(-1)
     if rows is None or rows.numel() == flat.numel():
-        stacked, sliced = stats_in_budget(head, flat, frozen, options, budget_bytes, chosen, here)
+        stacked, sliced = stats_in_budget(head, flat, frozen, options, budget_bytes, chosen, here, less)
     else:
-        frozen = frozen and frozen.rows(rows)
-        stacked, sliced = stats_in_budget(head.rows(rows), flat[rows], frozen, options, budget_bytes, chosen, here)
+        frozen, less = frozen and frozen.rows(rows), less if less is None else less[rows]
+        rest = (frozen, options, budget_bytes, chosen, here, less)
+        stacked, sliced = stats_in_budget(head.rows(rows), flat[rows], *rest)
         stacked = stacked.new_zeros(len(stacked), flat.numel()).index_copy(1, rows, stacked)
     return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined | sliced)
 

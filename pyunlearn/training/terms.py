@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +24,23 @@ from ..ops.contract import NEEDS_REFERENCE
 
 # kinds of sequence, positions, "tokens" | "sequences", which of a sequence's tokens count
 Count = tuple[tuple[str, ...], str, str, Selection]
-Read = tuple[str, float, int | None]  # an output of the head, the temperature of its logits, the k of top k
+# an output of the head, the temperature of its logits, the k of top k, what a KL's reference is lowered by
+Read = tuple[str, float, int | None, float]
 
 
 class Place(NamedTuple):
-    """Where and how an objective reads the model: positions, layer where hidden states are meant, temperature and k."""
+    """Where and how an objective reads the model: positions, layer where hidden states are meant, temperature, k, and
+    what the reference's logits of supervised targets are less by."""
 
     positions: str
     layer: Layer | None
     temperature: float
     k: int | None
+    lowered: float = 0.0
 
     def read(self, output: str) -> Read:
-        return output, self.temperature, self.k if output == "topk" else None
+        k, lowered = self.k if output == "topk" else None, self.lowered if output in NEEDS_REFERENCE else 0.0
+        return output, self.temperature, k, lowered
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class Term:
 
     @property
     def place(self) -> Place:
-        return Place(self.positions, self.layer, self.objective.temperature, self.objective.k)
+        chosen = self.objective
+        return Place(self.positions, self.layer, chosen.temperature, chosen.k, chosen.lowered)
 
 
 @dataclass
@@ -87,16 +93,19 @@ class Need:
         return {place.layer for place in self.places if place.layer is not None}
 
     @property
-    def calls(self) -> dict[tuple[float, int | None], list[str]]:
-        """Outputs by the temperature and the k of one call: one a temperature, and one more for every other k."""
-        calls: dict[tuple[float, int | None], list[str]] = {}
-        for _, temperature, k in sorted(self.reads, key=str):
-            if k is not None:
-                calls[temperature, k] = ["topk"]
-        for output, temperature, k in sorted(self.reads, key=str):
-            if k is None:
-                first = next((call for call in calls if call[0] == temperature), (temperature, None))
-                calls.setdefault(first, []).append(output)
+    def calls(self) -> dict[tuple[float, int | None, float], list[str]]:
+        """Outputs by temperature, k and lowered of one call: one a temperature, and one more for every other k, or
+        whatever else a KL's reference is lowered by."""
+        calls: dict[tuple[float, int | None, float], list[str]] = {}
+        for temperature in sorted({read[1] for read in self.reads}):
+            reads = sorted(read for read in self.reads if read[1] == temperature and read[0] != "topk")
+            tops = sorted({read[2] for read in self.reads if read[1] == temperature and read[2] is not None})
+            lowered = sorted({read[3] for read in reads if read[0] in NEEDS_REFERENCE})
+            rest = [read[0] for read in reads if read[0] not in NEEDS_REFERENCE]
+            for k, by in list(zip_longest(tops, lowered)) or [(None, None)]:
+                names = [read[0] for read in reads if read[0] in NEEDS_REFERENCE and read[3] == by]
+                calls[temperature, k, by or 0.0] = ["topk"] * (k is not None) + names + rest
+                rest = []
         return calls
 
     @property
@@ -206,7 +215,7 @@ def check_rows(references: Mapping[str, Reference], dataset: Any, name: str) -> 
 def check_top(need: Need, model: Any) -> None:
     """Raises ValueError for a top k of more tokens than the model's vocabulary has."""
     size = CausalLM.of(model).vocab_size
-    for _, _, k in need.reads:
+    for _, _, k, _ in need.reads:
         if k is not None and k > size:
             raise ValueError(
                 f"k={k}: the model's vocabulary has {size} tokens; of all of them the belief has no gradient"
@@ -359,10 +368,16 @@ class TermLosses:
             source = self.references[kind]
             hidden = source.hidden(batch, need.widest)
             reference = hidden, source.head(head.weight)
+        labelled: Any = 1.0
+        if need.positions != {"supervised"} and any(read[3] for read in need.reads):
+            at = (select_positions(batch, positions)[0] for positions in (need.widest, "supervised"))  # type: ignore
+            labelled = torch.isin(*at).to(supervised.hidden.device, torch.float32)
         outputs: dict[Read, Tensor] = {}
-        for (temperature, k), names in need.calls.items():
+        for (temperature, k, lowered), names in need.calls.items():
             frozen = reference if NEEDS_REFERENCE & {*names} else None
             how: dict[str, Any] = {"temperature": temperature} | ({} if k is None else {"k": k})
+            how |= {"lowered": lowered * labelled} if lowered else {}
             stats = head_stats(head, supervised.hidden, supervised.targets, names, reference=frozen, **how).as_dict()
-            outputs |= {(name, temperature, k if name == "topk" else None): stats[name] for name in names}
+            place = Place("", None, temperature, k, lowered)
+            outputs |= {place.read(name): stats[name] for name in names}
         return outputs, head.weight.size(0)
