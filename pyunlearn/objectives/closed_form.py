@@ -20,8 +20,13 @@ Differentiate = Callable[[Callable[[Tensor], Any], Tensor, Tensor], Tensor]
 
 def sigmoid_floor(ref_logp: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
     """log(p°^beta + epsilon), without ever leaving log space."""
-    floor = beta * ref_logp
+    floor = not_infinite(beta * ref_logp)
     return torch.logaddexp(floor, torch.full_like(floor, math.log(epsilon))) if epsilon > 0 else floor
+
+
+def not_infinite(ref_logp: Tensor) -> Tensor:
+    """What is impossible for the reference, as what is all but impossible: from a model's own p = 0 it is far."""
+    return ref_logp.clamp_min(torch.finfo(ref_logp.dtype).min)
 
 
 def check_definition(name: str, preset: str, level: str, variant: Variant) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from .definition import Positive
 from .forget import CLOSER_LOOK, G_EFFECT
 from .registry import register, register_preset
+from .targeted import without_both
 
 
 @register(
@@ -78,4 +79,4 @@ def ap(refusal_logp: Tensor, answer_logp: Tensor, *, beta: Positive = 0.1) -> Te
     >>> ap(torch.tensor([[-2.0]]), torch.tensor([[-2.0]]), beta=1.0)  # log 2
     tensor(0.6931)
     """
-    return -1.0 / beta * F.logsigmoid(beta * (answer_logp - refusal_logp))
+    return -1.0 / beta * F.logsigmoid(beta * (answer_logp - without_both(refusal_logp, answer_logp, refusal_logp)))

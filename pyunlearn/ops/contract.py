@@ -80,10 +80,15 @@ class TokenRule:
 
     def __call__(self, logp: Tensor, floor: Tensor | None = None) -> Tensor:
         """The factor per token, shape of `logp`."""
-        weight = (self.alpha * logp).exp()
+        weight = power(logp, self.alpha)
         if self.gamma:
             weight = weight * (-torch.expm1(logp)).clamp_min(0.0).pow(self.gamma)
         return weight if floor is None else weight * 2.0 * torch.sigmoid(self.beta * logp - floor)
+
+
+def power(logp: Tensor, alpha: float) -> Tensor:
+    """p^alpha; of alpha = 0 it is 1 for p = 0 too."""
+    return (alpha * logp).exp() if alpha else torch.ones_like(logp)
 
 
 class TokenStats:

@@ -124,7 +124,8 @@ def per_token(
 
     like = next(iter(weights.values())) if weights else torch.empty(shape)
     lines = [of(weights[n]) if n in weights else like.new_zeros(shape, dtype=dtype) for n in options.outputs]
-    return torch.stack(lines), None if floor is None else of(floor)
+    # a floor of -inf, the reference's p = 0, against -inf of the model's own would be NaN
+    return torch.stack(lines), None if floor is None else of(floor).clamp_min(torch.finfo(dtype).min)
 
 
 def at_once(
