@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -128,6 +129,9 @@ class Need:
         return widest(self.positions)  # type: ignore[arg-type]
 
 
+PARTS = "names, Objectives or pairs (objective, coefficient)"
+
+
 def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
     """Terms from objectives, each a name, an Objective, or a pair of either with its coefficient.
 
@@ -135,6 +139,8 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
     """
     if isinstance(objectives, str):
         raise TypeError(f"objectives={objectives!r}: needs a list, [{objectives!r}]")
+    if objectives is not None and not isinstance(objectives, Iterable):
+        raise TypeError(f"objectives: needs a list of {PARTS}, got {type(objectives).__name__}")
     if not objectives:
         raise ValueError("objectives is empty: needs at least one objective")
     terms: list[Term] = []
@@ -142,7 +148,7 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
         if isinstance(objective, str):
             objective = registry.get(objective)
         if not isinstance(objective, Objective):
-            raise TypeError(f"objectives: needs names, Objectives or (objective, coefficient), got {objective!r}")
+            raise TypeError(f"objectives: needs {PARTS}, got {objective!r}")
         if not math.isfinite(coefficient):
             raise ValueError(f"objectives: the coefficient of {objective.name} needs to be finite, got {coefficient}")
         label = f"{objective.role}.{objective.name}" + ("" if objective.samples is None else ".samples")
@@ -154,7 +160,19 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
 
 def parts_of(entry: Any) -> list[tuple[Any, float]]:
     """An entry of a list of objectives with its coefficient; of the name of a mixture its parts."""
+    if isinstance(entry, list) and entry and all(isinstance(part, tuple) for part in entry):
+        raise TypeError(
+            f"objectives: needs {PARTS}, got a list of {len(entry)} pairs, such as bss() gives: put a * before it, "
+            "[*bss()]"
+        )
+    if isinstance(entry, tuple) and len(entry) != 2:
+        raise TypeError(f"objectives: needs {PARTS}, got a tuple of {len(entry)}: {entry!r}")
     objective, coefficient = entry if isinstance(entry, tuple) else (entry, 1.0)
+    if isinstance(coefficient, Tensor) and coefficient.numel() == 1:
+        coefficient = coefficient.item()
+    if isinstance(coefficient, bool) or not isinstance(coefficient, Real):
+        raise TypeError(f"objectives: the coefficient of {objective!r} needs to be a number, got {coefficient!r}")
+    coefficient = float(coefficient)
     if isinstance(objective, str) and objective in registry.MIXTURES:
         return [(part, coefficient * share) for part, share in registry.weighted(objective)]
     return [(objective, coefficient)]
@@ -370,7 +388,7 @@ class TermLosses:
             reference = hidden, source.head(head.weight)
         labelled: Any = 1.0
         if need.positions != {"supervised"} and any(read[3] for read in need.reads):
-            at = (select_positions(batch, positions)[0] for positions in (need.widest, "supervised"))  # type: ignore
+            at = (select_positions(batch, positions)[0] for positions in (need.widest, "supervised"))
             labelled = torch.isin(*at).to(supervised.hidden.device, torch.float32)
         outputs: dict[Read, Tensor] = {}
         for (temperature, k, lowered), names in need.calls.items():
