@@ -162,6 +162,7 @@ def me(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -177,6 +178,7 @@ def me(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -228,6 +230,7 @@ def undial(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -244,6 +247,7 @@ def undial(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -258,6 +262,7 @@ def ce_u(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -271,6 +276,7 @@ def pdu(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -320,6 +326,7 @@ def rmu(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -401,6 +408,7 @@ def rr(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -426,6 +434,7 @@ def kl(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -439,6 +448,7 @@ def kl(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...

@@ -180,6 +180,15 @@ class Variant:
         return tuple(self.prefixes[statistic.batch] + statistic.name for statistic in self.statistics)
 
     @property
+    def likelihoods(self) -> tuple[str, ...]:
+        """What `keep` goes by, for each batch that has no logp among its statistics."""
+        return tuple(
+            prefix + "logp"
+            for batch, prefix in self.prefixes.items()
+            if Statistic(batch, "logp") not in self.statistics
+        )
+
+    @property
     def masks(self) -> tuple[str, ...]:
         return tuple(prefix + "mask" for prefix in self.prefixes.values())
 
@@ -283,6 +292,7 @@ def signature(variant: Variant, preset: str) -> inspect.Signature:
     keywords: list[Any] = [(option.name, option.default, option.kind) for option in variant.options.values()]
     keywords += [("preset", preset, str), ("reduction", variant.reduction, str), ("count", None, Count | None)]
     keywords += [("keep", 1.0, float), ("kept", KEPT[0], str)]
+    keywords += [(name, None, Tensor | None) for name in variant.likelihoods]
     keywords += [*((name, None, Tensor | None) for name in variant.sequence_ids), ("num_sequences", None, int | None)]
     parameters = [inspect.Parameter(name, either, annotation=Tensor) for name in variant.tensors]
     parameters += [inspect.Parameter(name, either, default=None, annotation=Tensor | None) for name in variant.masks]
@@ -313,6 +323,7 @@ def docstring(definition: Definition) -> str:
         "below 1 it needs logp",
         "kept": 'the tokens with the "smallest" loss -logp, or with the "largest"',
     }
+    arguments |= dict.fromkeys(variant.likelihoods, f"{STATISTICS['logp']}, which keep below 1 goes by")
     arguments |= dict.fromkeys(variant.sequence_ids, "(N,) int64, the sequence of each flat token")
     arguments["num_sequences"] = "how many sequences the flat form has; None waits for the device to find out"
     defaults = [*map(str, variant.options.values()), f"preset = {definition.default_preset}"]

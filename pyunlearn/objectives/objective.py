@@ -208,8 +208,9 @@ class Objective:
         if self.keep < 1:
             if not isinstance(logp, Tensor):
                 raise ValueError(
-                    f"{self.name}: keep={self.keep} goes by the likelihood of each token: needs logp among the values, "
-                    f"got {type(logp).__name__}; ask token_stats for outputs={self.outputs}"
+                    f"{self.name}: keep={self.keep} goes by the likelihood of each token: needs "
+                    f"{layout.prefix}logp=, or logp among the values, got {type(logp).__name__}; ask token_stats for "
+                    f"outputs={self.outputs}"
                 )
             check_matches("logp", logp, layout.name, layout.like, (logp.dtype,))
         return layout.select(self.selection, logp)
