@@ -6,6 +6,7 @@ Here are its arguments; `projection` holds, slices and recomputes the logits, `s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +20,11 @@ from .contract import (
     TokenStats,
     check_dtype,
     check_lowered,
+    check_number,
     check_range,
     check_same_device,
     check_targets,
+    check_tensors,
     make_options,
     unpack,
 )
@@ -190,8 +193,13 @@ def check_call(
     budget_bytes: int | None,
     adapter: tuple[Tensor, Tensor] | None,
 ) -> None:
-    if budget_bytes is not None and budget_bytes < 0:
-        raise ValueError(f"budget_bytes={budget_bytes!r}: needs None or a number of bytes >= 0")
+    if budget_bytes is not None:
+        check_number("budget_bytes", budget_bytes, "None or a number of bytes >= 0")
+        if budget_bytes < 0:
+            raise ValueError(f"budget_bytes={budget_bytes!r}: needs None or a number of bytes >= 0")
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        check_tensors(bias=bias)
     check_head(hidden, weight, bias, "hidden", "weight", "bias")
     check_targets(targets, hidden.shape[:-1], "hidden", hidden)
     if adapter is not None:
@@ -216,7 +224,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *names: str)
 
 def check_adapter(adapter: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor) -> None:
     if not isinstance(adapter, tuple) or len(adapter) != 2:
-        raise TypeError(f"adapter: needs a tuple (x, B), got {type(adapter).__name__}")
+        raise TypeError(f"adapter: needs a tuple (x, B), got {what_came(adapter)}")
+    check_tensors(**{f"adapter[{i}]": tensor for i, tensor in enumerate(adapter)})
     x, b = adapter
     check_head(x, b, None, "adapter[0]", "adapter[1]", "")
     check_same_device("adapter[0]", x, "hidden", hidden)
@@ -227,11 +236,16 @@ def check_adapter(adapter: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor
         )
 
 
+def what_came(given: Any) -> str:
+    return f"a {type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+
+
 def check_reference(reference: Reference, hidden: Tensor, weight: Tensor) -> None:
     if not isinstance(reference, tuple) or len(reference) not in (2, 3):
         raise TypeError(
-            f"reference: needs a tuple (ref_hidden, ref_weight) or with a ref_bias, got {type(reference).__name__}"
+            f"reference: needs a tuple (ref_hidden, ref_weight) or with a ref_bias, got {what_came(reference)}"
         )
+    check_tensors(**{f"reference[{i}]": tensor for i, tensor in enumerate(reference)})
     ref_hidden, ref_weight = reference[:2]
     ref_bias = reference[2] if len(reference) == 3 else None
     check_head(ref_hidden, ref_weight, ref_bias, "reference[0]", "reference[1]", "reference[2]")

@@ -181,7 +181,7 @@ class _ByColumns(torch.autograd.Function):
         for columns in slices(head.weights[0].size(0), width):
             del logits, ref_logits  # one slice at a time
             logits, ref_logits = both_logits(head, reference, columns, options)
-            if lowered is not None:
+            if lowered is not None and ref_logits is not None:
                 lower_(ref_logits, targets, lowered, options, here.first + columns.start)
             rest = (here.first + columns.start, here.vocabulary, columns.start == 0)
             module.accumulate(logits, targets, ref_logits, state, options, *rest)
@@ -225,7 +225,7 @@ class _ByColumns(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             for columns in parts:
                 logits, ref_logits = whole or both_logits(head, reference, columns, ctx.options)
-                if lowered is not None and whole is None:
+                if lowered is not None and ref_logits is not None and whole is None:
                     lower_(ref_logits, targets, lowered, ctx.options, here.first + columns.start)
                 rest = (targets, ref_logits, index, belief, ctx.options, logits, here.first + columns.start)
                 d = kernels(ctx.backend).backward(grad, stats, saved, logits, *rest, here.vocabulary)
