@@ -29,6 +29,17 @@ def not_infinite(ref_logp: Tensor) -> Tensor:
     return ref_logp.clamp_min(torch.finfo(ref_logp.dtype).min)
 
 
+def without_both(against: Tensor, wanted_logp: Tensor, other_logp: Tensor) -> Tensor:
+    """`against`, but 0 where both texts have p = 0: there only what is wanted is still to be learned."""
+    return torch.where((wanted_logp == -torch.inf) & (other_logp == -torch.inf), 0.0, against)
+
+
+def gained_over(wanted_logp: Tensor, answer_logp: Tensor, wanted_ref_logp: Tensor, answer_ref_logp: Tensor) -> Tensor:
+    """(log p_w - log p°_w) - (log p_l - log p°_l)."""
+    lost = answer_logp - not_infinite(answer_ref_logp)
+    return (wanted_logp - not_infinite(wanted_ref_logp)) - without_both(lost, wanted_logp, answer_logp)
+
+
 def check_definition(name: str, preset: str, level: str, variant: Variant) -> None:
     """Raises ValueError for a function that gives no loss a token (or sequence) and for a wrong slope or rule.
 

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._hints import check_known
+from .closed_form import gained_over
 from .definition import POSITIVE, Domain, Positive, is_finite, is_whole
 from .objective import Objective, Samples
 from .registry import get, register
-from .targeted import gained_over
 
 WHOLE = Domain("a whole number >= 1", lambda value: is_whole(value) and value >= 1)
 Whole = Annotated[int, WHOLE]

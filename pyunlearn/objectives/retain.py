@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .closed_form import without_both
 from .definition import Positive
 from .forget import CLOSER_LOOK, G_EFFECT
 from .registry import register, register_preset
-from .targeted import without_both
 
 
 @register(

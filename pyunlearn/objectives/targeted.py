@@ -10,21 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .closed_form import not_infinite
+from .closed_form import gained_over
 from .definition import Domain, Positive
 from .forget import CLOSER_LOOK
 from .registry import register, register_preset
-
-
-def without_both(against: Tensor, wanted_logp: Tensor, other_logp: Tensor) -> Tensor:
-    """`against`, but 0 where both texts have p = 0: there only what is wanted is still to be learned."""
-    return torch.where((wanted_logp == -torch.inf) & (other_logp == -torch.inf), 0.0, against)
-
-
-def gained_over(wanted_logp: Tensor, answer_logp: Tensor, wanted_ref_logp: Tensor, answer_ref_logp: Tensor) -> Tensor:
-    """(log p_w - log p°_w) - (log p_l - log p°_l)."""
-    lost = answer_logp - not_infinite(answer_ref_logp)
-    return (wanted_logp - not_infinite(wanted_ref_logp)) - without_both(lost, wanted_logp, answer_logp)
 
 
 @register(
