@@ -104,6 +104,7 @@ class LossFunc:
         outputs, vocab_size = self.objective.outputs, logits.size(-1)
         how: dict[str, Any] = {"temperature": self.objective.temperature}
         how |= {} if self.objective.k is None else {"k": self.objective.k}
+        how |= {"lowered": self.objective.lowered} if self.objective.lowered else {}
         if self.reference is None:
             stats = token_stats(logits[:, :-1], labels[:, 1:], outputs, **how)
             return TokenInputs(stats.as_dict(), mask=stats.mask, vocab_size=vocab_size)

@@ -162,6 +162,7 @@ def me(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -177,6 +178,7 @@ def me(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -216,8 +218,7 @@ def bst(
 ) -> Tensor: ...
 @overload
 def undial(
-    kl_qp: Tensor,
-    logp: Tensor,
+    lowered_kl_qp: Tensor,
     ref_logp: Tensor,
     ref_entropy: Tensor,
     mask: Tensor | None = None,
@@ -229,13 +230,13 @@ def undial(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
 @overload
 def undial(
-    kl_qp: Tensor,
-    logp: Tensor,
+    lowered_kl_qp: Tensor,
     ref_logp: Tensor,
     ref_entropy: Tensor,
     mask: Tensor | None = None,
@@ -246,6 +247,7 @@ def undial(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -260,6 +262,7 @@ def ce_u(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -273,6 +276,7 @@ def pdu(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -322,6 +326,7 @@ def rmu(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -403,6 +408,7 @@ def rr(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -428,6 +434,7 @@ def kl(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...
@@ -441,6 +448,7 @@ def kl(
     count: int | float | Tensor | None = None,
     keep: float = 1.0,
     kept: str = "smallest",
+    logp: Tensor | None = None,
     sequence_ids: Tensor | None = None,
     num_sequences: int | None = None,
 ) -> Tensor: ...

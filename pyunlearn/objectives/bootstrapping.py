@@ -9,10 +9,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from .definition import Positive, Share, TopK
-from .forget import npo_weight
+from .forget import npo_weight, weighted
 from .registry import register, register_preset
 
 BELIEFS = "LLM Unlearning with LLM Beliefs, ICLR 2026, arXiv:2510.19422"
+
+
+def mixed(logp: Tensor, topk: Tensor, lam: float) -> Tensor:
+    """(1 - lam) logp + lam topk; what has no share counts nothing, be it -inf."""
+    return topk if lam == 1 else (1.0 - lam) * logp + lam * topk
 
 
 @register(
@@ -32,7 +37,7 @@ def bst(logp: Tensor, topk: Tensor, *, lam: Share = 0.2, k: TopK = 20) -> Tensor
     >>> bst(logp, topk, lam=0.5)
     tensor(-3.)
     """
-    return (1.0 - lam) * logp + lam * topk
+    return mixed(logp, topk, lam)
 
 
 @register_preset(
@@ -42,7 +47,7 @@ def bst(logp: Tensor, topk: Tensor, *, lam: Share = 0.2, k: TopK = 20) -> Tensor
     reduction="sequence_token_mean",
 )
 def bst_bs_code(logp: Tensor, topk: Tensor, *, lam: Share = 0.2, k: TopK = 20) -> Tensor:
-    return (1.0 - lam) * logp + lam * topk
+    return mixed(logp, topk, lam)
 
 
 @register_preset(
@@ -53,4 +58,4 @@ def bst_bs_code(logp: Tensor, topk: Tensor, *, lam: Share = 0.2, k: TopK = 20) -
 def bstw(
     logp: Tensor, topk: Tensor, ref_logp: Tensor, *, lam: Share = 0.2, k: TopK = 20, beta: Positive = 0.1
 ) -> Tensor:
-    return npo_weight(logp, ref_logp, beta, 0.0) * ((1.0 - lam) * logp + lam * topk)
+    return weighted(npo_weight(logp, ref_logp, beta, 0.0), mixed(logp, topk, lam))

@@ -20,8 +20,24 @@ Differentiate = Callable[[Callable[[Tensor], Any], Tensor, Tensor], Tensor]
 
 def sigmoid_floor(ref_logp: Tensor, beta: float, epsilon: float = 0.0) -> Tensor:
     """log(p°^beta + epsilon), without ever leaving log space."""
-    floor = beta * ref_logp
+    floor = not_infinite(beta * ref_logp)
     return torch.logaddexp(floor, torch.full_like(floor, math.log(epsilon))) if epsilon > 0 else floor
+
+
+def not_infinite(ref_logp: Tensor) -> Tensor:
+    """What is impossible for the reference, as what is all but impossible: from a model's own p = 0 it is far."""
+    return ref_logp.clamp_min(torch.finfo(ref_logp.dtype).min)
+
+
+def without_both(against: Tensor, wanted_logp: Tensor, other_logp: Tensor) -> Tensor:
+    """`against`, but 0 where both texts have p = 0: there only what is wanted is still to be learned."""
+    return torch.where((wanted_logp == -torch.inf) & (other_logp == -torch.inf), 0.0, against)
+
+
+def gained_over(wanted_logp: Tensor, answer_logp: Tensor, wanted_ref_logp: Tensor, answer_ref_logp: Tensor) -> Tensor:
+    """(log p_w - log p°_w) - (log p_l - log p°_l)."""
+    lost = answer_logp - not_infinite(answer_ref_logp)
+    return (wanted_logp - not_infinite(wanted_ref_logp)) - without_both(lost, wanted_logp, answer_logp)
 
 
 def check_definition(name: str, preset: str, level: str, variant: Variant) -> None:

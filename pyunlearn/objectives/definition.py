@@ -84,6 +84,7 @@ STATISTICS = {
     "variance": "variance of the log-probability at each position",
     "kl_pq": "KL(model || reference) at each position, in nats",
     "kl_qp": "KL(reference || model) at each position, in nats",
+    "lowered_kl_qp": "the same of the reference with its logit of the target less by b: token_stats' kl_qp, lowered=b",
     "uniform_ce": "cross-entropy of the uniform distribution to the model's at each position, in nats",
     "lse": "log of the sum of e^z over the vocabulary at each position",
     "topk": "the mean of the log-probabilities of the k likeliest tokens, by their own shares of what these k have",
@@ -93,7 +94,7 @@ STATISTICS = {
     "ref_entropy": "entropy in nats of the frozen reference's distribution at each position",
 }
 WIDE = ("hidden", "ref_hidden")  # H numbers a token instead of one
-OUTPUT_OF = {"max_logp": "topk"}  # where it has another name
+OUTPUT_OF = {"max_logp": "topk", "lowered_kl_qp": "kl_qp"}  # where it has another name
 REFERENCE = ("ref_logp", "ref_hidden", "ref_entropy")
 
 
@@ -177,6 +178,15 @@ class Variant:
     @property
     def tensors(self) -> tuple[str, ...]:
         return tuple(self.prefixes[statistic.batch] + statistic.name for statistic in self.statistics)
+
+    @property
+    def likelihoods(self) -> tuple[str, ...]:
+        """What `keep` goes by, for each batch that has no logp among its statistics."""
+        return tuple(
+            prefix + "logp"
+            for batch, prefix in self.prefixes.items()
+            if Statistic(batch, "logp") not in self.statistics
+        )
 
     @property
     def masks(self) -> tuple[str, ...]:
@@ -282,6 +292,7 @@ def signature(variant: Variant, preset: str) -> inspect.Signature:
     keywords: list[Any] = [(option.name, option.default, option.kind) for option in variant.options.values()]
     keywords += [("preset", preset, str), ("reduction", variant.reduction, str), ("count", None, Count | None)]
     keywords += [("keep", 1.0, float), ("kept", KEPT[0], str)]
+    keywords += [(name, None, Tensor | None) for name in variant.likelihoods]
     keywords += [*((name, None, Tensor | None) for name in variant.sequence_ids), ("num_sequences", None, int | None)]
     parameters = [inspect.Parameter(name, either, annotation=Tensor) for name in variant.tensors]
     parameters += [inspect.Parameter(name, either, default=None, annotation=Tensor | None) for name in variant.masks]
@@ -312,6 +323,7 @@ def docstring(definition: Definition) -> str:
         "below 1 it needs logp",
         "kept": 'the tokens with the "smallest" loss -logp, or with the "largest"',
     }
+    arguments |= dict.fromkeys(variant.likelihoods, f"{STATISTICS['logp']}, which keep below 1 goes by")
     arguments |= dict.fromkeys(variant.sequence_ids, "(N,) int64, the sequence of each flat token")
     arguments["num_sequences"] = "how many sequences the flat form has; None waits for the device to find out"
     defaults = [*map(str, variant.options.values()), f"preset = {definition.default_preset}"]

@@ -5,8 +5,6 @@ Each is algebra on numbers that one read of the logits gives, so that no target 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -17,11 +15,26 @@ OPEN_UNLEARNING = "Dorna et al., OpenUnlearning, 2025"
 FAR = 1e4  # a loss that has no other gradient than an infinite one
 
 
-def adjusted(cross_entropy: Tensor, logp: Tensor, ref_logp: Tensor, b: float) -> Tensor:
-    """Cross-entropy to the reference with its logit of the target b lower, from that to the reference as it is."""
-    other = -torch.expm1(ref_logp) + (ref_logp - b).exp()  # 1 - q_y (1 - e^-b), for q_y near 1 too
-    excess = ref_logp.exp() * -math.expm1(-b) / other  # s - 1
-    return cross_entropy + excess * (cross_entropy + logp)
+def lowered_entropy(ref_logp: Tensor, ref_entropy: Tensor, b: float) -> Tensor:
+    """Entropy of the reference with its logit of the target less by b, from what it is of the reference as it is.
+
+    With t its share of the target, and u the reference over all other tokens: h(t) + (1 - t) H(u), h that of a coin.
+    No 1 - q_y is a difference.
+    """
+    tiny = torch.finfo(ref_logp.dtype).tiny
+    rest = -torch.expm1(ref_logp)  # 1 - q_y, right for q_y near 1 too
+    log_rest = rest.clamp_min(tiny).log()
+    coin = -(entropy_term(ref_logp) + rest * log_rest)
+    others = ((ref_entropy - coin) / rest.clamp_min(tiny)).clamp_min(0.0)  # H(u); 0 where 1 - q_y underflows
+    log_share, log_other = (ref_logp - b), torch.where(rest > 0, log_rest, -torch.inf)
+    total = torch.logaddexp(log_share, log_other)  # log(1 - q_y (1 - e^-b))
+    log_share, log_other = log_share - total, log_other - total
+    return log_other.exp() * others - entropy_term(log_share) - entropy_term(log_other)
+
+
+def entropy_term(log_p: Tensor) -> Tensor:
+    """p log p, 0 for p = 0."""
+    return torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0.0)
 
 
 @register(
@@ -30,22 +43,24 @@ def adjusted(cross_entropy: Tensor, logp: Tensor, ref_logp: Tensor, b: float) ->
     formula="mean of the cross-entropy of p_t to softmax(z°_t - b [v = y_t])",
     source="Dong et al., UNDIAL: Self-Distillation with Adjusted Logits, NAACL 2025",
 )
-def undial(kl_qp: Tensor, logp: Tensor, ref_logp: Tensor, ref_entropy: Tensor, *, b: Positive = 10.0) -> Tensor:
+def undial(lowered_kl_qp: Tensor, ref_logp: Tensor, ref_entropy: Tensor, *, b: Positive = 10.0) -> Tensor:
     """Self-distillation from the reference with its logit of the answer's token lowered by b. Bounded below.
 
-    As b -> 0 it is distillation from the reference, with gradient 0 at the start. With s = 1 / (1 - q_y (1 - e^-b)), q
-    the reference: s (KL(q || p) + H(q)) + (s - 1) log p_y. s goes up to e^b for a token that the reference is sure of,
-    and rounding of float32 statistics with it: 1e-7 s. No retain term in the paper.
+    As b -> 0 it is distillation from the reference, with gradient 0 at the start. The KL is that of `token_stats` to
+    the lowered reference (`lowered=b`), which gives the gradient p - target; ref_logp and ref_entropy, of the reference
+    as it is, add the target's entropy, a constant. From a KL to the reference as it is the loss would need factors of
+    up to e^b for a token that the reference is sure of, whose rounding is larger than the gradient. No retain term in
+    the paper.
 
     The code of OpenUnlearning (`open_unlearning`) masks nothing: its mean is over prompt and padding too, where the
-    reference's own distribution is the target. There it also lowers the logit of token V - 100, the label -100 read as
-    an index, which is left out here.
+    reference's own distribution is the target: `lowered=torch.where(labelled, b, 0.0)`. There it also lowers the logit
+    of token V - 100, the label -100 read as an index, which is left out here.
 
     >>> half = torch.tensor([[0.5]]).log()  # p = q = (1/2, 1/2), and b large: all mass to the other token
-    >>> undial(torch.tensor([[0.0]]), half, half, -half, b=50.0)
+    >>> undial(-half, half, -half, b=50.0)
     tensor(0.6931)
     """
-    return adjusted(kl_qp + ref_entropy, logp, ref_logp, b)
+    return lowered_kl_qp + lowered_entropy(ref_logp, ref_entropy, b)
 
 
 @register_preset(
@@ -56,10 +71,9 @@ def undial(kl_qp: Tensor, logp: Tensor, ref_logp: Tensor, ref_entropy: Tensor, *
     positions="followed",
 )
 def undial_open_unlearning(
-    kl_qp: Tensor, logp: Tensor, ref_logp: Tensor, ref_entropy: Tensor, *, labelled: Tensor, b: Positive = 10.0
+    lowered_kl_qp: Tensor, ref_logp: Tensor, ref_entropy: Tensor, *, labelled: Tensor, b: Positive = 10.0
 ) -> Tensor:
-    nothing = torch.where(labelled, ref_logp, -torch.inf)
-    return adjusted(kl_qp + ref_entropy, torch.where(labelled, logp, 0.0), nothing, b)
+    return lowered_kl_qp + torch.where(labelled, lowered_entropy(ref_logp, ref_entropy, b), ref_entropy)
 
 
 @register(

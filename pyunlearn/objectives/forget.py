@@ -12,13 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.contract import TokenRule
-from .closed_form import sigmoid_floor
+from ..ops.contract import TokenRule, power
+from .closed_form import not_infinite, sigmoid_floor
 from .definition import Masked, NonNegative, Positive
 from .registry import register, register_preset
 
 G_EFFECT = "Wang et al., Rethinking LLM Unlearning Objectives: A Gradient Perspective, ICLR 2025"
 CLOSER_LOOK = "Yuan et al., A Closer Look at Machine Unlearning for LLMs, ICLR 2025"
+
+
+def weighted(weight: Tensor, logp: Tensor) -> Tensor:
+    """weight * logp, 0 where the weight is, of logp = -inf too: of what has p = 0 there is nothing to forget."""
+    return torch.where(weight != 0, weight * logp, 0.0)
 
 
 @register(
@@ -55,7 +60,7 @@ def wga(logp: Tensor, *, alpha: NonNegative = 1.0) -> Tensor:
     >>> wga(torch.tensor([[0.5, 0.25]]).log(), alpha=1.0)
     tensor(-0.3466)
     """
-    return (alpha * logp.detach()).exp() * logp
+    return weighted(power(logp.detach(), alpha), logp)
 
 
 @register(
@@ -73,7 +78,7 @@ def npo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 0.1) -> Tensor:
     >>> npo(torch.tensor([[-1.0, -1.0]]), torch.tensor([[-1.0, -1.0]]), beta=1.0)  # 2 log 2
     tensor(1.3863)
     """
-    return -2.0 / beta * F.logsigmoid(beta * (ref_logp - logp))
+    return -2.0 / beta * F.logsigmoid(beta * (not_infinite(ref_logp) - logp))
 
 
 def npo_weight(logp: Tensor, ref_logp: Tensor, beta: float, epsilon: float) -> Tensor:
@@ -99,7 +104,7 @@ def tnpo(logp: Tensor, ref_logp: Tensor, *, beta: Positive = 4.0, epsilon: NonNe
     >>> tnpo(torch.tensor([[-1.0, -3.0]]), torch.tensor([[-1.0, -3.0]]))
     tensor(-2.)
     """
-    return npo_weight(logp, ref_logp, beta, epsilon) * logp
+    return weighted(npo_weight(logp, ref_logp, beta, epsilon), logp)
 
 
 @register(
@@ -126,7 +131,7 @@ def wtnpo(
     >>> wtnpo(torch.tensor([[0.5]]).log(), torch.tensor([[0.5]]).log(), alpha=1.0)
     tensor(-0.3466)
     """
-    return npo_weight(logp, ref_logp, beta, epsilon) * (alpha * logp.detach()).exp() * logp
+    return weighted(npo_weight(logp, ref_logp, beta, epsilon) * power(logp.detach(), alpha), logp)
 
 
 @register(
@@ -174,7 +179,7 @@ def satimp(logp: Tensor, *, beta1: NonNegative = 5.0, beta2: NonNegative = 0.1) 
     """
     fixed = logp.detach()
     # 1 - p as -expm1(log p): right for p near 1, where 1 - exp(log p) has no digits left.
-    return (beta1 * fixed).exp() * (-torch.expm1(fixed)).clamp_min(0.0).pow(beta2) * logp
+    return weighted(power(fixed, beta1) * (-torch.expm1(fixed)).clamp_min(0.0).pow(beta2), logp)
 
 
 @register(

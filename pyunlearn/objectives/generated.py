@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._hints import check_known
+from .closed_form import gained_over
 from .definition import POSITIVE, Domain, Positive, is_finite, is_whole
 from .objective import Objective, Samples
 from .registry import get, register
@@ -52,7 +53,7 @@ def altpo(
     >>> altpo(logp, logp, logp, logp, beta=1.0)  # 2 log 2
     tensor(1.3863)
     """
-    gained = (alternate_logp - alternate_ref_logp) - (answer_logp - answer_ref_logp)
+    gained = gained_over(alternate_logp, answer_logp, alternate_ref_logp, answer_ref_logp)
     return -factor / beta * F.logsigmoid(beta * gained)
 
 

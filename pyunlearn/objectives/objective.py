@@ -28,6 +28,7 @@ HAD = {  # how the caller comes by a statistic, where it is not by asking token_
     "max_logp": "asked for by outputs=('topk',), with k=1",
     "kl_pq": "asked for by outputs=('kl_pq',), with reference= the frozen model's",
     "kl_qp": "asked for by outputs=('kl_qp',), with reference= the frozen model's",
+    "lowered_kl_qp": "asked for by outputs=('kl_qp',), with reference= the frozen model's and lowered=b",
     "hidden": "in the model's output_hidden_states, or in pyunlearn.model.forward.supervised_hidden",
     "ref_hidden": "in the frozen model's output_hidden_states, under torch.no_grad(), or in a ReferenceCache",
     "ref_entropy": "token_stats_of(frozen, batch, 'entropy').entropy of the frozen model, under torch.no_grad()",
@@ -107,6 +108,11 @@ class Objective:
         return 1 if "max_logp" in used else self.options["k"] if "topk" in used else None
 
     @property
+    def lowered(self) -> float:
+        """Of `token_stats`, at supervised tokens: what the reference's logit of the target is less by; mostly 0."""
+        return self.options["b"] if any(s.name == "lowered_kl_qp" for s in self.variant.statistics) else 0.0
+
+    @property
     def selection(self) -> Selection:
         """Which tokens of a sequence count."""
         return Selection(self.options.get("skip", 0), self.keep, self.kept == "largest")
@@ -122,7 +128,7 @@ class Objective:
         too), "logp" per token, "hidden" (hidden states of `layer`), or None.
         """
         used = {statistic.name for statistic in self.variant.statistics}
-        if used & {"kl_pq", "kl_qp"}:
+        if used & {"kl_pq", "kl_qp", "lowered_kl_qp"}:
             return "kl"
         return "logp" if "ref_logp" in used else "hidden" if "ref_hidden" in used else None
 
@@ -202,8 +208,9 @@ class Objective:
         if self.keep < 1:
             if not isinstance(logp, Tensor):
                 raise ValueError(
-                    f"{self.name}: keep={self.keep} goes by the likelihood of each token: needs logp among the values, "
-                    f"got {type(logp).__name__}; ask token_stats for outputs={self.outputs}"
+                    f"{self.name}: keep={self.keep} goes by the likelihood of each token: needs "
+                    f"{layout.prefix}logp=, or logp among the values, got {type(logp).__name__}; ask token_stats for "
+                    f"outputs={self.outputs}"
                 )
             check_matches("logp", logp, layout.name, layout.like, (logp.dtype,))
         return layout.select(self.selection, logp)

@@ -68,7 +68,7 @@ def one_pass(
         )
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: needs a bool tensor, shaped like the targets, got {type(mask).__name__}")
-    share = torch.ones(mask.shape, dtype=torch.float32, device=mask.device, requires_grad=True)
+    share = torch.ones(mask.shape, dtype=torch.float64, device=mask.device, requires_grad=True)
     inputs = TokenInputs({name: share}, sequence_ids=sequence_ids, num_sequences=num_sequences, mask=mask)
     layout = Layout.of(inputs, share, name, "")
     with torch.enable_grad():
@@ -78,7 +78,7 @@ def one_pass(
     floor = None
     if needs_reference and ref_logp is not None:
         check_matches("ref_logp", ref_logp, "mask", share, DTYPES)
-        floor = sigmoid_floor(layout.fill(ref_logp.detach().float()), rule.beta, objective.options.get("epsilon", 0.0))
+        floor = sigmoid_floor(layout.fill(ref_logp.detach().double()), rule.beta, objective.options.get("epsilon", 0.0))
     scaled = {} if objective.temperature == 1 else {"temperature": objective.temperature}
     return {"weights": {name: variant.slope * weights}, "rule": rule, "floor": floor, **scaled}
 

@@ -127,6 +127,8 @@ class Layout:
         rows = self.like.size(-1) if self.like.dim() == 2 else None
         ids = self.needed_ids().long() if rows is None else torch.arange(size, device=self.like.device)[:, None]
         ids = ids.expand(self.like.shape).flatten()
+        if ids.device.type == "cpu" and not torch.compiler.is_compiling() and bool(((ids < 0) | (ids >= size)).any()):
+            raise IndexError(self.ids_needed(size))
         if self.mask is not None:
             ids = torch.where(self.mask.flatten(), ids, size)  # what does not count is a sequence behind all others
         tokens = torch.zeros(size + 1, dtype=torch.int64, device=ids.device).index_add_(0, ids, torch.ones_like(ids))
@@ -182,7 +184,10 @@ class Layout:
         try:
             return zeros.index_add(0, ids, values)
         except IndexError as error:
-            raise IndexError(f"{self.prefix}sequence_ids: needs 0 <= id < num_sequences={len(zeros)}") from error
+            raise IndexError(self.ids_needed(len(zeros))) from error
+
+    def ids_needed(self, size: int) -> str:
+        return f"{self.prefix}sequence_ids: needs 0 <= id < num_sequences={size}"
 
     def tokens_by_sequence(self) -> Tensor:
         """(S,) number of supervised tokens, in the statistics' dtype."""

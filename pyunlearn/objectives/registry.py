@@ -265,8 +265,11 @@ def check_level(name: str, level: str, variant: Variant) -> None:
     used = {statistic.name for statistic in variant.statistics}
     if "topk" in used and ("k" not in variant.options or "max_logp" in used):
         raise ValueError(f"{name}: topk needs an option k, whose it is, and no max_logp beside it")
+    if "lowered_kl_qp" in used and ("b" not in variant.options or used & {"kl_pq", "kl_qp"}):
+        raise ValueError(f"{name}: lowered_kl_qp needs an option b, whose it is, and no kl_pq or kl_qp beside it")
     statistics = [statistic.name for statistic in variant.statistics if statistic.name not in REFERENCE]
-    if variant.slope is not None and (level != "token" or len(statistics) != 1 or statistics[0] in WIDE):
+    apart = (*WIDE, "lowered_kl_qp")  # value_and_grad reads neither
+    if variant.slope is not None and (level != "token" or len(statistics) != 1 or statistics[0] in apart):
         raise ValueError(f"{name}: slope needs level='token' and one statistic a token, got {level}, {statistics}")
 
 
@@ -282,7 +285,7 @@ def _call(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     """The public function: sorts its arguments into statistics, layout and options."""
     variant = DEFINITIONS[name].variant(named.get("preset"))[1]
     by_position = (*variant.tensors, *variant.masks)
-    tensors: dict[str, Any] = dict.fromkeys((*by_position, *variant.sequence_ids))
+    tensors: dict[str, Any] = dict.fromkeys((*by_position, *variant.likelihoods, *variant.sequence_ids))
     for key in named:
         check_known(f"{name}: argument", key, (*tensors, *variant.sizes, *variant.options, *SHARED_ARGUMENTS))
     if len(args) > len(by_position):
@@ -297,7 +300,10 @@ def _call(name: str, args: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
     told = {context_of(key): named.pop(key, None) for key in variant.sizes}
     stats = {
         batch: TokenInputs(
-            values={s.name: tensors[prefix + s.name] for s in variant.statistics if s.batch == batch},
+            values={
+                **{s.name: tensors[prefix + s.name] for s in variant.statistics if s.batch == batch},
+                "logp": tensors[prefix + "logp"],
+            },
             ref_logp=tensors.get(prefix + "ref_logp"),
             ref_hidden=tensors.get(prefix + "ref_hidden"),
             ref_entropy=tensors.get(prefix + "ref_entropy"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from .closed_form import without_both
 from .definition import Positive
 from .forget import CLOSER_LOOK, G_EFFECT
 from .registry import register, register_preset
@@ -78,4 +79,4 @@ def ap(refusal_logp: Tensor, answer_logp: Tensor, *, beta: Positive = 0.1) -> Te
     >>> ap(torch.tensor([[-2.0]]), torch.tensor([[-2.0]]), beta=1.0)  # log 2
     tensor(0.6931)
     """
-    return -1.0 / beta * F.logsigmoid(beta * (answer_logp - refusal_logp))
+    return -1.0 / beta * F.logsigmoid(beta * (answer_logp - without_both(refusal_logp, answer_logp, refusal_logp)))

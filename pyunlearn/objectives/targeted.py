@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .closed_form import gained_over
 from .definition import Domain, Positive
 from .forget import CLOSER_LOOK
 from .registry import register, register_preset
@@ -60,7 +61,7 @@ def dpo(
     >>> dpo(logp, logp, logp, logp, beta=1.0)  # 2 log 2
     tensor(1.3863)
     """
-    gained = (refusal_logp - refusal_ref_logp) - (answer_logp - answer_ref_logp)
+    gained = gained_over(refusal_logp, answer_logp, refusal_ref_logp, answer_ref_logp)
     return -factor / beta * F.logsigmoid(beta * gained)
 
 

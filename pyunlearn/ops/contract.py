@@ -24,8 +24,10 @@ The mean of z over the vocabulary is lse - uniform_ce.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,10 +80,15 @@ class TokenRule:
 
     def __call__(self, logp: Tensor, floor: Tensor | None = None) -> Tensor:
         """The factor per token, shape of `logp`."""
-        weight = (self.alpha * logp).exp()
+        weight = power(logp, self.alpha)
         if self.gamma:
             weight = weight * (-torch.expm1(logp)).clamp_min(0.0).pow(self.gamma)
         return weight if floor is None else weight * 2.0 * torch.sigmoid(self.beta * logp - floor)
+
+
+def power(logp: Tensor, alpha: float) -> Tensor:
+    """p^alpha; of alpha = 0 it is 1 for p = 0 too."""
+    return (alpha * logp).exp() if alpha else torch.ones_like(logp)
 
 
 class TokenStats:
@@ -131,22 +138,87 @@ def make_options(
     k: int,
     has_reference: bool,
 ) -> Options:
-    """Checks the arguments that are not tensors. Raises ValueError."""
-    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    """Checks the arguments that are not tensors. Raises TypeError or ValueError."""
+    names = names_of(outputs)
     unknown = [name for name in names if name not in OUTPUTS]
     if unknown or not names:
         raise ValueError(f"outputs={names!r}: needs one or more of {OUTPUTS}, got {unknown or 'none'}")
     missing = [name for name in names if name in NEEDS_REFERENCE]
     if missing and not has_reference:
         raise ValueError(f"outputs={names!r}: {missing[0]!r} needs reference=, got None")
+    check_number("temperature", temperature, "a finite number > 0")
     if not 0 < temperature < math.inf:
         raise ValueError(f"temperature={temperature!r}: needs a finite number > 0")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap={softcap!r}: needs None or a finite number > 0")
+    if softcap is not None:
+        check_number("softcap", softcap, "None or a finite number > 0")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap={softcap!r}: needs None or a finite number > 0")
+    check_whole("ignore_index", ignore_index, "a whole number")
+    check_whole("k", k, f"a whole number from 1 to {MAX_K}")
     if not 1 <= k <= MAX_K:
         raise ValueError(f"k={k!r}: needs a whole number from 1 to {MAX_K}")
     ordered = tuple(name for name in OUTPUTS if name in names)
     return Options(ordered, float(temperature), None if softcap is None else float(softcap), int(ignore_index), int(k))
+
+
+def names_of(outputs: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(outputs, str | Iterable):
+        raise TypeError(f"outputs={outputs!r}: needs one or more of {OUTPUTS}, got {type(outputs).__name__}")
+    return (outputs,) if isinstance(outputs, str) else tuple(outputs)
+
+
+def check_number(name: str, value: Any, needed: str) -> None:
+    """Raises TypeError for what is no number, and for a tensor that requires grad: none would flow."""
+    if type(value) is float or type(value) is int:  # nothing more in the hot path, and under torch.compile
+        return
+    if isinstance(value, Tensor):
+        if value.requires_grad or value.numel() != 1 or value.dtype == torch.bool:
+            grad = ", which requires grad" if value.requires_grad else ""
+            raise TypeError(f"{name}: needs {needed}, got a tensor of shape {tuple(value.shape)}{grad}")
+    elif not is_real(value):
+        raise TypeError(f"{name}={value!r}: needs {needed}, got {type(value).__name__}")
+
+
+def check_whole(name: str, value: Any, needed: str) -> None:
+    """Raises TypeError for what is no whole number, and ValueError for a number between two."""
+    if type(value) is int:
+        return
+    check_number(name, value, needed)
+    if not value % 1 == 0:
+        raise ValueError(f"{name}={value!r}: needs {needed}")
+
+
+def check_tensors(**given: Any) -> None:
+    """Raises TypeError for what is no tensor."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name}: needs a tensor, got {type(value).__name__}")
+
+
+def check_lowered(lowered: float | Tensor, targets: Tensor, options: Options, has_reference: bool) -> Tensor | None:
+    """One a target, or None where nothing is lowered. Raises TypeError or ValueError."""
+    if isinstance(lowered, Tensor):
+        if not lowered.is_floating_point():
+            raise TypeError(f"lowered: needs a floating dtype, got {lowered.dtype}")
+        if lowered.shape != targets.shape:
+            raise ValueError(
+                f"lowered: needs a number or the shape of targets {tuple(targets.shape)}, got {tuple(lowered.shape)}"
+            )
+        check_same_device("lowered", lowered, "targets", targets)
+        less = lowered.detach()
+    else:
+        if not is_real(lowered) or not -math.inf < lowered < math.inf:
+            raise ValueError(f"lowered={lowered!r}: needs a finite number, or a tensor shaped like targets")
+        if lowered == 0:
+            return None
+        less = torch.full(targets.shape, float(lowered), dtype=torch.float64, device=targets.device)
+    if not has_reference:
+        raise ValueError("lowered: needs reference=, whose logits of the targets it lowers, got None")
+    return None if NEEDS_REFERENCE.isdisjoint(options.outputs) else less
+
+
+def is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def statistics_dtype(logits: Tensor) -> torch.dtype:
@@ -155,6 +227,7 @@ def statistics_dtype(logits: Tensor) -> torch.dtype:
 
 def check_logits(logits: Tensor, targets: Tensor, reference: Tensor | None, options: Options) -> None:
     """Checks shapes, dtypes and devices of `token_stats`' tensors. Raises TypeError or ValueError."""
+    check_tensors(logits=logits, targets=targets)
     if logits.dim() < 1 or logits.size(-1) < 1:
         raise ValueError(f"logits: needs shape (..., V) with V >= 1, got {tuple(logits.shape)}")
     check_dtype("logits", logits)
@@ -165,6 +238,7 @@ def check_logits(logits: Tensor, targets: Tensor, reference: Tensor | None, opti
             f"logits: the last dimension needs stride 1, got strides {logits.stride()}; call .contiguous()"
         )
     if reference is not None:
+        check_tensors(reference=reference)
         check_layout("reference", reference)
         if reference.shape != logits.shape:
             raise ValueError(

@@ -6,6 +6,7 @@ Here are its arguments; `projection` holds, slices and recomputes the logits, `s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +19,12 @@ from .contract import (
     Options,
     TokenStats,
     check_dtype,
+    check_lowered,
+    check_number,
     check_range,
     check_same_device,
     check_targets,
+    check_tensors,
     make_options,
     unpack,
 )
@@ -30,7 +34,10 @@ from .projection import Projection, both_logits, stats_in_budget
 from .sharded import Columns
 
 Reference = tuple[Tensor, ...]  # (hidden, weight) or (hidden, weight, bias)
-NEEDS_WHOLE_ROWS = "the eager backend, top k, torch.compile and torch.func need whole rows: the head is gathered"
+NEEDS_WHOLE_ROWS = (
+    "the eager backend, top k, torch.compile, torch.func and lowered= under a softcap need whole rows: the head is "
+    "gathered"
+)
 
 
 def linear_token_stats(
@@ -47,6 +54,7 @@ def linear_token_stats(
     k: int = 20,
     backend: str | None = None,
     adapter: tuple[Tensor, Tensor] | None = None,
+    lowered: float | Tensor = 0.0,
 ) -> TokenStats:
     """Statistics of the logits `hidden @ weight.T + bias` at `targets`, differentiable in hidden, weight and bias.
 
@@ -70,13 +78,15 @@ def linear_token_stats(
             last bits: give a budget where they matter. Under torch.compile and torch.func it is not looked at.
         adapter: (x (..., r), B (V, r)), same dtype as hidden: adds x @ B.T to the logits, differentiable in both. With
             x = scaling * dropout(hidden) @ A.T that is a LoRA head: no dense gradient while weight is frozen.
+        lowered: as in `token_stats`. It costs nothing, but with a softcap whole rows are needed, and autograd's copies
+            of them.
 
     Vocabulary parallel: weight may be a DTensor, Shard(0) on one dimension of a mesh. Bias, B and the reference's head
     are laid out likewise (the reference's may also be whole on every rank); hidden, x and targets are the same on every
     rank, plain or Replicate(). Every rank makes the logits of its shard, and gets all statistics, the same to the bit,
     the gradients of hidden and x summed over ranks, and those of its shard. What needs whole rows (the eager backend,
-    topk, torch.compile, torch.func) gathers the head first. FSDP shards to save memory, for ranks with rows of their
-    own: give it the weight that FSDP has gathered.
+    topk, torch.compile, torch.func, lowered under a softcap) gathers the head first. FSDP shards to save memory, for
+    ranks with rows of their own: give it the weight that FSDP has gathered.
 
     Returns:
         TokenStats, as `token_stats`; `.declined` also says why logits were not kept, or a sharded head was gathered.
@@ -93,14 +103,17 @@ def linear_token_stats(
     index = NO_INDEX if ignore_index is None else ignore_index
     options = make_options(outputs, temperature, softcap, index, k, reference is not None)
     check_call(hidden, weight, targets, bias, options, reference, budget_bytes, adapter)
+    less = check_lowered(lowered, targets, options, reference is not None)
     chosen = choose(backend, hidden.device)
     compiling = torch.compiler.is_compiling() or in_functions("linear_token_stats", chosen)
     declined = why_eager(hidden.device) if backend is None and chosen == "eager" else {}
 
-    here = Columns.of(weight, whole=compiling or chosen == "eager" or "topk" in options.outputs)
+    capped = less is not None and softcap is not None
+    here = Columns.of(weight, whole=compiling or chosen == "eager" or "topk" in options.outputs or capped)
     if here.layout and here.group is None:
         declined = {**declined, "vocabulary parallel": decline("vocabulary parallel", NEEDS_WHOLE_ROWS)}
     targets = here.replica("targets", targets)
+    less = less if less is None else here.replica("lowered", less).flatten()
     head = projection_here(here, hidden, weight, bias, adapter)
     frozen = None if reference is None else reference_here(here, reference)
     if all(name in NO_GRADIENT for name in options.outputs):
@@ -110,7 +123,7 @@ def linear_token_stats(
     flat = targets.flatten()
     if compiling:  # no data-dependent shapes: GEMMs and one op are seen
         logits, ref_logits = both_logits(head, frozen, slice(None), options)
-        stacked = stacked_stats(logits, flat, ref_logits, options, chosen)
+        stacked = stacked_stats(logits, flat, ref_logits, options, chosen, lowered=less)
         why = f"{owner('linear_token_stats', chosen)} owns the memory: all logits are made"
         declined = {**declined, "budget": decline("budget", why)}
         return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined)
@@ -118,10 +131,11 @@ def linear_token_stats(
         check_range(flat, weight.size(0), ignore_index)
     rows = None if ignore_index is None else mask.flatten().nonzero().squeeze(-1)
     if rows is None or rows.numel() == flat.numel():
-        stacked, sliced = stats_in_budget(head, flat, frozen, options, budget_bytes, chosen, here)
+        stacked, sliced = stats_in_budget(head, flat, frozen, options, budget_bytes, chosen, here, less)
     else:
-        frozen = frozen and frozen.rows(rows)
-        stacked, sliced = stats_in_budget(head.rows(rows), flat[rows], frozen, options, budget_bytes, chosen, here)
+        frozen, less = frozen and frozen.rows(rows), less if less is None else less[rows]
+        rest = (frozen, options, budget_bytes, chosen, here, less)
+        stacked, sliced = stats_in_budget(head.rows(rows), flat[rows], *rest)
         stacked = stacked.new_zeros(len(stacked), flat.numel()).index_copy(1, rows, stacked)
     return unpack(stacked.view(len(stacked), *targets.shape), options.outputs, mask, declined | sliced)
 
@@ -179,8 +193,13 @@ def check_call(
     budget_bytes: int | None,
     adapter: tuple[Tensor, Tensor] | None,
 ) -> None:
-    if budget_bytes is not None and budget_bytes < 0:
-        raise ValueError(f"budget_bytes={budget_bytes!r}: needs None or a number of bytes >= 0")
+    if budget_bytes is not None:
+        check_number("budget_bytes", budget_bytes, "None or a number of bytes >= 0")
+        if budget_bytes < 0:
+            raise ValueError(f"budget_bytes={budget_bytes!r}: needs None or a number of bytes >= 0")
+    check_tensors(hidden=hidden, weight=weight, targets=targets)
+    if bias is not None:
+        check_tensors(bias=bias)
     check_head(hidden, weight, bias, "hidden", "weight", "bias")
     check_targets(targets, hidden.shape[:-1], "hidden", hidden)
     if adapter is not None:
@@ -205,7 +224,8 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None, *names: str)
 
 def check_adapter(adapter: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor) -> None:
     if not isinstance(adapter, tuple) or len(adapter) != 2:
-        raise TypeError(f"adapter: needs a tuple (x, B), got {type(adapter).__name__}")
+        raise TypeError(f"adapter: needs a tuple (x, B), got {what_came(adapter)}")
+    check_tensors(**{f"adapter[{i}]": tensor for i, tensor in enumerate(adapter)})
     x, b = adapter
     check_head(x, b, None, "adapter[0]", "adapter[1]", "")
     check_same_device("adapter[0]", x, "hidden", hidden)
@@ -216,11 +236,16 @@ def check_adapter(adapter: tuple[Tensor, Tensor], hidden: Tensor, weight: Tensor
         )
 
 
+def what_came(given: Any) -> str:
+    return f"a {type(given).__name__} of {len(given)}" if isinstance(given, tuple | list) else type(given).__name__
+
+
 def check_reference(reference: Reference, hidden: Tensor, weight: Tensor) -> None:
     if not isinstance(reference, tuple) or len(reference) not in (2, 3):
         raise TypeError(
-            f"reference: needs a tuple (ref_hidden, ref_weight) or with a ref_bias, got {type(reference).__name__}"
+            f"reference: needs a tuple (ref_hidden, ref_weight) or with a ref_bias, got {what_came(reference)}"
         )
+    check_tensors(**{f"reference[{i}]": tensor for i, tensor in enumerate(reference)})
     ref_hidden, ref_weight = reference[:2]
     ref_bias = reference[2] if len(reference) == 3 else None
     check_head(ref_hidden, ref_weight, ref_bias, "reference[0]", "reference[1]", "reference[2]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,16 @@ from torch import Tensor
 
 from .._declined import decline
 from .backends import choose, eager, kernels, why_eager
-from .contract import Options, TokenStats, check_logits, make_options, shares_memory, unpack
+from .contract import (
+    Options,
+    TokenStats,
+    check_logits,
+    check_lowered,
+    make_options,
+    shares_memory,
+    statistics_dtype,
+    unpack,
+)
 from .first_order import first_order, owner, refuse_tangents
 from .memory import empty
 
@@ -28,6 +38,7 @@ def token_stats(
     inplace_backward: bool = False,
     k: int = 20,
     backend: str | None = None,
+    lowered: float | Tensor = 0.0,
 ) -> TokenStats:
     """Per-token statistics of `logits` at `targets`, differentiable in `logits` with any gradient per token.
 
@@ -46,6 +57,8 @@ def token_stats(
             torch.func.
         k: size of the belief set of `topk`, 1 to 256 (bootstrapping's BS-T).
         backend: None (the fastest that is there), "cpu", "triton", "cuda" or "eager".
+        lowered: a number, or (...) one a token, that the reference's z of the target is less by: kl_pq and kl_qp are to
+            softmax(r - lowered [j = t]), for `undial`. Costs a copy of reference in float32.
 
     Returns:
         TokenStats: one attribute per output, each (...), float32 (float64 for float64 logits; greedy: bool), 0 at
@@ -64,16 +77,20 @@ def token_stats(
     """
     options = make_options(outputs, temperature, softcap, ignore_index, k, reference is not None)
     check_logits(logits, targets, reference, options)
+    less = check_lowered(lowered, targets, options, reference is not None)
     if inplace_backward:
         check_inplace(logits)
     chosen = choose(backend, logits.device)
     shape = targets.shape
     logits, targets, reference = in_rows(logits, targets, reference)
-    stacked = stacked_stats(logits, targets, reference, options, chosen, inplace_backward)
+    less = less if less is None else less.reshape(targets.shape)
+    stacked = stacked_stats(logits, targets, reference, options, chosen, inplace_backward, less)
     declined = why_eager(logits.device) if backend is None and chosen == "eager" else None
     owned = inplace_backward and owner("token_stats", chosen, logits, targets, reference)
-    if inplace_backward and (chosen == "eager" or owned):
-        why = "backward is autograd's in the eager twin" if chosen == "eager" else f"{owned} owns the memory"
+    capped = less is not None and options.softcap is not None
+    if inplace_backward and (chosen == "eager" or owned or capped):
+        why = "with lowered= the softcap is autograd's" if capped else f"{owned} owns the memory"
+        why = "backward is autograd's in the eager twin" if chosen == "eager" else why
         declined = {**(declined or {}), "in-place backward": decline("in-place backward", why)}
     mask = targets.view(shape) != ignore_index
     return unpack(stacked.view(len(options.outputs), *shape), options.outputs, mask, declined)
@@ -96,8 +113,11 @@ def stacked_stats(
     options: Options,
     backend: str,
     inplace: bool = False,
+    lowered: Tensor | None = None,
 ) -> Tensor:
     """(outputs, *targets.shape) by `backend`; arguments were checked."""
+    if lowered is not None and reference is not None:
+        logits, reference, options = lower(logits, targets, reference, options, lowered)
     if backend == "eager":
         return eager.token_stats(logits, targets, reference, options)
     if owner("token_stats", backend, logits, targets, reference):
@@ -106,6 +126,21 @@ def stacked_stats(
     if logits.requires_grad and torch.is_grad_enabled():
         return _TokenStats.apply(logits, targets, reference, options, backend, inplace)
     return forward(logits, targets, reference, options, backend)[0]
+
+
+def lower(
+    logits: Tensor, targets: Tensor, reference: Tensor, options: Options, lowered: Tensor
+) -> tuple[Tensor, Tensor, Options]:
+    """What kernels take for a reference whose z of the target is `lowered` less. A softcap comes before: no logit of
+    the reference could make up for it afterwards."""
+    wide = torch.promote_types(reference.dtype, statistics_dtype(logits))
+    reference = reference.detach().to(wide)
+    if (cap := options.softcap) is not None:
+        logits = cap * torch.tanh(logits.to(statistics_dtype(logits)) / cap)
+        reference, options = cap * torch.tanh(reference / cap), replace(options, softcap=None)
+    index = targets.clamp(0, reference.size(-1) - 1).long().unsqueeze(-1)
+    other = reference.gather(-1, index) - (options.temperature * lowered).to(wide).unsqueeze(-1)
+    return logits, reference.scatter(-1, index, other), options
 
 
 def check_inplace(logits: Tensor) -> None:

@@ -23,6 +23,7 @@ from .contract import (
     check_logits,
     check_same_device,
     make_options,
+    names_of,
     statistics_dtype,
     unpack,
 )
@@ -110,7 +111,7 @@ def by_name(weights: Tensor | Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def wanted(weights: Mapping[str, Tensor], outputs: str | Sequence[str] | None) -> tuple[str, ...]:
     """Outputs to return, and those that have weights."""
-    names = tuple(weights) if outputs is None else (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    names = tuple(weights) if outputs is None else names_of(outputs)
     return (*names, *weights)
 
 
@@ -124,7 +125,8 @@ def per_token(
 
     like = next(iter(weights.values())) if weights else torch.empty(shape)
     lines = [of(weights[n]) if n in weights else like.new_zeros(shape, dtype=dtype) for n in options.outputs]
-    return torch.stack(lines), None if floor is None else of(floor)
+    # a floor of -inf, the reference's p = 0, against -inf of the model's own would be NaN
+    return torch.stack(lines), None if floor is None else of(floor).clamp_min(torch.finfo(dtype).min)
 
 
 def at_once(
@@ -208,6 +210,8 @@ def check_weights(weights: Mapping[str, Tensor], rule: TokenRule, floor: Tensor 
             able = tuple(n for n in OUTPUTS if n not in NO_GRADIENT)
             raise ValueError(f"weights: needs names of differentiable outputs {able}, got {name!r}")
         check_per_token(f"weights[{name!r}]", weight, targets)
+    if not isinstance(rule, TokenRule):
+        raise TypeError(f"rule: needs a TokenRule, got {type(rule).__name__}")
     if floor is not None:
         check_per_token("floor", floor, targets)
     if "logp" not in weights and (rule != FACTOR_ONE or floor is not None):

@@ -112,6 +112,15 @@ def both_logits(
     return logits, None if reference is None else reference.logits(columns, reference.dtype(options))
 
 
+def lower_(reference: Tensor, targets: Tensor, lowered: Tensor, options: Options, first: int) -> None:
+    """Lowers z of the targets, in place: in their logits, (N, width) from column `first` on, without a softcap."""
+    at = targets - first
+    inside = (at >= 0) & (at < reference.size(1))
+    index = torch.where(inside, at, 0).long().unsqueeze(1)
+    less = torch.where(inside, options.temperature * lowered, 0.0).to(reference.dtype).unsqueeze(1)
+    reference.scatter_(1, index, reference.gather(1, index) - less)
+
+
 def stats_in_budget(
     head: Projection,
     targets: Tensor,
@@ -120,6 +129,7 @@ def stats_in_budget(
     budget: int | None,
     backend: str,
     here: Columns,
+    lowered: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, str]]:
     """Stacked statistics (outputs, N), by the cheapest way that holds at most `budget` bytes of logits; and why they
     are not held whole, where they would be by default or within a larger budget."""
@@ -133,18 +143,19 @@ def stats_in_budget(
     column_bytes = n * sum(p.dtype(options).itemsize for p in (head, reference) if p is not None)
     fits = column_bytes * width <= budget
     declined = {} if fits or streams else {"kept logits": decline("kept logits", BEYOND_BUDGET)}
-    if backend != "eager" and (fits or "topk" not in options.outputs):
+    capped = lowered is not None and options.softcap is not None
+    if backend != "eager" and not capped and (fits or "topk" not in options.outputs):
         if not fits:
             width = min(width, max(NARROWEST, budget // column_bytes // 64 * 64))
         refuse_tangents("linear_token_stats", *head.tensors)
-        stats = _ByColumns.apply(targets, reference, options, backend, here, width, fits, *head.tensors)
+        stats = _ByColumns.apply(targets, reference, options, backend, here, width, fits, lowered, *head.tensors)
         return stats, declined
     if fits:
         logits, ref_logits = both_logits(head, reference, ALL, options)
-        return stacked_stats(logits, targets, ref_logits, options, backend), declined
+        return stacked_stats(logits, targets, ref_logits, options, backend, lowered=lowered), declined
     height = max(1, budget // (column_bytes // n * width))
     refuse_tangents("linear_token_stats", *head.tensors)
-    return _ByRows.apply(targets, reference, options, backend, height, *head.tensors), declined
+    return _ByRows.apply(targets, reference, options, backend, height, lowered, *head.tensors), declined
 
 
 class _ByColumns(torch.autograd.Function):
@@ -160,6 +171,7 @@ class _ByColumns(torch.autograd.Function):
         here: Columns,
         width: int,
         keep: bool,
+        lowered: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         head, module = Projection.of(*tensors), kernels(backend)
@@ -169,13 +181,15 @@ class _ByColumns(torch.autograd.Function):
         for columns in slices(head.weights[0].size(0), width):
             del logits, ref_logits  # one slice at a time
             logits, ref_logits = both_logits(head, reference, columns, options)
+            if lowered is not None and ref_logits is not None:
+                lower_(ref_logits, targets, lowered, options, here.first + columns.start)
             rest = (here.first + columns.start, here.vocabulary, columns.start == 0)
             module.accumulate(logits, targets, ref_logits, state, options, *rest)
         stats, saved = module.finish(here.gather(state), targets, reference is not None, options, here.vocabulary)
         if "topk" in options.outputs:
             index, belief = module.topk(logits, targets, stats, saved, options)
         kept = (None,) * 3 if reference is None else reference.tensors
-        ctx.save_for_backward(targets, stats, saved, index, belief, *kept, *tensors)
+        ctx.save_for_backward(targets, stats, saved, index, belief, lowered, *kept, *tensors)
         ctx.has_reference, ctx.options, ctx.backend, ctx.here = reference is not None, options, backend, here
         ctx.width, ctx.keep = width, keep
         ctx.logits = (logits, ref_logits) if keep and any(ctx.needs_input_grad) else None
@@ -184,7 +198,7 @@ class _ByColumns(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        targets, stats, saved, index, belief, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
+        targets, stats, saved, index, belief, lowered, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
         head, here = Projection.of(*tensors), ctx.here
         reference = Projection.of(bias, ref_x, ref_w) if ctx.has_reference else None
         if ctx.keep and ctx.logits is None:
@@ -204,17 +218,20 @@ class _ByColumns(torch.autograd.Function):
             if not ctx.keep:
                 grad, stats, saved, targets = grad[:, rows], stats[:, rows], saved[:, rows], targets[rows]
                 reference = reference and reference.rows(rows)
+                lowered = lowered if lowered is None else lowered[rows]
         parts = slices(head.weights[0].size(0), ctx.width)
         several = len(parts) > 1 or here.group is not None
-        sums = Gradients(head, ctx.needs_input_grad[7:], several_columns=several)
+        sums = Gradients(head, ctx.needs_input_grad[8:], several_columns=several)
         with torch.autocast(grad.device.type, enabled=False):
             for columns in parts:
                 logits, ref_logits = whole or both_logits(head, reference, columns, ctx.options)
+                if lowered is not None and ref_logits is not None and whole is None:
+                    lower_(ref_logits, targets, lowered, ctx.options, here.first + columns.start)
                 rest = (targets, ref_logits, index, belief, ctx.options, logits, here.first + columns.start)
                 d = kernels(ctx.backend).backward(grad, stats, saved, logits, *rest, here.vocabulary)
                 sums.add(d[rows] if ctx.keep and rows is not None else d, columns=columns)
                 del logits, ref_logits, rest, d  # one slice at a time
-            return *[None] * 7, *sums.results(here, rows, n)
+            return *[None] * 8, *sums.results(here, rows, n)
 
 
 class _ByRows(torch.autograd.Function):
@@ -228,34 +245,38 @@ class _ByRows(torch.autograd.Function):
         options: Options,
         backend: str,
         height: int,
+        lowered: Tensor | None,
         *tensors: Tensor,
     ) -> Tensor:
         kept = (None,) * 3 if reference is None else reference.tensors
-        ctx.save_for_backward(targets, *kept, *tensors)
+        ctx.save_for_backward(targets, lowered, *kept, *tensors)
         ctx.has_reference, ctx.options, ctx.backend, ctx.height = reference is not None, options, backend, height
         head, stats = Projection.of(*tensors), []
         for rows in slices(targets.numel(), height):
             logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL, options)
-            stats.append(stacked_stats(logits, targets[rows], ref_logits, options, backend))
+            less = lowered if lowered is None else lowered[rows]
+            stats.append(stacked_stats(logits, targets[rows], ref_logits, options, backend, lowered=less))
         return torch.cat(stats, dim=1)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        targets, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
+        targets, lowered, bias, ref_x, ref_w, *tensors = ctx.saved_tensors
         head = Projection.of(*tensors)
         reference = Projection.of(bias, ref_x, ref_w) if ctx.has_reference else None
-        sums = Gradients(head, ctx.needs_input_grad[5:], several_rows=True)
+        sums = Gradients(head, ctx.needs_input_grad[6:], several_rows=True)
         with torch.autocast(grad.device.type, enabled=False):
             for rows in slices(targets.numel(), ctx.height):
                 logits, ref_logits = both_logits(head.rows(rows), reference and reference.rows(rows), ALL, ctx.options)
                 logits.requires_grad_()
+                less = lowered if lowered is None else lowered[rows]
+                rest = (ref_logits, ctx.options, ctx.backend)
                 with torch.enable_grad():
-                    stats = stacked_stats(logits, targets[rows], ref_logits, ctx.options, ctx.backend, inplace=True)
+                    stats = stacked_stats(logits, targets[rows], *rest, inplace=True, lowered=less)
                 (d,) = torch.autograd.grad(stats, logits, grad[:, rows])
                 sums.add(d, rows=rows)
-                del logits, ref_logits, stats, d  # one block at a time
-            return *[None] * 5, *sums.results(Columns.all(0))
+                del logits, ref_logits, rest, stats, d  # one block at a time
+            return *[None] * 6, *sums.results(Columns.all(0))
 
 
 class Gradients:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -23,19 +25,23 @@ from ..ops.contract import NEEDS_REFERENCE
 
 # kinds of sequence, positions, "tokens" | "sequences", which of a sequence's tokens count
 Count = tuple[tuple[str, ...], str, str, Selection]
-Read = tuple[str, float, int | None]  # an output of the head, the temperature of its logits, the k of top k
+# an output of the head, the temperature of its logits, the k of top k, what a KL's reference is lowered by
+Read = tuple[str, float, int | None, float]
 
 
 class Place(NamedTuple):
-    """Where and how an objective reads the model: positions, layer where hidden states are meant, temperature and k."""
+    """Where and how an objective reads the model: positions, layer where hidden states are meant, temperature, k, and
+    what the reference's logits of supervised targets are less by."""
 
     positions: str
     layer: Layer | None
     temperature: float
     k: int | None
+    lowered: float = 0.0
 
     def read(self, output: str) -> Read:
-        return output, self.temperature, self.k if output == "topk" else None
+        k, lowered = self.k if output == "topk" else None, self.lowered if output in NEEDS_REFERENCE else 0.0
+        return output, self.temperature, k, lowered
 
 
 @dataclass(frozen=True)
@@ -64,7 +70,8 @@ class Term:
 
     @property
     def place(self) -> Place:
-        return Place(self.positions, self.layer, self.objective.temperature, self.objective.k)
+        chosen = self.objective
+        return Place(self.positions, self.layer, chosen.temperature, chosen.k, chosen.lowered)
 
 
 @dataclass
@@ -87,16 +94,19 @@ class Need:
         return {place.layer for place in self.places if place.layer is not None}
 
     @property
-    def calls(self) -> dict[tuple[float, int | None], list[str]]:
-        """Outputs by the temperature and the k of one call: one a temperature, and one more for every other k."""
-        calls: dict[tuple[float, int | None], list[str]] = {}
-        for _, temperature, k in sorted(self.reads, key=str):
-            if k is not None:
-                calls[temperature, k] = ["topk"]
-        for output, temperature, k in sorted(self.reads, key=str):
-            if k is None:
-                first = next((call for call in calls if call[0] == temperature), (temperature, None))
-                calls.setdefault(first, []).append(output)
+    def calls(self) -> dict[tuple[float, int | None, float], list[str]]:
+        """Outputs by temperature, k and lowered of one call: one a temperature, and one more for every other k, or
+        whatever else a KL's reference is lowered by."""
+        calls: dict[tuple[float, int | None, float], list[str]] = {}
+        for temperature in sorted({read[1] for read in self.reads}):
+            reads = sorted(read for read in self.reads if read[1] == temperature and read[0] != "topk")
+            tops = sorted({read[2] for read in self.reads if read[1] == temperature and read[2] is not None})
+            lowered = sorted({read[3] for read in reads if read[0] in NEEDS_REFERENCE})
+            rest = [read[0] for read in reads if read[0] not in NEEDS_REFERENCE]
+            for k, by in list(zip_longest(tops, lowered)) or [(None, None)]:
+                names = [read[0] for read in reads if read[0] in NEEDS_REFERENCE and read[3] == by]
+                calls[temperature, k, by or 0.0] = ["topk"] * (k is not None) + names + rest
+                rest = []
         return calls
 
     @property
@@ -119,6 +129,9 @@ class Need:
         return widest(self.positions)  # type: ignore[arg-type]
 
 
+PARTS = "names, Objectives or pairs (objective, coefficient)"
+
+
 def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
     """Terms from objectives, each a name, an Objective, or a pair of either with its coefficient.
 
@@ -126,6 +139,8 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
     """
     if isinstance(objectives, str):
         raise TypeError(f"objectives={objectives!r}: needs a list, [{objectives!r}]")
+    if objectives is not None and not isinstance(objectives, Iterable):
+        raise TypeError(f"objectives: needs a list of {PARTS}, got {type(objectives).__name__}")
     if not objectives:
         raise ValueError("objectives is empty: needs at least one objective")
     terms: list[Term] = []
@@ -133,7 +148,7 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
         if isinstance(objective, str):
             objective = registry.get(objective)
         if not isinstance(objective, Objective):
-            raise TypeError(f"objectives: needs names, Objectives or (objective, coefficient), got {objective!r}")
+            raise TypeError(f"objectives: needs {PARTS}, got {objective!r}")
         if not math.isfinite(coefficient):
             raise ValueError(f"objectives: the coefficient of {objective.name} needs to be finite, got {coefficient}")
         label = f"{objective.role}.{objective.name}" + ("" if objective.samples is None else ".samples")
@@ -145,7 +160,19 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
 
 def parts_of(entry: Any) -> list[tuple[Any, float]]:
     """An entry of a list of objectives with its coefficient; of the name of a mixture its parts."""
+    if isinstance(entry, list) and entry and all(isinstance(part, tuple) for part in entry):
+        raise TypeError(
+            f"objectives: needs {PARTS}, got a list of {len(entry)} pairs, such as bss() gives: put a * before it, "
+            "[*bss()]"
+        )
+    if isinstance(entry, tuple) and len(entry) != 2:
+        raise TypeError(f"objectives: needs {PARTS}, got a tuple of {len(entry)}: {entry!r}")
     objective, coefficient = entry if isinstance(entry, tuple) else (entry, 1.0)
+    if isinstance(coefficient, Tensor) and coefficient.numel() == 1:
+        coefficient = coefficient.item()
+    if isinstance(coefficient, bool) or not isinstance(coefficient, Real):
+        raise TypeError(f"objectives: the coefficient of {objective!r} needs to be a number, got {coefficient!r}")
+    coefficient = float(coefficient)
     if isinstance(objective, str) and objective in registry.MIXTURES:
         return [(part, coefficient * share) for part, share in registry.weighted(objective)]
     return [(objective, coefficient)]
@@ -206,7 +233,7 @@ def check_rows(references: Mapping[str, Reference], dataset: Any, name: str) -> 
 def check_top(need: Need, model: Any) -> None:
     """Raises ValueError for a top k of more tokens than the model's vocabulary has."""
     size = CausalLM.of(model).vocab_size
-    for _, _, k in need.reads:
+    for _, _, k, _ in need.reads:
         if k is not None and k > size:
             raise ValueError(
                 f"k={k}: the model's vocabulary has {size} tokens; of all of them the belief has no gradient"
@@ -359,10 +386,16 @@ class TermLosses:
             source = self.references[kind]
             hidden = source.hidden(batch, need.widest)
             reference = hidden, source.head(head.weight)
+        labelled: Any = 1.0
+        if need.positions != {"supervised"} and any(read[3] for read in need.reads):
+            at = (select_positions(batch, positions)[0] for positions in (need.widest, "supervised"))
+            labelled = torch.isin(*at).to(supervised.hidden.device, torch.float32)
         outputs: dict[Read, Tensor] = {}
-        for (temperature, k), names in need.calls.items():
+        for (temperature, k, lowered), names in need.calls.items():
             frozen = reference if NEEDS_REFERENCE & {*names} else None
             how: dict[str, Any] = {"temperature": temperature} | ({} if k is None else {"k": k})
+            how |= {"lowered": lowered * labelled} if lowered else {}
             stats = head_stats(head, supervised.hidden, supervised.targets, names, reference=frozen, **how).as_dict()
-            outputs |= {(name, temperature, k if name == "topk" else None): stats[name] for name in names}
+            place = Place("", None, temperature, k, lowered)
+            outputs |= {place.read(name): stats[name] for name in names}
         return outputs, head.weight.size(0)

@@ -43,16 +43,18 @@ class Raw:
     def mask(self) -> Tensor:
         return self.targets != -100
 
-    def statistics(self) -> dict[str, Tensor]:
+    def statistics(self, b: float = 10.0) -> dict[str, Tensor]:
         """(B, T) statistics by torch alone, differentiable in logits; NaN where ignored, as a trap."""
         log_p, log_q = self.logits.log_softmax(-1), self.reference.log_softmax(-1)
         at = self.targets.clamp_min(0)[..., None]
+        lowered = (log_q - b * torch.zeros_like(log_q).scatter(-1, at, 1.0)).log_softmax(-1)
         values = {
             "logp": log_p.gather(-1, at)[..., 0],
             "ref_logp": log_q.gather(-1, at)[..., 0],
             "entropy": -(log_p.exp() * log_p).sum(-1),
             "kl_pq": (log_p.exp() * (log_p - log_q)).sum(-1),
             "kl_qp": (log_q.exp() * (log_q - log_p)).sum(-1),
+            "lowered_kl_qp": (lowered.exp() * (lowered - log_p)).sum(-1),
             "uniform_ce": -log_p.mean(-1),
             "log_nll": (-log_p.gather(-1, at)[..., 0]).log(),
             "topk": beliefs(log_p),
@@ -64,9 +66,9 @@ class Raw:
         ignored = {2: ~self.mask, 3: ~self.mask[..., None]}
         return {name: value.masked_fill(ignored[value.dim()], float("nan")) for name, value in values.items()}
 
-    def inputs(self, flat: bool) -> objectives.TokenInputs:
+    def inputs(self, flat: bool, b: float = 10.0) -> objectives.TokenInputs:
         """As the objectives take them, (B, T) with a mask or flat with sequence ids."""
-        values = self.statistics()
+        values = self.statistics(b)
         layout = {"mask": self.mask}
         if flat:
             values = {name: value[self.mask] for name, value in values.items()}
@@ -112,8 +114,8 @@ def batches(seed: int = 0, **shape) -> dict[str, Raw]:
     }
 
 
-def inputs(raw: dict[str, Raw], flat: bool = False) -> dict[str, objectives.TokenInputs]:
-    return {batch: each.inputs(flat) for batch, each in raw.items()}
+def inputs(raw: dict[str, Raw], flat: bool = False, b: float = 10.0) -> dict[str, objectives.TokenInputs]:
+    return {batch: each.inputs(flat, b) for batch, each in raw.items()}
 
 
 def from_logp(objective, logp: Tensor, reference: Tensor, **layout) -> objectives.TokenInputs:

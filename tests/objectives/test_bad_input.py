@@ -97,8 +97,9 @@ IDS = torch.tensor([0, 0, 0, 1, 1, 1])
         (lambda: o.get("ga", keep=True), "ga: keep=True: needs a number above 0, up to 1"),
         (lambda: o.get("ga", kept="small"), "ga: kept='small': did you mean smallest"),
         (lambda: o.get("kl", preset="open_unlearning", keep=0.5), "which counts padding too"),
-        (lambda: o.kl(LOGP, keep=0.5), "kl: keep=0.5 goes by the likelihood of each token: needs logp"),
-        (lambda: o.undial(LOGP, LOGP, LOGP), "undial (preset paper) needs ref_entropy, the frozen reference's entropy"),
+        (lambda: o.kl(LOGP, keep=0.5), "kl: keep=0.5 goes by the likelihood of each token: needs logp=, or"),
+        (lambda: o.rmu(torch.ones(1, 2, 4), keep=0.5), "needs logp=, or logp among the values, got NoneType"),
+        (lambda: o.undial(LOGP, LOGP), "undial (preset paper) needs ref_entropy, the frozen reference's entropy"),
         (
             lambda: o.flat(LOGP, LOGP, preset="flat_code", refusal_num_positions=2),
             "flat: answer_num_positions=None: needs T - 1 of rows padded to T, a whole number >= 1",

@@ -92,3 +92,21 @@ def test_one_pass_and_trainers_that_count_all_tokens_refuse():
     assert o.one_pass(o.get("ga", temperature=2.0), mask)["temperature"] == 2.0
     with pytest.raises(ValueError, match=r"ce_u: needs keep=1 and skip=0, got keep=1 and skip=1: Trainer counts all"):
         loss_func("ce_u", preset="open_unlearning")
+
+
+@pytest.mark.parametrize("ids", [[0, 3], [0, 2], [0, -1]])
+def test_a_sequence_that_is_not_there_is_named(ids):
+    with pytest.raises(IndexError, match="sequence_ids: needs 0 <= id < num_sequences=2"):
+        o.ga(torch.tensor([-1.0, -2.0]), sequence_ids=torch.tensor(ids), num_sequences=2, keep=0.5)
+
+
+def test_a_function_without_logp_among_its_statistics_is_told_it():
+    """The likelier token of each row counts."""
+    logp = torch.tensor([[-1.0, -2.0], [-3.0, -0.5]])
+    each = torch.tensor([[1.0, 10.0], [100.0, 3.0]])
+    assert o.kl(each, keep=0.5, logp=logp).item() == 2
+    assert o.kl(each, keep=0.5, kept="largest", logp=logp).item() == 55
+    assert o.me(-each, vocab_size=1, keep=0.5, logp=logp, reduction="sum").item() == 4
+    assert o.pdu(each, torch.zeros(2, 2), keep=0.5, logp=logp).item() == 5
+    hidden = each[..., None] * torch.ones(4)
+    assert o.rr(hidden, torch.zeros(2, 2, 4), keep=0.5, logp=logp).item() == 4 * (1 + 9) / 2

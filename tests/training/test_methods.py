@@ -91,7 +91,7 @@ def test_every_term_gets_its_own_k_and_temperature(tiny, cache, kind):
 
 def test_what_can_be_read_at_once_is(tiny):
     needs = collect_needs(make_terms([*TERMS, "wga", "me"]))["forget"].calls
-    assert sorted(needs, key=str) == [(1.0, 1), (1.0, 3), (1.0, 7), (2.0, None), (3.0, None)]
+    assert sorted(needs, key=str) == [(1.0, 1, 2.0), (1.0, 3, 0.0), (1.0, 7, 0.0), (2.0, None, 2.0), (3.0, None, 0.0)]
     told = [output for outputs in needs.values() for output in outputs]
     assert told.count("logp") == 3 and told.count("topk") == 3 and told.count("uniform_ce") == 1  # noqa: PT018
 

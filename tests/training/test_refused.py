@@ -25,6 +25,7 @@ from pyunlearn.metrics import teacher_forced
 from pyunlearn.model.causal_lm import CausalLM
 from pyunlearn.model.forward import supervised_stats
 from pyunlearn.model.reference import AdapterOff, Live
+from pyunlearn.training.terms import make_terms
 from pyunlearn.training.trainer import UnlearnTrainer
 
 from ..tiny import SIZES
@@ -161,3 +162,28 @@ def test_a_routers_auxiliary_loss_is_refused(tiny, arguments, name):
     assert teacher_forced(model, tiny.forget, progress=False) == expected
     model.config.output_router_logits = False
     assert trained(tiny, arguments(), model)
+
+
+@pytest.mark.parametrize(
+    ("objectives", "message"),
+    [
+        ([("ga", "1")], "the coefficient of 'ga' needs to be a number, got '1'"),
+        ([("ga", None)], "the coefficient of 'ga' needs to be a number, got None"),
+        ([("ga", True)], "the coefficient of 'ga' needs to be a number, got True"),
+        ([("ga", 0.5, 1)], r"got a tuple of 3: \('ga', 0.5, 1\)"),
+        ([("ga",)], r"got a tuple of 1: \('ga',\)"),
+        ([("bss", "1")], "the coefficient of 'bss' needs to be a number, got '1'"),
+        ([pu.objectives.bss()], r"got a list of 2 pairs, such as bss\(\) gives: put a \* before it"),
+        ([["ga", 0.5]], r"needs names, Objectives or pairs \(objective, coefficient\), got \['ga', 0.5\]"),
+        (pu.objectives.get("ga"), "objectives: needs a list of names, .* got Objective"),
+        (3, "objectives: needs a list of names, .* got int"),
+    ],
+)
+def test_malformed_objectives(objectives, message):
+    with pytest.raises(TypeError, match=message):
+        make_terms(objectives)
+
+
+def test_coefficients_of_any_number():
+    terms = make_terms([("ga", 2), ("gd", torch.tensor(0.5)), *pu.objectives.bss()])
+    assert [term.coefficient for term in terms[:2]] == [2.0, 0.5]

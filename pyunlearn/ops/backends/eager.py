@@ -38,7 +38,7 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
     index = torch.where(inside, targets, 0).long().unsqueeze(-1)
     # an ignored row must not leak a NaN into the gradient, whatever it holds
     z = no_softmax_is_nan(transform(logits, options).masked_fill(~mask.unsqueeze(-1), 0.0))
-    log_p = z.log_softmax(-1)
+    log_p = log_softmax(z)
     p = log_p.exp()
     safe_log_p = log_p.masked_fill(p == 0, 0.0)  # lanes at -inf contribute 0
     values: dict[str, Tensor] = {}
@@ -53,7 +53,7 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
         values["variance"] = (p * (safe_log_p + entropy.unsqueeze(-1)).square()).sum(-1).detach()
     if reference is not None and ("kl_pq" in options.outputs or "kl_qp" in options.outputs):
         other = transform(reference.detach().to(z.dtype), options)  # whatever it is kept in: of float64 logits, exact
-        log_q = no_softmax_is_nan(other).log_softmax(-1)
+        log_q = log_softmax(no_softmax_is_nan(other))
         q = log_q.exp()
         values["kl_pq"] = (p * (safe_log_p - log_q.masked_fill(p == 0, 0.0))).sum(-1).clamp_min(0)
         values["kl_qp"] = (q * (log_q.masked_fill(q == 0, 0.0) - log_p.masked_fill(q == 0, 0.0))).sum(-1)
@@ -74,6 +74,15 @@ def token_stats(logits: Tensor, targets: Tensor, reference: Tensor | None, optio
     stacked = torch.stack([values[name] for name in options.outputs])
     stacked = torch.where(mask, stacked, 0.0)
     return torch.where(inside | ~mask, stacked, float("nan"))
+
+
+def log_softmax(z: Tensor) -> Tensor:
+    """torch's, with the likeliest lane from the sum of all others: it has digits left where its p is nearly 1."""
+    log_p, fixed = z.log_softmax(-1), z.detach()
+    top, at = fixed.max(-1, keepdim=True)
+    exact = -(fixed - top).exp().scatter(-1, at, 0.0).sum(-1, keepdim=True).log1p()
+    likeliest = log_p.gather(-1, at)
+    return log_p.scatter(-1, at, likeliest + (exact - likeliest.detach()))
 
 
 def no_softmax_is_nan(z: Tensor) -> Tensor:
