@@ -178,6 +178,9 @@ class EvaluateConfig(Section):
     def tools_there(self) -> EvaluateConfig:
         for name in self.metrics:
             own = [tool for tool in get_metric(name).required_tools if not self.has_tool(tool, name)]
+            if of_suites := [tool for tool in own if tool not in type(self).model_fields]:
+                options = ", --".join(of_suites)
+                raise ValueError(f"metrics: {name} goes with a suite only (pyunlearn evaluate --suite: --{options})")
             if own:
                 keys = " and ".join(f"evaluate.{tool}" for tool in own)
                 raise ValueError(f"metrics: {name} needs {keys} (pyunlearn evaluate: --{', --'.join(own)})")
