@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from .. import objectives
 from .._hints import check_known
 from ..mrd import Labels, check_arguments
+from ..objectives.representation import check_scale
 from ..recipes import recipe
 from .settings import ReinforceConfig, Section, TrainingConfig, merge
 
@@ -214,6 +215,11 @@ class UnlearnConfig(TrainingConfig):
             if (role := term.objective().role) != info.field_name:
                 raise ValueError(f"{term.name} is a {role} objective; put it under unlearn.{role}")
         return terms
+
+    @model_validator(mode="after")
+    def states_on_one_scale(self) -> UnlearnConfig:
+        check_scale(objective for objective, _ in self.weighted_objectives())
+        return self
 
     @model_validator(mode="after")
     def stops_what_it_draws(self) -> UnlearnConfig:

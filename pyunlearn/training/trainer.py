@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..model.compiled import Compiling
 from ..model.forward import layer_number, length_batches
 from ..model.packing import Packing
 from ..model.reference import Live, Source, check_apart
+from ..objectives.representation import check_layers
 from .arguments import check_arguments, check_router
 from .as_found import left_as_found
 from .dual import Dual
@@ -121,6 +123,7 @@ class UnlearnTrainer(TermLosses, Trainer):
             for layer in need.layers:
                 layer_number(started, layer)  # raises for one that the model does not have
             check_top(need, started)
+        check_layers((term.objective for term in self.terms), partial(layer_number, started))
         for reference in self.references.values():
             reference.to(self.args.device)
         if hasattr(train_dataset, "set_epoch"):

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..model.forward import PADDED, layer_number, widest
 from ..model.lora import count_parameters, does_nothing
 from ..model.reference import AdapterOff, Source
 from ..mrd import check_estimator
+from ..objectives.representation import check_layers
 from ..ops.parameters import canonical
 from .callbacks import KeepCheckpoints
 from .dual import Dual
@@ -205,8 +207,8 @@ def without_template(needs: Mapping[str, Need], role: str) -> bool:
 
 def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: Any) -> None:
     """Raises ValueError for a layer of an objective, parameters to train or to freeze, or a group of the G-effect, that
-    the model does not have, and for rows longer than its context; TypeError for an estimator of MRD that it does not
-    have."""
+    the model does not have, for an rr that is at no layer of rmu's, and for rows longer than its context; TypeError for
+    an estimator of MRD that it does not have."""
     context = CausalLM.of(model).context_length
     if settings.pad_to is not None and context is not None and settings.pad_to > context:
         raise ValueError(f"unlearn.pad_to={settings.pad_to}: the model's context is {context} tokens")
@@ -214,10 +216,12 @@ def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: A
         settings.check_probed()
     if not settings.trains:
         return
-    for need in collect_needs(make_terms(settings.weighted_objectives())).values():
+    terms = make_terms(settings.weighted_objectives())
+    for need in collect_needs(terms).values():
         for layer in need.layers:
             layer_number(model, layer)
         check_top(need, model)
+    check_layers((term.objective for term in terms), partial(layer_number, model))
     if settings.sampling.by == "mrd":
         check_estimator(settings.sampling.estimator, model)
     with selected(model, settings):
