@@ -109,9 +109,9 @@ class EarlyStopConfig(Section):
 
 
 DUALS = {  # OpenUnlearning's; of 13B models on MUSE its eps is .8 (News) and .6 (Books)
-    "open_unlearning_tofu": {"start": 100.0, "eps": 0.3, "step": 5.0, "warmup_epochs": 5.0},
-    "open_unlearning_muse_news": {"start": 50.0, "eps": 1.5, "warmup_epochs": 3.0},
-    "open_unlearning_muse_books": {"start": 50.0, "eps": 0.1, "warmup_epochs": 3.0},
+    "open_unlearning_tofu": {"start": 100.0, "eps": 0.3, "step": 5.0, "warmup_epochs": 5.0, "every": "micro_batch"},
+    "open_unlearning_muse_news": {"start": 50.0, "eps": 1.5, "warmup_epochs": 3.0, "every": "micro_batch"},
+    "open_unlearning_muse_books": {"start": 50.0, "eps": 0.1, "warmup_epochs": 3.0, "every": "micro_batch"},
 }
 
 
@@ -127,7 +127,9 @@ class DualConfig(Section):
         default=None, ge=0, allow_inf_nan=False, description="None: the retain objective's coefficient"
     )
     step: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    every: Literal["step", "epoch"] = "step"
+    every: Literal["micro_batch", "step", "epoch"] = Field(
+        default="step", description="when it moves; micro_batch: n times in a step of n, as OpenUnlearning's"
+    )
     warmup_epochs: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="it stays as it is meanwhile")
 
     @model_validator(mode="before")
