@@ -156,6 +156,9 @@ class DualConfig(Section):
         return self.model_dump(exclude={"preset"})
 
 
+KEEPS_REFUSALS = {"closer_look_code": True, "open_unlearning": False}  # one a question, or another every epoch
+
+
 class UnlearnConfig(TrainingConfig):
     section: ClassVar[str] = "unlearn"
 
@@ -174,6 +177,11 @@ class UnlearnConfig(TrainingConfig):
     )
     pad_to: int | None = Field(
         default=None, ge=1, description="tokens of every row, for presets that count padding; None: the batch's longest"
+    )
+    fixed_refusals: bool | None = Field(
+        default=None,
+        description="each question keeps one refusal, or gets one anew every epoch; None: closer_look_code keeps and "
+        "open_unlearning draws, of other presets those keep that need a reference of refusals, which is then cached",
     )
     forget: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["forget"])])
     retain: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["retain"])])
@@ -222,6 +230,29 @@ class UnlearnConfig(TrainingConfig):
     def states_on_one_scale(self) -> UnlearnConfig:
         check_scale(objective for objective, _ in self.weighted_objectives())
         return self
+
+    @model_validator(mode="after")
+    def fixes_what_it_draws(self) -> UnlearnConfig:
+        if self.fixed_refusals is not None and not self.refusing:
+            raise ValueError(
+                f"fixed_refusals={str(self.fixed_refusals).lower()}: needs an objective that answers with refusals, "
+                f"got {[term.name for term in (*self.forget, *self.retain)]}"
+            )
+        return self
+
+    @property
+    def refusing(self) -> list[objectives.Objective]:
+        return [part for part, _ in self.weighted_objectives() if "refusal" in part.batches]
+
+    @property
+    def keeps_refusals(self) -> bool:
+        """Whether every question has one refusal in all epochs."""
+        if self.fixed_refusals is not None:
+            return self.fixed_refusals
+        presets = {part.preset for part in self.refusing}
+        if known := presets & KEEPS_REFUSALS.keys():
+            return any(KEEPS_REFUSALS[preset] for preset in known)
+        return any(part.reference is not None for part in self.refusing)
 
     @model_validator(mode="after")
     def stops_what_it_draws(self) -> UnlearnConfig:

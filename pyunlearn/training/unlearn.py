@@ -170,7 +170,8 @@ def unlearn_selected(
     if any(kind.startswith("retain") for kind in needs):
         retain = stage.rows(retain_used(stage, settings, data), tokenizer, without_template(needs, "retain"))
     written = write_rows(stage, settings, model, tokenizer, forget, needs, reinforced)
-    pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to, written=written)
+    kept = settings.keeps_refusals
+    pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to, kept, written)
     references = make_references(stage, model, tokenizer, pairs, needs)
     callbacks = [*watching]
     samples = needs["forget_sample"].samples if "forget_sample" in needs else None
@@ -287,7 +288,7 @@ def make_pairs(
     needs: Mapping[str, Need],
     seed: int,
     pad_to: int | None,
-    fixed: bool = False,
+    fixed: bool,
     written: Mapping[str, Any] | None = None,
 ) -> ForgetRetainDataset:
     """Forget and retain rows with the refusals that the objectives need; `fixed` ones do not change over epochs.
@@ -298,7 +299,7 @@ def make_pairs(
         retain,
         refusals=refusals,
         refuse=[role for role in ("forget", "retain") if f"{role}_refusal" in needs],
-        fixed_refusals=fixed or any(need.reference for kind, need in needs.items() if "refusal" in kind),
+        fixed_refusals=fixed,
         seed=seed,
         pad_to=pad_to,
         together={kind: rows for kind, rows in (written or {}).items() if kind not in apart},
@@ -310,13 +311,14 @@ def make_references(
     stage: Stage, model: Any, tokenizer: Any, pairs: ForgetRetainDataset, needs: Mapping[str, Need]
 ) -> dict[str, Source]:
     """Of every kind of sequence that needs one: the model with its fresh adapter off, where it has one; else a cache on
-    disk, or a frozen copy in memory where padding counts, or samples change, which no cache can know."""
+    disk, or a frozen copy in memory where padding counts, or samples or refusals change, which no cache can know."""
     if does_nothing(model):
         off = AdapterOff(model)
         return {kind: off for kind, need in needs.items() if need.reference}
     references: dict[str, Source] = {}
     for kind, need in needs.items():
         changing = need.samples is not None and need.samples.refresh_epochs > 0
+        changing |= kind.endswith("_refusal") and not pairs.fixed_refusals
         if (need.hidden_reference and need.widest in PADDED) or (need.reference and changing):
             references[kind] = copy.deepcopy(model).requires_grad_(False).eval()
         elif need.reference:
@@ -381,7 +383,7 @@ def make_probe(
         count = min(len(items), getattr(probing, f"{role}_samples"))
         chosen = sorted(random.Random(f"{stage.seed}/probe/{role}").sample(range(len(items)), count))
         drawn[role] = stage.rows([items[i] for i in chosen], tokenizer, without_template(needs, role))
-    pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, fixed=True)
+    pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, True)
     rows = {kind: rows_of(pairs, kind, tokenizer, stage.max_length) for kind in {**drawn, **needs}}
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
     losses = TermLosses(objectives, make_references(own, model, tokenizer, pairs, needs))
