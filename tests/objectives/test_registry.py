@@ -7,6 +7,7 @@ import doctest
 import inspect
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from pyunlearn import objectives as o
+from pyunlearn.objectives.registry import OF_ANY
 from pyunlearn.objectives.representation import BY_SIZE, PLAIN, check_layers, check_scale
 from pyunlearn.objectives.stub import stub
 from pyunlearn.ops import TokenRule
@@ -101,6 +103,14 @@ def test_presets_change_defaults_that_are_not_given(name, preset, changed):
     for option in changed:
         other = 3 if option in ("layer", "skip") else 0.25
         assert o.get(name, preset=preset, **{option: other}).options[option] == other
+
+
+def test_the_page_of_options_has_those_of_every_objective():
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in page.split("##")[0].splitlines() if row.startswith("| `")]
+    keys = re.findall(r"`(\w+)`", " ".join(rows))
+    assert keys == ["coefficient", *OF_ANY]
+    assert {*OF_ANY} == inspect.signature(o.get).parameters.keys() - {"name", "options"}
 
 
 def test_rmu_and_rr_are_of_one_scale_under_one_name():
