@@ -383,7 +383,7 @@ def make_probe(
         count = min(len(items), getattr(probing, f"{role}_samples"))
         chosen = sorted(random.Random(f"{stage.seed}/probe/{role}").sample(range(len(items)), count))
         drawn[role] = stage.rows([items[i] for i in chosen], tokenizer, without_template(needs, role))
-    pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, True)
+    pairs = make_pairs(drawn["forget"], drawn["retain"], data.refusals, needs, stage.seed, settings.pad_to, fixed=True)
     rows = {kind: rows_of(pairs, kind, tokenizer, stage.max_length) for kind in {**drawn, **needs}}
     own = replace(stage, folder=TrainingFolder(stage.folder.geffect))
     losses = TermLosses(objectives, make_references(own, model, tokenizer, pairs, needs))
