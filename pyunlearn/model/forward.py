@@ -287,7 +287,7 @@ def place(
     Before a forward: the syncs of it find a short GPU queue.
     """
     rows, targets, sequence_ids = select_positions(batch, positions)
-    inputs, places = _align(lm, batch)
+    inputs, places = _align(lm, batch, positions in PADDED)
     inputs = {name: value for name, value in inputs.items() if name not in NOT_MODEL_INPUTS}
     return inputs, rows if places is None else places[rows], targets, sequence_ids
 
@@ -305,11 +305,12 @@ def _real(batch: Mapping[str, Tensor]) -> Tensor | None:
     return mask[:, -ids.size(1) :] != 0
 
 
-def _align(lm: CausalLM, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Any], Tensor | None]:
+def _align(lm: CausalLM, batch: Mapping[str, Tensor], padding_counts: bool) -> tuple[Mapping[str, Any], Tensor | None]:
     """What the model is given: every row from its first real token on; and where each of the B*T positions is there.
 
-    None where nothing has moved. A causal model does not see padding on the right, so that float64 models get no mask:
-    transformers' is -inf in its float32 softmax, and what would look at nothing but padding is NaN.
+    None where nothing has moved. A real token does not see padding on the right, so that float64 models get no mask:
+    transformers' is -inf in its float32 softmax, and what would look at nothing but padding is NaN. Where padding
+    counts they get it: what the model says of padding is what it says without looking at padding.
     """
     real, ids = _real(batch), batch["input_ids"]
     if real is None or batch["attention_mask"].shape != ids.shape:
@@ -321,7 +322,7 @@ def _align(lm: CausalLM, batch: Mapping[str, Tensor]) -> tuple[Mapping[str, Any]
     block = (column >= first) & (column < first + count)
     start, gaps = torch.stack([first.amax(), (block != real).any().long()]).tolist()
     inputs = dict(batch)
-    if not gaps and lm.inner.get_input_embeddings().weight.dtype == torch.float64:
+    if not (gaps or padding_counts) and lm.inner.get_input_embeddings().weight.dtype == torch.float64:
         del inputs["attention_mask"]
     if not start:
         return inputs, None

@@ -45,7 +45,7 @@ def token_stats_of(
         outputs: names from `pyunlearn.ops.OUTPUTS`.
         reference: of kl_pq and kl_qp: a frozen model, a `ReferenceCache` with kl=True, or a `Reference`.
         positions: "supervised": those before a label; "real": before any token that is no padding, the prompt's too;
-            "followed": padding too.
+            "followed": padding too, as it is behind a row: that before one says what it would say there.
         options: budget_bytes, k and backend of `linear_token_stats`; temperature, which divides the logits that the
             models make.
 

@@ -34,6 +34,7 @@ from .reduction import TokenInputs
 ROLES = ("forget", "retain")
 LEVELS = ("token", "sequence")
 POSITIONS = ("supervised", "template_free", "real", "followed", "all")  # as in pyunlearn.model.forward
+OF_ANY = ("preset", "reduction", "temperature", "keep", "kept")  # what `get` takes of every objective
 SHARED_ARGUMENTS = ("preset", "reduction", "count", "num_sequences", "keep", "kept")
 
 Function = Callable[..., Tensor]
@@ -68,7 +69,12 @@ def get(
     definition = DEFINITIONS[name]
     preset, variant = definition.variant(preset)
     for option in options:
-        check_known(f"{name}: option", option, (*variant.options, "preset", "reduction", "temperature", "keep"))
+        if option == "coefficient" and option not in variant.options:
+            raise ValueError(
+                f"{name}: coefficient={options[option]!r}: is no option of an objective, but stands beside it: the "
+                "second of a pair (objective, coefficient), or a key of its own beside the name in a run's settings"
+            )
+        check_known(f"{name}: option", option, (*variant.options, *OF_ANY))
     if not is_finite(temperature) or temperature <= 0:
         raise ValueError(f"{name}: temperature={temperature!r}: needs a finite number > 0")
     if not is_finite(keep) or not 0 < keep <= 1:

@@ -8,6 +8,7 @@ trainer) reads the option.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor
 
 from .definition import Layer, NonNegative, Seed
 from .forget import G_EFFECT
+from .objective import Objective
 from .registry import register, register_preset
 
 WMDP = "Li et al., The WMDP Benchmark, ICML 2024"
 EIGHTH = 8  # block: model.layers[7], whose output both code bases take
+PLAIN = ("paper", "wmdp_paper")  # presets that sum over H; those of code bases are means over H
+BY_SIZE = ("g_effect_code", "uwc_code", "wmdp", "open_unlearning")
 
 
 @lru_cache(maxsize=16)
@@ -43,7 +47,8 @@ def rmu(hidden: Tensor, *, c: NonNegative = 2.0, layer: Layer = "middle", seed: 
     """Representation misdirection: the forget set's hidden states move to one random vector.
 
     The plain square, on the scale of `rr`: with equal weights the two are Eq. 8 + Eq. 19. Code bases divide by H (the
-    presets, each with `rr`'s of the same name where there is one): coefficient 1 there is 1/H here.
+    presets, each with `rr`'s of the same name): coefficient 1 there is 1/H here. Of one run the two need one scale, and
+    `rr` a layer of `rmu`'s.
 
     c and `layer` matter much; the G-effect paper has c = 4 at layer 9 of Phi-1.5 and c = 2 at layer 21 of Llama-2-7B.
     u depends on `seed` and H alone, so that a resumed run has the same one. `wmdp` and `open_unlearning` make it a unit
@@ -112,6 +117,16 @@ def rr(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> Tensor
     return (hidden - ref_hidden).square().sum(-1)
 
 
+@register_preset("rr", "g_effect_code", "uwc_code", formula="mean of ||h_t - h°_t||^2 / H")
+def rr_g_effect_code(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = "middle") -> Tensor:
+    return (hidden - ref_hidden).square().mean(-1)
+
+
+@register_preset("rr", "wmdp_paper", formula="mean of ||h_t - h°_t||^2")
+def rr_wmdp_paper(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = EIGHTH) -> Tensor:
+    return (hidden - ref_hidden).square().sum(-1)
+
+
 @register_preset(
     "rr",
     "wmdp",
@@ -130,3 +145,45 @@ def rr_wmdp(hidden: Tensor, ref_hidden: Tensor, *, layer: Layer = EIGHTH) -> Ten
 )
 def rr_open_unlearning(hidden: Tensor, ref_hidden: Tensor, *, inverse_length: Tensor, layer: Layer = EIGHTH) -> Tensor:
     return inverse_length * rr_wmdp(hidden, ref_hidden, layer=layer)
+
+
+def pairs_of(objectives: Iterable[Objective]) -> list[tuple[Objective, list[Objective]]]:
+    """Every `rr` among them, with all of `rmu`; none where there is no `rmu`."""
+    chosen = [*objectives]
+    misdirecting = [objective for objective in chosen if objective.name == "rmu"]
+    return [(objective, misdirecting) for objective in chosen if objective.name == "rr" and misdirecting]
+
+
+def check_scale(objectives: Iterable[Objective]) -> None:
+    """Raises ValueError that names both for an `rmu` and an `rr` of which one is divided by H and the other is not.
+
+    Their weights would be H times other than they say. Presets that are registered elsewhere are not judged."""
+    for retaining, misdirecting in pairs_of(objectives):
+        for other in misdirecting:
+            scales = {(each.preset in BY_SIZE) for each in (other, retaining) if each.preset in (*PLAIN, *BY_SIZE)}
+            if len(scales) > 1:
+                raise ValueError(
+                    f"{called(other)} and {called(retaining)}: needs one scale, and one of them divides by the hidden "
+                    f"size H; give rr preset={other.preset!r} too, or rmu preset={retaining.preset!r}"
+                )
+
+
+def check_layers(objectives: Iterable[Objective], number: Callable[[Layer], int]) -> None:
+    """Raises ValueError that names both for an `rr` at a layer where no `rmu` is. number: of a layer, in the model."""
+    for retaining, misdirecting in pairs_of(objectives):
+        at, others = layer_of(retaining), [*map(layer_of, misdirecting)]
+        if number(at) not in map(number, others):
+            counted = ", ".join(f"{layer!r} is {number(layer)}" for layer in (*others, at) if isinstance(layer, str))
+            raise ValueError(
+                f"{' and '.join(map(called, misdirecting))} and {called(retaining)}: needs one layer"
+                f"{f' ({counted} of this model)' if counted else ''}; give rr layer={others[0]!r} too"
+            )
+
+
+def layer_of(objective: Objective) -> Layer:
+    layer: Layer = objective.options["layer"]
+    return layer
+
+
+def called(objective: Objective) -> str:
+    return f"{objective.name} (preset {objective.preset}, layer {objective.options['layer']!r})"

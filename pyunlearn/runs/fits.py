@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..model.combined import find_combined
 from ..model.forward import number_of
 from ..model.gguf_header import read_header
 from ..model.load import baseless, check_name, locate
+from ..objectives import representation
 from ..training.generic import read_anchors
 from ..training.selection import trained_names
 from .config import RunConfig
@@ -26,7 +27,8 @@ from .sections import ModelConfig
 def check_fits(config: RunConfig) -> None:
     """Raises, naming the setting, FileNotFoundError for a file or a folder that is not there, ImportError for a package
     that a GGUF file needs, and ValueError for one that is not what it is named for, hidden states of a layer that the
-    model does not have, a top k of more tokens than its vocabulary, or parameters to train that it does not have.
+    model does not have, or of another for rr than for rmu, a top k of more tokens than its vocabulary, or parameters to
+    train that it does not have.
 
     What may be a name on the Hub is not asked for there.
     """
@@ -99,6 +101,11 @@ def check_layers(config: RunConfig) -> None:
                         raise ValueError(f"{where}: {error}") from None
                 if part.k is not None and vocabulary is not None and part.k > vocabulary:
                     raise ValueError(f"{where}: k={part.k}: the vocabulary of {name} has {vocabulary} tokens")
+    if depth is not None:
+        with told_of("unlearn"):
+            representation.check_layers(
+                (part for part, _ in config.unlearn.weighted_objectives()), partial(number_of, depth=depth)
+            )
 
 
 def sizes(model: ModelConfig) -> tuple[int | None, int | None]:

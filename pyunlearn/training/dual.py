@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from .._hints import check_known
 from .remembering import Remembering
 
-EVERY = ("step", "epoch")
+EVERY = ("micro_batch", "step", "epoch")
 
 
 @dataclass
@@ -35,8 +35,10 @@ class Dual(Remembering):
 
     start: lam until the first move; None: the coefficient of the retain term. eps: the bound, a number; None: (1 +
     above_reference) times the retain loss over all retain rows of the model as it is before the first step. every:
-    moves after each "step", by the loss of that step (OpenUnlearning: of each micro-batch), or at the end of each
-    "epoch", by the mean over its steps (OpenUnlearning: over a pass of its own). warmup_epochs: lam stays meanwhile.
+    moves after each "step", by the loss of that step; after each "micro_batch", by its mean over all ranks, so that a
+    step of n micro-batches has n moves and each has the lam that those before it left (OpenUnlearning, where each rank
+    has its own); or at the end of each "epoch", by the mean over its steps (OpenUnlearning: over a pass of its own).
+    warmup_epochs: lam stays meanwhile. used: what the retain loss of the last step was multiplied by.
 
     The state is in the checkpoint's trainer_state.json; all ranks have the same.
     Raises ValueError for what does not fit, TypeError for eps or above_reference that are both given or both missing.
@@ -64,7 +66,8 @@ class Dual(Remembering):
         self.eps, self.above_reference, self.start = eps, above_reference, start
         self.step, self.every, self.warmup_epochs = step, every, warmup_epochs
         self.memory = DualState(0.0 if start is None else start, eps)
-        self.used = self.memory.value  # in the step that is going on
+        self.used = self.memory.value
+        self._parts: list[tuple[float, float]] = []  # of the step that is going on: lam, and the loss it multiplied
         self.measure: Callable[[Any], float] | None = None  # the retain loss of a model: the trainer's
         self._loss: float | None = None
 
@@ -74,13 +77,23 @@ class Dual(Remembering):
         self.measure = measure
         self.memory = DualState(self.start, self.eps)
 
+    def observe_batch(self, share: float, loss: float | None, epoch: float) -> None:
+        """What a micro-batch adds to the retain loss of the step that is going on, and its own (None: it has none),
+        `epoch` epochs after the start."""
+        self._parts.append((self.memory.value, share))
+        if loss is not None and epoch >= self.warmup_epochs:
+            self._move(loss)
+
     def observe(self, loss: float) -> None:
-        """The retain loss of the step that is going on."""
-        self._loss, self.used = loss, self.memory.value
+        """The retain loss of the step that is going on, of which all micro-batches have been told."""
+        parts, self._parts = self._parts, []
+        self._loss, total = loss, sum(share for _, share in parts)
+        self.used = sum(value * share for value, share in parts) / total if total else self.memory.value
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
+        self._parts = []
         if self.remembers(state):
             return
         if self.start is None or self.measure is None:

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from .. import objectives
 from .._hints import check_known
 from ..mrd import Labels, check_arguments
+from ..objectives.representation import check_scale
 from ..recipes import recipe
 from .settings import ReinforceConfig, Section, TrainingConfig, merge
 
@@ -108,9 +109,9 @@ class EarlyStopConfig(Section):
 
 
 DUALS = {  # OpenUnlearning's; of 13B models on MUSE its eps is .8 (News) and .6 (Books)
-    "open_unlearning_tofu": {"start": 100.0, "eps": 0.3, "step": 5.0, "warmup_epochs": 5.0},
-    "open_unlearning_muse_news": {"start": 50.0, "eps": 1.5, "warmup_epochs": 3.0},
-    "open_unlearning_muse_books": {"start": 50.0, "eps": 0.1, "warmup_epochs": 3.0},
+    "open_unlearning_tofu": {"start": 100.0, "eps": 0.3, "step": 5.0, "warmup_epochs": 5.0, "every": "micro_batch"},
+    "open_unlearning_muse_news": {"start": 50.0, "eps": 1.5, "warmup_epochs": 3.0, "every": "micro_batch"},
+    "open_unlearning_muse_books": {"start": 50.0, "eps": 0.1, "warmup_epochs": 3.0, "every": "micro_batch"},
 }
 
 
@@ -126,7 +127,9 @@ class DualConfig(Section):
         default=None, ge=0, allow_inf_nan=False, description="None: the retain objective's coefficient"
     )
     step: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    every: Literal["step", "epoch"] = "step"
+    every: Literal["micro_batch", "step", "epoch"] = Field(
+        default="step", description="when it moves; micro_batch: n times in a step of n, as OpenUnlearning's"
+    )
     warmup_epochs: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="it stays as it is meanwhile")
 
     @model_validator(mode="before")
@@ -153,6 +156,9 @@ class DualConfig(Section):
         return self.model_dump(exclude={"preset"})
 
 
+KEEPS_REFUSALS = {"closer_look_code": True, "open_unlearning": False}  # one a question, or another every epoch
+
+
 class UnlearnConfig(TrainingConfig):
     section: ClassVar[str] = "unlearn"
 
@@ -171,6 +177,11 @@ class UnlearnConfig(TrainingConfig):
     )
     pad_to: int | None = Field(
         default=None, ge=1, description="tokens of every row, for presets that count padding; None: the batch's longest"
+    )
+    fixed_refusals: bool | None = Field(
+        default=None,
+        description="each question keeps one refusal, or gets one anew every epoch; None: closer_look_code keeps and "
+        "open_unlearning draws, of other presets those keep that need a reference of refusals, which is then cached",
     )
     forget: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["forget"])])
     retain: Terms = Field(default_factory=lambda: [TermConfig(name=DEFAULT_TERMS["retain"])])
@@ -214,6 +225,34 @@ class UnlearnConfig(TrainingConfig):
             if (role := term.objective().role) != info.field_name:
                 raise ValueError(f"{term.name} is a {role} objective; put it under unlearn.{role}")
         return terms
+
+    @model_validator(mode="after")
+    def states_on_one_scale(self) -> UnlearnConfig:
+        check_scale(objective for objective, _ in self.weighted_objectives())
+        return self
+
+    @model_validator(mode="after")
+    def fixes_what_it_draws(self) -> UnlearnConfig:
+        if self.fixed_refusals is not None and not self.refusing:
+            raise ValueError(
+                f"fixed_refusals={str(self.fixed_refusals).lower()}: needs an objective that answers with refusals, "
+                f"got {[term.name for term in (*self.forget, *self.retain)]}"
+            )
+        return self
+
+    @property
+    def refusing(self) -> list[objectives.Objective]:
+        return [part for part, _ in self.weighted_objectives() if "refusal" in part.batches]
+
+    @property
+    def keeps_refusals(self) -> bool:
+        """Whether every question has one refusal in all epochs."""
+        if self.fixed_refusals is not None:
+            return self.fixed_refusals
+        presets = {part.preset for part in self.refusing}
+        if known := presets & KEEPS_REFUSALS.keys():
+            return any(KEEPS_REFUSALS[preset] for preset in known)
+        return any(part.reference is not None for part in self.refusing)
 
     @model_validator(mode="after")
     def stops_what_it_draws(self) -> UnlearnConfig:

@@ -102,7 +102,7 @@ def make_pairs(
     needs: Mapping[str, Need],
     seed: int,
     pad_to: int | None,
-    fixed: bool = False,
+    fixed: bool,
     written: Mapping[str, Any] | None = None,
 ) -> ForgetRetainDataset:
     """Forget and retain rows with the refusals that the objectives need; `fixed` ones do not change over epochs.
@@ -113,7 +113,7 @@ def make_pairs(
         retain,
         refusals=refusals,
         refuse=[role for role in ("forget", "retain") if f"{role}_refusal" in needs],
-        fixed_refusals=fixed or any(need.reference for kind, need in needs.items() if "refusal" in kind),
+        fixed_refusals=fixed,
         seed=seed,
         pad_to=pad_to,
         together={kind: rows for kind, rows in (written or {}).items() if kind not in apart},
@@ -125,13 +125,14 @@ def make_references(
     stage: Stage, model: Any, tokenizer: Any, pairs: ForgetRetainDataset, needs: Mapping[str, Need]
 ) -> dict[str, Source]:
     """Of every kind of sequence that needs one: the model with its fresh adapter off, where it has one; else a cache on
-    disk, or a frozen copy in memory where padding counts, or samples change, which no cache can know."""
+    disk, or a frozen copy in memory where padding counts, or samples or refusals change, which no cache can know."""
     if does_nothing(model):
         off = AdapterOff(model)
         return {kind: off for kind, need in needs.items() if need.reference}
     references: dict[str, Source] = {}
     for kind, need in needs.items():
         changing = need.samples is not None and need.samples.refresh_epochs > 0
+        changing |= kind.endswith("_refusal") and not pairs.fixed_refusals
         if (need.hidden_reference and need.widest in PADDED) or (need.reference and changing):
             references[kind] = copy.deepcopy(model).requires_grad_(False).eval()
         elif need.reference:

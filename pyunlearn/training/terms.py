@@ -21,6 +21,7 @@ from ..model.packing import Packing
 from ..model.reference import Cached, Reference, Source, as_references
 from ..objectives import Objective, Samples, TokenInputs
 from ..objectives.reduction import Selection
+from ..objectives.representation import check_scale
 from ..ops.contract import NEEDS_REFERENCE
 
 # kinds of sequence, positions, "tokens" | "sequences", which of a sequence's tokens count
@@ -135,7 +136,8 @@ PARTS = "names, Objectives or pairs (objective, coefficient)"
 def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
     """Terms from objectives, each a name, an Objective, or a pair of either with its coefficient.
 
-    Raises ValueError for an empty list, an unknown name or a coefficient that is not finite; TypeError otherwise.
+    Raises ValueError for an empty list, an unknown name, a coefficient that is not finite, or an rmu and an rr on two
+    scales; TypeError otherwise.
     """
     if isinstance(objectives, str):
         raise TypeError(f"objectives={objectives!r}: needs a list, [{objectives!r}]")
@@ -155,6 +157,7 @@ def make_terms(objectives: Sequence[Any]) -> tuple[Term, ...]:
         twins = sum(term.label.split("#")[0] == label for term in terms)
         kinds = {batch: objective.role + kind for batch, kind in objective.kinds.items()}
         terms.append(Term(f"{label}#{twins + 1}" if twins else label, objective, float(coefficient), kinds))
+    check_scale(term.objective for term in terms)
     return tuple(terms)
 
 

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..model.compiled import Compiling
 from ..model.forward import layer_number, length_batches
 from ..model.packing import Packing
 from ..model.reference import Live, Source, check_apart
+from ..objectives.representation import check_layers
 from .arguments import check_arguments, check_router
 from .as_found import left_as_found
 from .dual import Dual
@@ -121,6 +123,7 @@ class UnlearnTrainer(TermLosses, Trainer):
             for layer in need.layers:
                 layer_number(started, layer)  # raises for one that the model does not have
             check_top(need, started)
+        check_layers((term.objective for term in self.terms), partial(layer_number, started))
         for reference in self.references.values():
             reference.to(self.args.device)
         if hasattr(train_dataset, "set_epoch"):
@@ -270,9 +273,22 @@ class UnlearnTrainer(TermLosses, Trainer):
         if model.training:
             self._micro.append((losses.detach(), {kind: inputs[kind]["index"] for kind in self.needs}))
         coefficients = losses.new_tensor(self.coefficients())
+        if model.training and self.dual is not None and self.dual.every == "micro_batch":
+            self._observe_batch(self.dual, losses.detach(), inputs, counts)
         # Gradients are averaged over ranks, the counts are sums over ranks.
         loss = (coefficients * losses).sum() * self.accelerator.num_processes
         return (loss, {"term_losses": losses.detach()}) if return_outputs else loss
+
+    def _observe_batch(self, dual: Dual, losses: Tensor, inputs: Any, counts: Mapping[Count, Tensor]) -> None:
+        """Tells the dual variable the retain loss of one micro-batch, over all ranks."""
+        at, term = next((i, term) for i, term in enumerate(self.terms) if term is self.bound)
+        told = torch.stack([losses[at].double(), losses.new_tensor(count_items(inputs, *term.count)).double()])
+        if self.accelerator.num_processes > 1:
+            told = self.accelerator.gather(told[None]).sum(0)
+        share, count = told.tolist()
+        whole = int(counts[term.count])
+        mean = share if term.objective.reduction == "sum" else share * (whole / count) if count else None
+        dual.observe_batch(share, mean, self.state.epoch or 0.0)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """{(kinds, positions, unit): how many}, over all micro-batches of the step and all ranks; 0-d int64."""

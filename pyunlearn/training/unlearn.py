@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from ..model.causal_lm import CausalLM
 from ..model.forward import layer_number
 from ..model.lora import count_parameters
 from ..mrd import check_estimator
+from ..objectives.representation import check_layers
 from ..ops.parameters import canonical
 from .callbacks import KeepCheckpoints
 from .dual import Dual
@@ -132,7 +134,8 @@ def unlearn(
         if any(kind.startswith("retain") for kind in needs):
             retain = stage.rows(retain_used(stage, settings, data), tokenizer, without_template(needs, "retain"))
         written = write_rows(stage, settings, model, tokenizer, forget, needs, reinforced)
-        pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to, written=written)
+        kept = settings.keeps_refusals
+        pairs = make_pairs(forget, retain, data.refusals, needs, stage.seed, settings.pad_to, kept, written)
         references = make_references(stage, model, tokenizer, pairs, needs)
         callbacks = [*watching]
         samples = needs["forget_sample"].samples if "forget_sample" in needs else None
@@ -165,8 +168,8 @@ def unlearn(
 
 def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: Any) -> None:
     """Raises ValueError for a layer of an objective, parameters to train or to freeze, or a group of the G-effect, that
-    the model does not have, and for rows longer than its context; TypeError for an estimator of MRD that it does not
-    have."""
+    the model does not have, for an rr that is at no layer of rmu's, and for rows longer than its context; TypeError for
+    an estimator of MRD that it does not have."""
     context = CausalLM.of(model).context_length
     if settings.pad_to is not None and context is not None and settings.pad_to > context:
         raise ValueError(f"unlearn.pad_to={settings.pad_to}: the model's context is {context} tokens")
@@ -174,10 +177,12 @@ def check_model(settings: UnlearnConfig, probing: GEffectConfig | None, model: A
         settings.check_probed()
     if not settings.trains:
         return
-    for need in collect_needs(make_terms(settings.weighted_objectives())).values():
+    terms = make_terms(settings.weighted_objectives())
+    for need in collect_needs(terms).values():
         for layer in need.layers:
             layer_number(model, layer)
         check_top(need, model)
+    check_layers((term.objective for term in terms), partial(layer_number, model))
     if settings.sampling.by == "mrd":
         check_estimator(settings.sampling.estimator, model)
     with selected(model, settings):

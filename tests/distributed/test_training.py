@@ -34,11 +34,14 @@ def test_two_processes_train_as_one(tiny, arguments, tmp_path):
     misdirected = parameters(train(["rmu", "rr"]).model)
     for rank in ranks:
         torch.testing.assert_close(rank["misdirected"], misdirected, rtol=0, atol=1e-6)
-    alone = moving_trainer(tiny, arguments(max_steps=2))
-    alone.train()
-    for rank in ranks:
-        torch.testing.assert_close(rank["moving"][0], parameters(alone.model), rtol=0, atol=1e-6)
-        assert rank["moving"][1] == ranks[0]["moving"][1] == pytest.approx(alone.dual.memory.value, abs=1e-5)
+    split = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # a micro-batch is of both processes
+    for every, shape in (("step", {}), ("micro_batch", split)):
+        alone = moving_trainer(tiny, arguments(max_steps=2, **shape), every)
+        alone.train()
+        for rank in ranks:
+            after, value = rank["moving"][every]
+            torch.testing.assert_close(after, parameters(alone.model), rtol=0, atol=1e-6)
+            assert value == ranks[0]["moving"][every][1] == pytest.approx(alone.dual.memory.value, abs=1e-5)
     for logged, expected in zip(ranks[0]["log"], trainer.state.log_history, strict=False):
         for key in ("loss", "forget.wga/loss", "forget.npo/loss", "retain.gd/loss", "forget.wga/count"):
             assert logged[key] == pytest.approx(expected[key], rel=1e-4), key

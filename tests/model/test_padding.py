@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pyunlearn.model.forward import select_positions, supervised_hidden, supervised_stats
+from pyunlearn.model.stats import token_stats_of
 
 from .zoo import V, kinds, make
 
@@ -80,6 +81,22 @@ def test_left_padding_keeps_the_order_of_every_kind_of_position():
         torch.testing.assert_close(
             everything[real], supervised_hidden(model, right, "all").hidden.view(2, 6, -1)[right["attention_mask"] != 0]
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mistral", "bloom", "mamba"])
+def test_padding_that_counts_is_what_the_model_itself_says_of_it(name, dtype):
+    """With the mask, in every dtype: without it padding looks at padding."""
+    model, batch = make(name, dtype), pad(make_rows(LENGTHS))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        expected = model(**inputs, output_hidden_states=True)
+        found = supervised_hidden(model, batch, "all").hidden.view(4, 11, -1)
+        stats = token_stats_of(model, batch, "entropy", positions="followed")
+    torch.testing.assert_close(found, expected.hidden_states[-1], atol=1e-5, rtol=0)
+    belief = torch.distributions.Categorical(logits=expected.logits[:, :-1])
+    torch.testing.assert_close(stats.entropy.double(), belief.entropy().double(), atol=1e-5, rtol=0)
+    assert stats.mask.all()
 
 
 def test_a_gap_in_the_mask_stays_one():

@@ -247,7 +247,7 @@ def rmu(tokens, preset, options):
 
 def rr(tokens, preset, options):
     total = sum((p[j] - q[j]) ** 2 for p, q, _ in tokens["answer"] for j in range(4))
-    return total if preset == "paper" else total / 4
+    return total if preset in ("paper", "wmdp_paper") else total / 4
 
 
 def kl(tokens, preset, options):

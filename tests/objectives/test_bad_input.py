@@ -11,6 +11,7 @@ import torch
 from pyunlearn import objectives as o
 from pyunlearn.objectives import TokenInputs
 from pyunlearn.ops import token_stats
+from pyunlearn.training.method import TermConfig
 
 LOGP = -torch.rand(2, 3)
 MASK = torch.ones(2, 3, dtype=torch.bool)
@@ -30,7 +31,16 @@ IDS = torch.tensor([0, 0, 0, 1, 1, 1])
         (lambda: o.get("wga", alhpa=1), "wga: option='alhpa': did you mean alpha?"),
         (
             lambda: o.get("wga", beta=1),
-            "wga: option='beta': needs one of alpha, preset, reduction, temperature, keep",
+            "needs one of alpha, preset, reduction, temperature, keep, kept",
+        ),
+        (lambda: o.get("ga", kpet="largest"), "ga: option='kpet': did you mean kept"),
+        (
+            lambda: o.get("ga", coefficient=0.5),
+            "ga: coefficient=0.5: is no option of an objective, but stands beside it",
+        ),
+        (
+            lambda: TermConfig(name="ga", options={"coefficient": 0.5}),
+            "ga: coefficient=0.5: is no option of an objective, but stands beside it",
         ),
         (
             lambda: o.get("wga", preset="g_effect"),

@@ -7,6 +7,7 @@ import doctest
 import inspect
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from pyunlearn import objectives as o
+from pyunlearn.objectives.registry import OF_ANY
+from pyunlearn.objectives.representation import BY_SIZE, PLAIN, check_layers, check_scale
 from pyunlearn.objectives.stub import stub
 from pyunlearn.ops import TokenRule
 
@@ -88,6 +91,9 @@ def test_defaults(name):
         ("flat", "flat_code", {}),
         ("rmu", "open_unlearning", {"layer": 8}),
         ("rr", "wmdp", {"layer": 8}),
+        ("rr", "wmdp_paper", {"layer": 8}),
+        ("rr", "g_effect_code", {}),
+        ("rr", "uwc_code", {}),
         ("rr", "open_unlearning", {"layer": 8}),
         ("dpo", "closer_look_code", {}),
     ],
@@ -97,6 +103,43 @@ def test_presets_change_defaults_that_are_not_given(name, preset, changed):
     for option in changed:
         other = 3 if option in ("layer", "skip") else 0.25
         assert o.get(name, preset=preset, **{option: other}).options[option] == other
+
+
+def test_the_page_of_options_has_those_of_every_objective():
+    page = (Path(__file__).parents[2] / "docs" / "options.md").read_text(encoding="utf-8")
+    rows = [row.split("|")[1] for row in page.split("##")[0].splitlines() if row.startswith("| `")]
+    keys = re.findall(r"`(\w+)`", " ".join(rows))
+    assert keys == ["coefficient", *OF_ANY]
+    assert {*OF_ANY} == inspect.signature(o.get).parameters.keys() - {"name", "options"}
+
+
+def test_rmu_and_rr_are_of_one_scale_under_one_name():
+    """A pair by the same preset: its two losses are of squares over H, or of their mean, and at one layer."""
+    rmu, rr = (o.get(name).definition.variants for name in ("rmu", "rr"))
+    assert rmu.keys() == rr.keys() == {*PLAIN, *BY_SIZE}
+    hidden = torch.ones(1, 1, 8)
+    for preset in rmu:
+        one, other = o.get("rmu", preset=preset, c=0.0), o.get("rr", preset=preset)
+        assert one.layer == other.layer
+        assert (one.positions, one.reduction) == (other.positions, other.reduction)
+        pair = float(o.rmu(hidden, c=0.0, preset=preset)), float(o.rr(hidden, torch.zeros(1, 1, 8), preset=preset))
+        assert pair == ((8, 8) if preset in PLAIN else (1, 1))
+        check_scale([one, other])
+        for second in rmu:
+            if (preset in PLAIN) != (second in PLAIN):
+                with pytest.raises(ValueError, match=rf"^rmu \(preset {preset}, .*rr \(preset {second}, .*one scale"):
+                    check_scale([o.get("rr", preset=second), o.get("ga"), one])
+    check_scale([o.get("rmu", preset="wmdp"), o.get("gd")])
+
+
+def test_rr_is_at_a_layer_of_rmu():
+    deep = {"shallow": 4, "middle": 8, "deep": 12}
+    number = lambda layer: deep.get(layer, layer)  # noqa: E731
+    check_layers([o.get("rmu", layer=8), o.get("rmu", layer=4), o.get("rr")], number)
+    check_layers([o.get("rr", layer=3), o.get("ga")], number)
+    message = r"^rmu \(preset paper, layer 7\) and rr \(preset paper, layer 'middle'\): needs one layer \('middle' is 8"
+    with pytest.raises(ValueError, match=message):
+        check_layers([o.get("rmu", layer=7), o.get("rr")], number)
 
 
 class TestNeeds:

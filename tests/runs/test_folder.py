@@ -304,6 +304,10 @@ def test_a_damaged_model_of_a_run_is_not_loaded(tiny, tiny_config):
         ({"unlearn": {"forget": [{"name": "rmu", "options": {"layer": 7}}]}}, "rmu: layer=7: embedded has 2 layers"),
         ({"unlearn": {"retain": [{"name": "rr", "options": {"layer": 3}}]}}, "rr: layer=3: embedded has 2 layers"),
         (
+            {"unlearn": {"forget": [{"name": "rmu", "options": {"layer": "deep"}}], "retain": "rr"}},
+            r"unlearn: rmu .*layer 'deep'\) and rr .*: needs one layer \('deep' is 2, 'middle' is 1 of this model\)",
+        ),
+        (
             {"geffect": {"groups": {"mine": ["transformer.h.*"]}}},
             r"groups\['mine'\]=.*: matches no trainable parameter",
         ),

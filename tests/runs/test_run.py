@@ -83,7 +83,7 @@ def test_it_forgets_more_than_it_loses(finished):
 @pytest.mark.parametrize("forget", ["rmu", "npo"])
 def test_hidden_states_are_retained(tiny_config, forget):
     """RMU + RR and NPO + RR: every step is told, and the reference's hidden states of the layer are on disk."""
-    terms = {"forget": {"rmu": [{"name": "rmu", "options": {"c": 5.0, "layer": 2}}]}.get(forget, "npo"), "retain": "rr"}
+    terms = {"forget": {"rmu": [{"name": "rmu", "options": {"c": 5.0, "layer": 1}}]}.get(forget, "npo"), "retain": "rr"}
     result = run(tiny_config({"unlearn": terms, "memorise": {"epochs": 1}}))
     rows = [row for row in read_metrics(result.folder / "metrics.jsonl") if row["stage"] == "unlearn"]
     assert len(rows) == 3

@@ -56,6 +56,48 @@ def test_it_moves_after_every_step_past_the_warm_up(tiny, arguments, eps):
     assert eps == 1.0 or seen[-1] == 0.0
 
 
+def test_it_moves_after_every_micro_batch_as_in_open_unlearning(tiny, arguments):
+    """A step of 4 moves 4 times, by the mean of each micro-batch alone; each has the lam that those before it left."""
+    args = arguments(per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=3, learning_rate=0.0)
+    dual = Dual(0.3, start=100.0, step=5.0, every="micro_batch", warmup_epochs=1)
+    terms = ["pdu", "gd"]
+    trainer = UnlearnTrainer(model=tiny.model(), args=args, train_dataset=tiny.pairs(), objectives=terms, dual=dual)
+    losses, model = [], tiny.model()
+    collate = trainer.data_collator
+
+    def collated(items):
+        batch = collate(items)
+        with torch.no_grad():
+            losses.append(-supervised_stats(model, batch["retain"])[0].logp.double())
+        return batch
+
+    trainer.data_collator = collated
+    trainer.train()
+    assert len(losses) == 12
+    value, used = 100.0, []
+    for step in range(3):
+        parts = []
+        for part in losses[4 * step : 4 * step + 4]:
+            parts.append((value, part.sum()))
+            if step:  # the first is the epoch of the warm-up
+                value = max(0.0, value + 5.0 * (part.mean().item() - 0.3))
+        used.append(float(sum(v * s for v, s in parts) / sum(s for _, s in parts)))
+    assert dual.memory.value == pytest.approx(value, rel=1e-5)
+    assert value > 100 + 8 * 5 * 0.3
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["retain.gd/coefficient"] for row in rows] == pytest.approx(used, rel=1e-5)
+    for row in rows:
+        whole = row["forget.pdu/loss"] + row["retain.gd/coefficient"] * row["retain.gd/loss"]
+        assert row["loss"] == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_step_of_one_micro_batch_is_a_step(tiny, arguments):
+    args = arguments(per_device_train_batch_size=2, max_steps=6)
+    one, other = (logged(tiny, args, Dual(1.0, warmup_epochs=1, every=every)) for every in ("step", "micro_batch"))
+    assert [pytest.approx(each, rel=1e-6) for each in one[0]] == other[0]
+    assert one[1] == pytest.approx(other[1], rel=1e-6)
+
+
 def test_it_moves_once_an_epoch(tiny, arguments):
     args = arguments(per_device_train_batch_size=2, max_steps=12)
     steps, last = logged(tiny, args, Dual(1.0, start=7.0, every="epoch", warmup_epochs=2))
@@ -84,10 +126,12 @@ def test_micro_batches_do_not_matter(tiny, arguments):
         assert one == pytest.approx(other, rel=1e-4)
 
 
-@pytest.mark.parametrize("every", ["step", "epoch"])
+@pytest.mark.parametrize("every", ["micro_batch", "step", "epoch"])
 def test_a_run_stopped_and_resumed_ends_bit_for_bit(tiny_config, tmp_path, monkeypatch, every):
     dual = {"above_reference": 0.01, "step": 3.0, "start": 5.0, "every": every}
     unlearn = {"forget": "pdu", "retain": "gd", "dual": dual, "batch_size": 1, "epochs": 4}
+    if every == "micro_batch":
+        unlearn |= {"gradient_accumulation_steps": 3, "epochs": 12}
     config, whole = (tiny_config({"unlearn": unlearn, "output": str(tmp_path / name)}) for name in ("run", "whole"))
     run(whole)
     with monkeypatch.context() as patch:
@@ -133,7 +177,14 @@ def check_same(folder, whole):
 
 def test_settings():
     config = UnlearnConfig(forget="pdu", retain="gd", dual="open_unlearning_tofu")
-    told = {"eps": 0.3, "above_reference": None, "start": 100.0, "step": 5.0, "every": "step", "warmup_epochs": 5.0}
+    told = {
+        "eps": 0.3,
+        "above_reference": None,
+        "start": 100.0,
+        "step": 5.0,
+        "every": "micro_batch",
+        "warmup_epochs": 5.0,
+    }
     assert config.dual.arguments() == told
     given = UnlearnConfig(retain="gd", dual={"preset": "open_unlearning_muse_news", "above_reference": 0.1})
     assert (given.dual.eps, given.dual.above_reference, given.dual.start) == (None, 0.1, 50.0)

@@ -170,7 +170,8 @@ def test_layers_of_one_batch_come_from_one_forward(tiny, arguments, caches):
 
 
 def test_all_positions_of_hidden_states_need_a_live_reference(tiny, arguments, caches):
-    terms = [*(objectives.get(name, preset="wmdp", layer="middle") for name in ("rmu", "rr")), "rr"]
+    terms = [*(objectives.get(name, preset="wmdp", layer="middle") for name in ("rmu", "rr"))]
+    terms.append(objectives.get("rr", preset="uwc_code"))
     trainer, _ = train(tiny, arguments(), terms, reference=tiny.model(seed=1))
     log = trainer.state.log_history[0]
     batch = tiny.pairs().collate([tiny.pairs()[i] for i in range(8)])["retain"]
@@ -348,6 +349,12 @@ def test_what_is_missing_is_named(tiny, arguments, caches):
         train(tiny, arguments(), ["rmu", "rr"], reference=caches["forget"])
     with pytest.raises(ValueError, match=r"hidden states of layers \[1\], not of layer 2; build it with layers=\[2\]"):
         train(tiny, arguments(), ["rmu", objectives.get("rr", layer="deep")], reference=caches)
+    with pytest.raises(
+        ValueError, match=r"rmu \(.* 'middle'\) and rr \(.*, layer 2\): needs one layer \('middle' is 1"
+    ):
+        train(tiny, arguments(), ["rmu", objectives.get("rr", layer=2)], reference=tiny.model())
+    with pytest.raises(ValueError, match=r"rmu \(preset paper.*rr \(preset wmdp.*one scale.*rr preset='paper' too"):
+        train(tiny, arguments(), ["rmu", objectives.get("rr", preset="wmdp", layer="middle")], reference=tiny.model())
     with pytest.raises(ValueError, match="layer=3: LlamaForCausalLM has 2 layers"):
         train(tiny, arguments(), [objectives.get("rmu", layer=3)])
     with pytest.raises(ValueError, match=r"objective='wgaa': did you mean wga or ga\?"):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from pydantic import ValidationError
 
-from pyunlearn.data import QADataset, generate_authors
+from pyunlearn.data import ForgetRetainDataset, QADataset, generate_authors
 from pyunlearn.training.callbacks import read_metrics
 from pyunlearn.training.folder import TrainingFolder, numbered
 from pyunlearn.training.method import UnlearnConfig
@@ -139,6 +140,56 @@ def test_it_goes_on_in_the_same_folder(tiny, data, tmp_path, monkeypatch):
     assert unlearn(stage, settings, again, tiny.tokenizer, data).steps == 4
     for ours, theirs in zip(again.parameters(), whole.parameters(), strict=True):
         assert (ours - theirs).abs().max() <= 1e-6
+
+
+REFUSING = [
+    ({"forget": "idk", "retain": "gd"}, False),
+    ({"forget": {"name": "idk", "preset": "closer_look_code"}, "retain": "gd"}, True),
+    ({"forget": "idk", "retain": {"name": "ap", "preset": "closer_look_code"}}, True),
+    ({"forget": "dpo", "retain": "gd"}, True),
+    ({"forget": {"name": "dpo", "preset": "open_unlearning"}, "retain": "gd"}, False),
+    ({"forget": "dpo", "retain": "gd", "fixed_refusals": False}, False),
+    ({"forget": "idk", "retain": "ap", "fixed_refusals": True}, True),
+    ({"forget": {"name": "dpo", "preset": "open_unlearning"}, "retain": "gd", "fixed_refusals": True}, True),
+    ({"forget": {"name": "idk", "preset": "closer_look_code"}, "retain": "gd", "fixed_refusals": False}, False),
+]
+
+
+@pytest.mark.parametrize(("terms", "kept"), REFUSING)
+def test_refusals_are_kept_or_drawn_anew(tiny, data, tmp_path, monkeypatch, terms, kept):
+    """By what is set, else as the presets' code bases do; the reference is of the refusals that are trained on."""
+    settings = UnlearnConfig(epochs=2, batch_size=4, learning_rate=1e-4, **terms)
+    seen, draw = {}, ForgetRetainDataset.refusal
+
+    def refusal(self, role, index):
+        told = draw(self, role, index)
+        if role == "forget":  # all of which every epoch has
+            seen.setdefault(index, []).append(told)
+        return told
+
+    monkeypatch.setattr(ForgetRetainDataset, "refusal", refusal)
+    unlearn(Stage(TrainingFolder(tmp_path)), settings, tiny.model(), tiny.tokenizer, data)
+    assert sorted(seen) == list(range(len(data.forget)))
+    assert min(map(len, seen.values())) >= 2
+    assert (max(len({*drawn}) for drawn in seen.values()) == 1) == kept
+    cached = (tmp_path / "reference" / "forget_refusal.safetensors").exists()
+    assert cached == (kept and settings.forget[0].name == "dpo")
+
+
+def test_a_reference_of_refusals_that_change_is_of_those_of_the_step(tiny, data, tmp_path):
+    """At a learning rate of 0 the model is its reference, so that the loss of DPO stays (2 / beta) log 2."""
+    settings = UnlearnConfig(
+        forget="dpo", retain="gd", fixed_refusals=False, epochs=3, batch_size=4, learning_rate=0.0, packing=False
+    )
+    stage = Stage(TrainingFolder(tmp_path))
+    unlearn(stage, settings, tiny.model(), tiny.tokenizer, data)
+    losses = [row["forget.dpo/loss"] for row in read_metrics(stage.folder.metrics)]
+    assert losses == pytest.approx([20 * math.log(2)] * len(losses), rel=1e-5)
+
+
+def test_fixed_refusals_without_refusals():
+    with pytest.raises(ValueError, match=r"fixed_refusals=true: needs an objective that .* refusals, got \['ga'"):
+        UnlearnConfig(forget="ga", fixed_refusals=True)
 
 
 def test_settings_are_checked_as_a_whole():

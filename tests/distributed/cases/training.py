@@ -73,10 +73,10 @@ def stock_trainer(tiny: Tiny, args: TrainingArguments, name: str) -> Trainer:
     return trainer
 
 
-def moving_trainer(tiny: Tiny, args: TrainingArguments) -> UnlearnTrainer:
+def moving_trainer(tiny: Tiny, args: TrainingArguments, every: str = "step") -> UnlearnTrainer:
     """Half of each sequence's tokens count, and the retain term's coefficient moves."""
     terms = [objectives.get("ga", keep=0.5), objectives.get("gd", keep=0.5, kept="largest", temperature=2.0)]
-    dual = Dual(above_reference=0.01, step=5.0)
+    dual = Dual(above_reference=0.01, step=5.0, every=every)
     return UnlearnTrainer(model=tiny.model(), args=args, train_dataset=tiny.pairs(), objectives=terms, dual=dual)
 
 
@@ -114,8 +114,11 @@ def ddp(folder: Path) -> dict[str, Any]:
     good.train()
     hidden = trainer(("rmu", "rr"))  # the blocks above the layer get no gradient
     hidden.train()
-    moving = moving_trainer(tiny, make_arguments(folder, 2, max_steps=2, **SGD))
-    moving.train()
+    moving = {}
+    for every in ("step", "micro_batch"):
+        mover = moving_trainer(tiny, make_arguments(folder, 2, max_steps=2, **SGD), every)
+        mover.train()
+        moving[every] = parameters(mover.model), mover.dual.memory.value
     error = ""
     try:
         trainer(callbacks=[PoisonRankOne()]).train()
@@ -124,7 +127,7 @@ def ddp(folder: Path) -> dict[str, Any]:
     log = [row for row in good.state.log_history if "loss" in row]
     after, misdirected = parameters(good.model), parameters(hidden.model)
     return {
-        "moving": (parameters(moving.model), moving.dual.memory.value),
+        "moving": moving,
         "parameters": after,
         "misdirected": misdirected,
         "log": log,
