@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..store import save_tensors
 
 SHARD = 1 << 30  # bytes of a file: what is copied to be written is no more than that, or one tensor
 
@@ -75,9 +76,9 @@ def write_tensors(model: nn.Module, folder: str | Path, shard: int = SHARD) -> T
     size = number = 0
     for name, (tensor, _) in stored(model).items():
         if pending and size + tensor.nbytes > shard:
-            save_file(pending, folder / f"{number:05d}.safetensors")
+            save_tensors(pending, folder / f"{number:05d}.safetensors")
             pending, size, number = {}, 0, number + 1
         pending[name] = tensor.detach().cpu().contiguous()
         size += tensor.nbytes
-    save_file(pending, folder / f"{number:05d}.safetensors")
+    save_tensors(pending, folder / f"{number:05d}.safetensors")
     return Tensors(folder)

@@ -85,7 +85,8 @@ def clean_errors(debug: bool) -> Iterator[None]:
             raise
         text = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            text += "; free some space, then the same command (run: with --resume) goes on"
+            again = "with --resume goes on" if sys.argv[1:2] == ["run"] else "again"
+            text += f"; free some space, then the same command {again}"
         console.print(f"[bold red]error:[/] [red]{shown(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:

@@ -215,7 +215,7 @@ def compare(
     for path in files.values():
         if RunFolder(path.parent).marked:
             raise FileExistsError(f"--out {out}: is a run folder; choose a folder of its own")
-        check_writable(path)
+        check_writable(path, f"--out {out}")
     tell(comparison, console)
     if files:
         links = {

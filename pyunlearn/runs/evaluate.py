@@ -108,11 +108,8 @@ def texts_before(folder: RunFolder) -> dict[str, str]:
 def check_cache(settings: EvaluateConfig) -> None:
     """Raises OSError if what models read and write cannot be kept: before the time is spent to get there."""
     folder = Path(settings.cache or cache_folder())
-    try:
-        check_writable(folder / "reading")
-    except OSError as error:
-        what = f"{folder}: cannot keep what models read and write ({error})"
-        raise OSError(f"{what}; choose another by evaluate.cache, or by $PYUNLEARN_CACHE") from None
+    what = f"{folder}, which keeps what models read and write"
+    check_writable(folder / "reading", what, "choose another by evaluate.cache, or by $PYUNLEARN_CACHE")
 
 
 def run_of(model: str) -> RunFolder | None:
@@ -159,14 +156,13 @@ def evaluate_files(
         before = None if run is None else partial(texts_before, run)
         tools = load_tools(job.config.evaluate, job.data.texts, job.processes.device, stage.progress, before)
         result = evaluate_items(stage, job.config.evaluate, job.data.forget, model, tokenizer, tools)
-        if out is not None:
-            write_json_lines(out, result.records)
     table = Table("metric", "value", "95 % interval", "samples")
     for metric, value in result.summary.items():
         own = mean_interval([record.get(metric) for record in result.records], num_resamples=RESAMPLES)
         told = "" if own.low is None else f"{own.low:.4f} to {own.high:.4f}"
         table.add_row(metric, "-" if math.isnan(value) else f"{value:.4f}", told, str(own.num_samples))
     print_table(job.console, table)
-    if out is not None:
+    if out is not None:  # last: on a full disk the numbers have been seen
+        write_json_lines(out, result.records)
         job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)
     return result.summary

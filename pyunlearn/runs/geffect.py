@@ -26,6 +26,7 @@ from .config import RunConfig
 from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
 from .job import Job, loaded, starting_model
+from .lock import A_COPY
 from .overrides import load_config
 from .provenance import Attempt, describe
 from .sections import ModelConfig
@@ -70,7 +71,7 @@ def measure_run(
     if job.processes.count > 1:
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
     attempt = Attempt(job.command)
-    with job.interruptible(), job.locked(job.folder.lock, job.folder.path):
+    with job.interruptible(), job.locked(job.folder.lock, job.folder.path, A_COPY):
         models = saved_models(job)
         place = job.folder.geffect / "rows"
         if overwrite and belongs(place, FORMAT):

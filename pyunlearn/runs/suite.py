@@ -55,13 +55,6 @@ def evaluate_suite_files(
             task_limit=config.data.limit,
             prompt_format=stage.prompt_format,
         )
-        if out is not None:
-            about = {"suite": suite.name, "model": config.model.name_or_path, "data": config.data.path}
-            numbers = [number.to_json() for number in result.numbers]
-            split = {} if config.data.name is None else {"split": config.split}
-            told_once = {"declined": result.declined} if result.declined else {}
-            write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
-            write_log(out, result.log, result.summary, suite.log_name)
     table = Table("name", "value", "samples", "variant", "note", title=suite.summary)
     for number in result.numbers:
         value = "-" if number.value is None else f"{number.value:.6g}"
@@ -69,7 +62,13 @@ def evaluate_suite_files(
     print_table(job.console, table)
     if without := sum(number.value is None for number in result.numbers):
         job.console.print(f"{without} of {len(result.numbers)} lines have no value here; their notes say why")
-    if out is not None:
+    if out is not None:  # last: on a full disk the numbers have been seen
+        about = {"suite": suite.name, "model": config.model.name_or_path, "data": config.data.path}
+        numbers = [number.to_json() for number in result.numbers]
+        split = {} if config.data.name is None else {"split": config.split}
+        told_once = {"declined": result.declined} if result.declined else {}
+        write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
+        write_log(out, result.log, result.summary, suite.log_name)
         job.console.print(f"log: {visible(out)}", soft_wrap=True, markup=False)
     return result
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .._files import read_json, write_file, write_folder, write_json, write_text
+from .._files import check_writable, read_json, write_file, write_folder, write_json, write_text
 from .._terminal import print_table, shown, visible
 from ..model.load import EMBEDDED
 from ..report.compare import Comparison
@@ -202,6 +202,7 @@ def sweep(
     job = Sweep(grid, list(cells), Path(out), command)
     console = console or Console(quiet=True)
     job.check()
+    check_writable(job.folder / LOCK, f"--out {job.folder}")
     job.own()
     with held(job.folder / LOCK, job.folder):
         todo = [cell for cell in job.cells if not is_finished(cell.config)]

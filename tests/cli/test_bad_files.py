@@ -13,7 +13,10 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 from pyunlearn import _files
+from pyunlearn import store as store_module
+from pyunlearn._files import named_failures
 from pyunlearn._terminal import shown, visible
+from pyunlearn.calibration.tensors import write_tensors
 from pyunlearn.cli.shared import clean_errors
 from pyunlearn.data import load_qa
 from pyunlearn.runs import job as job_module
@@ -26,7 +29,7 @@ from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result
 from pyunlearn.runs.sections import ModelConfig
 from pyunlearn.store import Damaged, Store
-from pyunlearn.training.folder import TrainingFolder, named_failures, write_model
+from pyunlearn.training.folder import TrainingFolder, write_model
 from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.unlearn import UnlearnData, unlearn
@@ -42,15 +45,42 @@ def told(capsys, error):
     return capsys.readouterr().err
 
 
-def test_a_full_disk_names_the_file_and_the_remedy(capsys, tmp_path):
+def test_a_full_disk_names_the_file_and_the_remedy(capsys, tmp_path, monkeypatch):
     def full(temporary):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match=r"No space left on device: '.*table.json'") as caught:
         _files.write_file(tmp_path / "table.json", full)
-    assert "table.json'; free some space, then the same command (run: with --resume) goes on" in told(
-        capsys, caught.value
-    )
+    for command, again in (("run", "with --resume goes on"), ("score", "again"), ("evaluate", "again")):
+        monkeypatch.setattr("sys.argv", ["pyunlearn", command])
+        assert f"table.json'; free some space, then the same command {again}\n" in told(capsys, caught.value)
+
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_so_do_kept_tensors_and_those_that_are_mixed(tiny, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise FULL
+
+    monkeypatch.setattr(store_module, "save_file", fails)
+    with pytest.raises(OSError, match=r"cannot be written \(.*\): '.*/draws/000001\.safetensors'") as caught:
+        Store(tmp_path / "draws").put("000001", torch.ones(3))
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=r"cannot be written \(.*\): '.*/before/00000\.safetensors'"):
+        write_tensors(tiny.model(), tmp_path / "before")
+
+
+def test_no_name_is_told_that_is_there_for_a_moment_only(tmp_path):
+    def full(temporary):
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+
+    def fill(temporary):
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary / "model.safetensors"))
+
+    for write, error in ((_files.write_file, full), (_files.write_folder, fill)):
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/result'"):
+            write(tmp_path / "result", error)
 
 
 @pytest.mark.parametrize(
