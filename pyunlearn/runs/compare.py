@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from .._files import check_writable, write_json, write_text
+from .._files import check_writable, read_json, write_json, write_text
 from .._terminal import print_table, shown, visible
 from ..metrics.utility import harmonic_mean
 from ..report.compare import LEVEL, METRIC, Column, Comparison, Group, as_text, render_comparison, utility_set
@@ -25,7 +25,7 @@ from .anchors import ANCHORS
 from .evaluate import read_summaries
 from .folder import RunFolder, compared
 from .run import load_result
-from .verdict import FEW
+from .verdict import FEW, NOTHING
 
 FILES = {"page": "compare.html", "table": "compare.csv", "records": "compare.json", "LaTeX": "compare.tex"}
 MOMENTS = ("before", "after", *ANCHORS)
@@ -57,12 +57,12 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         tables[path] = result.table
         if isinstance(result.verdict, Mapping) and "name" in result.verdict:  # a run need not have one
             verdicts[path] = str(result.verdict["name"])
-        settings[path] = compared(RunFolder(path).read_config())
+        settings[path] = with_rate(compared(RunFolder(path).read_config()), RunFolder(path))
         if missing := [key for key in NAMES if key not in settings[path]]:
             raise ValueError(f"{RunFolder(path).config}: is damaged, it has no {' and no '.join(missing)}")
         kind = {key: value for key, value in settings[path].items() if key not in NAMES}
         kinds.setdefault(json.dumps(kind, sort_keys=True), []).append(path)
-    made, note = aggregates(tables)
+    made, note = aggregates(tables, [path for path, verdict in verdicts.items() if verdict == NOTHING])
     for path, rows in made.items():
         tables[path] = [*tables[path], *rows]
     groups = told_apart([make_group(members, settings, tables, verdicts) for members in kinds.values()])
@@ -73,12 +73,25 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     return Comparison(groups, columns, differences, note, few_rows(tables, columns))
 
 
-def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, list[dict[str, Any]]], str]:
+def with_rate(settings: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """The learning rate that was used, where none was chosen: it is the model's then, and others take another."""
+    unlearn = settings.get("unlearn")
+    if not isinstance(unlearn, Mapping) or unlearn.get("learning_rate") is not None or not folder.unlearning.is_file():
+        return settings
+    told = read_json(folder.unlearning, "--resume of the run makes it again")
+    rate = told.get("learning_rate") if isinstance(told, Mapping) else None  # runs of earlier versions do not tell
+    return settings if rate is None else {**settings, "unlearn": {**unlearn, "learning_rate": rate}}
+
+
+def aggregates(
+    tables: Mapping[Path, list[dict[str, Any]]], unknowing: Collection[Path] = ()
+) -> tuple[dict[Path, list[dict[str, Any]]], str]:
     """Rows of one number each for forgetting, keeping and both, of the metrics that all of the runs have; and of which.
 
     forgotten: harmonic mean of 1 - each of FORGOTTEN on the forget set; kept: of KEPT on the rows held out, or else on
     the retain set, and of the forget set's fluency; both: of these two. As Mem, Util and Agg of Dorna et al. (2025) are
-    made, which have other metrics and sets. No row where the runs share none of either.
+    made, which have other metrics and sets. No row where the runs share none of either. unknowing: runs that had nothing
+    to forget, of which only kept is a number.
     """
     own = {path: {(row["set"], row["metric"]): row for row in rows} for path, rows in tables.items()}
     shared = set.intersection(*(set(rows) for rows in own.values()))
@@ -96,6 +109,8 @@ def aggregates(tables: Mapping[Path, list[dict[str, Any]]]) -> tuple[dict[Path, 
             if not any(math.isnan(value) for each in of for value in each):
                 pair = harmonic_mean(1 - value for value in of[0]), harmonic_mean(of[1])
                 values["forgotten"][moment], values["kept"][moment], values["both"][moment] = *pair, harmonic_mean(pair)
+        if path in unknowing:
+            values = {"kept": values["kept"]}
         made[path] = [{"set": AGGREGATE, "metric": name, **each} for name, each in values.items()]
     of_forgotten, of_kept = (", ".join(f"{a} {b}".replace("_", " ") for a, b in each) for each in (forgotten, kept))
     return made, (
@@ -190,13 +205,19 @@ def as_latex(comparison: Comparison) -> str:
     r"""A `tabular` for booktabs: a line for the values before unlearning, then one a group."""
 
     def escaped(text: str) -> str:
-        return "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text).replace("±", r"$\pm$")
+        return (
+            "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
+            .replace("±", r"$\pm$")
+            .replace("→", r"$\to$")
+        )
 
     columns = comparison.columns
     head = [" & ".join(["", *(escaped(f"{name} {metric}".replace("_", " ")) for name, metric in columns)])]
     lines = [" & ".join(["before", *(escaped(comparison.before(column)) for column in columns)])]
     for group in comparison.groups:
-        lines.append(" & ".join([escaped(group.name), *(escaped(group.text(column)) for column in columns)]))
+        lines.append(
+            " & ".join([escaped(group.name), *(escaped(comparison.text(group, column)) for column in columns)])
+        )
     rows = [r"\toprule", head[0] + r" \\", r"\midrule", *(line + r" \\" for line in lines), r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", *rows, r"\end{tabular}", ""])
 
@@ -252,6 +273,8 @@ def tell_next(comparison: Comparison, files: Mapping[str, Path], console: Consol
 def tell(comparison: Comparison, console: Console) -> None:
     """Groups as columns: a screen has room for few of them, and for any number of metrics."""
     groups = comparison.groups
+    for note in comparison.warnings:
+        console.print(f"[bold yellow]note[/] {shown(note)}", highlight=False)
     table = Table("set", "metric", title="after unlearning", title_justify="left", collapse_padding=True)
     table.add_column("before", justify="right")
     for group in groups:
@@ -260,7 +283,7 @@ def tell(comparison: Comparison, console: Console) -> None:
     table.add_row("verdict", "", "", *(group.verdict for group in groups), end_section=True)
     for i, column in enumerate(comparison.columns):
         last = i + 1 == len(comparison.columns)
-        cells = [comparison.before(column), *(group.text(column) for group in groups)]
+        cells = [comparison.before(column), *(comparison.text(group, column) for group in groups)]
         table.add_row(column[0], column[1].replace("_", " "), *cells, end_section=last)
     print_table(console, table)
     if comparison.differences:
@@ -269,7 +292,7 @@ def tell(comparison: Comparison, console: Console) -> None:
         for key, values in comparison.differences.items():
             settings.add_row(shown(key), *(shown(as_text(value)) for value in values))
         print_table(console, settings)
-    for note in comparison.notes:
+    for note in comparison.remarks:
         console.print(visible(note), highlight=False, markup=False)
     if any(len(group.folders) > 1 for group in groups):
         console.print(

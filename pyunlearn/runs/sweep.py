@@ -324,8 +324,10 @@ def finish(job: Sweep, console: Console) -> SweepResult:
     comparison = None
     if folders:
         comparison = compare(folders, out=job.folder)
+        for note in comparison.warnings:
+            console.print(f"[bold yellow]note[/] {shown(note)}", highlight=False)
         print_table(console, summary(comparison))
-        for note in comparison.notes:
+        for note in comparison.remarks:
             console.print(visible(note), highlight=False, markup=False)
     lines = [f"failed  {name}: {text}" for name, text in job.failed.items()]
     if job.failed:
@@ -357,7 +359,7 @@ def summary(comparison: Comparison) -> Table:
     before = (comparison.before(column).partition(" [")[0] for column in columns)
     table.add_row("before", "", "", *before, end_section=True)
     for group in comparison.groups:
-        after = (group.text(column).partition(" [")[0] for column in columns)
+        after = (comparison.text(group, column, intervals=False) for column in columns)
         table.add_row(shown(group.name), str(len(group.seeds)), group.verdict, *after)
     return table
 

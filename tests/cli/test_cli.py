@@ -276,6 +276,8 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     stored = json.loads((tmp_path / "runs/tiny/geffect/geffect.json").read_text())
     assert stored["settings"]["forget_samples"] == 1
     assert "numbers runs/tiny/geffect/geffect.json" in text
+    for words in ("unlearning (wanted < 0)", "retaining (wanted >= 0)", "forget NLL, nats a token", "The objective "):
+        assert words in " ".join(text.split())
     assert "try next" in text
     assert "pyunlearn compare runs/tiny OTHER_RUN" in text
     last = stored["steps"][-1]["geffect"]["total"]["retain"]
