@@ -129,11 +129,7 @@ class Comparison:
         begun = "the runs did not begin alike: where “before” differs, each has its own, before → after"
         return [
             *([f"few rows ({few}): their means tell little, with any number of seeds"] if few else []),
-            *(
-                []
-                if alike
-                else ["the runs did not begin alike: where “before” differs, each has its own, before → after"]
-            ),
+            *([] if alike else [begun]),
             *([f"not the same samples: the runs differ in {', '.join(keys)}"] if keys else []),
         ]
 

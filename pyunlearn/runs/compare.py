@@ -90,8 +90,8 @@ def aggregates(
 
     forgotten: harmonic mean of 1 - each of FORGOTTEN on the forget set; kept: of KEPT on the rows held out, or else on
     the retain set, and of the forget set's fluency; both: of these two. As Mem, Util and Agg of Dorna et al. (2025) are
-    made, which have other metrics and sets. No row where the runs share none of either. unknowing: runs that had nothing
-    to forget, of which only kept is a number.
+    made, which have other metrics and sets. No row where the runs share none of either. unknowing: runs that had
+    nothing to forget, of which only kept is a number.
     """
     own = {path: {(row["set"], row["metric"]): row for row in rows} for path, rows in tables.items()}
     shared = set.intersection(*(set(rows) for rows in own.values()))
@@ -198,26 +198,21 @@ def as_csv(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX = {"±": r"$\pm$", "→": r"$\to$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def as_latex(comparison: Comparison) -> str:
     r"""A `tabular` for booktabs: a line for the values before unlearning, then one a group."""
 
     def escaped(text: str) -> str:
-        return (
-            "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
-            .replace("±", r"$\pm$")
-            .replace("→", r"$\to$")
-        )
+        return "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
 
     columns = comparison.columns
     head = [" & ".join(["", *(escaped(f"{name} {metric}".replace("_", " ")) for name, metric in columns)])]
     lines = [" & ".join(["before", *(escaped(comparison.before(column)) for column in columns)])]
     for group in comparison.groups:
-        lines.append(
-            " & ".join([escaped(group.name), *(escaped(comparison.text(group, column)) for column in columns)])
-        )
+        cells = [comparison.text(group, column) for column in columns]
+        lines.append(" & ".join(map(escaped, [group.name, *cells])))
     rows = [r"\toprule", head[0] + r" \\", r"\midrule", *(line + r" \\" for line in lines), r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", *rows, r"\end{tabular}", ""])
 
