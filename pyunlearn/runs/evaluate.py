@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -165,4 +166,23 @@ def evaluate_files(
     if out is not None:  # last: on a full disk the numbers have been seen
         write_json_lines(out, result.records)
         job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)
+    tell_next(config, job.console)
     return result.summary
+
+
+def tell_next(config: FilesConfig, console: Console) -> None:
+    """Numbers of one set say little alone: the other one, or the other run."""
+    model, data = (shlex.quote(name) for name in (config.model.name_or_path, config.data.path))
+    run, prompt = run_of(config.model.name_or_path), config.prompt.option
+    lines = ["", "try next"]
+    if run is None:
+        lines.append(
+            f"  pyunlearn evaluate --model {model} --data OTHER_SET{prompt}   # what it should keep, or forget"
+        )
+        lines.append(f"  pyunlearn run --model {model} --forget {data} --retain OTHER_SET{prompt}   # to forget these")
+    else:
+        here = Path.cwd()
+        place = shlex.quote(str(run.path.relative_to(here) if run.path.is_relative_to(here) else run.path))
+        lines.append(f"  pyunlearn evaluate --model {model} --data OTHER_SET   # what it should keep, or forget")
+        lines.append(f"  pyunlearn compare {place} OTHER_RUN   # beside what another method forgot and kept")
+    console.print(visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
