@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -70,6 +71,10 @@ def evaluate_suite_files(
         write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
         write_log(out, result.log, result.summary, suite.log_name)
         job.console.print(f"log: {visible(out)}", soft_wrap=True, markup=False)
+    data = f"--data {shlex.quote(config.data.path)} --out FOLDER"
+    again = f"pyunlearn evaluate --suite {suite.name} --model OTHER {data}{config.prompt.option}"
+    lines = ["", "try next", f"  {again}   # the model before, or one that never saw the forget set"]
+    job.console.print(visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
     return result
 
 
