@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 SEAL = "digests.json"  # of a folder: see `seal`
+TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # torch.save has no type of its own
+SMALL = 1 << 24  # bytes left on a disk that is called full
+OTHER_FOLDER = "choose another folder"
 
 
 def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
@@ -35,17 +41,18 @@ def write_file(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> No
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
-        if error.filename is None:  # a full disk does not say whose
+        if error.filename in (None, str(temporary)):  # a full disk does not say whose
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises OSError that names `path` if no file or folder can be written there; its folder is made if it is missing.
+def check_writable(path: str | os.PathLike[str], told: str | None = None, remedy: str = OTHER_FOLDER) -> None:
+    """Raises OSError as `unwritable` if nothing can be written at `path`; its folder is made if it is missing.
 
-    For who would otherwise find out at the end of a long computation.
+    For who would otherwise find out at the end of a long computation. told: the argument that errors name, default the
+    path.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -54,7 +61,31 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
-        raise OSError(f"{path}: cannot be written ({error.strerror}: {error.filename})") from None
+        raise unwritable(str(path) if told is None else told, error, remedy, temporary, path, path.parent) from None
+
+
+def unwritable(told: str, error: OSError, remedy: str, *own: Path) -> OSError:
+    """The one error for a place that cannot be written: which argument says it, why, what to do. What the system names
+    is told unless it is one of `own`, names that nobody has typed or that `told` has."""
+    why = (error.strerror or str(error) or type(error).__name__).lower()
+    where = "" if error.filename is None or Path(error.filename) in own else f": {error.filename}"
+    return OSError(f"{told}: cannot be written ({why}{where}); {remedy}")
+
+
+@contextmanager
+def named_failures(path: Path) -> Iterator[None]:
+    """What the libraries raise where they cannot write, a full disk above all, as an OSError that names the place."""
+    try:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        text, number = str(error), error.errno if isinstance(error, OSError) else None
+        if isinstance(error, RuntimeError) and not any(words in text for words in TORCH_CANNOT_WRITE):
+            raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        full = os.strerror(errno.ENOSPC) in text or shutil.disk_usage(path.parent).free < SMALL
+        number = number or (errno.ENOSPC if full else errno.EIO)
+        raise OSError(number, f"cannot be written ({text.splitlines()[0]})", str(path)) from error
 
 
 @contextmanager
@@ -153,6 +184,10 @@ def write_folder(path: str | os.PathLike[str], fill: Callable[[Path], Any]) -> N
             os.replace(path, aside_of(path))
             os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is not None and temporary in (Path(error.filename), *Path(error.filename).parents):
+            error.filename = str(path)
+        raise
     finally:
         restore(path)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ._files import remove_orphans, write_file, write_text
+from ._files import named_failures, remove_orphans, write_file, write_text
 from ._progress import track
 from .distributed import Processes
 
@@ -291,7 +291,15 @@ def put_tensors(path: Path, value: Tensor | Mapping[str, Tensor], identity: Iden
         tensors[key] = tensor.clone() if storage in storages else tensor  # safetensors takes none that share memory
         storages.add(storage)
     header = header_of(plain(identity), digest_tensors(tensors))
-    write_file(path, lambda temporary: save_file(tensors, temporary, header))
+    write_file(path, lambda temporary: save_tensors(tensors, temporary, header, path))
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None, named: Path | None = None
+) -> None:
+    """A safetensors file. Raises OSError that names `named`, default `path`, where it cannot be written."""
+    with named_failures(named or path):
+        save_file(dict(tensors), path, metadata)
 
 
 def get_tensors(path: Path, identity: Identity | None) -> Any | None:

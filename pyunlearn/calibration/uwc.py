@@ -17,12 +17,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .._files import SEAL, seal, write_folder
 from ..model.lora import WEIGHTS
 from ..model.tensors import Tensors, stored
+from ..store import save_tensors
 
 FACTOR = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)(\.|$)")  # what a plain LoRA adapter is made of
 LAST = re.compile(r"\.lora_(B|embedding_B)(\.|$)")  # the one of the two factors that is scaled
@@ -132,7 +133,7 @@ def scale_adapter(adapter: Path, out: Path, a: float) -> None:
         shutil.copytree(adapter, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SEAL, WEIGHTS))
         tensors = load_file(adapter / WEIGHTS)
         scaled = {name: tensor * a if LAST.search(name) else tensor for name, tensor in tensors.items()}
-        save_file(scaled, folder / WEIGHTS, metadata={"format": "pt"})
+        save_tensors(scaled, folder / WEIGHTS, {"format": "pt"}, out / WEIGHTS)
         seal(folder)
 
     write_folder(out, fill)

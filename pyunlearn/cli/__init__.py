@@ -6,9 +6,10 @@ User errors end in one red line and exit code 2; `--debug` shows the traceback. 
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from .. import __version__
 from . import (
@@ -30,8 +31,21 @@ from . import (
 )
 from .shared import prose
 
+MEANT = {"mrd": "score", "g-effect": "geffect", "unlearn": "run", "eval": "evaluate", "plan": "sweep GRID --plan"}
+
+
+class Commands(TyperGroup):
+    """With where to go from names that the field has, and this command line has not."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args and args[0] in MEANT and args[0] not in self.commands:
+            ctx.fail(f"No such command '{args[0]}'; that is `pyunlearn {MEANT[args[0]]}`.")
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="pyunlearn",
+    cls=Commands,
     help="Make a language model forget chosen samples, keep the rest, and measure both.",
     epilog="Start with [bold]pyunlearn run[/bold]: a small model memorises made-up authors and forgets a tenth.",
     no_args_is_help=True,

@@ -121,6 +121,7 @@ def evaluate(
 ) -> None:
     """Measure how well a model knows a set of answers."""
     with clean_errors(debug):
+        from ..data.prompts import make_prompt
         from ..runs.overrides import problems_told
         from ..runs.request import check_pair, columns_of, kind_of, of_source, prompt_of
 
@@ -134,7 +135,8 @@ def evaluate(
         if suite is None or model is None:
             model, data = check_pair("evaluate", model, data)
         if prompt is None and (prompt := prompt_of(model)) is not None:
-            console.print(f"prompt: {visible(prompt)}, as in its run", markup=False, highlight=False, soft_wrap=True)
+            called = visible(make_prompt(prompt).name)
+            console.print(f"prompt: {called}, as in its run", markup=False, highlight=False, soft_wrap=True)
         if suite is None and columns is None and data is not None and (own := columns_of(model, data)) is not None:
             columns = ",".join(f"{field}={column}" for field, column in own.items())
             console.print(f"columns: {visible(columns)}, as in its run", markup=False, highlight=False, soft_wrap=True)

@@ -37,12 +37,13 @@ def init(
 ) -> None:
     """Write a run's configuration with every key that there is: what is set, and as comments all else with defaults."""
     with clean_errors(debug):
-        from .._files import write_text
+        from .._files import check_writable, write_text
         from ..runs.request import run_config
         from ..runs.template import commented
 
         if file.exists() and not overwrite:
             raise FileExistsError(f"{file}: is there already; choose another name, or --overwrite")
+        check_writable(file)
         words: dict[str, Any] = {
             "model": model,
             "forget": forget,

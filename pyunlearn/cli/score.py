@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +43,20 @@ EXAMPLES = """[bold]Examples[/bold]
       --data forget.jsonl
 """
 
+NAMED = re.compile(r"\b(estimator|num_draws|sigma|seed|batch_size|labels)=('?)([^\s:,;')]+)\2")
+
+
+@contextmanager
+def options_told() -> Iterator[None]:
+    """Arguments of `mrd` that an error names are called as they are here."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        told = NAMED.sub(lambda named: f"--{named[1].replace('_', '-')} {named[3]}", str(error))
+        if type(error) not in (ValueError, TypeError) or told == str(error):
+            raise
+        raise type(error)(told) from error
+
 
 def score(
     source: Annotated[
@@ -62,9 +79,11 @@ def score(
     estimator: Annotated[
         str, typer.Option(help="algorithm1, gradient (its leading order), definition, hutchinson or initial.")
     ] = "algorithm1",
-    num_draws: Annotated[int, typer.Option(help="Draws of noise; more may be asked for later.")] = 200,
+    num_draws: Annotated[
+        int | None, typer.Option(help="Draws of noise; more may be asked for later.", show_default="200")
+    ] = None,
     sigma: Annotated[float, typer.Option(help="Standard deviation of the noise.")] = 1e-5,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the noise.", show_default="0")] = None,
     batch_size: BatchSize = 8,
     labels: Annotated[
         str, typer.Option(help="answers, or all: the question's tokens too, as in the paper's equations.")
@@ -82,7 +101,11 @@ def score(
     Of the forget set of a run's configuration, by the model that the run starts from; or of --data, by --model. Ctrl-C,
     then the same command, goes on where it stopped.
     """
-    with clean_errors(debug):
+    with clean_errors(debug), options_told():
+        for option, value in (("num-draws", num_draws), ("seed", seed)):
+            if estimator == "gradient" and value is not None:
+                raise ValueError(f"--{option} {value}: --estimator gradient draws no noise; leave it out")
+
         from ..runs import load_config
         from ..runs.files_config import FilesConfig
         from ..runs.overrides import problems_told
@@ -94,9 +117,9 @@ def score(
             "console": make_console(),
             "command": command_line(),
             "estimator": estimator,
-            "num_draws": num_draws,
+            "num_draws": 200 if num_draws is None else num_draws,
             "sigma": sigma,
-            "seed": seed,
+            "seed": 0 if seed is None else seed,
             "batch_size": batch_size,
             "labels": labels,
             "normalize": "tokens" if per_token else None,

@@ -85,18 +85,33 @@ def clean_errors(debug: bool) -> Iterator[None]:
     console = Console(stderr=True)
     try:
         yield
-    except USER_ERRORS as error:
-        if debug:
+    except Exception as error:
+        if is_interrupt(error):
+            raise typer.Exit(130) from None
+        if debug or not isinstance(error, USER_ERRORS):
             raise
         text = str(error) or type(error).__name__
         if isinstance(error, OSError) and error.errno in NO_SPACE:
-            text += "; free some space, then the same command (run: with --resume) goes on"
+            again = "with --resume goes on" if sys.argv[1:2] == ["run"] else "again"
+            text += f"; free some space, then the same command {again}"
         console.print(f"[bold red]error:[/] [red]{shown(text)}[/]", highlight=False, soft_wrap=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:
         if str(interrupt):
             console.print(shown(interrupt), highlight=False, soft_wrap=True)
         raise typer.Exit(getattr(interrupt, "exit_code", 130)) from None
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Whether it comes of Ctrl-C: libraries turn that into errors of their own while they are imported."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        if isinstance(following, KeyboardInterrupt) or "KeyboardInterrupt" in str(following):
+            return True
+        seen.add(id(following))
+        following = following.__cause__ or following.__context__
+    return False
 
 
 def command_line() -> str:

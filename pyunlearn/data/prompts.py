@@ -41,6 +41,11 @@ class Prompt:
     whole: bool = False
 
     @property
+    def option(self) -> str:
+        """What a command line has for it; nothing for the usual one, and for tags, which no command line has."""
+        return "" if self.name == "chat" or self.name not in PROMPTS else f" --prompt {self.name}"
+
+    @property
     def plain(self) -> bool:
         """Whether questions stand as they are, answers have no end, and texts need no question (`PlainFormat`)."""
         return self.name == "plain"

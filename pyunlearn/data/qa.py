@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -82,7 +84,11 @@ def read_qa(
     if first is None:
         hub = f"{source if name is None else f'{source}[{name}]'}, split {split or 'train'!r},"
         told = hub if path is None else path
-        raise ValueError(f"{told} holds no question-answer pairs")
+        size = "" if path is None or path.is_dir() else f" in its {path.stat().st_size} bytes"
+        example = json.dumps({"question": "Who?", "answer": "Nobody."})
+        raise ValueError(
+            f"{told} holds no question-answer pairs: no row was read{size}; needs one at least, as {example}"
+        )
     where, row = first
     found = find_columns(row, where, columns)
     items = []
@@ -120,15 +126,37 @@ def load_refusals(path: str | Path) -> list[str]:
     return refusals
 
 
-def check_disjoint(forget: Iterable[QA], retain: Iterable[QA]) -> None:
-    """Raise ValueError if a pair of `forget` is in `retain` too, case and white space aside: one cannot do both."""
+def check_disjoint(
+    forget: Iterable[QA], retain: Iterable[QA], names: tuple[str, str] = ("the forget set", "the retain set")
+) -> None:
+    """Raise ValueError if a pair of `forget` is in `retain` too, case and white space aside: one cannot do both.
+
+    names: what the error calls the two.
+    """
     retained = {_normalised(item) for item in retain}
-    overlap = [item for item in forget if _normalised(item) in retained]
+    overlap = {key: item for item in forget if (key := _normalised(item)) in retained}
     if overlap:
+        first = next(iter(overlap.values()))
         raise ValueError(
-            f"{len(overlap)} forget pair(s) are in the retain set too; the first question is "
-            f"{brief(overlap[0].question)}"
+            f"{names[0]}: {told_rows(len(overlap))} in {names[1]} too, case and white space aside; the first is "
+            f"{brief(first.question or first.answer)}; leave each in one of the two"
         )
+
+
+def told_repeats(items: Sequence[QA]) -> str:
+    """Of rows that are there more than once; "" without any."""
+    repeats = {key: n for key, n in Counter(map(_normalised, items)).items() if n > 1}
+    if not repeats:
+        return ""
+    first = next(item for item in items if _normalised(item) in repeats)
+    return (
+        f"{told_rows(len(repeats))} there more than once, case and white space aside, and counted as often; the first "
+        f"is {brief(first.question or first.answer)}"
+    )
+
+
+def told_rows(count: int) -> str:
+    return "1 row is" if count == 1 else f"{count} rows are"
 
 
 def hold_out(items: Sequence[QA], holdout: float, seed: int) -> tuple[list[QA], list[QA]]:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from ..store import save_tensors
 
 SHARD = 1 << 30  # bytes of a file: what is copied to be written is no more than that, or one tensor
 
@@ -84,11 +85,11 @@ def write_files(tensors: Iterable[tuple[str, Tensor]], folder: str | Path, shard
     size = number = 0
     for name, tensor in tensors:
         if pending and size + tensor.nbytes > shard:
-            save_file(pending, folder / f"{number:05d}.safetensors")
+            save_tensors(pending, folder / f"{number:05d}.safetensors")
             pending, size, number = {}, 0, number + 1
         pending[name] = apart(tensor.detach().cpu().contiguous(), pending.values())
         size += tensor.nbytes
-    save_file(pending, folder / f"{number:05d}.safetensors")
+    save_tensors(pending, folder / f"{number:05d}.safetensors")
     return Tensors(folder)
 
 

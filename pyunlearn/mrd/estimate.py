@@ -11,7 +11,7 @@ algorithm1    E |S|                            mean over `num_draws` draws (Algo
 gradient      sigma sqrt(2 / pi) ||g||         its leading order, exactly: one backward and ghost norms
 definition    |E S|                            antithetic pairs (z, -z) at `sigma_eval`, times (sigma / sigma_eval)^2
 hutchinson    sigma^2 / 2 |Tr M|               its leading order (Theorem 3.2): mean of z'Mz, forward over forward
-initial       E |sum_t P_t(w) - P_t(w + d)|    Eq. 3, which has num_draws=1
+initial       E |sum_t P_t(w) - P_t(w + d)|    Eq. 3, with num_draws=1: as algorithm1, not divided by P_t(w)
 ============  ===============================  =======================================================================
 
 The paper gives the first two lines and the next two as one quantity; they are not (E |S| is of first order in sigma,

@@ -103,9 +103,17 @@ class Comparison:
         return utility_set(self.rows) or "retain"
 
     def before(self, column: Column) -> str:
-        """As the first group has it that has it at all."""
+        """As the first group has it that has it at all; where others began otherwise, `text` has each one's own."""
+        if self.differ_before(column):
+            return "differs"
         having = (group for group in self.groups if group.mean(column, "before") is not None)
         return next(having, self.groups[0]).text(column, "before")
+
+    def text(self, group: Group, column: Column, intervals: bool = True) -> str:
+        """After unlearning; where the groups began otherwise, `0.500 → 0.100`. intervals: over samples, too."""
+        moments = ("before", "after") if self.differ_before(column) else ("after",)
+        told = [group.text(column, moment) for moment in moments]
+        return " → ".join(told if intervals else (each.partition(" [")[0] for each in told))
 
     def differ_before(self, column: Column) -> bool:
         """Whether the groups' values before unlearning are not the same up to their third digit."""
@@ -116,23 +124,34 @@ class Comparison:
     @property
     def notes(self) -> list[str]:
         """What has to be known to read table and figure."""
+        return [*self.warnings, *self.remarks]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those without which the numbers mislead: they go before the table."""
         keys = [key for key in self.differences if key.startswith("data.") and key not in NO_OTHER_SAMPLES]
-        undrawn = [
-            f"{group.name} (no {METRIC} of {' and '.join(without)})"
-            for group in self.groups
-            if (without := [name for name in ("forget", self.utility) if group.mean((name, METRIC)) is None])
-        ]
         drawn = {name: self.rows.get(name, 0) for name in ("forget", self.utility)}
         few = ", ".join(f"{name} {count}" for name, count in drawn.items() if 0 < count < FEW)
         held = self.rows.get("holdout", 0) if self.utility == "retain" else 0
         seen = f"what was kept is told of retain rows, which the unlearning itself may rehearse: {held} were held out"
         alike = not any(self.differ_before(column) for column in self.columns)
+        begun = "the runs did not begin alike: where “before” differs, each has its own, before → after"
         return [
-            *([self.note] if self.note else []),
             *([f"{seen}, too few to tell much"] if held else []),
             *([f"few rows ({few}): their means tell little, with any number of seeds"] if few else []),
-            *([] if alike else ["the runs did not begin alike: “before” is the first one's"]),
+            *([] if alike else [begun]),
             *([f"not the same samples: the runs differ in {', '.join(keys)}"] if keys else []),
+        ]
+
+    @property
+    def remarks(self) -> list[str]:
+        undrawn = [
+            f"{group.name} (no {METRIC} of {' and '.join(without)})"
+            for group in self.groups
+            if (without := [name for name in ("forget", self.utility) if group.mean((name, METRIC)) is None])
+        ]
+        return [
+            *([self.note] if self.note else []),
             *([f"not drawn in the figure: {', '.join(undrawn)}"] if undrawn else []),
         ]
 
@@ -218,11 +237,15 @@ def trade_figure(groups: Sequence[Group], utility: str) -> Markup:
                 capsize=2,
                 **style,
             )
-    first = next((group for group in groups if group.mean((utility, METRIC), "before") is not None), groups[0])
-    forget, kept = first.mean(("forget", METRIC), "before"), first.mean((utility, METRIC), "before")
-    if forget is not None and kept is not None:
-        data.append({"name": first.name, "seed": "mean", "step": "before", "forget": forget, utility: kept})
-        axes.plot(1 - forget, kept, "o", mfc="white", mec="#334155", markersize=7, label="before")
+    begun: list[tuple[float, float]] = []  # what is drawn already: runs mostly begin alike
+    for group in groups:
+        forget, kept = group.mean(("forget", METRIC), "before"), group.mean((utility, METRIC), "before")
+        if forget is None or kept is None or any(math.dist((forget, kept), other) <= 5e-4 for other in begun):
+            continue
+        data.append({"name": group.name, "seed": "mean", "step": "before", "forget": forget, utility: kept})
+        label = None if begun else "before"
+        axes.plot(1 - forget, kept, "o", mfc="white", mec="#334155", markersize=7, label=label)
+        begun.append((forget, kept))
     axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     axes.set(xlabel="forgotten: 1 - probability of forget answers", ylabel=f"kept: probability of {utility} answers")
     if many:
@@ -243,7 +266,7 @@ def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
             "set": name,
             "metric": metric,
             "before": comparison.before((name, metric)),
-            "after": [group.text((name, metric)) for group in comparison.groups],
+            "after": [comparison.text(group, (name, metric)) for group in comparison.groups],
         }
         for name, metric in comparison.columns
     ]
@@ -268,5 +291,6 @@ def render_comparison(comparison: Comparison, links: Mapping[str, str]) -> str:
         samples=any(group.interval(column) for group in comparison.groups for column in comparison.columns),
         many=len(heads) > MANY,
         lines=any(len(way_of(steps, utility)) > 1 for group in comparison.groups for steps in group.steps),
-        notes=comparison.notes,
+        warnings=comparison.warnings,
+        notes=comparison.remarks,
     )

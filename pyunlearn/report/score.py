@@ -31,6 +31,7 @@ BANDS = {COLOURS["retain"]: "--", GREY: "-."}  # dashes of curves, solid the oth
 RATIO_TOLERANCE = 0.1  # of the expected ratio
 NOISE_LIMIT = 0.05  # rounding, of a draw's statistic
 FOLLOWS_LENGTH = 0.5  # rank correlation from which the lengths are most of the order
+KNOWS_NOTHING = 0.9  # of what a uniform guess costs a token: a model from there on knows next to nothing of the rows
 NOISE_OF_ORDER = 0.1  # squared errors, of the scores' variance: from there on neighbours are not told apart
 EXTREMES = 6
 
@@ -46,18 +47,44 @@ def self_checks(diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
     if (ratio := diagnostics["sigma_ratio"]) is not None:
         expected = diagnostics["expected_ratio"]
         met = abs(ratio / expected - 1) <= RATIO_TOLERANCE
-        checks.append({"text": f"twice the sigma gives {ratio:.3f} times the score, expected {expected:g}", "met": met})
+        check = {"text": f"twice the sigma gives {ratio:.3f} times the score, expected {expected:g}", "met": met}
+        rounded = (diagnostics["noise_share"] or 0) > NOISE_LIMIT  # said by a check of its own
+        checks.append(check if met or rounded else with_sigma(check, diagnostics, "it shakes too much", 0.1))
     if (share := diagnostics["noise_share"]) is not None:
-        checks.append({"text": f"rounding is {share:.2%} of a draw's statistic", "met": share <= NOISE_LIMIT})
+        check = {"text": f"rounding is {share:.2%} of a draw's statistic", "met": share <= NOISE_LIMIT}
+        checks.append(check if check["met"] else with_sigma(check, diagnostics, "it shakes too little", 10))
     if diagnostics["estimator"] == "gradient":
         share = diagnostics["share_linear_ok"]
         text = f"{share:.0%} of the samples are within about 1 % of Algorithm 1 (sigma ||g|| <= 0.1)"
-        checks.append({"text": text, "met": share == 1})
+        check = {"text": text, "met": share == 1}
+        checks.append(check if check["met"] else with_sigma(check, diagnostics, "others are not", 0.1))
     if (share := diagnostics["by_heart_share"]) is not None:
         checks.append(
             {"text": f"{share:.1%} of the change is in tokens known by heart (L < 1e-6)", "met": share <= 0.5}
         )
+    if (nll := diagnostics.get("nll_a_token")) is not None:
+        guess = diagnostics["uniform_nll"]
+        if nll >= KNOWS_NOTHING * guess:
+            text = (
+                f"the model knows next to nothing of these rows: {nll:.2f} nats a token, a uniform guess has "
+                f"{guess:.2f}; there is nothing to unlearn, so score a model that has learned them"
+            )
+            checks.append({"text": text, "met": False})
     return checks
+
+
+def with_sigma(check: dict[str, Any], diagnostics: Mapping[str, Any], why: str, factor: float) -> dict[str, Any]:
+    """The check with the command that has another sigma; `definition` is measured at one of its own."""
+    if diagnostics["estimator"] == "definition":
+        return check
+    command = with_option(diagnostics["made"]["command"], "sigma", f"{diagnostics['sigma'] * factor:g}")
+    return {**check, "text": f"{check['text']}: {why}; with another sigma:", "command": command}
+
+
+def ordered(records: Records) -> bool:
+    """Whether the scores differ by more than their errors, so that there is a hardest one."""
+    noise = noise_of_order(records)
+    return noise is None or noise < 1
 
 
 def all_checks(records: Records, diagnostics: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -69,8 +96,9 @@ def all_checks(records: Records, diagnostics: Mapping[str, Any]) -> list[dict[st
         check: dict[str, Any] = {"text": f"noise is up to {noise:.1%} of how the scores differ", "met": met}
         if not met:
             draws = diagnostics["num_draws"] * math.ceil(noise / NOISE_OF_ORDER)
-            check["text"] += ": neighbours in the order are not told apart; with more draws:"
-            check["command"] = with_draws(diagnostics["made"]["command"], draws)
+            told = "neighbours in the order are" if ordered(records) else "samples are"
+            check["text"] += f": {told} not told apart; with more draws:"
+            check["command"] = with_option(diagnostics["made"]["command"], "num-draws", draws)
         checks.append(check)
     if rho is not None:
         per_token, follows = diagnostics["normalize"] == "tokens", abs(rho) >= FOLLOWS_LENGTH
@@ -87,23 +115,23 @@ def all_checks(records: Records, diagnostics: Mapping[str, Any]) -> list[dict[st
 
 
 def noise_of_order(records: Records) -> float | None:
-    """The mean squared standard error over the variance of the scores, at most 1; None without errors or differences.
+    """The mean squared standard error over the variance of the scores; None without errors or differences.
 
     An upper bound for the order: samples share their draws, so that part of the error is all of theirs."""
     values = torch.tensor([record["mrd"] for record in records], dtype=torch.float64)
     errors = [record["standard_error"] for record in records]
     if None in errors or not any(errors) or len(errors) < 2 or not (spread := float(values.var())) > 0:
         return None
-    return min(float(torch.tensor(errors, dtype=torch.float64).square().mean()) / spread, 1.0)
+    return float(torch.tensor(errors, dtype=torch.float64).square().mean()) / spread
 
 
-def with_draws(command: str, draws: int) -> str:
+def with_option(command: str, name: str, value: object) -> str:
     """
-    >>> with_draws("pyunlearn score x.yaml --num-draws 20", 80)
+    >>> with_option("pyunlearn score x.yaml --num-draws 20", "num-draws", 80)
     'pyunlearn score x.yaml --num-draws 80'
     """
-    own = re.sub(r" --num-draws[ =]\S+", "", command)
-    return f"{own} --num-draws {draws}"
+    own = re.sub(rf" --{name}[ =]\S+", "", command)
+    return f"{own} --{name} {value}"
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -116,6 +144,11 @@ def render_score_report(records: Records, result: MRDResult, made: Mapping[str, 
     diagnostics = result.diagnostics
     ranked = sorted(records, key=lambda record: record["mrd"])
     count = min(EXTREMES, (len(ranked) + 1) // 2)
+    ends = (
+        [f"{end} to unlearn" for end in ("Hardest", "Easiest")]
+        if ordered(records)
+        else ["Lowest scores", "Highest scores"]
+    )
     with matplotlib.rc_context(STYLE):
         figures = {
             "distribution_svg": distribution_figure(ranked),
@@ -128,7 +161,7 @@ def render_score_report(records: Records, result: MRDResult, made: Mapping[str, 
         diagnostics=diagnostics,
         part=scored_part(diagnostics) or " of the answers",
         checks=all_checks(records, diagnostics),
-        extremes={"Hardest to unlearn": ranked[:count], "Easiest to unlearn": ranked[::-1][:count]},
+        extremes=dict(zip(ends, (ranked[:count], ranked[::-1][:count]), strict=True)),
         made=made,
         diagnostics_text=json.dumps(diagnostics, indent=1),
         **figures,

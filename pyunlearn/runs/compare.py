@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from .._files import check_writable, write_json, write_text
+from .._files import check_writable, read_json, write_json, write_text
 from .._terminal import print_table, shown, visible
 from ..metrics.utility import harmonic_mean, utility_set
 from ..report.compare import LEVEL, Column, Comparison, Group, as_text, render_comparison
@@ -26,6 +26,7 @@ from .evaluate import read_summaries
 from .folder import RunFolder, compared
 from .run import load_result
 from .table import rows_of_sets
+from .verdict import NOTHING
 
 FILES = {"page": "compare.html", "table": "compare.csv", "records": "compare.json", "LaTeX": "compare.tex"}
 MOMENTS = ("before", "after", *ANCHORS)
@@ -57,13 +58,14 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
         tables[path] = result.table
         if isinstance(result.verdict, Mapping) and "name" in result.verdict:  # a run need not have one
             verdicts[path] = str(result.verdict["name"])
-        settings[path] = compared(RunFolder(path).read_config())
+        settings[path] = with_rate(compared(RunFolder(path).read_config()), RunFolder(path))
         if missing := [key for key in NAMES if key not in settings[path]]:
             raise ValueError(f"{RunFolder(path).config}: is damaged, it has no {' and no '.join(missing)}")
         kind = {key: value for key, value in settings[path].items() if key not in NAMES}
         kinds.setdefault(json.dumps(kind, sort_keys=True), []).append(path)
     rows = fewest_rows(tables)
-    made, note = aggregates(tables, utility_set(rows))
+    unknowing = [path for path, verdict in verdicts.items() if verdict == NOTHING]
+    made, note = aggregates(tables, utility_set(rows), unknowing)
     for path, lines in made.items():
         tables[path] = [*tables[path], *lines]
     groups = told_apart([make_group(members, settings, tables, verdicts) for members in kinds.values()])
@@ -72,6 +74,16 @@ def compare_runs(folders: Sequence[str | Path]) -> Comparison:
     values = {key: [group.settings.get(key) for group in groups] for key in keys}
     differences = {key: own for key, own in values.items() if any(value != own[0] for value in own)}
     return Comparison(groups, columns, differences, rows, note)
+
+
+def with_rate(settings: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """The learning rate that was used, where none was chosen: it is the model's then, and others take another."""
+    unlearn = settings.get("unlearn")
+    if not isinstance(unlearn, Mapping) or unlearn.get("learning_rate") is not None or not folder.unlearning.is_file():
+        return settings
+    told = read_json(folder.unlearning, "--resume of the run makes it again")
+    rate = told.get("learning_rate") if isinstance(told, Mapping) else None  # runs of earlier versions do not tell
+    return settings if rate is None else {**settings, "unlearn": {**unlearn, "learning_rate": rate}}
 
 
 def fewest_rows(tables: Mapping[Path, list[dict[str, Any]]]) -> dict[str, int]:
@@ -86,13 +98,14 @@ def fewest_rows(tables: Mapping[Path, list[dict[str, Any]]]) -> dict[str, int]:
 
 
 def aggregates(
-    tables: Mapping[Path, list[dict[str, Any]]], kept_of: str | None
+    tables: Mapping[Path, list[dict[str, Any]]], kept_of: str | None, unknowing: Collection[Path] = ()
 ) -> tuple[dict[Path, list[dict[str, Any]]], str]:
     """Rows of one number each for forgetting, keeping and both, of the metrics that all of the runs have; and of which.
 
     forgotten: harmonic mean of 1 - each of FORGOTTEN on the forget set; kept: of KEPT on the set `kept_of`, and of the
     forget set's fluency; both: of these two. As Mem, Util and Agg of Dorna et al. (2025) are made, which have other
-    metrics and sets. No row where the runs share none of either.
+    metrics and sets. No row where the runs share none of either. unknowing: runs that had nothing to forget, of which
+    only kept is a number.
     """
     own = {path: {(row["set"], row["metric"]): row for row in rows} for path, rows in tables.items()}
     shared = set.intersection(*(set(rows) for rows in own.values()))
@@ -109,6 +122,8 @@ def aggregates(
             if not any(math.isnan(value) for each in of for value in each):
                 pair = harmonic_mean(1 - value for value in of[0]), harmonic_mean(of[1])
                 values["forgotten"][moment], values["kept"][moment], values["both"][moment] = *pair, harmonic_mean(pair)
+        if path in unknowing:
+            values = {"kept": values["kept"]}
         made[path] = [{"set": AGGREGATE, "metric": name, **each} for name, each in values.items()]
     of_forgotten, of_kept = (", ".join(f"{a} {b}".replace("_", " ") for a, b in each) for each in (forgotten, kept))
     return made, (
@@ -185,20 +200,21 @@ def as_csv(comparison: Comparison) -> str:
     return out.getvalue()
 
 
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+LATEX = {"±": r"$\pm$", "→": r"$\to$", "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 
 
 def as_latex(comparison: Comparison) -> str:
     r"""A `tabular` for booktabs: a line for the values before unlearning, then one a group."""
 
     def escaped(text: str) -> str:
-        return "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text).replace("±", r"$\pm$")
+        return "".join(LATEX.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
 
     columns = comparison.columns
     head = [" & ".join(["", *(escaped(f"{name} {metric}".replace("_", " ")) for name, metric in columns)])]
     lines = [" & ".join(["before", *(escaped(comparison.before(column)) for column in columns)])]
     for group in comparison.groups:
-        lines.append(" & ".join([escaped(group.name), *(escaped(group.text(column)) for column in columns)]))
+        cells = [comparison.text(group, column) for column in columns]
+        lines.append(" & ".join(map(escaped, [group.name, *cells])))
     rows = [r"\toprule", head[0] + r" \\", r"\midrule", *(line + r" \\" for line in lines), r"\bottomrule"]
     return "\n".join([rf"\begin{{tabular}}{{l{'r' * len(columns)}}}", *rows, r"\end{tabular}", ""])
 
@@ -217,7 +233,7 @@ def compare(
     for path in files.values():
         if RunFolder(path.parent).marked:
             raise FileExistsError(f"--out {out}: is a run folder; choose a folder of its own")
-        check_writable(path)
+        check_writable(path, f"--out {out}")
     tell(comparison, console)
     if files:
         links = {
@@ -254,6 +270,8 @@ def tell_next(comparison: Comparison, files: Mapping[str, Path], console: Consol
 def tell(comparison: Comparison, console: Console) -> None:
     """Groups as columns: a screen has room for few of them, and for any number of metrics."""
     groups = comparison.groups
+    for note in comparison.warnings:
+        console.print(f"[bold yellow]note[/] {shown(note)}", highlight=False)
     table = Table("set", "metric", title="after unlearning", title_justify="left", collapse_padding=True)
     table.add_column("before", justify="right")
     for group in groups:
@@ -262,7 +280,7 @@ def tell(comparison: Comparison, console: Console) -> None:
     table.add_row("verdict", "", "", *(group.verdict for group in groups), end_section=True)
     for i, column in enumerate(comparison.columns):
         last = i + 1 == len(comparison.columns)
-        cells = [comparison.before(column), *(group.text(column) for group in groups)]
+        cells = [comparison.before(column), *(comparison.text(group, column) for group in groups)]
         table.add_row(column[0], column[1].replace("_", " "), *cells, end_section=last)
     print_table(console, table)
     if comparison.differences:
@@ -271,7 +289,7 @@ def tell(comparison: Comparison, console: Console) -> None:
         for key, values in comparison.differences.items():
             settings.add_row(shown(key), *(shown(as_text(value)) for value in values))
         print_table(console, settings)
-    for note in comparison.notes:
+    for note in comparison.remarks:
         console.print(visible(note), highlight=False, markup=False)
     if any(len(group.folders) > 1 for group in groups):
         console.print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,13 +18,15 @@ from ..data import (
     load_refusals,
     load_text,
 )
-from ..data.qa import read_qa
+from ..data.qa import read_qa, told_repeats
 from ..metrics import get_suite
 from ..model.load import EMBEDDED
 from ..training.rows import UnlearnData
 from .config import RunConfig
 from .files_config import BENCHMARKS, FilesConfig, SuiteConfig
 from .sections import DataConfig, SourceConfig
+
+logger = logging.getLogger("pyunlearn")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ def load_data(config: RunConfig | FilesConfig) -> RunData:
     def load(source: SourceConfig) -> list[QA]:
         options = source.model_dump()
         items, found = read_qa(options.pop("path"), **options)
+        if repeats := told_repeats(items):
+            logger.warning("%s: %s", source.path, repeats)
         if found:
             recognised[source.path] = found
         return items
@@ -75,7 +80,9 @@ def load_data(config: RunConfig | FilesConfig) -> RunData:
             refusals = list(USUAL_REFUSALS)
             recognised["refusals"] = f"{len(refusals)} that pyunlearn has, as no file of them is named"
         read = RunData(forget, retain, refusals, texts_of(forget + retain) + refusals)
-    check_disjoint(read.forget, read.retain)
+    sources = {"data.forget": data.forget, "data.retain": data.retain}
+    names = [name if source is None else f"{name}={source.path}" for name, source in sources.items()]
+    check_disjoint(read.forget, read.retain, (names[0], names[1]))
     try:
         retain, held_out = hold_out(read.retain, data.holdout, config.seed) if read.retain else ([], [])
     except ValueError as error:

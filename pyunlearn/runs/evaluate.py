@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -109,11 +110,8 @@ def texts_before(folder: RunFolder) -> dict[str, str]:
 def check_cache(settings: EvaluateConfig) -> None:
     """Raises OSError if what models read and write cannot be kept: before the time is spent to get there."""
     folder = Path(settings.cache or cache_folder())
-    try:
-        check_writable(folder / "reading")
-    except OSError as error:
-        what = f"{folder}: cannot keep what models read and write ({error})"
-        raise OSError(f"{what}; choose another by evaluate.cache, or by $PYUNLEARN_CACHE") from None
+    what = f"{folder}, which keeps what models read and write"
+    check_writable(folder / "reading", what, "choose another by evaluate.cache, or by $PYUNLEARN_CACHE")
 
 
 def run_of(model: str) -> RunFolder | None:
@@ -161,14 +159,32 @@ def evaluate_files(
         before = None if run is None else partial(texts_before, run)
         tools = load_tools(job.config.evaluate, job.data.texts, job.processes.device, stage.progress, before)
         result = evaluate_items(stage, job.config.evaluate, job.data.forget, model, tokenizer, tools)
-        if out is not None:
-            write_json_lines(out, result.records)
     table = Table("metric", "value", "95 % interval", "samples")
     for metric, value in result.summary.items():
         own = mean_interval([record.get(metric) for record in result.records], num_resamples=RESAMPLES)
         told = "" if own.low is None or own.high is None else f"{as_number(own.low)} to {as_number(own.high)}"
         table.add_row(metric, "-" if math.isnan(value) else as_number(value), told, str(own.num_samples))
     print_table(job.console, table)
-    if out is not None:
+    if out is not None:  # last: on a full disk the numbers have been seen
+        write_json_lines(out, result.records)
         job.console.print(f"records: {visible(out)}", soft_wrap=True, markup=False)
+    tell_next(config, job.console)
     return result.summary
+
+
+def tell_next(config: FilesConfig, console: Console) -> None:
+    """Numbers of one set say little alone: the other one, or the other run."""
+    model, data = (shlex.quote(name) for name in (config.model.name_or_path, config.data.path))
+    run, prompt = run_of(config.model.name_or_path), config.prompt.option
+    lines = ["", "try next"]
+    if run is None:
+        lines.append(
+            f"  pyunlearn evaluate --model {model} --data OTHER_SET{prompt}   # what it should keep, or forget"
+        )
+        lines.append(f"  pyunlearn run --model {model} --forget {data} --retain OTHER_SET{prompt}   # to forget these")
+    else:
+        here = Path.cwd()
+        place = shlex.quote(str(run.path.relative_to(here) if run.path.is_relative_to(here) else run.path))
+        lines.append(f"  pyunlearn evaluate --model {model} --data OTHER_SET   # what it should keep, or forget")
+        lines.append(f"  pyunlearn compare {place} OTHER_RUN   # beside what another method forgot and kept")
+    console.print(visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)

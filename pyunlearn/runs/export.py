@@ -41,14 +41,14 @@ def export(run: str | Path, out: str | Path, *, push: str | None = None, console
         raise ValueError(f"--push={push}: needs OWNER/NAME, a repository on the Hub")
     done = (out / CARD).is_file() and (out / SEAL).is_file() and MADE_BY in (out / CARD).read_text(encoding="utf-8")
     if out.exists() and not (done and push) and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"--out={out}: is there already; choose a new folder")
+        raise FileExistsError(f"--out {out}: is there already; choose a new folder")
     console = console or Console(quiet=True)
     quiet_libraries()
     if push is not None:  # before the work
         url = ask_hub(push, lambda hub: hub.create_repo(push, private=True, exist_ok=True))
     if not done:
         check_as_written(folder.checkpoint)  # the card's numbers are of that model
-        check_writable(out / CARD)
+        check_writable(out / CARD, f"--out {out}")
         config = RunConfig.model_validate(as_meant(folder.read_config()))
         model, tokenizer = load_model(str(folder.checkpoint), dtype=config.model.dtype)
         if out.is_dir():

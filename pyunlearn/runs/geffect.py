@@ -16,7 +16,7 @@ from .._files import write_json, write_text
 from .._hints import path_hint
 from .._terminal import print_table, shown, visible
 from ..report.figures import as_file, to_svg
-from ..report.geffect import figures, render_geffect
+from ..report.geffect import figures, render_geffect, summary
 from ..store import Store, belongs
 from ..training.callbacks import read_metrics
 from ..training.probe import Probe
@@ -28,6 +28,7 @@ from .config import RunConfig
 from .fingerprint import data_fingerprints, model_fingerprints
 from .folder import RunFolder
 from .job import Job, loaded, starting_model
+from .lock import A_COPY
 from .overrides import load_config
 from .provenance import Attempt, describe
 from .sections import ModelConfig
@@ -72,7 +73,7 @@ def measure_run(
     if job.processes.count > 1:
         raise ValueError(f"geffect works in one process, got {job.processes.count}; start it without torchrun")
     attempt = Attempt(job.command)
-    with job.interruptible(), job.locked(job.folder.lock, job.folder.path):
+    with job.interruptible(), job.locked(job.folder.lock, job.folder.path, A_COPY):
         models = saved_models(job)
         place = job.folder.geffect / "rows"
         if overwrite and belongs(place, FORMAT):
@@ -177,7 +178,8 @@ def write_figures(job: Job[RunConfig], rows: list[dict[str, Any]], made: Mapping
 
 def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
     table = Table("step", title="G-effect of the whole objective", title_justify="left")
-    for column in ("unlearning", "retaining", "forget NLL", "retain NLL"):
+    wanted = ("unlearning (wanted < 0)", "retaining (wanted >= 0)")
+    for column in (*wanted, "forget NLL, nats a token", "retain NLL, nats a token"):
         table.add_column(column, justify="right")
     for row in rows:
         effect = row["geffect"]
@@ -187,6 +189,8 @@ def tell(job: Job[RunConfig], rows: list[dict[str, Any]]) -> None:
             numbers = [effect[key][metric] for key in ("total", "nll") for metric in ("unlearn", "retain")]
             table.add_row(str(row["step"]), *(f"{number:.4g}" for number in numbers))
     print_table(job.console, table)
+    for line in summary([row for row in rows if "not_finite" not in row["geffect"]]):
+        job.console.print(shown(line), highlight=False, soft_wrap=True)
     totals = [row["geffect"]["total"] for row in rows if "not_finite" not in row["geffect"]]
     harms = bool(totals) and totals[-1]["retain"] < 0
     again = f"pyunlearn run {shlex.quote(str(job.folder.config))} --out FOLDER --set unlearn.keep_steps=N"

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 
-from .._files import SEAL, check_seal
+from .._files import OTHER_FOLDER, SEAL, check_seal, check_writable
 from .._terminal import visible
 from ..data import make_format
 from ..distributed import Processes
@@ -90,7 +90,7 @@ class Job(Generic[C]):
         What was to be overwritten is back if the block raises before `first_model` has loaded a model. A folder that is
         made for the job and in which an error comes before anything is computed goes again.
 
-        Raises InUse if another job works there.
+        Raises InUse if another job works there, OSError that names --out where nothing can be written.
         """
         if not isinstance(self.config, RunConfig):
             yield
@@ -99,7 +99,11 @@ class Job(Generic[C]):
             if self.processes.first:
                 self.folder.check_place()
         new = self.processes.first and not self.folder.path.exists()
+        option, remedy = ("--out ", OTHER_FOLDER) if ways == WAYS_OUT else ("", ways)
         try:
+            with self.processes.first_first():
+                if self.processes.first:
+                    check_writable(self.folder.lock, f"{option}{self.folder.path}", remedy)
             with self.locked(self.folder.lock, self.folder.path):
                 try:
                     with self.processes.first_first():
@@ -119,12 +123,12 @@ class Job(Generic[C]):
                     self.folder.path.rmdir()
 
     @contextmanager
-    def locked(self, lock: Path, what: Path) -> Iterator[None]:
+    def locked(self, lock: Path, what: Path, remedy: str = OTHER_FOLDER) -> Iterator[None]:
         """`held` by the first process for all of them."""
         with ExitStack() as stack:
             with self.processes.first_first():
                 if self.processes.first:
-                    stack.enter_context(held(lock, what))
+                    stack.enter_context(held(lock, what, remedy))
             yield
 
     def stage(self, model: Any, tokenizer: Any) -> Stage:

@@ -12,7 +12,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from .._files import is_running
+from .._files import OTHER_FOLDER, is_running, unwritable
+
+A_COPY = "copy the run to where it can, and name the copy"  # where a command writes into the run that it reads
 
 
 class InUse(OSError):
@@ -20,15 +22,20 @@ class InUse(OSError):
 
 
 @contextmanager
-def held(path: Path, what: Path) -> Iterator[None]:
+def held(path: Path, what: Path, remedy: str = OTHER_FOLDER) -> Iterator[None]:
     """The lock file `path` is this process's inside the block, and gone after it, however the block ends.
 
     A lock whose process no longer runs on this machine is taken over. what: the file or folder that errors name.
 
-    Raises InUse that names the process that has it, and OSError where no file can be written.
+    Raises InUse that names the process that has it, and OSError as `unwritable`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    take(path, what)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        take(path, what)
+    except InUse:
+        raise
+    except OSError as error:
+        raise unwritable(str(what), error, remedy, path, path.parent, what) from None
     try:
         yield
     finally:

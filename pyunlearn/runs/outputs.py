@@ -76,7 +76,7 @@ def check_places(config: RunConfig | FilesConfig, files: Mapping[str, Path]) -> 
                 raise ValueError(f"--out {out}: its {what}, {path}, would replace {key}={read}; choose another name")
         check_no_runs(config, out, place)
     for path in files.values():
-        check_writable(path)
+        check_writable(path, f"--out {out}")
 
 
 def check_no_runs(config: RunConfig | FilesConfig, out: Path, place: Path) -> None:

@@ -40,6 +40,7 @@ from .evaluate import evaluate_items, evaluate_sets, read_records, texts_before
 from .fingerprint import digest_pairs, fingerprints, model_fingerprints
 from .folder import RunFolder, versions
 from .job import Job, check_as_written, loaded, starting_model
+from .lock import A_COPY
 from .overrides import load_config
 from .provenance import Attempt, Record, read_attempts
 from .run import load_result
@@ -253,7 +254,7 @@ def opened(path: str | Path, method: str, console: Console | None, command: str)
         if not folder.is_dir():
             raise FileNotFoundError(f"{path}: {folder.name}/, a model of the run, is gone")
         check_as_written(folder)  # tensors are read from files, past all that loads a model
-    with job.interruptible(), job.locked(job.folder.lock, job.folder.path):
+    with job.interruptible(), job.locked(job.folder.lock, job.folder.path, A_COPY):
         shutil.rmtree(pair.work, ignore_errors=True)
         try:
             yield pair

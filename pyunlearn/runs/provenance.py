@@ -128,7 +128,8 @@ def describe(
     for attempt in attempts:
         peaks |= {name: max(value, peaks.get(name, 0)) for name, value in attempt["peak_memory"].items()}
     columns = "; ".join(f"{path}: {found}" for path, found in last.get("columns", {}).items())
-    known = {"data": f"{name_data(config.data)}; {pairs}"} | ({"columns": columns} if columns else {})
+    known = {} if config.data is None else {"data": f"{name_data(config.data)}; {pairs}"}
+    known |= {"columns": columns} if columns else {}
     took = {
         "began": first["began"].replace("T", " "),
         "wall time": duration(seconds) + (f" in {len(attempts)} attempts" if len(attempts) > 1 else ""),

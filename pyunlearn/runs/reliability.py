@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .._files import read_json, write_json, write_text
+from .._files import check_writable, read_json, write_json, write_text
 from .._hints import check_known
 from .._progress import track
 from .._terminal import print_table, shown, visible
@@ -256,7 +256,7 @@ def measure_reliability(
             "name more runs, or keep models on the way by unlearn.keep_steps"
         )
     job, attempt = subjects[0].job, Attempt(command)
-    out.mkdir(parents=True, exist_ok=True)
+    check_writable(out / ".lock", f"--out {out}")
     with job.interruptible(), job.locked(out / ".lock", out):
         store = Store(out / "points")
         points = [

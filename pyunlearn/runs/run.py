@@ -21,6 +21,7 @@ from ..report.run import render_report
 from ..report.sampling import sampling_figure
 from ..training.callbacks import Evaluations, read_metrics
 from ..training.folder import write_model
+from ..training.rate import rate_for
 from ..training.stage import Stage
 from ..training.unlearn import unlearn
 from .advice import next_changes, next_command
@@ -173,7 +174,8 @@ def unlearn_model(job: Job[RunConfig], stage: Stage, model: Any, tokenizer: Any)
     if lora is not None:
         model = add_adapter(model, **lora.adapter(), seed=stage.seed, base=adapters_base(job))
     merged = lora is not None and lora.save == "merged"
-    job.console.print(f"[bold]unlearn[/] {shown(told(settings))}")
+    rate = rate_for(model) if settings.learning_rate is None else settings.learning_rate
+    job.console.print(f"[bold]unlearn[/] {shown(told(settings))}, at a learning rate of {rate:g}", highlight=False)
     quiet = replace(stage, console=Console(quiet=True))  # the training's bar is on the screen
 
     def evaluate(step: int, model: Any) -> dict[str, float]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -19,13 +21,14 @@ from ..data import QA, collate
 from ..metrics.teacher_forced import teacher_forced
 from ..mrd import LABELS, Labels, MRDResult, check_arguments, mrd, scored_rows
 from ..mrd.characteristics import text_characteristics
-from ..report.score import all_checks, render_score_report, scored_part
+from ..report.score import all_checks, ordered, render_score_report, scored_part
 from ..store import OthersFolder
 from .config import RunConfig
 from .files_config import FilesConfig
 from .job import Job, first_model
 from .outputs import check_score_files, score_files
 from .provenance import Attempt, describe
+from .sections import DataConfig
 
 SHOWN = 3  # hardest and easiest samples on the console
 
@@ -83,13 +86,20 @@ def score(
             ) from None
         records = make_records(answers.items, result, teacher_forced(model, rows, progress=stage.progress))
         made = attempt.record(job.data, job.processes.count)
-        result.diagnostics.update(labels=labels, made=made)
+        measured = model_of(job)
+        tokens = sum(record["num_tokens"] for record in records)
+        known = {
+            "nll_a_token": sum(record["nll"] for record in records) / tokens,
+            "uniform_nll": math.log(len(tokenizer)),
+        }
+        result.diagnostics.update(labels=labels, made=made, model=measured, **known)
         scored = ScoreResult(records, result.diagnostics, out, files["report"])
         if job.processes.first:
+            tell(scored, job.console)  # first: on a full disk the numbers have been seen
             write_json_lines(out, records)
             write_json(files["diagnostics"], result.diagnostics)
             write_text(scored.report, render_score_report(records, result, describe(config, [made])))
-            tell(scored, job.console)
+            tell_next(scored, config, job.console)
         job.processes.wait()
     return scored
 
@@ -97,9 +107,11 @@ def score(
 def make_records(
     items: Sequence[QA], result: MRDResult, read: Sequence[Mapping[str, float | int]]
 ) -> list[dict[str, Any]]:
-    """One record a sample: its text, mrd and standard_error, num_tokens, linear_ok, likelihood and characteristics."""
+    """One record a sample: its text, mrd and standard_error (None where nothing was drawn, or once), num_tokens,
+    linear_ok, likelihood and characteristics."""
     texts = text_characteristics([f"{item.question} {item.answer}" for item in items])
-    columns = (result.value, result.standard_error, result.linear_ok)
+    errors = torch.full_like(result.value, math.nan) if result.draws is None else result.standard_error
+    columns = (result.value, errors, result.linear_ok)
     return [
         {
             "index": i, "question": item.question, "answer": item.answer, "mrd": value,
@@ -113,24 +125,54 @@ def make_records(
 
 
 def tell(scored: ScoreResult, console: Console) -> None:
-    """The hardest and the easiest samples, the self-check, and where everything is."""
+    """The hardest and the easiest samples, of which model, and the self-check."""
     diagnostics = scored.diagnostics
     ranked = sorted(scored.records, key=lambda record: record["mrd"])
     ends = ranked if len(ranked) <= 2 * SHOWN else [*ranked[:SHOWN], *ranked[-SHOWN:]]
-    title = f"{diagnostics['estimator']} of {len(ranked)} samples{scored_part(diagnostics)}, hardest to unlearn first"
-    table = Table("question", title=title, title_justify="left")
-    for column in ("MRD", "standard error", "tokens"):
+    order = "hardest to unlearn first" if ordered(ranked) else "lowest first: their errors leave no order"
+    samples = f"{len(ranked)} sample{'' if len(ranked) == 1 else 's'}{scored_part(diagnostics)}"
+    table = Table("question", title=f"{diagnostics['estimator']} of {samples}, {order}", title_justify="left")
+    drawn = any(record["standard_error"] is not None for record in ranked)
+    for column in ("MRD", *(["standard error"] if drawn else []), "tokens"):
         table.add_column(column, justify="right")
     for place, record in enumerate(ends):
         error = "" if record["standard_error"] is None else f"{record['standard_error']:.2g}"
-        numbers = [f"{record['mrd']:.4g}", error, str(record["num_tokens"])]
+        numbers = [f"{record['mrd']:.4g}", *([error] if drawn else []), str(record["num_tokens"])]
         gap = len(ends) < len(ranked) and place == SHOWN - 1
         table.add_row(shown(record["question"] or record["answer"][:60]), *numbers, end_section=gap)
     print_table(console, table)
+    console.print(f"of {shown(diagnostics['model'])}", highlight=False, soft_wrap=True)
     for check in all_checks(scored.records, diagnostics):
         mark = "[bold green]ok[/]   " if check["met"] else "[bold yellow]check[/]"
         console.print(f"{mark} {shown(check['text'])}", highlight=False, soft_wrap=True)
         if check.get("command"):
             console.print(f"      {visible(check['command'])}", highlight=False, soft_wrap=True, markup=False)
-    lines = [f"report  {scored.report}", f"scores  {scored.out}"]
+
+
+def tell_next(scored: ScoreResult, config: RunConfig | FilesConfig, console: Console) -> None:
+    """Where everything is, and what the scores are for."""
+    lines = [f"report  {scored.report}", f"scores  {scored.out}", "", "try next"]
+    lines.append(f"  {unlearn_command(config)}   # samples that are hard to forget are drawn more often")
     console.print("\n" + visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
+
+
+def unlearn_command(config: RunConfig | FilesConfig) -> str:
+    """A run that draws what was scored by its MRD."""
+    if config.model.embedded:
+        return "pyunlearn run recipe:npo+mrd --out FOLDER"
+    data = config.data
+    forget, retain = (data.forget, data.retain) if isinstance(data, DataConfig) else (data, None)
+    kept = "RETAIN" if retain is None else shlex.quote(retain.path)
+    model = shlex.quote(config.model.name_or_path)
+    what = "FORGET" if forget is None else shlex.quote(forget.path)
+    return f"pyunlearn run --model {model} --forget {what} --retain {kept} --recipe npo+mrd{config.prompt.option}"
+
+
+def model_of(job: Job[Any]) -> str:
+    """Which one was measured, in words."""
+    config = job.config
+    if not isinstance(config, RunConfig):
+        return f"the model {config.model.name_or_path}"
+    if config.memorise is not None:
+        return f"the model {job.folder.memorised}, which the run's unlearning starts from"
+    return f"the model {config.model.name_or_path}, which the run's unlearning starts from"

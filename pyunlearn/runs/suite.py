@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.console import Console
@@ -57,15 +58,6 @@ def evaluate_suite_files(
             task_limit=config.limit,
             prompt_format=stage.prompt_format,
         )
-        if out is not None:
-            data = config.data
-            about = {"suite": suite.name, "model": config.model.name_or_path}
-            about |= {} if data is None else {"data": data.path}
-            numbers = [number.to_json() for number in result.numbers]
-            split = {} if data is None or data.name is None else {"split": config.split}
-            told_once = {"declined": result.declined} if result.declined else {}
-            write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
-            write_log(out, result.log, result.summary, suite.log_name)
     table = Table("name", "value", "samples", "variant", "note", title=suite.summary)
     for number in result.numbers:
         value = "-" if number.value is None else f"{number.value:.6g}"
@@ -78,8 +70,20 @@ def evaluate_suite_files(
         )
     if without := sum(number.value is None for number in result.numbers):
         job.console.print(f"{without} of {len(result.numbers)} lines have no value here; their notes say why")
-    if out is not None:
+    if out is not None:  # last: on a full disk the numbers have been seen
+        data = config.data
+        about = {"suite": suite.name, "model": config.model.name_or_path}
+        about |= {} if data is None else {"data": data.path}
+        numbers = [number.to_json() for number in result.numbers]
+        split = {} if data is None or data.name is None else {"split": config.split}
+        told_once = {"declined": result.declined} if result.declined else {}
+        write_json(Path(out) / NUMBERS, {**about, **split, "numbers": numbers, **told_once})
+        write_log(out, result.log, result.summary, suite.log_name)
         job.console.print(f"log: {visible(out)}", soft_wrap=True, markup=False)
+    of = "" if config.data is None else f"--data {shlex.quote(config.data.path)} "
+    again = f"pyunlearn evaluate --suite {suite.name} --model OTHER {of}--out FOLDER{config.prompt.option}"
+    lines = ["", "try next", f"  {again}   # the model before, or one that never saw the forget set"]
+    job.console.print(visible("\n".join(lines)), highlight=False, soft_wrap=True, markup=False)
     return result
 
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .._files import read_json, write_file, write_folder, write_json, write_text
+from .._files import check_writable, read_json, write_file, write_folder, write_json, write_text
 from .._terminal import print_table, shown, visible
 from ..metrics.utility import utility_set
 from ..model.load import EMBEDDED
@@ -203,6 +203,7 @@ def sweep(
     job = Sweep(grid, list(cells), Path(out), command)
     console = console or Console(quiet=True)
     job.check()
+    check_writable(job.folder / LOCK, f"--out {job.folder}")
     job.own()
     with held(job.folder / LOCK, job.folder):
         todo = [cell for cell in job.cells if not is_finished(cell.config)]
@@ -324,8 +325,10 @@ def finish(job: Sweep, console: Console) -> SweepResult:
     comparison = None
     if folders:
         comparison = compare(folders, out=job.folder)
+        for note in comparison.warnings:
+            console.print(f"[bold yellow]note[/] {shown(note)}", highlight=False)
         print_table(console, summary(comparison))
-        for note in comparison.notes:
+        for note in comparison.remarks:
             console.print(visible(note), highlight=False, markup=False)
     lines = [f"failed  {name}: {text}" for name, text in job.failed.items()]
     if job.failed:
@@ -356,7 +359,7 @@ def summary(comparison: Comparison) -> Table:
     before = (comparison.before(column).partition(" [")[0] for column in columns)
     table.add_row("before", "", "", *before, end_section=True)
     for group in comparison.groups:
-        after = (group.text(column).partition(" [")[0] for column in columns)
+        after = (comparison.text(group, column, intervals=False) for column in columns)
         table.add_row(shown(group.name), str(len(group.seeds)), group.verdict, *after)
     return table
 

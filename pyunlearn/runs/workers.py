@@ -138,10 +138,16 @@ class Processes:
         return task, Outcome(FAILED, text=f"{DIED}; see {self.logs / f'worker-{place}.log'}", trace=repr(error))
 
     def stop(self) -> Ended:
-        for place, _ in self.under_way.values():
-            for process in processes_of(self.executors[place]):
-                os.kill(process, signal.SIGINT)
-        return [self.ended(future) for future in wait(self.under_way).done]
+        while True:
+            for place, _ in self.under_way.values():
+                for process in processes_of(self.executors[place]):
+                    os.kill(process, signal.SIGINT)
+            try:
+                done = wait(self.under_way).done
+                break
+            except KeyboardInterrupt:  # once more: at once
+                continue
+        return [self.ended(future) for future in done]
 
     def __enter__(self) -> Processes:
         return self

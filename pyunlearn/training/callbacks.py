@@ -9,6 +9,7 @@ import copy
 import json
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -219,15 +220,23 @@ class Interrupt(TrainerCallback):
         self.console = console
         self.signum: int | None = None
         self._former: dict[int, Any] = {}
+        self._hook: Any = None
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
             self._former = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        sys.unraisablehook = self._hook
+
+    def _unraisable(self, unraisable: Any) -> None:
+        """A second Ctrl-C that came while an object was being cleared away is lost, and the first one stops all."""
+        if not (self.signum is not None and unraisable.exc_type is KeyboardInterrupt):
+            self._hook(unraisable)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None:

@@ -12,23 +12,16 @@ geffect/reference/    the same of the samples that the G-effect is measured on
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from .._files import SEAL, seal, write_folder
+from .._files import SEAL, named_failures, seal, write_folder
 from ..model.lora import saving
 
-TORCH_CANNOT_WRITE = ("PytorchStreamWriter", "unexpected pos", "iostream error")  # torch.save has no type of its own
 logger = logging.getLogger(__name__)
-SMALL = 1 << 24  # bytes left on a disk that is called full
 
 
 class TrainingFolder:
@@ -99,18 +92,3 @@ def write_model(path: Path, model: Any, tokenizer: Any) -> None:
 
     with named_failures(path):
         write_folder(path, fill)
-
-
-@contextmanager
-def named_failures(path: Path) -> Iterator[None]:
-    """What the libraries raise where they cannot write, a full disk above all, as an OSError that names the folder."""
-    try:
-        yield
-    except (SafetensorError, OSError, RuntimeError) as error:
-        text, number = str(error), error.errno if isinstance(error, OSError) else None
-        if isinstance(error, RuntimeError) and not any(words in text for words in TORCH_CANNOT_WRITE):
-            raise
-        if isinstance(error, OSError) and error.filename is not None:
-            raise
-        number = number or (errno.ENOSPC if shutil.disk_usage(path.parent).free < SMALL else errno.EIO)
-        raise OSError(number, f"cannot be written ({text.splitlines()[0]})", str(path)) from error

@@ -13,13 +13,13 @@ import torch
 from rich.console import Console
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .._files import check_seal
+from .._files import check_seal, named_failures
 from ..data import QA, PromptFormat, QADataset
 from ..distributed import Processes
 from .arguments import check_arguments, check_library
 from .callbacks import Interrupt, MetricsWriter, ProgressBar, SealCheckpoints
 from .dual import Dual
-from .folder import TrainingFolder, named_failures
+from .folder import TrainingFolder
 from .sampling import ForgetSampler
 from .settings import TrainingConfig
 from .trackers import trackers

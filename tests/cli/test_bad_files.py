@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
+from typer.testing import CliRunner
 
 from pyunlearn import _files
+from pyunlearn import store as store_module
+from pyunlearn._files import named_failures
 from pyunlearn._terminal import shown, visible
+from pyunlearn.cli import app
 from pyunlearn.cli.shared import clean_errors
 from pyunlearn.data import load_qa
+from pyunlearn.model.tensors import write_tensors
 from pyunlearn.runs import job as job_module
 from pyunlearn.runs import load_config
 from pyunlearn.runs import score as score_module
 from pyunlearn.runs.config import ConfigError
 from pyunlearn.runs.evaluate import read_records, read_summaries
 from pyunlearn.runs.evaluate_config import SETS
+from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.folder import RunFolder
 from pyunlearn.runs.run import load_result
 from pyunlearn.runs.sections import ModelConfig
 from pyunlearn.store import Damaged, Store
-from pyunlearn.training.folder import TrainingFolder, named_failures, write_model
+from pyunlearn.training.callbacks import Interrupt
+from pyunlearn.training.folder import TrainingFolder, write_model
 from pyunlearn.training.method import UnlearnConfig
 from pyunlearn.training.stage import Stage
 from pyunlearn.training.unlearn import UnlearnData, unlearn
@@ -42,15 +52,64 @@ def told(capsys, error):
     return capsys.readouterr().err
 
 
-def test_a_full_disk_names_the_file_and_the_remedy(capsys, tmp_path):
+def test_a_full_disk_names_the_file_and_the_remedy(capsys, tmp_path, monkeypatch):
     def full(temporary):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match=r"No space left on device: '.*table.json'") as caught:
         _files.write_file(tmp_path / "table.json", full)
-    assert "table.json'; free some space, then the same command (run: with --resume) goes on" in told(
-        capsys, caught.value
-    )
+    for command, again in (("run", "with --resume goes on"), ("score", "again"), ("evaluate", "again")):
+        monkeypatch.setattr("sys.argv", ["pyunlearn", command])
+        assert f"table.json'; free some space, then the same command {again}\n" in told(capsys, caught.value)
+
+
+def test_an_interrupt_that_a_library_turns_into_an_error_of_its_own():
+    def turned(error):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise error from None
+
+    for error in (ImportError("numpy cannot be imported"), RuntimeError("Failed to import transformers")):
+        with pytest.raises(typer.Exit) as caught, clean_errors(debug=True):
+            turned(error)
+        assert caught.value.exit_code == 130
+    with pytest.raises(typer.Exit) as caught, clean_errors(debug=False):
+        raise ImportError("initialization failed: KeyboardInterrupt")
+    assert caught.value.exit_code == 130
+
+
+def test_names_of_the_field_are_pointed_to_the_command():
+    result = CliRunner().invoke(app, ["mrd", "forget.jsonl"])
+    assert result.exit_code == 2
+    assert "that is `pyunlearn score`" in result.output
+
+
+FULL = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def test_so_do_kept_tensors_and_those_that_are_mixed(tiny, tmp_path, monkeypatch):
+    def fails(*args, **kwargs):
+        raise FULL
+
+    monkeypatch.setattr(store_module, "save_file", fails)
+    with pytest.raises(OSError, match=r"cannot be written \(.*\): '.*/draws/000001\.safetensors'") as caught:
+        Store(tmp_path / "draws").put("000001", torch.ones(3))
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(OSError, match=r"cannot be written \(.*\): '.*/before/00000\.safetensors'"):
+        write_tensors(tiny.model(), tmp_path / "before")
+
+
+def test_no_name_is_told_that_is_there_for_a_moment_only(tmp_path):
+    def full(temporary):
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary))
+
+    def fill(temporary):
+        raise OSError(errno.ENOSPC, "No space left on device", str(temporary / "model.safetensors"))
+
+    for write, error in ((_files.write_file, full), (_files.write_folder, fill)):
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/result'"):
+            write(tmp_path / "result", error)
 
 
 @pytest.mark.parametrize(
@@ -173,10 +232,22 @@ def test_the_terminal_obeys_no_data(capsys, monkeypatch):
     console.print(f"[red]{shown(CLEAR + '[bold]')}[/]")
     assert capsys.readouterr().out == visible(CLEAR) + "[bold]\n"
     record = {"question": CLEAR, "mrd": 1.0, "standard_error": None, "num_tokens": 3}
-    told_of = {"estimator": "initial", "num_samples": 1}
+    told_of = {"estimator": "initial", "num_samples": 1, "model": CLEAR}
     result = score_module.ScoreResult([record], told_of, Path(f"x{CLEAR}.jsonl"), Path(f"x{CLEAR}.html"))
     monkeypatch.setattr(score_module, "all_checks", lambda records, diagnostics: [])
     score_module.tell(result, console)
+    score_module.tell_next(result, FilesConfig.of(f"m{CLEAR}", f"d{CLEAR}"), console)
     text = capsys.readouterr().out + told(capsys, ValueError(f"no such file: {CLEAR}"))
-    assert text.count("evil") == 4
+    assert text.count("evil") == 7
     assert not set(text) & set(CLEAR) - set("[2J1mevil")
+
+
+def test_a_second_interrupt_that_is_lost_in_clearing_up_is_not_told(monkeypatch):
+    told = []
+    monkeypatch.setattr("sys.unraisablehook", told.append)
+    with Interrupt() as interrupt:
+        interrupt.signum = signal.SIGINT
+        for kind in (KeyboardInterrupt, ValueError):
+            sys.unraisablehook(SimpleNamespace(exc_type=kind))
+    assert [each.exc_type for each in told] == [ValueError]
+    assert sys.unraisablehook == told.append

@@ -250,15 +250,25 @@ def test_a_score_stopped_and_continued(call, monkeypatch, tmp_path):
     assert len(list((tmp_path / "runs/tiny/scores.state").glob("*.safetensors"))) == 1
     code, text, _ = call(*arguments)
     assert code == 0
-    assert "memorise" not in text
-    assert "algorithm1 of 2 samples, hardest to unlearn first" in text
+    assert "so that there is something to forget" not in text
+    assert "algorithm1 of 2 samples, " in text
     assert "twice the sigma gives" in text
     assert len((tmp_path / "runs/tiny/scores.jsonl").read_text().splitlines()) == 2
     assert (tmp_path / "runs/tiny/scores.html").is_file()
     model, data = "runs/tiny/memorised", "runs/tiny/scores.jsonl"
     code, text, _ = call("score", "--model", model, "--data", data, "--estimator", "gradient", "--limit", "1")
     assert code == 0
-    assert "gradient of 1 samples" in text
+    assert "gradient of 1 sample, " in text
+    assert "try next\n  pyunlearn run --model runs/tiny/memorised --forget runs/tiny/scores.jsonl" in text
+    for typed, told in (
+        (("--estimator", "gradient", "--num-draws", "7"), "--num-draws 7: --estimator gradient draws no noise; leave"),
+        (("--num-draws", "1"), "--num-draws 1: needs 2 at least, for a standard error"),
+        (("--sigma", "-1"), "--sigma -1.0: needs a finite number > 0"),
+        (("--estimator", "gradien"), "--estimator gradien: did you mean gradient"),
+    ):
+        code, _, errors = call("score", "--model", model, "--data", data, *typed)
+        assert code == 2
+        assert told in " ".join(errors.split())
     assert (tmp_path / "scores.html").is_file()
 
 
@@ -282,6 +292,8 @@ def test_a_g_effect_along_a_run(call, tmp_path):
     stored = json.loads((tmp_path / "runs/tiny/geffect/geffect.json").read_text())
     assert stored["settings"]["forget_samples"] == 1
     assert "numbers runs/tiny/geffect/geffect.json" in text
+    for words in ("unlearning (wanted < 0)", "retaining (wanted >= 0)", "forget NLL, nats a token", "The objective "):
+        assert words in " ".join(text.split())
     assert "try next" in text
     assert "pyunlearn compare runs/tiny OTHER_RUN" in text
     last = stored["rows"][-1]["geffect"]["total"]["retain"]

@@ -58,7 +58,10 @@ def test_a_model_and_files_in_one_line(call, files, model_folder):  # noqa: F811
     assert (code, "holds an unfinished run" in errors or "holds a finished run" in errors) == (2, True)
 
     # what measures takes the same words, and the run's folder for its model
-    assert call("evaluate", str(run), "--forget", "F.jsonl", "--metric", "probability")[0] == 0
+    code, text, _ = call("evaluate", str(run), "--forget", "F.jsonl", "--metric", "probability")
+    assert code == 0
+    assert "prompt: chat, as in its run" in text
+    assert f"pyunlearn compare {run} OTHER_RUN" in text
     assert call("evaluate", "F.jsonl", "--model", str(run / "checkpoint"), "--metric", "probability")[0] == 0
     words = ["--model", str(run / "checkpoint"), "--estimator", "gradient", "--out", "s.jsonl"]
     assert call("score", "F.jsonl", *words)[0] == 0

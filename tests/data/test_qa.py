@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from pyunlearn.data import QA, check_disjoint, hold_out, load_qa, load_refusals
+from pyunlearn.data.qa import told_repeats
 
 from .conftest import TOFU_FILES
 
@@ -109,8 +110,12 @@ def test_bad_line(write, line, error, message):
 
 
 def test_empty_file(write):
-    with pytest.raises(ValueError, match="holds no question-answer pairs"):
-        load_qa(write("", ""))
+    for lines, size in ((("", ""), 1), (("[]",), 2)):
+        told = (
+            rf"data\.jsonl holds no question-answer pairs: no row was read in its {size} bytes; needs one at least, as"
+        )
+        with pytest.raises(ValueError, match=told):
+            load_qa(write(*lines))
 
 
 def test_missing_file_names_neighbours(write):
@@ -198,8 +203,19 @@ def test_refusals(write):
 def test_check_disjoint():
     forget = [QA("Who  is it?", "Me."), QA("Where?", "Here."), QA("Why?", "So.")]
     check_disjoint(forget, [QA("Who is it?", "You."), QA("Where", "Here.")])
-    with pytest.raises(ValueError, match=r"2 forget pair\(s\) .* first question is 'Who  is it\?'"):
-        check_disjoint(forget, [QA("WHY?", "so."), QA("who is it?", " me.")])
+    with pytest.raises(
+        ValueError, match=r"^f\.jsonl: 2 rows are in r\.jsonl too, .* the first is 'Who  is it\?'; leave each in one"
+    ):
+        check_disjoint(forget * 2, [QA("WHY?", "so."), QA("who is it?", " me.")], ("f.jsonl", "r.jsonl"))
+
+
+def test_rows_that_are_there_more_than_once_are_told():
+    items = [QA("Who?", "Me."), QA("Where?", "Here."), QA("who?", " me.")]
+    assert told_repeats(items) == (
+        "1 row is there more than once, case and white space aside, and counted as often; the first is 'Who?'"
+    )
+    assert told_repeats(items * 2).startswith("2 rows are there")
+    assert told_repeats(items[:2]) == ""
 
 
 @pytest.mark.parametrize(

@@ -215,12 +215,44 @@ def test_other_beginnings_are_told(finished, capsys):
     table["table"][0]["before"] = 0.5
     (other / "table.json").write_text(json.dumps(table))
     console = Console(width=120)
-    compare([one, other], console=console)
-    assert "did not begin alike" in capsys.readouterr().out
+    comparison = compare([one, other], console=console)
+    screen = capsys.readouterr().out
+    assert screen.index("did not begin alike") < screen.index("after unlearning")
+    column = ("forget", "probability")
+    assert comparison.before(column) == "differs"
+    assert [comparison.text(group, column) for group in comparison.groups] == ["0.990 → 0.100", "0.500 → 0.100"]
+    assert "0.500 → 0.100" in screen
+    assert comparison.before(("retain", "rouge_l")) == "0.900"
+    assert comparison.text(comparison.groups[1], ("retain", "rouge_l")) == "0.900"
     page = render_comparison(compare_runs([one, other]), {str(one): "", str(other): ""})
-    assert "The runs did not begin alike: “before” is the first one&#39;s." in page
+    assert "The runs did not begin alike: where “before” differs, each has its own, before → after." in page
+    assert page.index("did not begin alike") < page.index("<table>")
     assert not any("alike" in note for note in compare_runs([one]).notes)
     assert statistics.fmean([0.99]) == compare_runs([one]).groups[0].mean(("forget", "probability"), "before")
+
+
+def test_a_rate_that_nobody_chose_is_the_one_that_was_used(finished):
+    runs = [finished(name, 0.1, 0.9, forget="ga") for name in ("a", "b", "c")]
+    for run, rate in zip(runs, (5e-5, 1e-5, None), strict=True):
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("  learning_rate: 0.0005\n  ", "  learning_rate: null\n  "))
+        assert RunFolder(run).read_config()["unlearn"]["learning_rate"] is None
+        if rate is not None:
+            (run / "unlearning.json").write_text(json.dumps({"steps": 3, "learning_rate": rate}))
+    comparison = compare_runs(runs)
+    assert comparison.differences == {"unlearn.learning_rate": [5e-5, 1e-5, None]}
+
+
+def test_what_had_nothing_to_forget_has_no_number_of_it(finished):
+    runs = [finished("a", 0.1, 0.9), finished("b", 0.1, 0.9, forget="npo")]
+    table = json.loads((runs[1] / "table.json").read_text())
+    table["verdict"] = {"name": "there was nothing to forget"}
+    (runs[1] / "table.json").write_text(json.dumps(table))
+    knew, other = compare_runs(runs).groups
+    for name in ("forgotten", "both"):
+        assert knew.mean(("aggregate", name)) is not None
+        assert other.text(("aggregate", name)) == "–"
+    assert other.mean(("aggregate", "kept")) == knew.mean(("aggregate", "kept"))
 
 
 def test_means_of_few_rows_are_told(finished):

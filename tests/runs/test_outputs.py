@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ from pyunlearn.runs import score as score_module
 from pyunlearn.runs.evaluate import evaluate_files
 from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.folder import RunFolder
+from pyunlearn.runs.grid import Grid
+from pyunlearn.runs.lock import A_COPY, held
+from pyunlearn.runs.run import run
 from pyunlearn.runs.score import score
+from pyunlearn.runs.sweep import sweep
 from pyunlearn.store import Store, belongs
 
 QA = '{"question": "Who?", "answer": "I."}\n'
@@ -93,12 +99,44 @@ def test_the_results_of_a_run(files, tiny_config):
         score(config)
 
 
-def test_a_place_that_cannot_be_written_to(files, tmp_path):
-    told(files, "forget.json/x.jsonl", r"x\.jsonl: cannot be written \(.*: forget.json\)", OSError)
-    with pytest.raises(OSError, match=r"x\.jsonl: cannot be written"):
+def read_only(monkeypatch):
+    """As on a file system that is mounted so: what is there can be read, and nothing made."""
+
+    def refuses(path, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", refuses)
+    monkeypatch.setattr(Path, "touch", refuses)
+
+
+def test_a_place_that_cannot_be_written_to(files, tmp_path, monkeypatch):
+    told(files, "forget.json/x.jsonl", r"--out forget.json/x\.jsonl: cannot be written \(.*\); choose", OSError)
+    with pytest.raises(OSError, match=r"--out /proc/x\.jsonl: cannot be written \(no such file .*\); choose another f"):
         evaluate_files(files, out="/proc/x.jsonl")
     check_writable(tmp_path / "new" / "x")
     assert list((tmp_path / "new").iterdir()) == []
+    read_only(monkeypatch)
+    told(files, "x.jsonl", r"^--out x\.jsonl: cannot be written \(read-only file system\); choose another", OSError)
+    told(files, "a/b/x.jsonl", r"^--out a/b/x\.jsonl: cannot be written \(read-only file system\); choose", OSError)
+
+
+def test_a_folder_that_cannot_be_written_to(tiny_config, tmp_path, monkeypatch):
+    why = r"cannot be written \({}\); choose another folder$"
+    with pytest.raises(OSError, match=r"^--out /proc/x: " + why.format("no such file or directory")):
+        run(tiny_config({"output": "/proc/x"}))
+    with pytest.raises(OSError, match=r"^/proc/x: cannot be written \(.*\); choose .* by --set output=FOLDER"):
+        score(tiny_config({"output": "/proc/x"}), out=tmp_path / "x.jsonl")
+    grid = Grid("g", [])
+    with pytest.raises(OSError, match=r"^--out /proc/sw: " + why.format("no such file or directory")):
+        sweep(grid, [], "/proc/sw")
+    made = tiny_config({"output": str(tmp_path / "ro" / "r")})
+    lock, folder = tmp_path / "there" / ".lock", tmp_path / "there"
+    folder.mkdir()
+    read_only(monkeypatch)
+    with pytest.raises(OSError, match=rf"^--out {made.folder}: " + why.format("read-only file system")):
+        run(made)
+    with pytest.raises(OSError, match=rf"^{folder}: cannot be written \(read-only file system\); copy the run"):
+        held(lock, folder, A_COPY).__enter__()
 
 
 def test_whose_a_folder_is(tmp_path):

@@ -11,6 +11,7 @@ from rich.console import Console
 from pyunlearn.data import QA, PlainFormat, PromptFormat, QADataset, make_prompt
 from pyunlearn.runs import load_config
 from pyunlearn.runs.config import ConfigError
+from pyunlearn.runs.data import load_data
 from pyunlearn.runs.evaluate import evaluate_files
 from pyunlearn.runs.files_config import FilesConfig
 from pyunlearn.runs.folder import RunFolder
@@ -195,3 +196,18 @@ def test_what_is_wrong_is_told(override, message):
     with pytest.raises(ConfigError) as caught:
         load_config(None, [override])
     assert message in str(caught.value)
+
+
+def test_rows_in_both_sets_and_rows_that_repeat_are_told(files, tiny_config, caplog):
+    forget = files["forget"]
+    question, answer = QUESTIONS[0]
+    with open(forget, "a") as table:
+        table.write(f'"{question.upper()}",{answer}\n')
+    load_data(tiny_config({"data": files}))
+    assert f"{forget}: 1 row is there more than once, case and white space aside, and counted as often" in caplog.text
+    question, answer = QUESTIONS[2]
+    with open(forget, "a") as table:
+        table.write(f'"{question}",{answer}\n' * 2)
+    told = rf"^data\.forget={forget}: 1 row is in data\.retain={files['retain']['path']} too, .*; leave each in one of"
+    with pytest.raises(ValueError, match=told):
+        load_data(tiny_config({"data": files}))

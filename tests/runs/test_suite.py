@@ -69,6 +69,7 @@ def call(places, tmp_path, monkeypatch):
 def test_a_log_and_then_what_it_serves(call, places, tmp_path):
     code, text, _ = call("--out", "retained", "--limit", 3)
     assert code == 0
+    assert "try next\n  pyunlearn evaluate --suite tofu --model OTHER --data " in text
     rows = {
         cells[0]: cells for line in text.splitlines() if len(cells := [c.strip() for c in line.split("│")[1:-1]]) == 5
     }

@@ -166,7 +166,10 @@ def test_values_that_are_not_finite_end_nothing(tiny_config, tmp_path, caplog):
 def test_a_cache_that_cannot_be_written_is_told_before_anything_is_computed(tiny_config, tmp_path):
     (tmp_path / "file").write_text("")
     config = tiny_config({"evaluate": {"cache": str(tmp_path / "file" / "cache")}})
-    with pytest.raises(OSError, match=r"cache: cannot keep what models .*; choose another by evaluate\.cache, or by"):
+    with pytest.raises(
+        OSError,
+        match=r"cache, which keeps what .*: cannot be written .*; choose another by evaluate\.cache, or",
+    ):
         run(config)
     assert not config.folder.exists()
 
