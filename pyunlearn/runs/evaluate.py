@@ -174,6 +174,7 @@ def evaluate_files(
 
 def tell_next(config: FilesConfig, console: Console) -> None:
     """Numbers of one set say little alone: the other one, or the other run."""
+    assert config.data is not None  # suites alone may have none
     model, data = (shlex.quote(name) for name in (config.model.name_or_path, config.data.path))
     run, prompt = run_of(config.model.name_or_path), config.prompt.option
     lines = ["", "try next"]

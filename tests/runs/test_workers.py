@@ -128,5 +128,5 @@ def test_ray_does_them_too(tmp_path):
 
 def test_without_ray_it_is_told(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ImportError, match="--ray: needs ray, which is not installed: pip install 'pyunlearn\[ray\]'"):
+    with pytest.raises(ImportError, match=r"--ray: needs ray, which is not installed: pip install 'pyunlearn\[ray\]'"):
         Ray(None)
