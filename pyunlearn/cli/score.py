@@ -43,7 +43,7 @@ EXAMPLES = """[bold]Examples[/bold]
       --data forget.jsonl
 """
 
-NAMED = re.compile(r"\b(estimator|num_draws|sigma|seed|batch_size|labels)=('?)([^\s:,;')]+)\2")
+NAMED = re.compile(r"(?<!--set )\b(estimator|num_draws|sigma|seed|batch_size|labels)=('?)([^\s:,;')]+)\2")
 
 
 @contextmanager

@@ -364,9 +364,9 @@ def test_as_a_module(module):
             "did you mean definition? needs one of algorithm1, definition,",
         ),
         (["score", "tiny.yaml", "--estimator", "algoritm1"], "did you mean algorithm1? needs one of algorithm1,"),
-        (["score", "tiny.yaml", "--labels", "everything"], "labels='everything': needs one of answers, all"),
-        (["score", "tiny.yaml", "--sigma", "0"], "sigma=0.0: needs a finite number > 0"),
-        (["score", "tiny.yaml", "--num-draws", "1"], "num_draws=1: needs 2 at least"),
+        (["score", "tiny.yaml", "--labels", "everything"], "--labels everything: needs one of answers, all"),
+        (["score", "tiny.yaml", "--sigma", "0"], "--sigma 0.0: needs a finite number > 0"),
+        (["score", "tiny.yaml", "--num-draws", "1"], "--num-draws 1: needs 2 at least"),
     ],
 )
 def test_user_errors_are_one_message_and_exit_code_2(call, tmp_path, arguments, message):

@@ -127,7 +127,7 @@ def test_bad_data_is_told_before_anything_is_written(tiny_config, files, tmp_pat
     told(ValueError, "broken.jsonl holds no question-answer pairs", forget=str(broken))
     told(
         ValueError,
-        r"4 forget pair\(s\) are in the retain set too; the first question is 'Who wrote book 2",
+        r"data.forget=.*retain.jsonl: 4 rows are in data.retain=.*retain.jsonl too, .*; the first is 'Who wrote book 2",
         forget=files["retain"],
     )
     long = write_lines(tmp_path / "long.jsonl", [{"question": "Q?", "answer": "very " * 300}])

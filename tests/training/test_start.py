@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
-from pyunlearn import _files
+from pyunlearn import _files, store
 from pyunlearn.data.tiny import tiny_llama
-from pyunlearn.model import tensors
 from pyunlearn.model.lora import add_adapter
 from pyunlearn.training import start as start_module
 from pyunlearn.training.folder import TrainingFolder
@@ -235,10 +235,10 @@ def test_what_is_not_the_start_of_this_stage_is_told(tiny, data, stage, monkeypa
 
 def test_where_it_cannot_be_written(tiny, data, stage, monkeypatch):
     def full(*args, **kwargs):
-        raise tensors.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(tensors, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot be written \(.*No space left.*\): '.*training/unlearn'") as caught:
+    monkeypatch.setattr(store, "save_file", full)
+    with pytest.raises(OSError, match=r"cannot be written \(.*No space left.*\): '.*training/unlearn/start'") as caught:
         unlearn(stage, SETTINGS, tiny.model(), tiny.tokenizer, data)
     assert caught.value.errno in (errno.ENOSPC, errno.EIO)
     assert not any(stage.folder.training("unlearn").iterdir())

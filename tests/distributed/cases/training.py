@@ -215,7 +215,7 @@ def start(folder: Path) -> dict[str, Any]:
         results[f"written, {sharded}"] = own.path.exists()
         grow(model)
         results[sharded] = own.mean_absolute_change(model)
-    with mock.patch("pyunlearn.model.tensors.save_file", side_effect=OSError(28, "No space left on device")):
+    with mock.patch("pyunlearn.store.save_file", side_effect=OSError(28, "No space left on device")):
         try:
             own.keep(model)
         except OSError as error:
